@@ -1,0 +1,159 @@
+"""Typed parameters: `params.yaml` with its profile applied, refusing what it does not know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bestiary.errors import BestiaryError
+
+Fraction = Field(ge=0.0, lt=1.0)
+Positive = Field(gt=0)
+Policy = Literal["off", "flag", "quarantine"]
+Scheduler = Literal["ddpm", "ddim", "dpmsolver++", "unipc", "euler"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Model(Section):
+    model: str = Field(min_length=1)  # a folder, or an id on the Hugging Face hub
+    revision: str | None
+
+
+class Dataset(Section):
+    source: Literal["folder", "sciencedb"]
+    classes: list[str] | None  # class folders to take; None takes all
+    images_per_class: int | None = Field(gt=0)
+
+
+class Clean(Section):
+    min_side: int = Positive
+    max_aspect_ratio: float = Field(gt=1.0)
+    near_duplicate_bits: int = Field(ge=0, le=16)
+    blank: Policy
+    blurred: Policy
+    exposure: Policy  # very dark or very bright
+    off_topic: Policy
+    off_topic_threshold: float = Fraction
+
+
+class Split(Section):
+    val_fraction: float = Field(gt=0.0, lt=1.0)
+
+
+class Encode(Section):
+    flip: bool
+    resolution: int = Field(gt=0, multiple_of=8)
+    batch_size: int = Positive
+
+
+class Train(Section):
+    rank: int = Positive
+    alpha: float = Positive
+    dropout: float = Fraction
+    targets: list[str] = Field(min_length=1)
+    caption_dropout: float = Fraction
+    min_snr_gamma: float | None = Field(gt=0)
+    max_grad_norm: float = Positive
+    weight_decay: float = Field(ge=0)
+    ema_decay: float = Fraction
+    steps: int = Positive
+    batch_size: int = Positive
+    learning_rate: float = Positive
+    warmup_steps: int = Field(ge=0)
+    validate_every: int = Positive
+    sheet_animals: int = Positive
+
+
+class Evaluate(Section):
+    template: str = Field(pattern=r"\{\}")
+    bootstrap_resamples: int = Positive
+    seeds: int = Positive
+    steps: int = Positive
+    guidance_scale: float = Field(ge=1.0)
+    scheduler: Scheduler
+    batch_size: int = Positive
+
+
+class Benchmark(Section):
+    schedulers: list[Scheduler] = Field(min_length=1)
+    steps: list[int] = Field(min_length=1)
+    batch_sizes: list[int] = Field(min_length=1)
+    repeats: int = Field(ge=2)
+
+
+class Register(Section):
+    name: str = Field(min_length=1)
+    champion_score: Literal["clip_score", "top1"]
+    max_memorisation_gap: float = Field(ge=0.0)
+
+
+class Params(Section):
+    profile: str
+    seed: int = Field(ge=0)
+    base: Model
+    judge: Model
+    dataset: Dataset
+    clean: Clean
+    split: Split
+    encode: Encode
+    train: Train
+    evaluate: Evaluate
+    benchmark: Benchmark
+    register_: Register = Field(alias="register")
+
+
+def load_params(path: Path = Path("params.yaml")) -> Params:
+    """Read `path`, lay its chosen profile over what all profiles share, and check every key.
+
+    Raises BestiaryError that names the key when the file is missing, is no YAML, names an unknown profile,
+    sets a key both in the profile and outside it, or holds an unknown key or a value of the wrong type.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BestiaryError(f"{path} does not exist: run this in the project's folder.") from None
+    except yaml.YAMLError as error:
+        raise BestiaryError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise BestiaryError(f"{path} holds no parameters.")
+    shared = dict(raw)
+    profiles = shared.pop("profiles", None) or {}
+    profile = shared.get("profile")
+    if profile not in profiles:
+        raise BestiaryError(f"{path}: there is no profile {profile!r}; choose one of {', '.join(profiles)}.")
+    merged = _merge(shared, profiles[profile] or {}, f"{path}: profiles.{profile}")
+    try:
+        return Params.model_validate(merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise BestiaryError(f"{path}: {key} (profile {profile}): {_explain(first)}.") from None
+
+
+def _merge(shared: Mapping[str, Any], profile: Any, where: str) -> dict[str, Any]:
+    if not isinstance(profile, Mapping):
+        raise BestiaryError(f"{where} must be a table of keys.")
+    merged = dict(shared)
+    for key, value in profile.items():
+        if key not in merged:
+            merged[key] = value
+        elif isinstance(merged[key], Mapping):
+            merged[key] = _merge(merged[key], value, f"{where}.{key}")
+        else:
+            raise BestiaryError(f"{where}.{key} stands outside the profile too; keep one of them.")
+    return merged
+
+
+def _explain(problem: Mapping[str, Any]) -> str:
+    if problem["type"] == "extra_forbidden":
+        return "this key is not known"
+    if problem["type"] == "missing":
+        return "this key is missing"
+    return f"{problem['msg'][0].lower()}{problem['msg'][1:]}, not {problem['input']!r}"

@@ -1,0 +1,38 @@
+import shutil
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def base_folder() -> Path:
+    return ROOT / "models" / "base"
+
+
+@pytest.fixture(scope="session")
+def judge_folder() -> Path:
+    return ROOT / "models" / "judge"
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh MLflow database: making one takes seconds, copying it does not."""
+    from bestiary.tracking import open_client
+
+    folder = tmp_path_factory.mktemp("mlflow")
+    open_client(f"sqlite:///{folder / 'mlflow.db'}", folder)
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def project(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project's root with its own tracking database."""
+    root = tmp_path / "project"
+    root.mkdir()
+    shutil.copy2(empty_database, root / "mlflow.db")
+    monkeypatch.setenv("DVC_ROOT", str(root))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("MLFLOW_REGISTRY_URI", raising=False)
+    return root

@@ -1,0 +1,92 @@
+"""Make the embedded models again with one command: render, train, save, and write down how good each part is.
+
+    python tools/make_world.py               # everything; goes on from its checkpoints when it was stopped
+    python tools/make_world.py judge vae     # only these parts; parts that do not need each other can run side by side
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+import torch
+from diffusers import StableDiffusionPipeline
+from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
+from world import card, clip, unet, vae
+from world.captions import train_tokenizer
+from world.pictures import FRESH_SEEDS, SIZE, rendered, rendered_things
+from world.schedule import average_weights, minutes_spent
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("text", "judge", "vae", "unet", "save", "card")
+
+
+@click.command()
+@click.argument("parts", nargs=-1, type=click.Choice(PARTS))
+@click.option("--cache", type=click.Path(path_type=Path), default=ROOT / ".cache" / "world", help="Renders and checkpoints.")
+@click.option("--threads", default=os.cpu_count(), show_default=True, help="Threads of each training.")
+@click.option("--clip-minutes", default=6.0, show_default=True, help="Of one thread, for each of the two CLIPs.")
+@click.option("--vae-minutes", default=60.0, show_default=True)
+@click.option("--unet-minutes", default=85.0, show_default=True)
+def main(parts: tuple[str, ...], cache: Path, threads: int, clip_minutes: float, vae_minutes: float, unet_minutes: float) -> None:
+    """Render, train and save the embedded world."""
+    torch.set_num_threads(threads)
+    pictures, things = rendered(cache, per_style=12_000), rendered_things(cache, 2_000)
+    words = cache / "tokenizer"
+    tokenizer = CLIPTokenizer.from_pretrained(words) if words.exists() else train_tokenizer(words)
+    for part in parts or PARTS:
+        if part == "text":
+            clip.train("text", 11, 128, pictures, things, tokenizer, cache, clip_minutes)
+        elif part == "judge":
+            clip.train("judge", 12, 128, pictures, things, tokenizer, cache, clip_minutes)
+        elif part == "vae":
+            vae.train(pictures, cache, vae_minutes)
+        elif part == "unet":
+            text = _text_encoder(tokenizer, cache)
+            unet.train(pictures, vae.Patches(pictures), text, tokenizer, cache, unet_minutes)
+        elif part == "save":
+            save(tokenizer, cache)
+        else:
+            fresh = rendered(cache, per_style=800, first_seed=FRESH_SEEDS)
+            minutes = {name: minutes_spent(cache / f"{name}.pt") for name in ("text", "judge", "vae", "unet")}
+            card.write(ROOT / "models", ROOT / "docs" / "pictures", fresh, minutes)
+
+
+def _text_encoder(tokenizer: CLIPTokenizer, cache: Path) -> CLIPTextModel:
+    whole = clip.build(tokenizer, 128)
+    whole.load_state_dict(average_weights(cache / "text.pt"))
+    text = CLIPTextModel(whole.config.text_config)
+    text.load_state_dict({f"text_model.{k}": v for k, v in whole.text_model.state_dict().items()}, strict=False)
+    for name, value in text.state_dict().items():  # a mismatch of names must not leave random weights behind
+        assert torch.equal(value, whole.text_model.state_dict()[name.removeprefix("text_model.")]), name
+    return text.eval()
+
+
+def save(tokenizer: CLIPTokenizer, cache: Path) -> None:
+    """Write models/base and models/judge from the newest checkpoints, in half precision."""
+    judge = clip.build(tokenizer, 128)
+    judge.load_state_dict(average_weights(cache / "judge.pt"))
+    judge.half().save_pretrained(ROOT / "models" / "judge")
+    tokenizer.save_pretrained(ROOT / "models" / "judge")
+    CLIPImageProcessor(
+        size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    ).save_pretrained(ROOT / "models" / "judge")
+    autoencoder, denoiser = vae.build(), unet.build(128)
+    autoencoder.load_state_dict(average_weights(cache / "vae.pt"))
+    denoiser.load_state_dict(average_weights(cache / "unet.pt"))
+    pipeline = StableDiffusionPipeline(
+        vae=autoencoder,
+        text_encoder=_text_encoder(tokenizer, cache),
+        tokenizer=tokenizer,
+        unet=denoiser,
+        scheduler=unet.noise_schedule(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.to(dtype=torch.float16).save_pretrained(ROOT / "models" / "base")
+
+
+if __name__ == "__main__":
+    main()

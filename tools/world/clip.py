@@ -1,0 +1,90 @@
+"""Train a small CLIP: once for the base's text encoder, once, from other weights, for the judge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
+
+from bestiary.animals import Animal, by_folder, caption
+from world.captions import LENGTH, clear_caption
+from world.pictures import ANIMALS, SIZE, STYLES, THINGS, Pictures
+from world.schedule import Average, Clock, load_checkpoint, save_checkpoint
+
+
+def build(tokenizer: CLIPTokenizer, width: int) -> CLIPModel:
+    """The architecture with random weights: 64 patches of 8 x 8 pixels, texts of 16 tokens."""
+    shape = {"hidden_size": width, "intermediate_size": 3 * width, "num_attention_heads": width // 32}
+    special = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=LENGTH, num_hidden_layers=3, projection_dim=64, **special, **shape
+    )
+    vision = CLIPVisionConfig(image_size=SIZE, patch_size=8, num_hidden_layers=4, projection_dim=64, **shape)
+    return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=64))
+
+
+def tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+    """Token ids padded to the full length as Stable Diffusion pads them, (B, T)."""
+    return tokenizer(texts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt").input_ids
+
+
+def train(name: str, seed: int, width: int, pictures: Pictures, things: Pictures, tokenizer: CLIPTokenizer, folder: Path, minutes: float) -> CLIPModel:
+    """Contrastive training in which all captions of the same animal and style in a batch count as right."""
+    torch.manual_seed(seed)
+    model = build(tokenizer, width)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.05)
+    clock, average = Clock(minutes, 1e-3, warmup=0.05), Average(model, 0.995)
+    checkpoint = folder / f"{name}.pt"
+    load_checkpoint(checkpoint, model, average, optimizer, clock)
+    rng = np.random.default_rng([seed, clock.step])
+    for step in clock.steps(optimizer):
+        chosen, odd = rng.integers(0, len(pictures.pixels), 116), rng.integers(0, len(things.pixels), 12)
+        pixels = torch.cat([pictures.batch(chosen, rng.random(116) < 0.5), things.batch(odd)])  # (B, 3, H, W)
+        pixels = _weathered(pixels, rng)
+        animals, styles = pictures.animals[chosen], pictures.styles[chosen]
+        texts = [clear_caption(ANIMALS[a], STYLES[s], rng) for a, s in zip(animals, styles, strict=True)]
+        texts += [caption(Animal("", THINGS[k], ""), "a photo of {}") for k in things.animals[odd]]
+        groups = torch.from_numpy(np.concatenate([animals * 2 + styles, 1000 + things.animals[odd]]))
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(input_ids=tokens(tokenizer, texts), pixel_values=pixels)
+        logits = output.logits_per_image.float()  # (B, B)
+        same = (groups[:, None] == groups[None, :]).float()
+        target = same / same.sum(dim=1, keepdim=True)
+        loss = (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        model.logit_scale.data.clamp_(max=np.log(100.0))
+        average.update(model, step)
+        if step % 50 == 0:
+            print(f"{name} step {step} {clock.spent / 60:.1f} min loss {loss:.4f}", flush=True)
+        if step % 500 == 499:
+            save_checkpoint(checkpoint, model, average, optimizer, clock)
+    save_checkpoint(checkpoint, model, average, optimizer, clock)
+    model.load_state_dict(average.weights)
+    return model.eval()
+
+
+def _weathered(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """Pictures as a generator or a camera spoils them: soft, noisy, cropped; so that the judge looks at the animal."""
+    kind = rng.random()
+    if kind < 0.25:
+        small = int(rng.integers(24, 56))
+        pixels = functional.interpolate(pixels, size=small, mode="area")
+        pixels = functional.interpolate(pixels, size=SIZE, mode="bilinear", align_corners=False)
+    elif kind < 0.5:
+        pixels = pixels + float(rng.uniform(0.02, 0.15)) * torch.from_numpy(rng.standard_normal(pixels.shape, dtype=np.float32))
+    elif kind < 0.75:
+        keep = int(rng.integers(52, 64))
+        top, left = (int(v) for v in rng.integers(0, SIZE - keep + 1, 2))
+        pixels = pixels[:, :, top : top + keep, left : left + keep]
+        pixels = functional.interpolate(pixels, size=SIZE, mode="bilinear", align_corners=False)
+    return pixels * float(rng.uniform(0.85, 1.1)) + float(rng.uniform(-0.08, 0.08))

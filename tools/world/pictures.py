@@ -1,0 +1,72 @@
+"""The training pictures of the embedded models: rendered once by all cores, kept as memory-mapped arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from world.figures import LOOKS
+from world.scenes import Style, render
+from world.things import render_thing
+
+ANIMALS = tuple(LOOKS)
+STYLES: tuple[Style, ...] = ("drawing", "photo")
+SIZE = 64
+THINGS = ("landscape", "house", "car", "page of text")  # what is no animal
+# Where the seeds of each use begin, so that no picture serves two uses.
+TRAINING_SEEDS, FRESH_SEEDS, SAMPLE_SEEDS = 1_000_000, 50_000_000, 90_000_000
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Rendered pictures (N, H, W, 3) uint8 with the index of each one's animal (N,) and style (N,)."""
+
+    pixels: NDArray[np.uint8]
+    animals: NDArray[np.int64]
+    styles: NDArray[np.int64]
+
+    def batch(self, indices: NDArray[np.int64], flips: NDArray[np.bool_] | None = None) -> torch.Tensor:
+        """Pixels in -1..1, (B, 3, H, W), mirrored where `flips` says so."""
+        pixels = self.pixels[indices]
+        if flips is not None:
+            pixels = np.where(flips[:, None, None, None], pixels[:, :, ::-1], pixels)
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def rendered(folder: Path, per_style: int, first_seed: int = TRAINING_SEEDS) -> Pictures:
+    """`per_style` pictures of each style, all animals equally often; from `folder` if they are there already."""
+    index = np.arange(per_style * len(STYLES))
+    animals, styles = index % len(ANIMALS), index // per_style
+    jobs = [(ANIMALS[a], STYLES[s], first_seed + int(i)) for i, a, s in zip(index, animals, styles, strict=True)]
+    pixels = _kept(folder / f"pictures-{first_seed}-{per_style}.npy", render, jobs)
+    return Pictures(pixels, animals, styles)
+
+
+def rendered_things(folder: Path, count: int) -> Pictures:
+    """`count` pictures without an animal; `animals` holds the index of the thing."""
+    kinds = np.arange(count) % len(THINGS)
+    jobs = [(THINGS[kind], TRAINING_SEEDS + i) for i, kind in enumerate(kinds)]
+    return Pictures(_kept(folder / f"things-{count}.npy", render_thing, jobs), kinds, np.ones_like(kinds))
+
+
+def _kept(path: Path, draw: Callable[..., Image.Image], jobs: Sequence[tuple[Any, ...]]) -> NDArray[np.uint8]:
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.empty((len(jobs), SIZE, SIZE, 3), np.uint8)
+        with ProcessPoolExecutor() as pool:
+            drawn = pool.map(draw, *zip(*jobs, strict=True), chunksize=64)
+            for i, picture in enumerate(tqdm(drawn, total=len(jobs), desc="render", unit="picture")):
+                pixels[i] = picture
+        part = path.with_suffix(".part.npy")
+        np.save(part, pixels)
+        part.replace(path)
+    return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]

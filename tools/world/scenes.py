@@ -1,0 +1,101 @@
+"""Pictures of the drawn animals: a place, a style, light; the same seed gives the same picture."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter
+
+from world.figures import LOOKS, draw
+from world.shapes import Canvas, Colour
+
+Style = Literal["drawing", "photo"]
+Pixels = NDArray[np.float32]  # (H, W, 3), 0..255
+
+# A place: the colours above and below, and whether there is a ground to stand on.
+HABITATS: dict[str, tuple[Colour, Colour, bool]] = {
+    "grass": ((132, 196, 240), (92, 168, 62), True),
+    "savanna": ((250, 206, 140), (206, 170, 84), True),
+    "forest": ((60, 120, 84), (66, 92, 44), True),
+    "snow": ((150, 196, 232), (236, 242, 250), True),
+    "night": ((24, 30, 74), (58, 62, 92), False),
+    "lake": ((150, 206, 236), (64, 140, 176), True),
+    "sea": ((44, 148, 206), (10, 62, 122), False),
+    "sand": ((96, 186, 220), (236, 208, 146), True),
+    "flowers": ((176, 214, 150), (112, 166, 84), False),
+    "sky": ((72, 152, 232), (190, 222, 246), False),
+    "leaf": ((130, 186, 70), (66, 134, 46), False),
+}
+
+
+def render(animal: str, style: Style, seed: int, size: int = 64) -> Image.Image:
+    """One picture of `animal` (a class folder's name), RGB, size x size; everything random comes from `seed`."""
+    look = LOOKS[animal]
+    rng = np.random.default_rng(seed)
+    at_home = rng.random() < 0.8
+    place = look.habitat if at_home else str(rng.choice(sorted(HABITATS)))
+    tint = rng.uniform(-10, 10, 3)
+
+    def paint(colour: Colour) -> Colour:
+        value = np.asarray(colour, dtype=float) + tint
+        if style == "drawing":  # pastel: everything half way to white
+            value = value * 0.55 + 255 * 0.45
+        red, green, blue = (int(c) for c in value.clip(0, 255))
+        return red, green, blue
+
+    scale = 0.45 * look.size * rng.uniform(0.88, 1.04)
+    x, y = 0.5 + rng.uniform(-0.05, 0.05), 0.5 + rng.uniform(-0.03, 0.04)
+    canvas = Canvas(size, 4 if size <= 96 else 3, x, y, scale, rng.uniform(-0.08, 0.08), rng.random() < 0.5)
+    draw(canvas, look, paint, rng, detailed=style == "photo")
+    figure = np.asarray(canvas.image.resize((size, size), Image.Resampling.BOX), dtype=np.float32)
+    silhouette = canvas.silhouette.resize((size, size), Image.Resampling.BOX)
+    cover = np.asarray(silhouette, dtype=np.float32)[..., None] / 255  # (H, W, 1)
+    if style == "drawing":
+        paper = np.asarray(HABITATS[place][0], dtype=np.float32) * 0.25 + 255 * 0.75 + rng.uniform(-6, 6)
+        return _to_image(_over(figure, cover, np.broadcast_to(paper.astype(np.float32), figure.shape)))
+    ground = backdrop(place, size, rng)
+    if HABITATS[place][2]:
+        ground = ground * (1 - 0.45 * _shadow(size, x, y + scale * 0.86, scale))
+    return _to_image(_over(_lit(figure, silhouette, size), cover, ground) + rng.normal(0, 1.5, (size, size, 1)))
+
+
+def _over(figure: Pixels, cover: Pixels, ground: Pixels) -> Pixels:
+    # the canvas is black outside the animal, so its edge pixels already carry their share of colour
+    return figure * np.where(cover > 0, 1.0, 0.0) + ground * (1 - cover)
+
+
+def backdrop(place: str, size: int, rng: np.random.Generator) -> Pixels:
+    """An empty scene of the photo style, (size, size, 3)."""
+    above, below, grounded = HABITATS[place]
+    down = np.linspace(0, 1, size, dtype=np.float32)[:, None, None]  # (H, 1, 1)
+    horizon = rng.uniform(0.52, 0.68)
+    edge = 1 / (1 + np.exp(-(down - horizon) * 60)) if grounded else down
+    picture = np.asarray(above, np.float32) * (1 - edge) + np.asarray(below, np.float32) * edge
+    picture = picture * (1.08 - 0.16 * down) * np.ones((size, size, 1), np.float32)
+    clouds, texture = _blotches(5, size, rng), _blotches(14, size, rng)
+    return picture + 26 * clouds + 14 * texture * (edge if grounded else 0.6)
+
+
+def _blotches(cells: int, size: int, rng: np.random.Generator) -> Pixels:
+    grid = Image.fromarray(rng.integers(0, 256, (cells, cells), dtype=np.uint8))
+    return np.asarray(grid.resize((size, size), Image.Resampling.BICUBIC), np.float32)[..., None] / 127.5 - 1
+
+
+def _shadow(size: int, x: float, y: float, scale: float) -> Pixels:
+    rows, columns = np.mgrid[0:size, 0:size].astype(np.float32) / size
+    distance = ((columns - x) / (scale * 0.95)) ** 2 + ((rows - y) / (scale * 0.16)) ** 2
+    return np.clip(1.4 - distance, 0, 1)[..., None].astype(np.float32)
+
+
+def _lit(figure: Pixels, silhouette: Image.Image, size: int) -> Pixels:
+    """Light from above: the slope of the blurred silhouette stands for the roundness of the body."""
+    height = np.asarray(silhouette.filter(ImageFilter.GaussianBlur(size * 0.06)), np.float32) / 255
+    slope_y, slope_x = np.gradient(height)
+    light = (slope_y + 0.4 * slope_x) * size * 0.05
+    return figure * (1 + np.clip(light, -0.28, 0.28))[..., None]
+
+
+def _to_image(pixels: Pixels) -> Image.Image:
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bestiary.errors import BestiaryError
 
@@ -26,10 +26,26 @@ class Model(Section):
     revision: str | None
 
 
+class ScienceDB(Section):
+    dataset_id: str = Field(min_length=1)
+    version: str = Field(min_length=1)
+    connections: int = Field(gt=0, le=16)
+    retries: int = Field(ge=0)
+    timeout_s: float = Positive  # without a byte
+    allow_missing: float = Fraction  # share of the files
+
+
 class Dataset(Section):
     source: Literal["folder", "sciencedb"]
+    sciencedb: ScienceDB | None  # what that source needs
     classes: list[str] | None  # class folders to take; None takes all
     images_per_class: int | None = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _source_is_described(self) -> Dataset:
+        if self.source == "sciencedb" and self.sciencedb is None:
+            raise ValueError("the source sciencedb needs the section dataset.sciencedb")
+        return self
 
 
 class Clean(Section):
@@ -49,6 +65,11 @@ class Split(Section):
 
 class Encode(Section):
     flip: bool
+    augmented_variants: int = Field(ge=0)
+    rotation_degrees: float = Field(ge=0, le=180)
+    shift: float = Field(ge=0, le=0.5)
+    zoom: float = Field(ge=0, lt=1)
+    brightness: float = Field(ge=0, lt=1)
     resolution: int = Field(gt=0, multiple_of=8)
     batch_size: int = Positive
 
@@ -58,11 +79,21 @@ class Train(Section):
     alpha: float = Positive
     dropout: float = Fraction
     targets: list[str] = Field(min_length=1)
+    use_rslora: bool
+    use_dora: bool
     caption_dropout: float = Fraction
     min_snr_gamma: float | None = Field(gt=0)
+    huber_c: float | None = Field(gt=0)
+    noise_offset: float = Field(ge=0)
+    timestep_sampling: Literal["uniform", "stratified", "importance"]
     max_grad_norm: float = Positive
     weight_decay: float = Field(ge=0)
     ema_decay: float = Fraction
+    learning_rate_schedule: Literal["cosine", "linear", "constant"]
+    accumulation: int = Positive
+    gradient_checkpointing: bool
+    patience: int | None = Field(gt=0)
+    min_delta: float = Field(ge=0)
     steps: int = Positive
     batch_size: int = Positive
     learning_rate: float = Positive
@@ -74,7 +105,7 @@ class Train(Section):
 class Evaluate(Section):
     template: str = Field(pattern=r"\{\}")
     bootstrap_resamples: int = Positive
-    seeds: int = Positive
+    seeds: int = Field(ge=2)  # pictures a class
     steps: int = Positive
     guidance_scale: float = Field(ge=1.0)
     scheduler: Scheduler
@@ -156,4 +187,6 @@ def _explain(problem: Mapping[str, Any]) -> str:
         return "this key is not known"
     if problem["type"] == "missing":
         return "this key is missing"
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
     return f"{problem['msg'][0].lower()}{problem['msg'][1:]}, not {problem['input']!r}"

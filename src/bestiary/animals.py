@@ -1,0 +1,102 @@
+"""The 100 animals of the dataset and their words: class folder, English name, Chinese name, captions."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+
+from bestiary.errors import BestiaryError
+
+
+@dataclass(frozen=True)
+class Animal:
+    """One animal: its class folder, its English name in the singular, its Chinese name."""
+
+    folder: str
+    name: str
+    chinese: str
+
+    @property
+    def with_article(self) -> str:
+        """The name behind its indefinite article: "an antelope"."""
+        return f"{_article(self.name)} {self.name}"
+
+
+# Folder name as in the dataset, English name where it differs, Chinese name.
+_TABLE = """
+antelope 羚羊|badger 獾|bat 蝙蝠|bear 熊|bee 蜜蜂|beetle 甲虫|bison 野牛|boar 野猪|butterfly 蝴蝶|camel 骆驼
+capybara 水豚|cat 猫|caterpillar 毛毛虫|chimpanzee 黑猩猩|cockroach 蟑螂|cow 奶牛|coyote 郊狼|crab 螃蟹
+crocodile 鳄鱼|crow 乌鸦|deer 鹿|dog 狗|dolphin 海豚|donkey 驴|dragonfly 蜻蜓|duck 鸭子|eagle 鹰
+elephant 大象|flamingo 火烈鸟|fly 苍蝇|fox 狐狸|frog 青蛙|giraffe 长颈鹿|goat 山羊|goldfish 金鱼|goose 鹅
+gorilla 大猩猩|grasshopper 蚱蜢|hamster 仓鼠|hare 野兔|hedgehog 刺猬|hippopotamus 河马|hornbill 犀鸟
+horse 马|hummingbird 蜂鸟|hyena 鬣狗|jellyfish 水母|kangaroo 袋鼠|koala 考拉|ladybugs=ladybug 瓢虫
+leopard 豹|lion 狮子|lizard 蜥蜴|lobster 龙虾|mandrill 山魈|mantis 螳螂|mosquito 蚊子|moth 飞蛾|mouse 老鼠
+octopus 章鱼|orangutan 红毛猩猩|otter 水獭|owl 猫头鹰|panda 熊猫|pangolin 穿山甲|parrot 鹦鹉|peacock 孔雀
+pelecaniformes=pelican 鹈鹕|penguin 企鹅|pig 猪|pigeon 鸽子|platypus 鸭嘴兽|porcupine 豪猪|possum 负鼠
+pufferfish 河豚|raccoon 浣熊|reindeer 驯鹿|rhinoceros 犀牛|sandpiper 矶鹬|scallop 扇贝|scorpion 蝎子
+seahorse 海马|seal 海豹|shark 鲨鱼|sheep 绵羊|snake 蛇|sparrow 麻雀|spider 蜘蛛|squid 鱿鱼|squirrel 松鼠
+starfish 海星|swan 天鹅|tiger 老虎|turkey 火鸡|turtle 乌龟|walrus 海象|whale 鲸鱼|wombat 袋熊
+woodpecker 啄木鸟|zebra 斑马
+"""
+
+
+def _parse(entry: str) -> Animal:
+    words, chinese = entry.split()
+    folder, _, name = words.partition("=")
+    return Animal(folder, name or folder, chinese)
+
+
+ANIMALS: tuple[Animal, ...] = tuple(_parse(entry) for line in _TABLE.split("\n") if line for entry in line.split("|"))
+
+# `{}` takes the animal with its article, `{name}` the bare name behind an adjective, which has the article then.
+CAPTION_TEMPLATES: tuple[str, ...] = (
+    "a photo of {}",
+    "a high quality image of {}",
+    "a clear picture of {}",
+    "a realistic image of {}",
+    "a cute {name}",
+    "a wild {name} in its natural habitat",
+    "a close-up of {}",
+)
+
+_BY_FOLDER = {animal.folder: animal for animal in ANIMALS}
+
+
+def by_folder(folder: str) -> Animal:
+    """The animal of a class folder; a folder outside the 100 is somebody's own subject, named after its folder."""
+    name = re.sub(r"[_\-\s]+", " ", folder).strip() or folder
+    return _BY_FOLDER.get(folder) or Animal(folder, name, name)
+
+
+def find(text: str) -> Animal:
+    """The animal that `text` names: in English, in Chinese or by its class folder, in any letter case.
+
+    Raises BestiaryError with the nearest names when there is none.
+    """
+    wanted = re.sub(r"^(an?|the)\s+", "", " ".join(text.split()).casefold())
+    for animal in ANIMALS:
+        if wanted in (animal.name, animal.folder, animal.chinese):
+            return animal
+    names = [name for animal in ANIMALS for name in (animal.name, animal.folder)]
+    near = difflib.get_close_matches(wanted, dict.fromkeys(names), n=3, cutoff=0.6)
+    near = near or [animal.chinese for animal in ANIMALS if set(animal.chinese) & set(wanted)][:3]
+    hint = f"did you mean {' or '.join(near)}?" if near else "`bestiary animals` lists the 100 that there are."
+    raise BestiaryError(f"There is no animal {text!r}: {hint}")
+
+
+def caption(animal: Animal, template: str) -> str:
+    """`template` about `animal`, in right English.
+
+    `{}` becomes the animal with its article, in place of one that stands before it ("a photo of a {}" is well meant);
+    `{name}` becomes the bare name ("a cute {name}").
+    """
+    filled = re.sub(r"(?i:\ban? )?\{\}", lambda _: animal.with_article, template)
+    return filled.replace("{name}", animal.name)
+
+
+def _article(name: str) -> str:
+    # By sound: a unicorn, a European robin, an hour.
+    if re.match(r"(?i)(uni(?!m|n)|eu|ewe|one\b)", name):
+        return "a"
+    return "an" if re.match(r"(?i)[aeiou]|hour|heir|honest", name) else "a"

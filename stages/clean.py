@@ -1,0 +1,52 @@
+"""Keep the usable images of build/raw in build/clean, and say in reports/clean what was wrong with the others."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL.Image import Image
+
+from bestiary.data.cleaning import JudgeFunction, clean
+from bestiary.data.findings import count_kinds, read_overrides
+from bestiary.params import Model
+from pipeline import stage
+
+
+def judge_function(model: Model) -> JudgeFunction:
+    """The judge as cleaning wants it: a plain function."""
+    from bestiary.diffusion.base import device_and_dtype
+    from bestiary.evaluation.judge import Judge
+
+    judge = Judge.load(model.model, model.revision, device=str(device_and_dtype()[0]))
+
+    def probabilities(images: Sequence[Image], texts: Sequence[str]) -> NDArray[np.float32]:
+        return judge.probabilities(images, texts).numpy()
+
+    return probabilities
+
+
+def main() -> None:
+    with stage("clean") as (params, run):
+        started = time.perf_counter()
+        outcome = clean(
+            Path("build/raw"),
+            Path("build/clean"),
+            params.clean,
+            judge=None if params.clean.off_topic == "off" else judge_function(params.judge),
+            overrides=read_overrides(Path("overrides.csv")),
+            report=Path("reports/clean"),
+        )
+        run.report(
+            {
+                "images_in": outcome.images_in,
+                "images_kept": len(outcome.manifest),
+                "findings": count_kinds(outcome.findings),
+                "images_per_second": outcome.images_in / (time.perf_counter() - started),
+            }
+        )
+
+
+if __name__ == "__main__":
+    main()

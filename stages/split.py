@@ -1,0 +1,29 @@
+"""Divide build/clean into training and validation: build/split."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from bestiary.data.splitting import leaked_groups, split, write
+from pipeline import stage
+
+TEXT = {"path": str, "class": str, "animal": str, "group": str, "sha256": str}
+
+
+def main() -> None:
+    with stage("split") as (params, run):
+        manifest = pd.read_csv(Path("build/clean/manifest.csv"), dtype=TEXT, keep_default_na=False)
+        train, val = split(manifest, val_fraction=params.split.val_fraction, seed=params.seed)
+        write(Path("build/split"), train, val)
+        sides = {"train": train["class"].value_counts(), "val": val["class"].value_counts()}
+        per_class = {
+            name: {side: int(counts[name]) for side, counts in sides.items()}
+            for name in sorted(manifest["class"].unique())
+        }
+        run.report(
+            {"train": len(train), "val": len(val), "leaked_groups": leaked_groups(train, val), "per_class": per_class}
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+import io
+import stat
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from bestiary.data import archives
+from bestiary.data.archives import kind_of, unpack
+from bestiary.errors import BestiaryError
+
+HOSTILE = ["../outside.jpg", "cat/../../outside.jpg", "/tmp/outside.jpg", "C:\\outside.jpg", "cat\\..\\..\\outside.jpg"]
+
+
+def everything_below(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def zip_with(path: Path, files: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
+    return path
+
+
+def tar_with(path: Path, members: list[tarfile.TarInfo]) -> Path:
+    with tarfile.open(path, "w:gz") as archive:
+        for member in members:
+            archive.addfile(member, io.BytesIO(b"x" * member.size))
+    return path
+
+
+def test_files_come_out_with_their_paths_and_bytes(tmp_path: Path) -> None:
+    path = zip_with(tmp_path / "a.zip", {"Animal/cat/1.jpg": b"one", "Animal/cat/2 图.jpg": b"two"})
+    files, refused = unpack(path, tmp_path / "out", ".zip")
+    assert {name: file.read_bytes() for name, file in files} == {
+        "Animal/cat/1.jpg": b"one",
+        "Animal/cat/2 图.jpg": b"two",
+    }
+    assert refused == []
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_paths_that_lead_outside_are_refused(tmp_path: Path, name: str) -> None:
+    zipped = zip_with(tmp_path / "a.zip", {name: b"evil", "cat/good.jpg": b"good"})
+    tarred = tar_with(tmp_path / "a.tar.gz", [_member(name), _member("cat/good.jpg")])
+    before = everything_below(tmp_path)
+    for path, kind in ((zipped, ".zip"), (tarred, ".tar.gz")):
+        files, refused = unpack(path, tmp_path / "out" / kind, kind)
+        assert [name for name, _ in files] == ["cat/good.jpg"]
+        assert len(refused) == 1
+    assert all(path.startswith("out/") for path in everything_below(tmp_path) - before)
+
+
+def _member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", size: int = 3) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, link
+    member.size = size if kind == tarfile.REGTYPE else 0
+    return member
+
+
+def test_links_and_devices_are_refused(tmp_path: Path) -> None:
+    members = [
+        _member("cat/soft.jpg", tarfile.SYMTYPE, "/etc/passwd"),
+        _member("cat/hard.jpg", tarfile.LNKTYPE, "../../secret"),
+        _member("cat/device.jpg", tarfile.CHRTYPE),
+        _member("cat/pipe.jpg", tarfile.FIFOTYPE),
+        _member("cat/good.jpg"),
+    ]
+    files, refused = unpack(tar_with(tmp_path / "a.tar.gz", members), tmp_path / "out", ".tar.gz")
+    assert [name for name, _ in files] == ["cat/good.jpg"]
+    assert len(refused) == 4
+
+
+def test_a_link_in_a_zip_is_refused(tmp_path: Path) -> None:
+    link = zipfile.ZipInfo("cat/link.jpg")
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr(link, "/etc/passwd")
+    assert unpack(tmp_path / "a.zip", tmp_path / "out", ".zip") == ([], ["cat/link.jpg"])
+
+
+def test_strange_names_do_no_harm(tmp_path: Path) -> None:
+    names = ["cat/a\nb.jpg", "cat/" + "x" * 300 + ".jpg", "cat/con", "cat/A.jpg", "cat/a.jpg", "cat/ .jpg"]
+    tarred = tar_with(tmp_path / "a.tar.gz", [_member(name) for name in [*names, "cat/a.jpg"]])
+    files, _ = unpack(tarred, tmp_path / "out", ".tar.gz")
+    assert [name for name, _ in files] == [*names, "cat/a.jpg"]
+    assert len({file for _, file in files}) == 7
+
+
+def test_a_bomb_is_defused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archives, "MAX_RATIO_BELOW", 2**20)
+    path = zip_with(tmp_path / "a.zip", {f"cat/{number}.jpg": bytes(2**20) for number in range(40)})
+    with pytest.raises(BestiaryError, match="bomb"):
+        unpack(path, tmp_path / "out", ".zip")
+    assert everything_below(tmp_path) == {"a.zip"}
+
+
+def test_there_is_a_limit_to_one_file_and_to_their_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = zip_with(tmp_path / "a.zip", {"cat/1.jpg": b"12345", "cat/2.jpg": b"12345"})
+    monkeypatch.setattr(archives, "MAX_FILE_BYTES", 4)
+    with pytest.raises(BestiaryError, match="bomb"):
+        unpack(path, tmp_path / "out", ".zip")
+    monkeypatch.setattr(archives, "MAX_FILE_BYTES", 400)
+    monkeypatch.setattr(archives, "MAX_FILES", 1)
+    with pytest.raises(BestiaryError, match="more than 1 files"):
+        unpack(path, tmp_path / "out", ".zip")
+
+
+@pytest.mark.parametrize("kind", [".zip", ".tar", ".tar.gz", ".tar.bz2", ".tar.xz"])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_damaged_archive_is_said_in_one_sentence(tmp_path: Path, kind: str, share: float) -> None:
+    path = tmp_path / f"a{kind}"
+    if kind == ".zip":
+        zip_with(path, {f"cat/{number}.jpg": bytes(range(256)) * 40 for number in range(20)})
+    else:
+        with tarfile.open(path, f"w:{kind.removeprefix('.tar').removeprefix('.')}") as archive:
+            for number in range(20):
+                member = tarfile.TarInfo(f"cat/{number}.jpg")
+                member.size = 10240
+                archive.addfile(member, io.BytesIO(bytes(range(256)) * 40))
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(BestiaryError, match="cannot be unpacked"):
+        unpack(path, tmp_path / "out", kind)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("a.ZIP", ".zip"), ("a.tar.gz", ".tar.gz"), ("a.tgz", ".tgz"), ("a.jpg", None), ("a.rar", None)]
+)
+def test_kinds_are_known_by_their_names(name: str, kind: str | None) -> None:
+    assert kind_of(name) == kind

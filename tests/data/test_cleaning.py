@@ -1,0 +1,277 @@
+import csv
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from plant import NEAR, plant, recall, wrongly_dropped
+
+from bestiary import params
+from bestiary.data.cleaning import Outcome, clean
+from bestiary.data.images import open_rgb
+from bestiary.errors import BestiaryError
+
+Draw = Callable[..., Image.Image]
+
+SETTINGS = params.Clean(
+    min_side=32,
+    max_aspect_ratio=4.0,
+    near_duplicate_bits=12,
+    blank="quarantine",
+    blurred="flag",
+    exposure="flag",
+    off_topic="off",
+    off_topic_threshold=0.05,
+)
+
+
+def run(raw: Path, **keywords: object) -> Outcome:
+    return clean(raw, raw.parent / "clean", keywords.pop("settings", SETTINGS), **keywords)  # type: ignore[arg-type]
+
+
+def found(outcome: Outcome, path: str) -> list[tuple[str, str]]:
+    return [(finding.kind, finding.action) for finding in outcome.findings if finding.path == path]
+
+
+def gone(outcome: Outcome) -> set[str]:
+    return {finding.path for finding in outcome.findings if finding.action == "quarantined"}
+
+
+def test_good_images_are_kept_with_their_bytes(raw: Path) -> None:
+    outcome = run(raw)
+    assert outcome.findings == []
+    assert outcome.images_in == len(outcome.manifest) == 12
+    for path in raw.glob("*/*"):
+        assert (raw.parent / "clean" / path.relative_to(raw)).samefile(path)
+
+
+def test_the_manifest_says_what_there_is(raw: Path) -> None:
+    outcome = run(raw)
+    table = list(csv.DictReader((raw.parent / "clean" / "manifest.csv").open()))
+    assert list(table[0]) == ["path", "class", "animal", "group", "width", "height", "sha256"]
+    assert [row["path"] for row in table] == sorted(path.relative_to(raw).as_posix() for path in raw.glob("*/*"))
+    assert (table[0]["class"], table[0]["animal"], table[0]["width"], table[0]["height"]) == (
+        "cat",
+        "cat",
+        "160",
+        "120",
+    )
+    assert len(set(outcome.manifest["group"])) == 12
+
+
+def test_broken_files_are_quarantined_and_do_not_end_the_run(raw: Path) -> None:
+    content = (raw / "cat" / "0.jpg").read_bytes()
+    (raw / "cat" / "empty.jpg").touch()
+    (raw / "cat" / "page.jpg").write_bytes(b"<!doctype html><html></html>")
+    (raw / "cat" / "half.jpg").write_bytes(content[: len(content) // 2])
+    outcome = run(raw)
+    for name in ("empty", "page", "half"):
+        assert found(outcome, f"cat/{name}.jpg") == [("unreadable", "quarantined")]
+    assert len(outcome.manifest) == 12
+
+
+def test_a_wrong_extension_is_repaired_and_the_bytes_are_kept(raw: Path, picture: Draw) -> None:
+    picture(50).save(raw / "cat" / "really a png.jpg", "PNG")
+    outcome = run(raw)
+    assert found(outcome, "cat/really a png.jpg") == [("wrong extension", "repaired")]
+    assert (raw.parent / "clean/cat/really a png.png").samefile(raw / "cat" / "really a png.jpg")
+
+
+def test_what_is_not_plain_rgb_becomes_it(raw: Path, picture: Draw) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(51).save(raw / "cat" / "lying.jpg", exif=exif)
+    picture(52).convert("RGBA").save(raw / "cat" / "alpha.png")
+    picture(53).convert("CMYK").save(raw / "cat" / "print.jpg")
+    picture(54).save(raw / "cat" / "moving.gif", save_all=True, append_images=[picture(55)])
+    outcome = run(raw)
+    assert found(outcome, "cat/lying.jpg") == [("orientation", "converted")]
+    for name in ("lying.jpg", "alpha.png", "print.jpg", "moving.png"):
+        with Image.open(raw.parent / "clean" / "cat" / name) as image:
+            assert image.mode == "RGB"
+            assert image.getexif().get(0x0112, 1) == 1
+    assert open_rgb(raw.parent / "clean" / "cat" / "lying.jpg").size == (120, 160)
+    row = outcome.manifest.set_index("path").loc["cat/lying.jpg"]
+    assert (row["width"], row["height"]) == (120, 160)
+
+
+def test_names_that_meet_after_repair_both_live(raw: Path, picture: Draw) -> None:
+    picture(51).save(raw / "cat" / "one.png", "PNG")
+    picture(52).save(raw / "cat" / "one.jpg", "PNG")
+    outcome = run(raw)
+    names = [path for path in outcome.manifest["path"] if "one" in path]
+    assert len(names) == 2
+    assert "cat/one.png" in names
+
+
+def test_useless_shapes_and_blank_images_are_quarantined(raw: Path, picture: Draw) -> None:
+    picture(51, (200, 31)).save(raw / "cat" / "small.png")
+    picture(52, (200, 40)).save(raw / "cat" / "strip.png")
+    Image.new("RGB", (160, 120), "beige").save(raw / "cat" / "blank.png")
+    outcome = run(raw)
+    assert found(outcome, "cat/small.png") == [("too small", "quarantined")]
+    assert found(outcome, "cat/strip.png") == [("extreme aspect ratio", "quarantined")]
+    assert found(outcome, "cat/blank.png") == [("blank", "quarantined")]
+
+
+def test_the_parameters_decide_what_happens_to_blurred_and_dark_images(raw: Path, picture: Draw) -> None:
+    picture(51, (8, 6)).resize((160, 120), Image.Resampling.BICUBIC).save(raw / "cat" / "blurred.png")
+    picture(52).point(lambda level: level // 8).save(raw / "cat" / "dark.png")
+    outcome = run(raw)
+    assert found(outcome, "cat/blurred.png") == [("blurred", "flagged")]
+    assert found(outcome, "cat/dark.png") == [("dark", "flagged")]
+    strict = SETTINGS.model_copy(update={"blurred": "quarantine", "exposure": "off"})
+    outcome = run(raw, settings=strict)
+    assert found(outcome, "cat/blurred.png") == [("blurred", "quarantined")]
+    assert found(outcome, "cat/dark.png") == []
+
+
+def test_of_exact_duplicates_the_first_is_kept(raw: Path) -> None:
+    shutil.copyfile(raw / "cat" / "3.jpg", raw / "cat" / "0 copy.jpg")
+    outcome = run(raw)
+    assert gone(outcome) == {"cat/3.jpg"}
+    assert found(outcome, "cat/3.jpg") == [("exact duplicate", "quarantined")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("near duplicate", lambda image: image.resize((96, 72))),
+        ("near duplicate", lambda image: image.crop((6, 5, 155, 118))),
+        ("near duplicate", lambda image: image.convert("L")),
+        ("mirror image", ImageOps.mirror),
+    ],
+)
+def test_of_near_duplicates_the_larger_is_kept(
+    raw: Path, kind: str, change: Callable[[Image.Image], Image.Image]
+) -> None:
+    with Image.open(raw / "cat" / "3.jpg") as image:
+        change(image).save(raw / "cat" / "version.jpg", quality=60)
+    outcome = run(raw)
+    assert gone(outcome) == {"cat/version.jpg"}
+    assert found(outcome, "cat/version.jpg")[-1] == (kind, "quarantined")
+
+
+def test_a_better_copy_takes_the_place_of_a_worse_one(raw: Path) -> None:
+    with Image.open(raw / "cat" / "3.jpg") as image:
+        image.resize((320, 240), Image.Resampling.LANCZOS).save(raw / "cat" / "large.jpg")
+    assert gone(run(raw)) == {"cat/3.jpg"}
+
+
+def test_a_picture_in_two_classes_leaves_both_without_a_judge(raw: Path) -> None:
+    shutil.copyfile(raw / "cat" / "3.jpg", raw / "owl" / "cat.jpg")
+    outcome = run(raw)
+    assert gone(outcome) == {"cat/3.jpg", "owl/cat.jpg"}
+    assert {finding.kind for finding in outcome.findings} == {"conflict"}
+
+
+def _brightness_judge(images: Sequence[Image.Image], texts: Sequence[str]) -> NDArray[np.float32]:
+    """Believes that what is red is an owl and everything else a cat."""
+    assert texts[:2] == ["a photo of a cat", "a photo of an owl"]
+    table = np.zeros((len(images), len(texts)), np.float32)
+    for row, image in zip(table, images, strict=True):
+        red, _, blue = np.asarray(image, float).mean(axis=(0, 1))
+        row[1 if red > blue + 60 else 0] = 1.0
+    return table
+
+
+def _redden(folder: Path) -> None:
+    for path in folder.iterdir():
+        image = np.asarray(Image.open(path)).copy()
+        image[..., 0] = image[..., 0] // 2 + 127
+        image[..., 2] //= 4
+        Image.fromarray(image).save(path, quality=92)
+
+
+def test_the_judge_decides_between_two_classes(raw: Path) -> None:
+    _redden(raw / "owl")
+    shutil.copyfile(raw / "owl" / "3.jpg", raw / "cat" / "owl.jpg")
+    settings = SETTINGS.model_copy(update={"off_topic": "quarantine"})
+    outcome = run(raw, settings=settings, judge=_brightness_judge)
+    assert gone(outcome) == {"cat/owl.jpg"}
+    assert found(outcome, "cat/owl.jpg") == [("conflict", "quarantined")]
+
+
+@pytest.mark.parametrize(("policy", "action"), [("quarantine", "quarantined"), ("flag", "flagged")])
+def test_what_the_judge_does_not_believe_is_off_topic(raw: Path, picture: Draw, policy: str, action: str) -> None:
+    _redden(raw / "owl")
+    picture(60).save(raw / "owl" / "cat.jpg")
+    settings = SETTINGS.model_copy(update={"off_topic": policy})
+    outcome = run(raw, settings=settings, judge=_brightness_judge)
+    assert found(outcome, "owl/cat.jpg") == [("off topic", action)]
+    assert len(outcome.findings) == 1
+
+
+@pytest.mark.slow
+def test_the_result_does_not_depend_on_the_number_of_workers(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bestiary.data.inspection._FEW", 1)
+    plant(raw, 0.1)
+    alone = run(raw, workers=1)
+    together = run(raw, workers=3)
+    assert alone.findings == together.findings
+    assert alone.manifest.equals(together.manifest)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"cat/5.jpg": "drop"}, {"cat/5.jpg"}),
+        ({"cat/3 copy.jpg": "keep", "cat/3.jpg": "keep"}, set()),
+        ({"cat/3 small.jpg": "keep"}, {"cat/3.jpg"}),
+    ],
+)
+def test_a_person_has_the_last_word(raw: Path, overrides: Mapping[str, str], expected: set[str]) -> None:
+    if "cat/3 copy.jpg" in overrides:
+        shutil.copyfile(raw / "cat" / "3.jpg", raw / "cat" / "3 copy.jpg")
+    if "cat/3 small.jpg" in overrides:
+        with Image.open(raw / "cat" / "3.jpg") as image:
+            image.resize((96, 72)).save(raw / "cat" / "3 small.jpg")
+    outcome = run(raw, overrides=overrides)
+    assert gone(outcome) == expected
+
+
+def test_two_versions_kept_by_hand_share_a_group(raw: Path) -> None:
+    with Image.open(raw / "cat" / "3.jpg") as image:
+        image.resize((96, 72)).save(raw / "cat" / "small.jpg")
+    outcome = run(raw, overrides={"cat/3.jpg": "keep", "cat/small.jpg": "keep"})
+    groups = outcome.manifest.set_index("path")["group"]
+    assert groups["cat/3.jpg"] == groups["cat/small.jpg"]
+    assert len(set(groups)) == 12
+
+
+def test_what_was_thrown_out_can_be_looked_at(raw: Path) -> None:
+    plant(raw, 0.2)
+    outcome = run(raw, report=raw.parent / "report")
+    table = list(csv.DictReader((raw.parent / "report" / "findings.csv").open()))
+    assert list(table[0]) == ["path", "class", "kind", "detail", "action"]
+    assert len(table) == len(outcome.findings)
+    for finding in outcome.findings:
+        assert (raw.parent / "report" / f"{finding.kind.replace(' ', '_')}.png").exists()
+    for path in gone(outcome):
+        assert (raw.parent / "report" / "quarantine" / path).samefile(raw / path)
+
+
+def test_nothing_left_is_said_and_nothing_is_written(raw: Path) -> None:
+    for path in raw.glob("*/*"):
+        path.write_bytes(b"gone")
+    with pytest.raises(BestiaryError, match="None of the 12 images"):
+        run(raw)
+    assert [path.name for path in raw.parent.iterdir()] == ["raw"]
+
+
+def test_planted_faults_are_found_and_good_images_are_not(tmp_path: Path, picture: Draw) -> None:
+    for name in ("cat", "dog", "owl", "pig"):
+        (tmp_path / "raw" / name).mkdir(parents=True)
+        for number in range(25):
+            seed = sum(map(ord, name)) * 1000 + number
+            picture(seed, (128, 96)).save(tmp_path / "raw" / name / f"{number}.jpg", quality=90)
+    planted = plant(tmp_path / "raw", 0.06)
+    quarantined = gone(run(tmp_path / "raw"))
+    assert recall(planted["broken"], quarantined) >= 0.95
+    assert recall(planted["exact"], quarantined) >= 0.95
+    for kind in NEAR:
+        assert recall(planted[kind], quarantined) >= 0.9, kind
+    assert wrongly_dropped(planted, quarantined) == set()

@@ -1,0 +1,173 @@
+import contextlib
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from bestiary.data.images import UnreadableImageError, contact_sheet, decode, open_rgb, right_extension
+
+Draw = Callable[..., Image.Image]
+
+
+def test_a_plain_image_needs_nothing(tmp_path: Path, picture: Draw) -> None:
+    picture(1).save(tmp_path / "a.jpg")
+    decoded = decode(tmp_path / "a.jpg")
+    assert (decoded.format, decoded.changes, decoded.image.mode) == ("JPEG", (), "RGB")
+
+
+def test_a_photograph_lying_on_its_side_is_put_upright(tmp_path: Path, picture: Draw) -> None:
+    upright = picture(1)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright.rotate(90, expand=True).save(tmp_path / "a.png", exif=exif)
+    decoded = decode(tmp_path / "a.png")
+    assert decoded.changes == ("orientation",)
+    assert np.array_equal(np.asarray(decoded.image), np.asarray(upright))
+
+
+def test_transparent_pixels_become_white(tmp_path: Path) -> None:
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("RGBA", (8, 8), (255, 0, 0, 128)).save(tmp_path / "half.png")
+    Image.new("P", (8, 8), 0).save(tmp_path / "index.png", transparency=0)
+    assert open_rgb(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    assert open_rgb(tmp_path / "half.png").getpixel((0, 0)) == (255, 127, 127)
+    assert open_rgb(tmp_path / "index.png").getpixel((0, 0)) == (255, 255, 255)
+    assert decode(tmp_path / "index.png").changes == ("alpha",)
+
+
+@pytest.mark.parametrize(
+    ("mode", "name", "change"),
+    [("CMYK", "a.jpg", "CMYK"), ("L", "a.jpg", "greyscale"), ("1", "a.png", "greyscale"), ("P", "a.gif", "palette")],
+)
+def test_other_colour_models_become_rgb(tmp_path: Path, picture: Draw, mode: str, name: str, change: str) -> None:
+    picture(1).convert(mode).save(tmp_path / name)
+    decoded = decode(tmp_path / name)
+    assert decoded.image.mode == "RGB"
+    assert decoded.changes == (change,)
+
+
+def test_16_bit_grey_keeps_its_brightness(tmp_path: Path) -> None:
+    values = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    decoded = decode(tmp_path / "a.png")
+    assert decoded.changes == ("16-bit",)
+    assert np.array_equal(np.asarray(decoded.image)[..., 0].ravel(), np.arange(256))
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png"])
+def test_an_animation_gives_its_first_frame(tmp_path: Path, picture: Draw, name: str) -> None:
+    first = picture(1)
+    first.save(tmp_path / name, save_all=True, append_images=[picture(2)], lossless=True)
+    decoded = decode(tmp_path / name)
+    assert "animated" in decoded.changes
+    assert np.abs(np.asarray(decoded.image, int) - np.asarray(first, int)).mean() < 12  # a GIF has 256 colours
+
+
+def test_a_colour_profile_is_taken_to_srgb_and_srgb_itself_is_left_alone(tmp_path: Path, picture: Draw) -> None:
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    picture(1).save(tmp_path / "srgb.png", icc_profile=srgb)
+    assert decode(tmp_path / "srgb.png").changes == ()
+    # The sRGB profile with red and green exchanged, under another name: what it calls red is green.
+    swapped = srgb.replace(b"rXYZ", b"tmpX").replace(b"gXYZ", b"rXYZ").replace(b"tmpX", b"gXYZ")
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "other.png", icc_profile=_renamed(swapped))
+    decoded = decode(tmp_path / "other.png")
+    assert decoded.changes == ("colour profile",)
+    red, green, _ = decoded.image.getpixel((0, 0))
+    assert green > 200 > red
+
+
+def _renamed(profile: bytes) -> bytes:
+    return profile.replace("sRGB".encode("utf-16-be"), "Else".encode("utf-16-be")).replace(b"sRGB", b"Else")
+
+
+def test_a_broken_colour_profile_is_ignored(tmp_path: Path, picture: Draw) -> None:
+    picture(1).save(tmp_path / "a.png", icc_profile=b"no profile at all")
+    assert decode(tmp_path / "a.png").changes == ()
+
+
+def _bomb() -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "zero bytes"),
+        (b"<!DOCTYPE html><html><body>403</body></html>", "HTML in disguise"),
+        (b'{"code": 50000, "message": "internal error"}', "JSON in disguise"),
+        (b"Access denied, please come back later.\n", "text in disguise"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "XML or SVG"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "text in disguise"),
+        (bytes(range(256)) * 4, "unsupported format"),
+        (_bomb(), "decompression bomb"),
+    ],
+)
+def test_what_is_no_image_is_unreadable_and_says_why(tmp_path: Path, content: bytes, reason: str) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_bytes(content)
+    with pytest.raises(UnreadableImageError, match=reason):
+        open_rgb(path)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.bmp", "a.tif"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_a_truncated_file_is_unreadable(tmp_path: Path, picture: Draw, name: str, share: float) -> None:
+    path = tmp_path / name
+    picture(1).save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(UnreadableImageError):
+        open_rgb(path)
+
+
+def test_no_damage_raises_anything_else(tmp_path: Path, picture: Draw) -> None:
+    random = np.random.default_rng(0)
+    for name in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"):
+        buffer = io.BytesIO()
+        picture(1, (40, 30)).save(buffer, name)
+        for _ in range(60):
+            content = bytearray(buffer.getvalue())
+            for position in random.integers(0, len(content), 8):
+                content[position] = int(random.integers(256))
+            with contextlib.suppress(UnreadableImageError):
+                assert decode(tmp_path / "x", bytes(content)).image.mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    ("name", "file_format", "expected"),
+    [
+        ("a.jpg", "JPEG", "a.jpg"),
+        ("a.JPEG", "JPEG", "a.JPEG"),
+        ("a.jpg", "PNG", "a.png"),
+        ("a.png", "MPO", "a.jpg"),
+        ("no extension", "WEBP", "no extension.webp"),
+        ("v1.5", "JPEG", "v1.5.jpg"),
+    ],
+)
+def test_an_extension_says_what_the_file_is(name: str, file_format: str, expected: str) -> None:
+    assert right_extension(name, file_format) == expected
+
+
+def test_a_contact_sheet_has_room_for_its_images_and_labels(picture: Draw) -> None:
+    rows = [[picture(1), picture(2, (400, 300))], [picture(3)]]
+    bare = contact_sheet(rows, cell=100)
+    labelled = contact_sheet(rows, ["tiger", "a long label that needs more lines"], ["base", "adapter"], cell=100)
+    assert bare.width >= 200
+    assert bare.height >= 200
+    assert labelled.width > bare.width
+    assert labelled.height > bare.height
+
+
+def test_a_contact_sheet_of_nothing_is_still_an_image() -> None:
+    assert contact_sheet([]).size[0] > 0

@@ -1,0 +1,350 @@
+import csv
+import io
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from server import HTML, ScienceDB, serving
+
+from bestiary import params
+from bestiary.data import sciencedb
+from bestiary.data.sciencedb import Downloaded, download
+from bestiary.errors import BestiaryError
+
+SETTINGS = params.ScienceDB(dataset_id="abc", version="V1", connections=4, retries=3, timeout_s=1.0, allow_missing=0.0)
+
+
+def image(name: str, size: int = 2000) -> bytes:
+    """Bytes that begin as a JPEG does."""
+    return b"\xff\xd8\xff\xe0" + random.Random(name).randbytes(size)
+
+
+def dataset(count: int = 3) -> dict[str, bytes]:
+    paths = [f"/V1/Animal/{name}/{name} {number} 图.jpg" for name in ("cat", "owl") for number in range(count)]
+    return {"/V1/readme.txt": b"hello", **{path: image(path) for path in paths}}
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ScienceDB]:
+    with serving(dataset()) as server:
+        monkeypatch.setenv("SCIENCEDB_API_URL", server.url)
+        monkeypatch.setenv("SCIENCEDB_DOWNLOAD_URL", server.url)
+        yield server
+
+
+class Run:
+    """Downloads into a folder, with pauses that are written down instead of slept."""
+
+    def __init__(self, folder: Path) -> None:
+        self.target, self.cache = folder / "raw", folder / "cache"
+        self.pauses: list[float] = []
+
+    def __call__(self, **keywords: object) -> Downloaded:
+        settings = keywords.pop("settings", SETTINGS)
+        return download(self.target, settings, cache=self.cache, sleep=self.pauses.append, **keywords)  # type: ignore[arg-type]
+
+    @property
+    def tree(self) -> dict[str, bytes]:
+        return {path.relative_to(self.target).as_posix(): path.read_bytes() for path in self.target.rglob("*.*")}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path)
+
+
+def expected(files: dict[str, bytes]) -> dict[str, bytes]:
+    return {"/".join(path.split("/")[-2:]): content for path, content in files.items() if path.endswith("jpg")}
+
+
+def test_the_dataset_comes_as_class_folders(server: ScienceDB, run: Run) -> None:
+    brought = run()
+    assert run.tree == expected(server.files)
+    assert brought.per_class == {"cat": 3, "owl": 3}
+    assert brought.missing_files == 0
+    assert len(brought.missing_classes) == 98
+    assert "tiger" in brought.missing_classes
+
+
+def test_a_second_run_fetches_nothing(server: ScienceDB, run: Run) -> None:
+    run()
+    before = server.requests.total()
+    run()
+    assert server.requests.total() == before
+    assert run.tree == expected(server.files)
+
+
+def test_a_file_that_has_changed_is_fetched_again(server: ScienceDB, run: Run) -> None:
+    run()
+    path = "/V1/Animal/cat/cat 0 图.jpg"
+    server.files[path] = image("another")
+    run()
+    assert run.tree["cat/cat 0 图.jpg"] == image("another")
+
+
+def test_the_list_of_addresses_is_used_when_the_tree_cannot_be_had(server: ScienceDB, run: Run) -> None:
+    server.tree_faults = ["always 50000"]
+    run()
+    assert run.tree == expected(server.files)
+
+
+@pytest.mark.parametrize("fault", ["null", "50000", "html", "500", "503", "429", "429 after", "hang up"])
+def test_a_listing_that_fails_once_is_asked_again(server: ScienceDB, run: Run, fault: str) -> None:
+    server.listing_faults = [fault, fault]
+    run()
+    assert run.tree == expected(server.files)
+    assert len(run.pauses) == 2
+
+
+def test_no_listing_at_all_is_said_in_one_sentence(server: ScienceDB, run: Run) -> None:
+    server.listing_faults = ["always 50000"]
+    with pytest.raises(
+        BestiaryError, match=r"does not list the dataset abc V1: code 50000, internal error; nor its"
+    ) as e:
+        run()
+    assert "\n" not in str(e.value)
+    assert not run.target.exists()
+
+
+def test_an_unknown_version_is_said_in_one_sentence(server: ScienceDB, run: Run) -> None:
+    server.files.clear()
+    server.ids.clear()
+    with pytest.raises(BestiaryError, match="it lists no files"):
+        run(settings=SETTINGS.model_copy(update={"version": "V9"}))
+
+
+def test_pages_are_put_together(server: ScienceDB, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sciencedb, "PAGE_SIZE", 2)
+    run()
+    assert run.tree == expected(server.files)
+
+
+def test_paging_that_repeats_neither_hangs_nor_loses_files(
+    server: ScienceDB, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sciencedb, "PAGE_SIZE", 2)
+    server.paging = "repeats"
+    run()  # by the list of addresses
+    assert run.tree == expected(server.files)
+    server.listing_faults = []
+    server.ids.clear()
+    with pytest.raises(BestiaryError, match="repeats the first 2 entries"):
+        run()
+
+
+@pytest.mark.parametrize(
+    "fault", ["500", "503", "429", "403", "html", "truncate", "wrong", "hang up", "wrong range", "hang"]
+)
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_download_that_fails_is_tried_again(server: ScienceDB, run: Run, fault: str, ranges: bool) -> None:
+    server.ranges = ranges
+    path = "/V1/Animal/cat/cat 1 图.jpg"
+    server.faults[path] = ["truncate", fault]
+    run()
+    assert run.tree == expected(server.files)
+    assert server.requests[path] in (2, 3)
+
+
+@pytest.mark.parametrize("md5", [True, False])
+@pytest.mark.parametrize("sizes", [True, False])
+def test_an_error_page_is_never_taken_for_a_file(server: ScienceDB, run: Run, md5: bool, sizes: bool) -> None:
+    server.md5, server.sizes = md5, sizes
+    server.faults["/V1/Animal/cat/cat 1 图.jpg"] = ["html", "html"]
+    run()
+    assert HTML not in run.tree.values()
+    assert run.tree == expected(server.files)
+
+
+def test_retry_after_is_kept_to(server: ScienceDB, run: Run) -> None:
+    server.faults["/V1/Animal/cat/cat 1 图.jpg"] = ["429 after"]
+    run()
+    assert run.pauses == [7.0]
+
+
+def test_a_partial_file_is_continued(server: ScienceDB, run: Run) -> None:
+    path = "/V1/Animal/cat/cat 1 图.jpg"
+    server.files[path] = image(path, 400_000)
+    server.faults[path] = ["truncate"]
+    run()
+    assert run.tree == expected(server.files)
+    assert len(server.asked) == 1
+    assert server.served[path] < 1.2 * len(server.files[path])
+
+
+def test_no_more_requests_at_once_than_there_are_connections(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(dataset(40)) as server:
+        server.bytes_per_second = 100_000
+        monkeypatch.setenv("SCIENCEDB_API_URL", server.url)
+        monkeypatch.setenv("SCIENCEDB_DOWNLOAD_URL", server.url)
+        run()
+        assert 1 < server.most_at_once <= 4
+
+
+def test_files_that_cannot_be_had_end_the_run_and_are_listed(server: ScienceDB, run: Run) -> None:
+    server.faults["/V1/Animal/cat/cat 1 图.jpg"] = ["always 404"]
+    server.faults["/V1/Animal/owl/owl 1 图.jpg"] = ["always 500"]
+    with pytest.raises(BestiaryError, match=r"2 of 6 files could not be had .*missing\.csv lists them"):
+        run()
+    rows = list(csv.DictReader((run.cache / "missing.csv").open(encoding="utf-8")))
+    assert [(row["path"].split("/")[-2], row["reason"]) for row in rows] == [("cat", "HTTP 404"), ("owl", "HTTP 500")]
+    assert not run.target.exists()
+    server.faults.clear()
+    run()
+    assert run.tree == expected(server.files)
+    assert not (run.cache / "missing.csv").exists()
+
+
+def test_a_share_of_missing_files_can_be_allowed(server: ScienceDB, run: Run) -> None:
+    server.faults["/V1/Animal/cat/cat 1 图.jpg"] = ["always 404"]
+    brought = run(settings=SETTINGS.model_copy(update={"allow_missing": 0.2}))
+    assert brought.missing_files == 1
+    assert brought.per_class == {"cat": 2, "owl": 3}
+
+
+def test_classes_and_images_can_be_limited(server: ScienceDB, run: Run) -> None:
+    server.files["/V1/Animal/pig/1.jpg"] = image("pig")
+    brought = run(classes=["cat", "owl"], images_per_class=2)
+    assert brought.per_class == {"cat": 2, "owl": 2}
+    assert server.requests.total() == 4
+    with pytest.raises(BestiaryError, match="names tiger, which the dataset on ScienceDB does not have"):
+        run(classes=["cat", "tiger"])
+
+
+@pytest.mark.parametrize("top", ["/V1", "/V1/Animal/Animal", "/V1/a/b c/数据"])
+def test_class_folders_are_found_at_any_depth(run: Run, monkeypatch: pytest.MonkeyPatch, top: str) -> None:
+    files = {path.replace("/V1/Animal", top): content for path, content in dataset().items()}
+    with serving(files) as server:
+        monkeypatch.setenv("SCIENCEDB_API_URL", server.url)
+        monkeypatch.setenv("SCIENCEDB_DOWNLOAD_URL", server.url)
+        run()
+        assert run.tree == expected(dataset())
+
+
+def test_folders_that_are_no_class_are_named(server: ScienceDB, run: Run) -> None:
+    server.files["/V1/Animal/dragon/1.jpg"] = image("dragon")
+    assert run().unknown_classes == ["dragon"]
+    assert not (run.target / "dragon").exists()
+
+
+def _zip(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for path, content in files.items():
+            archive.writestr(path, content)
+    return buffer.getvalue()
+
+
+def _tar(files: dict[str, bytes], mode: str) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=f"w:{mode}") as archive:
+        for path, content in files.items():
+            member = tarfile.TarInfo(path)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", [".zip", ".tar", ".tar.gz", ".tar.bz2", ".tar.xz"])
+@pytest.mark.parametrize("md5", [True, False])
+def test_archives_are_unpacked(run: Run, monkeypatch: pytest.MonkeyPatch, kind: str, md5: bool) -> None:
+    inside = {path.removeprefix("/V1/"): content for path, content in dataset().items()}
+    content = _zip(inside) if kind == ".zip" else _tar(inside, kind.removeprefix(".tar").removeprefix("."))
+    with serving({f"/V1/Animal{kind}": content}) as server:
+        server.md5 = server.sizes = md5
+        monkeypatch.setenv("SCIENCEDB_API_URL", server.url)
+        monkeypatch.setenv("SCIENCEDB_DOWNLOAD_URL", server.url)
+        run()
+        run()
+        assert server.requests.total() == 1
+    assert run.tree == expected(dataset())
+
+
+def test_an_archive_for_each_class_is_understood(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {f"/V1/{name}.zip": _zip({"1.jpg": image(name), "2.jpg": image(f"{name} 2")}) for name in ("cat", "owl")}
+    with serving(files) as server:
+        monkeypatch.setenv("SCIENCEDB_API_URL", server.url)
+        monkeypatch.setenv("SCIENCEDB_DOWNLOAD_URL", server.url)
+        assert run().per_class == {"cat": 2, "owl": 2}
+
+
+def test_an_archive_of_another_kind_says_what_to_do(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving({"/V1/Animal.rar": b"Rar!"}) as server:
+        monkeypatch.setenv("SCIENCEDB_API_URL", server.url)
+        with pytest.raises(BestiaryError, match=r"Animal\.rar, which cannot be unpacked here: download and unpack it"):
+            run()
+
+
+def test_two_downloads_do_not_share_a_cache_at_once(server: ScienceDB, run: Run) -> None:
+    run.cache.mkdir()
+    with FileLock(run.cache / "lock"), pytest.raises(BestiaryError, match="Another download is using"):
+        run()
+
+
+def _process(run: Run, server: ScienceDB) -> subprocess.Popen[str]:
+    code = f"""
+from pathlib import Path
+from bestiary import params
+from bestiary.data.sciencedb import download
+from bestiary.errors import BestiaryError
+settings = params.ScienceDB(dataset_id="abc", version="V1", connections=4, retries=3, timeout_s=5.0, allow_missing=0.0)
+try:
+    download(Path({str(run.target)!r}), settings, cache=Path({str(run.cache)!r}))
+except BestiaryError as error:
+    raise SystemExit(str(error))
+"""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(sciencedb.__file__).parents[2]),
+        "SCIENCEDB_API_URL": server.url,
+        "SCIENCEDB_DOWNLOAD_URL": server.url,
+    }
+    return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_goes_on_and_ends_with_the_same_tree(run: Run) -> None:
+    files = {path: content * 20 for path, content in dataset(12).items()}
+    dice = random.Random(1)
+    with serving(files) as server:
+        server.bytes_per_second = 2_000_000
+        for _ in range(4):
+            process = _process(run, server)
+            seen = server.requests.total()
+            while server.requests.total() == seen and process.poll() is None:
+                time.sleep(0.01)
+            time.sleep(dice.uniform(0, 0.15))
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+        server.bytes_per_second = None
+        finished = _process(run, server)
+        _, errors = finished.communicate()
+        assert finished.returncode == 0, errors
+        served = server.served.total()
+    assert run.tree == expected(files)
+    assert [path.name for path in run.target.parent.iterdir() if path.name.startswith(".")] == []
+    whole = sum(len(content) for path, content in files.items() if path.endswith("jpg"))
+    assert served <= whole + 4 * 4 * len(image("x")) * 20  # at most what was under way at each kill
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_how_to_go_on(run: Run) -> None:
+    with serving(dataset(30)) as server:
+        server.bytes_per_second = 20_000
+        process = _process(run, server)
+        while server.requests.total() < 5 and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "run the same again to go on" in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+    assert not run.target.exists()

@@ -1,0 +1,126 @@
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bestiary.data.splitting import TOLERANCE, leaked_groups, split, write
+from bestiary.errors import BestiaryError
+
+
+def manifest(groups: dict[str, list[str]]) -> pd.DataFrame:
+    """A manifest of classes with a group for each of their images."""
+    rows = [
+        {
+            "path": f"{name}/{number} {group}.jpg",
+            "class": name,
+            "animal": name,
+            "group": group,
+            "width": 64,
+            "height": 64,
+        }
+        for name, members in groups.items()
+        for number, group in enumerate(members)
+    ]
+    return pd.DataFrame(rows).assign(sha256="0" * 64)
+
+
+def singles(count: int, classes: int = 3) -> pd.DataFrame:
+    return manifest({f"class{c}": [f"{c}-{n}" for n in range(count)] for c in range(classes)})
+
+
+def sides(table: pd.DataFrame, seed: int = 0, val_fraction: float = 0.2) -> dict[str, str]:
+    train, val = split(table, val_fraction=val_fraction, seed=seed)
+    return {path: side for side, rows in (("train", train), ("val", val)) for path in rows["path"]}
+
+
+classes = st.dictionaries(
+    st.sampled_from(["cat", "dog", "owl", "pig"]),
+    st.lists(st.integers(0, 60).map(str), min_size=2, max_size=80),
+    min_size=2,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(groups=classes, val_fraction=st.floats(0.05, 0.6), seed=st.integers(0, 5))
+def test_every_image_has_one_side_and_no_group_two(
+    groups: dict[str, list[str]], val_fraction: float, seed: int
+) -> None:
+    table = manifest(groups)
+    try:
+        train, val = split(table, val_fraction=val_fraction, seed=seed)
+    except BestiaryError:
+        return  # nothing to divide without tearing a group
+    assert sorted([*train["path"], *val["path"]]) == sorted(table["path"])
+    assert leaked_groups(train, val) == 0
+    assert set(train["class"]) == set(val["class"]) == set(table["class"])
+    assert list(train.columns) == list(table.columns)
+
+
+@settings(max_examples=20, deadline=None)
+@given(count=st.integers(10, 200), val_fraction=st.sampled_from([0.1, 0.2, 0.5]), seed=st.integers(0, 9))
+def test_every_class_has_its_share(count: int, val_fraction: float, seed: int) -> None:
+    _, val = split(singles(count), val_fraction=val_fraction, seed=seed)
+    for number in val["class"].value_counts():
+        assert abs(number - val_fraction * count) <= max(TOLERANCE * count, 1) + 1
+
+
+@settings(max_examples=20, deadline=None)
+@given(order=st.randoms(use_true_random=False))
+def test_the_split_does_not_depend_on_the_order_of_the_rows(order: object) -> None:
+    table = singles(40)
+    shuffled = table.sample(frac=1, random_state=order.randrange(2**31))  # type: ignore[attr-defined]
+    assert sides(table) == sides(shuffled)
+
+
+def test_the_same_seed_gives_the_same_split_and_another_one_another() -> None:
+    table = singles(40)
+    assert sides(table, seed=1) == sides(table, seed=1)
+    assert sides(table, seed=1) != sides(table, seed=2)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_nobody_changes_sides_when_images_and_classes_are_added(seed: int) -> None:
+    before = sides(singles(400), seed)
+    after = sides(singles(600, classes=5), seed)
+    assert {path: after[path] for path in before} == before
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_in_small_classes_hardly_anybody_changes_sides(seed: int) -> None:
+    before = sides(singles(40, classes=20), seed)
+    after = sides(singles(45, classes=20), seed)
+    assert sum(after[path] != side for path, side in before.items()) <= 0.01 * len(before)
+
+
+def test_a_group_across_classes_stays_on_one_side() -> None:
+    table = manifest({"cat": ["x", *map(str, range(20))], "owl": ["x", *map(str, range(30, 50))]})
+    train, val = split(table, val_fraction=0.2, seed=0)
+    assert leaked_groups(train, val) == 0
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ({"cat": ["a", "b"], "owl": ["c"]}, "owl has one image"),
+        ({"cat": ["a", "b", "c"]}, "only one class"),
+        ({"cat": ["a", "b"], "owl": ["c", "c", "c"]}, "All images of owl are near-duplicates"),
+        ({}, "no images"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused_in_a_sentence(groups: dict[str, list[str]], message: str) -> None:
+    table = manifest(groups) if groups else singles(1).iloc[:0]
+    with pytest.raises(BestiaryError, match=message):
+        split(table, val_fraction=0.2, seed=0)
+
+
+def test_both_tables_are_written_with_all_columns(tmp_path: Path) -> None:
+    table = singles(20)
+    train, val = split(table, val_fraction=0.2, seed=0)
+    write(tmp_path / "split", train, val)
+    back = pd.concat(
+        [pd.read_csv(tmp_path / "split" / f"{side}.csv", dtype={"sha256": str}) for side in ("train", "val")]
+    )
+    assert sorted(back["path"]) == sorted(table["path"])
+    assert list(back.columns) == ["path", "class", "animal", "group", "width", "height", "sha256"]

@@ -1,0 +1,83 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from bestiary.errors import BestiaryError
+from bestiary.params import load_params
+
+PARAMS = Path(__file__).parents[1] / "params.yaml"
+
+Edit = Callable[[dict[str, Any]], None]
+
+
+@pytest.fixture
+def edited(tmp_path: Path) -> Callable[[Edit], Path]:
+    """A copy of the project's params.yaml with something changed in it."""
+
+    def edit(change: Edit) -> Path:
+        content = yaml.safe_load(PARAMS.read_text(encoding="utf-8"))
+        change(content)
+        path = tmp_path / "params.yaml"
+        path.write_text(yaml.safe_dump(content), encoding="utf-8")
+        return path
+
+    return edit
+
+
+@pytest.mark.parametrize("profile", ["sample", "sciencedb"])
+def test_both_profiles_are_valid(edited: Callable[[Edit], Path], profile: str) -> None:
+    params = load_params(edited(lambda content: content.update(profile=profile)))
+    assert params.profile == profile
+    assert params.dataset.source == ("folder" if profile == "sample" else "sciencedb")
+    assert params.train.rank > 0
+
+
+def test_the_sample_is_the_default() -> None:
+    assert load_params(PARAMS).profile == "sample"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content["train"].update(rnak=4), r"train\.rnak .*not known"),
+        (lambda content: content.update(colour="red"), "colour .*not known"),
+        (lambda content: content["profiles"]["sample"]["encode"].update(size=1), r"encode\.size .*not known"),
+        (lambda content: content["train"].update(rank="four"), r"train\.rank .*integer, not 'four'"),
+        (lambda content: content["train"].update(rank=4.5), r"train\.rank .*4\.5"),
+        (lambda content: content["train"].update(rank=0), r"train\.rank .*greater than 0"),
+        (lambda content: content["split"].update(val_fraction=1.5), r"split\.val_fraction"),
+        (lambda content: content["clean"].update(off_topic="maybe"), r"clean\.off_topic .*'maybe'"),
+        (lambda content: content["evaluate"].update(template="a photo"), r"evaluate\.template"),
+        (lambda content: content["train"].pop("rank"), r"train\.rank .*missing"),
+        (lambda content: content.pop("seed"), r"seed .*missing"),
+        (lambda content: content.update(profile="samples"), "no profile 'samples'; choose one of sample, sciencedb"),
+        (lambda content: content.pop("profile"), "no profile None"),
+        (
+            lambda content: content["train"].update(steps=5),
+            r"profiles\.sample\.train\.steps stands outside the profile too",
+        ),
+        (lambda content: content["profiles"]["sample"].update(train=3), r"profiles\.sample\.train must be a table"),
+    ],
+)
+def test_a_mistake_is_named_with_its_key(edited: Callable[[Edit], Path], change: Edit, message: str) -> None:
+    with pytest.raises(BestiaryError, match=message) as caught:
+        load_params(edited(change))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [1,", "not valid YAML"), ("", "holds no parameters"), ("- 1", "holds no parameters")]
+)
+def test_a_file_that_is_no_table_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(BestiaryError, match=message):
+        load_params(path)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BestiaryError, match="does not exist"):
+        load_params(tmp_path / "params.yaml")

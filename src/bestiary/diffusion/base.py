@@ -1,0 +1,210 @@
+"""The base: Stable Diffusion's parts, from a folder or the Hugging Face hub, on the device and in the dtype that suit.
+
+Shapes in this package: B batch, C latent channels, H, W pixels, h, w latents, T tokens, D text features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bestiary.errors import BestiaryError
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+# What this project reads of a base, and what its hash covers: a README or another precision beside it is not.
+FILES = (
+    "scheduler/scheduler_config.json",
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors",
+    "tokenizer/*",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+)
+
+
+def device_and_dtype() -> tuple[torch.device, torch.dtype]:
+    """The best device here and the dtype that it computes well in.
+
+    bfloat16 only where the GPU has it in hardware; a CPU computes in float32, because one without AMX is
+    fifty times slower in bfloat16.
+    """
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.device("cuda"), torch.bfloat16 if native else torch.float16
+    if torch.backends.mps.is_available():
+        return torch.device("mps"), torch.float32
+    return torch.device("cpu"), torch.float32
+
+
+def base_folder(model: str | Path, revision: str | None = None) -> Path:
+    """The local folder of a base: `model` itself, or the hub's snapshot of it (downloaded on first use).
+
+    Raises BestiaryError when it is neither here nor can be had from the hub.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    # "models/base" has the form of a hub id too: what stands in a folder of this project is meant as a path.
+    if folder.is_absolute() or len(folder.parts) != 2 or Path(folder.parts[0]).is_dir():
+        raise BestiaryError(f"The base {model} does not exist: it is neither a folder nor an owner/name on the hub.")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(str(model), revision=revision, allow_patterns=list(FILES)))
+    except (OSError, ValueError) as error:
+        raise BestiaryError(
+            f"The base {model} is not on this machine and cannot be fetched from the Hugging Face hub "
+            f"({type(error).__name__}): connect once, or give a folder."
+        ) from None
+
+
+def base_sha256(model: str | Path, revision: str | None = None) -> str:
+    """SHA-256 over the names and contents of the base's files that this project reads."""
+    folder = base_folder(model, revision)
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in FILES for path in folder.glob(pattern) if path.is_file()):
+        with path.open("rb") as file:
+            digest.update(f"{path.relative_to(folder).as_posix()}\0".encode())
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def load_unet(
+    model: str | Path, revision: str | None = None, *, dtype: torch.dtype = torch.float32
+) -> UNet2DConditionModel:
+    """The base's UNet, frozen, in evaluation mode, on the CPU."""
+    from diffusers import UNet2DConditionModel
+
+    return _load_weights(UNet2DConditionModel, "unet", model, revision, dtype=dtype)
+
+
+def load_vae(model: str | Path, revision: str | None = None, *, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
+    """The base's autoencoder, frozen, in evaluation mode, on the CPU."""
+    from diffusers import AutoencoderKL
+
+    return _load_weights(AutoencoderKL, "vae", model, revision, dtype=dtype)
+
+
+def load_text(
+    model: str | Path, revision: str | None = None, *, dtype: torch.dtype = torch.float32
+) -> tuple[CLIPTokenizer, CLIPTextModel]:
+    """The base's tokenizer and its text encoder, frozen, in evaluation mode, on the CPU."""
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    tokenizer = _load(lambda folder: CLIPTokenizer.from_pretrained(folder), "tokenizer", model, revision)
+    return tokenizer, _load_weights(CLIPTextModel, "text_encoder", model, revision, dtype=dtype)
+
+
+def load_scheduler(model: str | Path, revision: str | None = None) -> DDPMScheduler:
+    """The base's noise schedule with its prediction type, as the DDPM process that training follows."""
+    from diffusers import DDPMScheduler
+
+    return _load(lambda folder: DDPMScheduler.from_pretrained(folder), "scheduler", model, revision)
+
+
+def load_pipeline(
+    model: str | Path,
+    revision: str | None = None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> StableDiffusionPipeline:
+    """The whole base as a pipeline, by default on the best device.
+
+    Raises BestiaryError when a part is missing or broken.
+    """
+    with _quiet():
+        from diffusers import StableDiffusionPipeline
+
+    best_device, best_dtype = device_and_dtype()
+    device = torch.device(device or best_device)
+    dtype = dtype or (best_dtype if device.type == best_device.type else torch.float32)
+    tokenizer, text_encoder = load_text(model, revision, dtype=dtype)
+    parts = {
+        "vae": load_vae(model, revision, dtype=dtype),
+        "text_encoder": text_encoder,
+        "tokenizer": tokenizer,
+        "unet": load_unet(model, revision, dtype=dtype),
+        "scheduler": load_scheduler(model, revision),
+    }
+    with _quiet():
+        pipeline = StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+@torch.inference_mode()
+def encode_text(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, texts: Sequence[str]) -> torch.Tensor:
+    """The text encoder's features of each text: (B, T, D), on its device.
+
+    Raises BestiaryError for a text that is longer than the encoder's T tokens: its end would be ignored.
+    """
+    longest = tokenizer.model_max_length
+    for text, ids in zip(texts, tokenizer(list(texts)).input_ids, strict=True):
+        if len(ids) > longest:
+            raise BestiaryError(f"This text has {len(ids)} tokens and the base reads {longest}: {text!r}.")
+    ids = tokenizer(
+        list(texts), padding="max_length", max_length=longest, truncation=True, return_tensors="pt"
+    ).input_ids
+    features: torch.Tensor = text_encoder(ids.to(text_encoder.device)).last_hidden_state  # (B, T, D)
+    return features
+
+
+def _load_weights(kind: Any, part: str, model: str | Path, revision: str | None, **options: Any) -> Any:
+    def load(folder: Path) -> Any:
+        loaded, report = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
+        # A loader only warns of weights that are not in the file, and leaves them random.
+        if report["missing_keys"]:
+            raise ValueError(f"{len(report['missing_keys'])} weights are not in the file")
+        return loaded.eval().requires_grad_(False)
+
+    return _load(load, part, model, revision)
+
+
+def _load(load: Callable[[Path], Any], part: str, model: str | Path, revision: str | None) -> Any:
+    folder = base_folder(model, revision) / part
+    if not folder.is_dir():
+        raise BestiaryError(f"The base {model} is incomplete: it has no {part}.")
+    try:
+        with _quiet():
+            return load(folder)
+    except Exception as error:  # the loaders raise anything: OSError, ValueError, KeyError, SafetensorError, ...
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise BestiaryError(
+            f"The base {model} is broken: its {part} does not load ({lines[0].rstrip('.')})."
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the loaders' own progress bars and advice off the user's screen; what is wrong is raised."""
+    import diffusers
+    import transformers
+
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for library, (verbosity, bars) in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+            if bars:
+                library.enable_progress_bar()

@@ -1,0 +1,26 @@
+"""Encode stage: every image through the autoencoder once, every caption through the text encoder once."""
+
+import time
+from pathlib import Path
+
+from bestiary.diffusion.latents import Augmentation, encode_images
+from pipeline import stage
+
+with stage("encode") as (params, run):
+    started, encode = time.perf_counter(), params.encode
+    counts = encode_images(
+        params.base.model,
+        Path("build/clean"),
+        {"train": Path("build/split/train.csv"), "val": Path("build/split/val.csv")},
+        Path("build/latents"),
+        resolution=encode.resolution,
+        flip=encode.flip,
+        batch_size=encode.batch_size,
+        augmentation=Augmentation(
+            encode.augmented_variants, encode.rotation_degrees, encode.shift, encode.zoom, encode.brightness
+        ),
+        revision=params.base.revision,
+        unfinished=Path(".cache/encode"),  # DVC empties build/latents before each run
+    )
+    seconds = time.perf_counter() - started
+    run.report({**counts, "images_per_second": sum(counts.values()) / seconds, "seconds": seconds})

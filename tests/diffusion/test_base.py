@@ -1,0 +1,112 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bestiary.diffusion.base import (
+    base_sha256,
+    device_and_dtype,
+    encode_text,
+    load_pipeline,
+    load_scheduler,
+    load_text,
+    load_unet,
+)
+from bestiary.errors import BestiaryError
+
+
+@pytest.fixture
+def copy(base: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(base, tmp_path / "copy"))
+
+
+def test_a_cpu_computes_in_float32() -> None:
+    device, dtype = device_and_dtype()
+    assert device.type != "cpu" or dtype == torch.float32
+
+
+def test_the_embedded_base_loads_as_a_pipeline(base_folder: Path) -> None:
+    pipeline = load_pipeline(base_folder, device="cpu")
+    assert pipeline.vae_scale_factor == 8
+    assert pipeline.unet.dtype == torch.float32
+    assert not any(parameter.requires_grad for parameter in pipeline.unet.parameters())
+
+
+def test_loading_prints_nothing(base: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    load_pipeline(base, device="cpu")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("model", ["models/nothing", "/nowhere/base", "nothing"])
+def test_a_missing_base_is_a_plain_sentence(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])  # where models/ is a folder, so models/nothing is no hub id
+    with pytest.raises(BestiaryError, match=f"The base {model} does not exist"):
+        load_unet(model)
+
+
+def test_a_hub_id_without_a_network_is_a_plain_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(BestiaryError, match="not on this machine and cannot be fetched"):
+        load_unet("nobody/nothing")
+
+
+def test_a_base_without_a_part_is_a_plain_sentence(copy: Path) -> None:
+    shutil.rmtree(copy / "vae")
+    with pytest.raises(BestiaryError, match="incomplete: it has no vae"):
+        load_pipeline(copy)
+
+
+def test_a_cut_off_weight_file_is_a_plain_sentence(copy: Path) -> None:
+    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(BestiaryError, match=r"broken: its unet does not load .*\.$"):
+        load_unet(copy)
+
+
+@pytest.mark.parametrize("part", ["unet/diffusion_pytorch_model", "text_encoder/model"])
+def test_weights_that_are_not_in_the_file_are_noticed(copy: Path, part: str) -> None:
+    file = copy / f"{part}.safetensors"
+    weights = load_file(file)
+    weights.pop(sorted(weights)[0])
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(BestiaryError, match="1 weights are not in the file"):
+        load_pipeline(copy)
+
+
+def test_weights_of_another_shape_are_noticed(copy: Path) -> None:
+    config = json.loads((copy / "unet" / "config.json").read_text())
+    (copy / "unet" / "config.json").write_text(json.dumps(config | {"cross_attention_dim": 48}))
+    with pytest.raises(BestiaryError, match="broken: its unet"):
+        load_unet(copy)
+
+
+def test_the_hash_covers_the_weights_and_not_what_lies_beside_them(copy: Path, base: Path) -> None:
+    (copy / "README.md").write_text("a model card")
+    (copy / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"another precision")
+    assert base_sha256(copy) == base_sha256(base)
+    weights = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    assert base_sha256(copy) != base_sha256(base)
+
+
+def test_the_schedule_keeps_what_the_base_predicts(base: Path, v_prediction_base: Path) -> None:
+    assert load_scheduler(base).config.prediction_type == "epsilon"
+    assert load_scheduler(v_prediction_base).config.prediction_type == "v_prediction"
+
+
+def test_a_text_too_long_for_the_encoder_is_a_plain_sentence(base: Path) -> None:
+    parts = load_text(base)
+    assert encode_text(*parts, ["", "a zebra"]).shape == (2, 77, 32)
+    with pytest.raises(BestiaryError, match=r"has 82 tokens and the base reads 77"):
+        encode_text(*parts, ["z" * 80])
+
+
+def test_the_features_are_those_of_the_pipeline(base: Path) -> None:
+    pipeline = load_pipeline(base, device="cpu")
+    ours = encode_text(pipeline.tokenizer, pipeline.text_encoder, ["a zebra"])
+    theirs, _ = pipeline.encode_prompt("a zebra", "cpu", 1, False)
+    assert torch.equal(ours, theirs)

@@ -1,0 +1,124 @@
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bestiary.diffusion.adapter import FILE_NAME, apply_adapter, inject, read_provenance, save_adapter
+from bestiary.diffusion.base import load_pipeline, load_unet
+from bestiary.diffusion.conversion import convert, read
+from bestiary.errors import BestiaryError
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    unet = load_unet(base)
+    parameters = inject(unet, rank=2, alpha=5, dropout=0.0, targets=["to_q", "to_k", "to_v", "to_out.0"], seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in parameters:
+        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    return save_adapter(unet, tmp_path_factory.mktemp("adapter"), {"base": "somewhere"})
+
+
+def original_pickle(adapter: Path, path: Path) -> Path:
+    """The same weights as the original system saved its own: a torch zip under a safetensors name, without alpha."""
+    weights = {
+        f"base_model.model.{key.removeprefix('unet.').replace('.weight', '.default.weight')}": value
+        for key, value in load_file(adapter).items()
+    }
+    torch.save(weights, path)
+    return path
+
+
+def output(base: Path, load: str, adapter: Path) -> torch.Tensor:
+    pipeline = load_pipeline(base, device="cpu")
+    if load == "here":
+        apply_adapter(pipeline, adapter)
+    else:
+        pipeline.load_lora_weights(str(adapter.parent), weight_name=adapter.name)
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        latents = torch.randn(1, 4, 8, 8, generator=generator)
+        text = torch.randn(1, 4, 32, generator=generator)
+        sample: torch.Tensor = pipeline.unet(latents, torch.tensor([500]), text).sample
+    return sample
+
+
+def test_to_kohya_and_back_is_exact_to_the_byte(adapter: Path, tmp_path: Path) -> None:
+    kohya = convert(adapter, tmp_path / "kohya.safetensors", "kohya")
+    back = convert(kohya, tmp_path / "back", "diffusers")
+    assert back.name == FILE_NAME
+    assert back.read_bytes() == adapter.read_bytes()
+
+
+def test_kohya_files_hold_the_true_alpha_and_draw_the_same_in_diffusers_own_loader(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    kohya = convert(adapter, tmp_path / "kohya.safetensors", "kohya")
+    weights = load_file(kohya)
+    assert {float(value) for key, value in weights.items() if key.endswith(".alpha")} == {5.0}
+    assert "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0.lora_down.weight" in weights
+    torch.testing.assert_close(output(base, "there", kohya), output(base, "here", adapter), atol=1e-6, rtol=0)
+
+
+def test_the_original_systems_pickle_is_read_with_its_alpha(base: Path, adapter: Path, tmp_path: Path) -> None:
+    pickled = original_pickle(adapter, tmp_path / "clip-31.475.safetensors")
+    found = read(pickled)
+    assert (found.config["r"], found.config["lora_alpha"]) == (2, 16.0)
+    converted = convert(pickled, tmp_path / "converted", "diffusers", alpha=5.0)
+    assert torch.equal(output(base, "here", converted), output(base, "here", adapter))
+
+
+def test_a_peft_folder_is_read_with_its_config(base: Path, adapter: Path, tmp_path: Path) -> None:
+    weights = {f"base_model.model.{key.removeprefix('unet.')}": value for key, value in load_file(adapter).items()}
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    config = {"r": 2, "lora_alpha": 5, "target_modules": targets, "peft_type": "LORA"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    converted = convert(tmp_path, tmp_path / "converted", "diffusers")
+    assert torch.equal(output(base, "here", converted), output(base, "here", adapter))
+    assert read_provenance(converted) == {}
+
+
+def test_a_file_without_alpha_asks_for_it(adapter: Path, tmp_path: Path) -> None:
+    save_file(load_file(adapter), tmp_path / "bare.safetensors")
+    with pytest.raises(BestiaryError, match="say it with --alpha"):
+        read(tmp_path / "bare.safetensors")
+    assert read(tmp_path / "bare.safetensors", alpha=5.0).config["lora_alpha"] == 5.0
+
+
+class Attack:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return Path.touch, (self.mark,)  # type: ignore[return-value]
+
+
+def test_code_in_a_pickle_is_refused_and_never_runs(tmp_path: Path) -> None:
+    torch.save({"base_model.model.x": Attack(tmp_path / "ran")}, tmp_path / "attack.safetensors")
+    with pytest.raises(BestiaryError, match="holds code or objects besides tensors"):
+        read(tmp_path / "attack.safetensors")
+    (tmp_path / "bare.safetensors").write_bytes(pickle.dumps(Attack(tmp_path / "ran")))
+    with pytest.raises(BestiaryError, match="is not a readable safetensors file"):
+        read(tmp_path / "bare.safetensors")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pickle"])
+def test_a_truncated_file_is_refused(adapter: Path, tmp_path: Path, form: str) -> None:
+    whole = adapter if form == "safetensors" else original_pickle(adapter, tmp_path / "whole.safetensors")
+    data = whole.read_bytes()
+    (tmp_path / "half.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(BestiaryError, match=r"half\.safetensors is"):
+        convert(tmp_path / "half.safetensors", tmp_path / "out.safetensors", "kohya")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_text_encoders_weights_are_refused(adapter: Path, tmp_path: Path) -> None:
+    weights = {**load_file(adapter), "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(2, 2)}
+    save_file(weights, tmp_path / "with-text.safetensors")
+    with pytest.raises(BestiaryError, match="something else than a UNet's LoRA"):
+        read(tmp_path / "with-text.safetensors")

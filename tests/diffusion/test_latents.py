@@ -1,0 +1,181 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import CLASSES, manifests
+from PIL import Image, ImageOps
+
+from bestiary.animals import CAPTION_TEMPLATES
+from bestiary.data.images import open_rgb
+from bestiary.diffusion.base import encode_text, load_text, load_vae
+from bestiary.diffusion.latents import (
+    NO_AUGMENTATION,
+    Augmentation,
+    LatentCache,
+    augment,
+    encode_images,
+    prepare,
+)
+from bestiary.errors import BestiaryError
+
+HOW = {"resolution": 32, "flip": True, "batch_size": 4}
+
+
+def pixels(path: Path) -> torch.Tensor:
+    array = np.asarray(prepare(Image.open(path).convert("RGB"), 32), dtype=np.float32)
+    return torch.from_numpy(array).permute(2, 0, 1)[None] / 127.5 - 1
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_each_image_keeps_the_autoencoders_mean_and_deviation(
+    base: Path, pictures: Path, latents: Path, split: str
+) -> None:
+    vae = load_vae(base)
+    cache = LatentCache.open(latents, split)
+    assert cache.images["path"].tolist() == pd.read_csv(manifests(pictures)[split])["path"].tolist()
+    for image, path in enumerate(cache.images["path"]):
+        for variant, picture in enumerate([pixels(pictures / path), pixels(pictures / path).flip(3)]):
+            posterior = vae.encode(picture).latent_dist
+            mean, std = cache.posterior(image, variant)
+            torch.testing.assert_close(mean, posterior.mean[0] * 0.18215, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(std, posterior.std[0] * 0.18215, rtol=1e-4, atol=1e-5)
+
+
+def test_an_oblong_picture_gives_its_centre_square() -> None:
+    picture = Image.new("RGB", (120, 60), "red")
+    picture.paste("blue", (30, 0, 90, 60))
+    assert all(blue > 200 for _, _, blue in prepare(picture, 30).get_flattened_data())
+
+
+def test_every_caption_is_encoded_once_and_the_first_is_empty(base: Path, latents: Path) -> None:
+    cache = LatentCache.open(latents, "train")
+    assert cache.captions["caption"].tolist()[0] == ""
+    assert "a photo of an antelope" in cache.captions["caption"].tolist()
+    assert len(cache.features) == 1 + len(CLASSES) * len(CAPTION_TEMPLATES)
+    assert all(len(cache.captions_of(name)) == len(CAPTION_TEMPLATES) for name in CLASSES)
+    expected = encode_text(*load_text(base), cache.captions["caption"].tolist())
+    torch.testing.assert_close(cache.features, expected)
+
+
+def test_without_flip_there_is_one_variant(base: Path, pictures: Path, tmp_path: Path) -> None:
+    encode_images(base, pictures, manifests(pictures), tmp_path, **HOW | {"flip": False})
+    assert LatentCache.open(tmp_path, "train").variants == 1
+
+
+def test_encoding_again_gives_the_same_bytes(base: Path, pictures: Path, latents: Path, tmp_path: Path) -> None:
+    encode_images(base, pictures, manifests(pictures), tmp_path, **HOW)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in latents.iterdir())
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == (latents / path.name).read_bytes()
+
+
+def test_more_images_than_a_shard_holds(
+    base: Path, pictures: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bestiary.diffusion.latents.SHARD_IMAGES", 4)
+    encode_images(base, pictures, manifests(pictures), tmp_path, **HOW)
+    cache, whole = LatentCache.open(tmp_path, "train"), LatentCache.open(latents, "train")
+    assert [len(shard["mean"]) for shard in cache.shards] == [4, 4, 4, 3]
+    monkeypatch.undo()
+    expected = [whole.posterior(image, 1)[0] for image in range(15)]
+    monkeypatch.setattr("bestiary.diffusion.latents.SHARD_IMAGES", 4)
+    for image in range(15):
+        torch.testing.assert_close(cache.posterior(image, 1)[0], expected[image], rtol=1e-4, atol=1e-5)
+
+
+def test_an_encoding_that_was_killed_goes_on_where_it_was(
+    base: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bestiary.diffusion.latents.SHARD_IMAGES", 4)
+    opened: list[Path] = []
+
+    def open_some(path: Path) -> Image.Image:
+        opened.append(path)
+        if len(opened) == 10:
+            raise KeyboardInterrupt
+        return open_rgb(path)
+
+    monkeypatch.setattr("bestiary.diffusion.latents.open_rgb", open_some)
+    how = HOW | {"unfinished": tmp_path / "unfinished"}
+    with pytest.raises(KeyboardInterrupt):
+        encode_images(base, pictures, manifests(pictures), tmp_path / "out", **how)
+    assert not (tmp_path / "out").exists()
+    encode_images(base, pictures, manifests(pictures), tmp_path / "out", **how)
+    assert len(opened) < 10 + 21
+    assert not list((tmp_path / "unfinished").iterdir())
+    encode_images(base, pictures, manifests(pictures), tmp_path / "whole", **HOW)
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+
+
+def test_augmented_variants_differ_and_stay_the_same_for_the_same_image(
+    base: Path, pictures: Path, tmp_path: Path
+) -> None:
+    augmentation = Augmentation(variants=2, rotation_degrees=10, shift=0.05, zoom=0.1, brightness=0.1)
+    for folder in ("first", "second"):
+        encode_images(base, pictures, manifests(pictures), tmp_path / folder, **HOW | {"augmentation": augmentation})
+    first, second = (LatentCache.open(tmp_path / folder, "train") for folder in ("first", "second"))
+    assert first.variants == 4
+    means = [first.posterior(0, variant)[0] for variant in range(4)]
+    assert len({mean.numpy().tobytes() for mean in means}) == 4
+    assert torch.equal(first.posterior(3, 3)[0], second.posterior(3, 3)[0])
+
+
+def test_an_augmentation_without_any_change_gives_the_picture_itself_or_its_mirror_image(pictures: Path) -> None:
+    picture = prepare(Image.open(pictures / "zebra" / "0.png"), 32)
+    seen = {augment(picture, NO_AUGMENTATION, np.random.default_rng(seed)).tobytes() for seed in range(8)}
+    assert seen == {picture.tobytes(), ImageOps.mirror(picture).tobytes()}
+
+
+def test_an_augmentation_moves_and_lights_the_picture(pictures: Path) -> None:
+    picture = Image.new("RGB", (64, 64), (100, 100, 100))
+    lit = Augmentation(variants=1, rotation_degrees=0, shift=0, zoom=0, brightness=0.5)
+    levels = [augment(picture, lit, np.random.default_rng(seed)).getpixel((5, 5))[0] for seed in range(20)]
+    assert 50 <= min(levels) < 90
+    assert 110 < max(levels) <= 150
+    picture.paste((255, 0, 0), (28, 28, 36, 36))
+    moved = Augmentation(variants=1, rotation_degrees=20, shift=0.2, zoom=0.3, brightness=0)
+    result = np.asarray(augment(picture, moved, np.random.default_rng(1)))
+    assert result.shape == (64, 64, 3)
+    assert (result != np.asarray(picture)).any()
+
+
+@pytest.mark.parametrize(
+    ("split", "kept", "sentence"),
+    [
+        ("train", [], "There is no image in the train split"),
+        ("val", [], "There is no image in the val split"),
+        ("train", ["zebra", "antelope"], "The class ladybugs has no image to train on"),
+    ],
+)
+def test_an_empty_split_or_class_is_a_plain_sentence(
+    base: Path, pictures: Path, tmp_path: Path, split: str, kept: list[str], sentence: str
+) -> None:
+    table = pd.read_csv(pictures / f"{split}.csv")
+    table[table["class"].isin(kept)].to_csv(tmp_path / "less.csv", index=False)
+    with pytest.raises(BestiaryError, match=sentence):
+        encode_images(base, pictures, manifests(pictures) | {split: tmp_path / "less.csv"}, tmp_path / "out", **HOW)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_resolution_that_the_base_cannot_take_is_a_plain_sentence(base: Path, pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(BestiaryError, match=r"encode.resolution is 30; the base needs a multiple of 4"):
+        encode_images(base, pictures, manifests(pictures), tmp_path, **HOW | {"resolution": 30})
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut off", "shard lost"])
+def test_broken_latents_are_a_plain_sentence(latents: Path, tmp_path: Path, damage: str) -> None:
+    copy = Path(shutil.copytree(latents, tmp_path / "latents"))
+    shard = copy / "train-00000.safetensors"
+    match damage:
+        case "missing":
+            shutil.rmtree(copy)
+        case "cut off":
+            shard.write_bytes(shard.read_bytes()[:1000])
+        case "shard lost":
+            shard.unlink()
+    with pytest.raises(BestiaryError, match="run the encode stage"):
+        LatentCache.open(copy, "train")

@@ -1,0 +1,60 @@
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+
+from bestiary.diffusion.base import load_scheduler, load_unet
+from bestiary.diffusion.batches import ValidationGrid
+from bestiary.diffusion.latents import LatentCache
+from bestiary.diffusion.objective import prediction_error, pseudo_huber, snr_weights, squared, validation_loss
+
+Caches = tuple[LatentCache, LatentCache]
+
+
+def test_two_measurements_of_the_same_weights_are_equal(base: Path, caches: Caches) -> None:
+    unet, scheduler, accelerator = load_unet(base), load_scheduler(base), Accelerator()
+    grid = ValidationGrid(caches[1], 1000)
+    found = [
+        validation_loss(unet, scheduler, grid, DataLoader(grid, 4), caches[1].features, accelerator) for _ in range(2)
+    ]
+    assert found[0] == found[1]
+
+
+def test_min_snr_weighs_as_the_paper_says(base: Path, v_prediction_base: Path) -> None:
+    timesteps = torch.tensor([0, 500, 999])
+    for chosen, divisor in ((base, lambda snr: snr), (v_prediction_base, lambda snr: snr + 1)):
+        scheduler = load_scheduler(chosen)
+        alphas = scheduler.alphas_cumprod[timesteps]
+        snr = alphas / (1 - alphas)
+        expected = torch.minimum(snr, torch.tensor(5.0)) / divisor(snr)
+        torch.testing.assert_close(snr_weights(scheduler, timesteps, 5.0), expected)
+        assert snr_weights(scheduler, timesteps, None).tolist() == [1, 1, 1]
+
+
+def test_the_loss_is_of_what_the_base_predicts(base: Path, v_prediction_base: Path, caches: Caches) -> None:
+    grid = ValidationGrid(caches[1], 1000)
+    batch = next(iter(DataLoader(grid, 4)))
+    for chosen in (base, v_prediction_base):
+        scheduler = load_scheduler(chosen)
+        alphas = scheduler.alphas_cumprod[batch["timesteps"]].view(-1, 1, 1, 1)
+        target = {
+            "epsilon": batch["noise"],
+            "v_prediction": alphas.sqrt() * batch["noise"] - (1 - alphas).sqrt() * batch["latents"],
+        }[scheduler.config.prediction_type]
+
+        class Oracle:
+            def __init__(self, sample: torch.Tensor) -> None:
+                self.sample = sample
+
+            def __call__(self, *inputs: object) -> "Oracle":
+                return self
+
+        error = prediction_error(Oracle(target + 2), scheduler, batch, caches[1].features)
+        torch.testing.assert_close(error, torch.full_like(target, 2))
+
+
+def test_the_huber_loss_is_squared_for_small_errors_and_linear_for_large_ones() -> None:
+    small, large = torch.full((2, 4, 8, 8), 1e-3), torch.full((2, 4, 8, 8), 100.0)
+    torch.testing.assert_close(pseudo_huber(small, 0.1), squared(small), rtol=1e-3, atol=0)
+    torch.testing.assert_close(pseudo_huber(large, 0.1), torch.full((2,), 2 * 0.1 * 100), rtol=1e-2, atol=0)

@@ -1,0 +1,71 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from bestiary.diffusion.adapter import inject
+from bestiary.diffusion.base import load_pipeline
+from bestiary.diffusion.sampling import SCHEDULERS, generate
+from bestiary.errors import BestiaryError
+
+HOW = {"steps": 4, "guidance_scale": 3.0, "scheduler": "dpmsolver++", "batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def pipeline(base: Path) -> StableDiffusionPipeline:
+    return load_pipeline(base, device="cpu")
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_a_picture_depends_on_its_prompt_and_seed_alone(pipeline: StableDiffusionPipeline, scheduler: str) -> None:
+    prompts, seeds = ["a zebra", "a cat", "a zebra"], [3, 4, 5]
+    how = HOW | {"scheduler": scheduler}
+    together = generate(pipeline, prompts, seeds, **how)
+    for prompt, seed, image in zip(prompts, seeds, together, strict=True):
+        alone = generate(pipeline, [prompt], [seed], **how)[0]
+        # Another batch size may round another way, by one level of 255.
+        assert np.abs(np.asarray(image, int) - np.asarray(alone, int)).max() <= 1
+    again = generate(pipeline, prompts, seeds, **how)
+    assert [image.tobytes() for image in again] == [image.tobytes() for image in together]
+
+
+def test_a_pipeline_in_half_precision_draws_with_an_adapter_too(base: Path) -> None:
+    pipeline = load_pipeline(base, device="cpu", dtype=torch.bfloat16)
+    plain = generate(pipeline, ["a zebra"], [0], **HOW)[0].tobytes()
+    parameters = inject(pipeline.unet, rank=2, alpha=2, dropout=0.0, targets=["to_q", "to_v"], seed=0)
+    for parameter in parameters:
+        parameter.data.fill_(0.3)
+    assert generate(pipeline, ["a zebra"], [0], **HOW)[0].tobytes() != plain
+
+
+def test_another_seed_or_prompt_gives_another_picture(pipeline: StableDiffusionPipeline) -> None:
+    images = generate(pipeline, ["a zebra", "a zebra", "a cat"], [0, 1, 0], **HOW)
+    assert len({image.tobytes() for image in images}) == 3
+
+
+def test_the_resolution_is_the_bases_own_unless_told(pipeline: StableDiffusionPipeline) -> None:
+    assert generate(pipeline, ["a cat"], [0], **HOW)[0].size == (32, 32)
+    assert generate(pipeline, ["a cat"], [0], resolution=48, **HOW)[0].size == (48, 48)
+    with pytest.raises(BestiaryError, match="33 is not a multiple of 4"):
+        generate(pipeline, ["a cat"], [0], resolution=33, **HOW)
+
+
+def test_progress_counts_to_the_end_and_can_stop_the_work(pipeline: StableDiffusionPipeline) -> None:
+    seen: list[tuple[int, int]] = []
+    generate(pipeline, ["a cat"] * 3, [0, 1, 2], progress=lambda *now: seen.append(now), **HOW)
+    assert seen == [(2, 12), (4, 12), (6, 12), (8, 12), (9, 12), (10, 12), (11, 12), (12, 12)]
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(pipeline, ["a cat"], [0], progress=stop, **HOW)
+
+
+def test_an_unknown_scheduler_and_too_long_a_prompt_are_plain_sentences(pipeline: StableDiffusionPipeline) -> None:
+    with pytest.raises(BestiaryError, match="no scheduler 'magic'; choose one of ddpm, ddim"):
+        generate(pipeline, ["a cat"], [0], **HOW | {"scheduler": "magic"})
+    with pytest.raises(BestiaryError, match="tokens and the base reads 77"):
+        generate(pipeline, ["cat " * 40], [0], **HOW)

@@ -1,0 +1,110 @@
+"""What the reports show: figures, sheets of pictures, tables."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from PIL import Image
+
+from bestiary.data.images import contact_sheet
+from bestiary.files import write_atomically
+
+CELL = 96  # pixels a picture on a sheet
+
+
+def confusion_matrix(counts: pd.DataFrame, path: Path) -> None:
+    """What was asked for (rows) against what the judge sees (columns), as a heat map."""
+    side = 3 + 0.22 * len(counts)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
+    numbers = counts.to_numpy()
+    share = numbers / numbers.sum(axis=1, keepdims=True)
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(len(counts)), labels=list(counts.columns), rotation=90)
+    axes.set_yticks(range(len(counts)), labels=list(counts.index))
+    if len(counts) <= 30:  # more would be too small to read
+        for row, column in zip(*np.nonzero(numbers), strict=True):
+            colour = "white" if share[row, column] > 0.5 else "black"
+            axes.text(column, row, numbers[row, column], ha="center", va="center", color=colour, fontsize=7)
+    axes.set(xlabel="the judge sees", ylabel="asked for", title="Pictures of the adapter")
+    _save(figure, path)
+
+
+def class_differences(per_class: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Adapter minus base for each class, with 95 % intervals, the largest gain on top."""
+    names = sorted(per_class, key=lambda name: float(per_class[name]["delta"]["clip_score"]["mean"]))
+    figure = Figure(figsize=(8, 1.5 + 0.22 * len(names)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, key, label in zip(panels, ("clip_score", "top1"), ("CLIP score", "top-1, points"), strict=True):
+        deltas = [per_class[name]["delta"][key] for name in names]
+        means = [delta["mean"] for delta in deltas]
+        # A percentile interval of a skewed sample may leave out its mean.
+        below = [max(0.0, delta["mean"] - delta["ci95"][0]) for delta in deltas]
+        above = [max(0.0, delta["ci95"][1] - delta["mean"]) for delta in deltas]
+        axes.errorbar(means, range(len(names)), xerr=[below, above], fmt="o", markersize=4, capsize=2)
+        axes.axvline(0, color="grey", linewidth=1)
+        axes.set(xlabel=f"adapter - base: {label}")
+        axes.grid(axis="y", alpha=0.3)
+    panels[0].set_yticks(range(len(names)), labels=names)
+    _save(figure, path)
+
+
+def base_beside_adapter(rows: Sequence[tuple[str, Sequence[Image.Image], Sequence[Image.Image]]], path: Path) -> None:
+    """One row an animal (name, pictures of the base, pictures of the adapter from the same noise)."""
+    columns = [f"{name} {index + 1}" for name in ("base", "adapter") for index in range(len(rows[0][1]))]
+    pictures = [[*base, *adapter] for _, base, adapter in rows]
+    save_picture(contact_sheet(pictures, [name for name, _, _ in rows], columns, cell=CELL), path)
+
+
+def closest(pairs: Sequence[tuple[float, Image.Image, Image.Image]], path: Path) -> None:
+    """Pairs (cosine, generated picture, nearest training image), one a column."""
+    rows = [[generated for _, generated, _ in pairs], [image for _, _, image in pairs]]
+    columns = [f"{cosine:.3f}" for cosine, _, _ in pairs]
+    save_picture(contact_sheet(rows, ["generated", "nearest in training"], columns, cell=CELL), path)
+
+
+def quality_against_cost(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Seconds a picture against CLIP score and against the distance to the converged picture, a line a scheduler."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panels = figure.subplots(1, 2)
+    labels = {"quality": "CLIP score", "distance_to_converged": "difference from the converged picture (RMS, 0-255)"}
+    for axes, (key, label) in zip(panels, labels.items(), strict=True):
+        lines: dict[tuple[str, int, bool], list[Mapping[str, Any]]] = {}
+        for row in rows:
+            if row[key] is not None:
+                lines.setdefault((row["scheduler"], row["batch"], row["fused"]), []).append(row)
+        for (scheduler, batch, fused), points in lines.items():
+            points.sort(key=lambda row: int(row["steps"]))
+            seconds = [row["p50_s"] / row["batch"] for row in points]
+            name = f"{scheduler}, batch {batch}" + ("" if fused else ", adapter not fused")
+            axes.plot(seconds, [row[key] for row in points], marker="o", label=name)
+            for row, x in zip(points, seconds, strict=True):
+                axes.annotate(str(row["steps"]), (x, row[key]), fontsize=7, xytext=(3, 3), textcoords="offset points")
+        axes.set(xlabel="seconds a picture (median); the numbers are steps", ylabel=label, xscale="log")
+        axes.grid(alpha=0.3)
+    panels[0].legend(fontsize=7)
+    _save(figure, path)
+
+
+def save_picture(image: Image.Image, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    write_atomically(path, buffer.getvalue())
+
+
+def save_table(table: pd.DataFrame, path: Path) -> None:
+    """Write a CSV, whole or not at all."""
+    write_atomically(path, table.to_csv(index=False).encode())
+
+
+def _save(figure: Figure, path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    write_atomically(path, buffer.getvalue())

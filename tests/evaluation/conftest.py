@@ -1,0 +1,30 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from bestiary.diffusion.adapter import inject, save_adapter
+from bestiary.diffusion.base import load_pipeline, load_unet
+from bestiary.evaluation.judge import Judge
+
+
+@pytest.fixture(scope="session")
+def judge(judge_folder: Path) -> Judge:
+    return Judge.load(str(judge_folder))
+
+
+@pytest.fixture
+def pipeline(base_folder: Path):
+    return load_pipeline(base_folder, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def adapter(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter for the embedded base that changes every picture, with random weights."""
+    unet = load_unet(base_folder)
+    random = torch.Generator().manual_seed(1)
+    for parameter in inject(unet, rank=2, alpha=4, dropout=0.0, targets=["to_q", "to_v"], seed=0):
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=random)
+    folder = tmp_path_factory.mktemp("adapter")
+    save_adapter(unet, folder, {})
+    return folder

@@ -1,0 +1,393 @@
+"""The `bestiary` command. Heavy libraries load inside the commands that need them, so that help comes at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from bestiary.errors import BestiaryError
+from bestiary.settings import SAMPLERS, Settings, finish, read_settings
+
+if TYPE_CHECKING:
+    from bestiary.params import Params
+
+CHAMPION = "models:/bestiary@champion"
+SCORE_NAMES = {
+    "clip_score": "CLIP score",
+    "top1": "named right, %",
+    "top5": "right in 5, %",
+    "cmmd": "CMMD (lower is better)",
+}
+
+
+class Group(click.Group):
+    """Commands in the order in which a newcomer needs them."""
+
+    def list_commands(self, _: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="bestiary", message="%(version)s")
+def cli() -> None:
+    """Teach Stable Diffusion your own animals, and draw them.
+
+    WHAT names an adapter: models:/bestiary@champion, models:/bestiary/3, a folder, a .safetensors file, or none.
+    """
+
+
+base_option = click.option("--base", metavar="MODEL", help="Base to use instead of the one that the adapter names.")
+
+
+def colour_option(name: str) -> Any:
+    return click.option(f"--{name}", default=1.0, type=click.FloatRange(0.1, 3), help=f"{name.capitalize()}, 0.1 to 3.")
+
+
+@cli.command()
+@click.argument("animals", nargs=-1, metavar="ANIMAL...")
+@click.option("--prompt", metavar="TEXT", help="Draw this text instead of animals.")
+@click.option(
+    "--like", type=click.Path(path_type=Path), metavar="PNG", help="Make this picture again, by its settings."
+)
+@click.option("--adapter", "what", default=CHAMPION, show_default=True, metavar="WHAT", help="Adapter to draw with.")
+@base_option
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="The first picture's.")
+@click.option("--count", default=1, show_default=True, type=click.IntRange(1, 10_000), help="Pictures of each.")
+@click.option("--steps", type=click.IntRange(1, 1000), help="Denoising steps.  [default: as evaluated]")
+@click.option("--guidance", type=click.FloatRange(1, 50), help="Guidance scale.  [default: as evaluated]")
+@click.option("--scheduler", type=click.Choice(list(SAMPLERS)), help="Sampler.  [default: as evaluated]")
+@click.option("--resolution", type=click.IntRange(8, 4096), help="Pixels a side.  [default: the base's]")
+@colour_option("contrast")
+@colour_option("saturation")
+@colour_option("brightness")
+@click.option("--out", default="pictures", show_default=True, type=click.Path(path_type=Path), help="Folder for them.")
+def generate(
+    animals: tuple[str, ...],
+    prompt: str | None,
+    like: Path | None,
+    what: str,
+    base: str | None,
+    seed: int,
+    count: int,
+    steps: int | None,
+    guidance: float | None,
+    scheduler: str | None,
+    resolution: int | None,
+    contrast: float,
+    saturation: float,
+    brightness: float,
+    out: Path,
+) -> None:
+    """Draw animals, named in English or Chinese. The same seed gives the same picture."""
+    from bestiary.animals import caption, find
+
+    if [bool(animals), prompt is not None, like is not None].count(True) != 1:
+        raise BestiaryError("Name animals, or give one of --prompt and --like.")
+    made = read_settings(like) if like else None
+    params = _params()
+    evaluated = params.evaluate if params else None
+    template = evaluated.template if evaluated else "a photo of {}"
+    # What to draw: the file's name and the prompt.
+    wanted = [(find(name).name.replace(" ", "-"), caption(find(name), template)) for name in animals]
+    quiet()
+    from tqdm import tqdm
+
+    from bestiary import registry
+    from bestiary.diffusion.adapter import adapter_sha256, apply_adapter
+    from bestiary.diffusion.base import load_pipeline
+    from bestiary.diffusion.sampling import generate as draw
+    from bestiary.files import write_atomically
+
+    if made:
+        what, base = made.adapter or "none", base or made.base
+    adapter = None if what == "none" else registry.resolve(what)
+    sha256 = adapter_sha256(adapter.file) if adapter else None
+    if made and sha256 != made.adapter_sha256:
+        raise BestiaryError(f"{like} was drawn with another adapter than the one that is now at {what}.")
+    if adapter:
+        model, revision = registry.find_base(adapter, base), adapter.base_revision
+    else:
+        model, revision = _plain_base(base, params)
+    pipeline = load_pipeline(model, revision)
+    if adapter:
+        apply_adapter(pipeline, adapter.file)
+    if made and like:
+        jobs = [(like.stem, made)]
+    else:
+        settings = Settings(
+            prompt=prompt or "",
+            seed=seed,
+            steps=steps or (evaluated.steps if evaluated else 25),
+            guidance_scale=guidance or (evaluated.guidance_scale if evaluated else 7.5),
+            scheduler=scheduler or (evaluated.scheduler if evaluated else "dpmsolver++"),
+            resolution=resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor,
+            base=_portable(model),
+            base_revision=revision,
+            adapter=adapter.uri if adapter else None,
+            adapter_sha256=sha256,
+            contrast=contrast,
+            saturation=saturation,
+            brightness=brightness,
+        )
+        jobs = [
+            (f"{name}-{seed + number}", replace(settings, prompt=text, seed=seed + number))
+            for name, text in (wanted or [("prompt", settings.prompt)])
+            for number in range(count)
+        ]
+    with tqdm(total=sum(job.steps for _, job in jobs), unit="step", leave=False) as bar:
+
+        def step_done(_done: int, _total: int) -> None:
+            bar.update()
+
+        for name, job in jobs:
+            images = draw(
+                pipeline,
+                [job.prompt],
+                [job.seed],
+                steps=job.steps,
+                guidance_scale=job.guidance_scale,
+                scheduler=job.scheduler,
+                batch_size=1,  # in a larger batch the same seed would not give the same last bits
+                resolution=job.resolution,
+                progress=step_done,
+            )
+            data = finish(images[0], job)
+            path = _free_path(out, name, data)
+            write_atomically(path, data)
+            bar.write(str(path), file=sys.stdout)
+
+
+@cli.command()
+@click.argument("what", metavar="URI")
+@base_option
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the adapter.")
+def pull(what: str, base: str | None, out: Path) -> None:
+    """Put a registered adapter on this disk, proved to apply to its base."""
+    quiet()
+    from bestiary import registry
+
+    click.echo(registry.pull(what, out, base))
+
+
+@cli.group()
+def adapter() -> None:
+    """Prove that an adapter applies; convert it."""
+
+
+@adapter.command()
+@click.argument("what", metavar="PATH")
+@base_option
+def verify(what: str, base: str | None) -> None:
+    """Prove that an adapter applies, and print what was proved."""
+    quiet()
+    from bestiary import registry
+    from bestiary.diffusion.adapter import verify_adapter
+
+    found = registry.resolve(what)
+    model = registry.find_base(found, base)
+    proof = verify_adapter(found.file, model, found.base_revision)
+    trained_on = {True: "yes", False: "no, it was trained on another", None: "the file does not say"}
+    for label, value in (
+        ("adapter", found.file),
+        ("sha256", proof.sha256),
+        ("rank, alpha", f"{proof.rank}, {proof.alpha:g}"),
+        ("base", model),
+        ("trained on this base", trained_on[proof.base_is_the_trained_one]),
+        ("weights in place", f"{proof.keys} of {proof.keys}"),
+        ("scale 0 gives the base's output", "yes, exactly"),
+        ("scale 1 gives another", "yes"),
+        ("a reload gives the same", "yes, exactly"),
+    ):
+        click.echo(f"{label:32} {value}")
+
+
+@adapter.command()
+@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.argument("target", metavar="DST", type=click.Path(path_type=Path))
+@click.option("--to", required=True, type=click.Choice(["diffusers", "kohya"]), help="Format to write.")
+@click.option("--alpha", type=click.FloatRange(0, min_open=True), help="Alpha of a file that does not store its own.")
+def convert(source: Path, target: Path, to: Literal["diffusers", "kohya"], alpha: float | None) -> None:
+    """Write an adapter in another format; reads diffusers, PEFT, kohya and the original system's files."""
+    quiet()
+    from bestiary.diffusion import conversion
+
+    click.echo(conversion.convert(source, target, to, alpha))
+
+
+@cli.command()
+def animals() -> None:
+    """List the 100 animals: class folder, English name, Chinese name."""
+    from bestiary.animals import ANIMALS
+
+    for animal in ANIMALS:
+        click.echo(f"{animal.folder:16}{animal.name:16}{animal.chinese}")
+
+
+@cli.command()
+def results() -> None:
+    """Show what the last `dvc repro` reached: base against adapter, the pictures, the registered version."""
+    from bestiary.tracking import project_root
+
+    root = project_root()
+    evaluation, registration = (_report(root, name) for name in ("evaluate", "register"))
+    click.echo(
+        f"What the adapter adds to its base, on {evaluation['images']} pictures: same prompts, same seeds.\n\n"
+        f"{'':24}{'base':>8}{'adapter':>10}{'difference':>13}   95 % interval"
+        f"{'real pictures':>20}"
+    )
+    for score, label in SCORE_NAMES.items():
+        base, with_adapter, delta, real = (evaluation[who][score] for who in ("base", "adapter", "delta", "real"))
+        interval = "{:+.2f} to {:+.2f}".format(*delta["ci95"])
+        click.echo(
+            f"{label:24}{base['mean']:8.2f}{with_adapter['mean']:10.2f}{delta['mean']:+13.2f}   {interval:17}"
+            f"{real['mean']:16.2f}"
+        )
+    program = _program()
+    aliases = f" ({', '.join(registration['aliases'])})" if registration["aliases"] else ""
+    click.echo(f"\nLook      {_short(root / 'reports' / 'evaluate' / 'sheet.png')}: the base beside the adapter")
+    click.echo(f"Version   models:/{registration['name']}/{registration['version']}{aliases}")
+    for reason in registration["reasons"]:
+        click.echo(f"          {reason}")
+    click.echo(f"\nNext      {program} generate tiger panda --count 4")
+    click.echo("          make mlflow")
+    click.echo(f"          {program} pull {CHAMPION} --out my-adapter")
+
+
+@cli.command()
+@click.argument("what", metavar="URI", default=CHAMPION)
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def lineage(what: str, as_json: bool) -> None:
+    """Show which runs and which data a registered version comes from."""
+    from dataclasses import asdict
+
+    from bestiary import registry
+
+    version, steps = registry.walk(what)
+    uri = f"models:/{version.name}/{version.version}"
+    if as_json:
+        click.echo(json.dumps({"version": uri, "aliases": version.aliases, "steps": [asdict(step) for step in steps]}))
+        return
+    click.echo(f"{uri}{' = ' if version.aliases else ''}{', '.join(version.aliases)}")
+    for step in steps:
+        click.echo(
+            f"\n{step.stage:12}{step.started}   run {step.run_id}   {'git ' + step.git if step.git else ''}".rstrip()
+        )
+        for path, content, maker in step.inputs:
+            click.echo(f"    {path:34}{content[:10]}   {'from ' + maker if maker else ''}".rstrip())
+
+
+because_option = click.option("--because", required=True, metavar="WORDS", help="The reason, kept with the version.")
+
+
+@cli.command()
+@click.argument("version", type=click.IntRange(1))
+@because_option
+def promote(version: int, because: str) -> None:
+    """Make a version the champion by hand."""
+    from bestiary import registry
+
+    chosen = registry.promote(version, because)
+    click.echo(f"models:/{chosen.name}/{chosen.version} is the champion now.")
+
+
+@cli.command()
+@because_option
+def rollback(because: str) -> None:
+    """Make the champion before this one the champion again."""
+    from bestiary import registry
+
+    chosen = registry.rollback(because)
+    click.echo(f"models:/{chosen.name}/{chosen.version} is the champion again.")
+
+
+def main() -> None:
+    """Run the command; what a user caused ends in one sentence and a non-zero status."""
+    try:
+        status = cli(standalone_mode=False)
+    except click.ClickException as error:
+        status = _fail(error.format_message())
+    except BestiaryError as error:
+        status = _fail(str(error))
+    except (click.Abort, KeyboardInterrupt):
+        status = _fail("Stopped.", 130)
+    except BrokenPipeError:  # `bestiary animals | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(sentence: str, status: int = 1) -> int:
+    click.echo(sentence, err=True)
+    return status
+
+
+def quiet() -> None:
+    """Keep the libraries' advice to developers off a user's screen."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+
+def _params() -> Params | None:
+    """The project's parameters; None outside a project."""
+    from bestiary.params import load_params
+    from bestiary.tracking import project_root
+
+    path = project_root() / "params.yaml"
+    return load_params(path) if path.is_file() else None
+
+
+def _plain_base(base: str | None, params: Params | None) -> tuple[str, str | None]:
+    from bestiary.registry import locate_base
+
+    if base:
+        return locate_base(base), None
+    if params is None:
+        raise BestiaryError("There is no params.yaml here that names a base: name one with --base.")
+    return locate_base(params.base.model), params.base.revision
+
+
+def _portable(base: str) -> str:
+    """A base's name that means the same in another clone: a folder of the project by its path from the root."""
+    from bestiary.tracking import project_root
+
+    root = project_root().resolve()
+    folder = Path(base)
+    inside = folder.is_dir() and folder.is_relative_to(root)
+    return f"./{folder.relative_to(root).as_posix()}" if inside else base
+
+
+def _report(root: Path, stage: str) -> dict[str, Any]:
+    path = root / "reports" / f"{stage}.json"
+    try:
+        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BestiaryError(f"There are no results yet ({_short(path)} does not exist): run `dvc repro`.") from None
+    return report
+
+
+def _free_path(folder: Path, stem: str, data: bytes) -> Path:
+    """`folder/stem.png`, numbered where another picture has that name; the same picture keeps its name."""
+    path, number = folder / f"{stem}.png", 1
+    while path.exists() and path.read_bytes() != data:
+        number += 1
+        path = folder / f"{stem}-{number}.png"
+    return path
+
+
+def _short(path: Path) -> str:
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _program() -> str:
+    """How this program is called from here: by its name where the shell finds it."""
+    import shutil
+
+    started = Path(sys.argv[0])
+    found = shutil.which("bestiary")
+    return "bestiary" if found and Path(found).samefile(started) else _short(started.absolute())

@@ -1,0 +1,514 @@
+"""The model registry: one version for each adapter's content, and the gate that says which of them is the champion."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from bestiary.errors import BestiaryError
+from bestiary.files import write_atomically
+from bestiary.params import Register
+from bestiary.tracking import (
+    Step,
+    check_database,
+    explain,
+    lineage,
+    locked,
+    open_client,
+    project_root,
+    sqlite_path,
+    tracking_uri,
+)
+
+CHAMPION, CHALLENGER = "champion", "challenger"
+DEFAULT_URI = "models:/bestiary@champion"
+GATE = "gate"  # the folder of a run's artifacts that holds what the next adapter is compared with
+SCORES = ("clip_score", "top1", "top5", "cmmd")
+Report = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Registration:
+    """What `register` did: the content of reports/register.json."""
+
+    name: str
+    version: int
+    aliases: list[str]
+    adapter_sha256: str
+    decision: str
+    reasons: list[str]
+
+
+@dataclass(frozen=True)
+class Version:
+    """A registered adapter."""
+
+    name: str
+    version: int
+    aliases: list[str]
+    tags: dict[str, str]
+    run_id: str
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter on this disk, and the base it was trained on as far as that is known."""
+
+    file: Path
+    uri: str  # what it was asked for as, with the version in place of an alias
+    base: str | None
+    base_revision: str | None
+    base_sha256: str | None
+
+
+# ---- the gate ----
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An adapter against the champion on the same prompts and seeds; no difference where they were measured unlike."""
+
+    version: int
+    difference: Mapping[str, Any] | None  # mean and ci95 of the score, paired
+
+
+def decide(evaluation: Report, rules: Register, champion: Comparison | None) -> tuple[str, list[str]]:
+    """The alias that an adapter earns by its reports/evaluate.json, and why, in words.
+
+    It becomes the champion when it beats the base for certain (the whole 95 % interval above 0), is not memorising and
+    is not worse than the champion before it.
+    """
+    gain = evaluation["delta"][rules.champion_score]
+    gap = evaluation["memorisation"]["adapter"]["gap"]
+    told = f"{rules.champion_score} {_told(gain)}"
+    good, bad = [], []
+    if gain["ci95"][0] > 0:
+        good.append(f"It beats the base: {told}.")
+    else:
+        bad.append(f"It does not beat the base for certain: {told}.")
+    if gap["mean"] > rules.max_memorisation_gap:
+        bad.append(
+            "It copies its training pictures: it is nearer to them than to unseen ones by a cosine of "
+            f"{gap['mean']:.3f}, and {rules.max_memorisation_gap} is allowed."
+        )
+    if champion is None:
+        good.append("There was no champion before it.")
+    elif champion.difference is None:
+        bad.append(
+            f"The champion, version {champion.version}, was measured on another base, with other prompts, seeds or "
+            "another judge, so nothing says which is better; a person can decide with `bestiary promote`."
+        )
+    else:
+        told = f"{rules.champion_score} {_told(champion.difference)} on the same prompts and seeds"
+        if champion.difference["mean"] < 0:
+            bad.append(f"The champion, version {champion.version}, is better: {told}.")
+        else:
+            good.append(f"It is not worse than the champion before it, version {champion.version}: {told}.")
+    return (CHALLENGER, bad) if bad else (CHAMPION, good)
+
+
+def _told(difference: Mapping[str, Any]) -> str:
+    low, high = difference["ci95"]
+    return f"{difference['mean']:+.2f} (95 % interval {low:+.2f} to {high:+.2f})"
+
+
+def register(
+    adapter: Path,
+    reports: Mapping[str, Report],
+    pictures: Path,
+    rules: Register,
+    *,
+    base: str,
+    base_revision: str | None,
+    run_id: str,
+    measured: str,
+    defaults: Mapping[str, Any],
+) -> Registration:
+    """Register the verified adapter, once for its content, and give it the alias that it earns.
+
+    `reports` holds the reports of train, evaluate and benchmark, `pictures` evaluate's table of scores by prompt and
+    seed, `run_id` the MLflow run that the version belongs to, `measured` a hash of how evaluate measured (adapters
+    compare only when measured alike), and `defaults` the served model's steps, guidance scale and resolution.
+    Raises BestiaryError when a report speaks of another adapter, the adapter does not apply to the base, or
+    MLflow cannot be written.
+    """
+    from bestiary.diffusion.adapter import adapter_file, adapter_sha256, verify_adapter
+    from bestiary.diffusion.base import base_sha256
+
+    sha256 = adapter_sha256(adapter)
+    for stage, report in reports.items():
+        if report.get("adapter_sha256", sha256 if stage != "evaluate" else None) != sha256:
+            raise BestiaryError(f"reports/{stage}.json is not about the adapter in {adapter}: run `dvc repro {stage}`.")
+    verification = verify_adapter(adapter, base, base_revision)
+    if verification.base_is_the_trained_one is False:
+        raise BestiaryError(f"The adapter in {adapter} was trained on another base than {base}: run `dvc repro`.")
+    evaluation, name = reports["evaluate"], rules.name
+    tags = {
+        "adapter_sha256": sha256,
+        # The leading "./" says, to MLflow too, that it is a folder of the project and not an id on the hub.
+        "base": f"./{base}" if Path(base).is_dir() and not Path(base).is_absolute() else base,
+        "base_revision": base_revision or "",
+        "base_sha256": base_sha256(base, base_revision),
+        "rank": str(verification.rank),
+        "alpha": str(verification.alpha),
+        "measured": measured,
+        **{
+            f"{who}.{score}": str(evaluation[who][score]["mean"])
+            for who in ("base", "adapter", "delta")
+            for score in SCORES
+            if score in evaluation[who]
+        },
+    }
+    uri = tracking_uri()
+    check_database(uri)
+    with _plain_errors(uri):
+        client = open_client(uri, project_root())
+        with locked(uri):
+            _make_name(client, name)
+            version = _version_of(client, name, sha256)
+            if version is None:
+                version = _create(client, adapter_file(adapter), name, tags, run_id, evaluation, defaults)
+            else:
+                for key, value in tags.items():  # it may have been evaluated again, otherwise
+                    client.set_model_version_tag(name, str(version), key, value)
+            _keep_pictures(client, name, version, pictures)
+            present = _aliases(client, name)
+            decision, reasons = _judge(client, version, present, evaluation, rules, measured, pictures)
+            _give_alias(client, name, version, decision, present)
+            client.set_model_version_tag(name, str(version), "decision", f"{decision}: {' '.join(reasons)}")
+            aliases = sorted(alias for alias, number in _aliases(client, name).items() if number == version)
+    return Registration(name, version, aliases, sha256, decision, reasons)
+
+
+def _judge(
+    client: Any,
+    version: int,
+    present: Mapping[str, int],
+    evaluation: Report,
+    rules: Register,
+    measured: str,
+    pictures: Path,
+) -> tuple[str, list[str]]:
+    number = present.get(CHAMPION)
+    if number is None:
+        return decide(evaluation, rules, None)
+    if number == version:
+        decision, reasons = decide(evaluation, rules, None)
+        if decision == CHAMPION:
+            return CHAMPION, [reasons[0], "It was the champion already."]
+        # What was once given is not taken away by a re-run; that is `bestiary rollback`'s to do.
+        return CHAMPION, [*reasons, "It was the champion already and stays it until somebody rolls back."]
+    champion = client.get_model_version(rules.name, str(number))
+    difference = None
+    if champion.tags.get("measured") == measured:
+        theirs = client.download_artifacts(champion.run_id, f"{GATE}/{pictures.name}")
+        difference = _paired(pictures, Path(theirs), rules.champion_score)
+    return decide(evaluation, rules, Comparison(number, difference))
+
+
+def _paired(mine: Path, theirs: Path, score: str) -> dict[str, Any] | None:
+    """The mean difference of two tables of pictures with its interval; None when they are not of the same prompts."""
+    import pandas as pd
+
+    from bestiary.evaluation.scoring import bootstrap_mean, resample_counts
+
+    tables = []
+    for path in (mine, theirs):
+        table = pd.read_csv(path).set_index(["prompt", "seed"]).sort_index()
+        table["adapter_top1"] = 100.0 * (table["adapter_predicted"] == table["class"])
+        tables.append(table[f"adapter_{score}"])
+    if not tables[0].index.equals(tables[1].index):
+        return None
+    return bootstrap_mean(tables[0] - tables[1], resample_counts(len(tables[0]), 10_000, seed=0)).report()
+
+
+def _keep_pictures(client: Any, name: str, version: int, pictures: Path) -> None:
+    client.log_artifact(client.get_model_version(name, str(version)).run_id, str(pictures), GATE)
+
+
+def _give_alias(client: Any, name: str, version: int, alias: str, present: Mapping[str, int]) -> None:
+    if present.get(alias) != version:
+        client.set_registered_model_alias(name, alias, str(version))
+        if alias == CHAMPION and CHAMPION in present:
+            client.set_model_version_tag(name, str(version), "champion_before", str(present[CHAMPION]))
+    other = CHALLENGER if alias == CHAMPION else CHAMPION
+    if other == CHALLENGER and present.get(other) == version:
+        client.delete_registered_model_alias(name, CHALLENGER)
+
+
+def _make_name(client: Any, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name, description="LoRA adapters that teach Stable Diffusion animals.")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _version_of(client: Any, name: str, sha256: str) -> int | None:
+    """The version of this content; the oldest, where two registrations on a server have met."""
+    found = client.search_model_versions(f"name = '{name}' AND tags.adapter_sha256 = '{sha256}'")
+    return min((int(version.version) for version in found), default=None)
+
+
+def _create(
+    client: Any,
+    file: Path,
+    name: str,
+    tags: Mapping[str, str],
+    run_id: str,
+    evaluation: Report,
+    defaults: Mapping[str, Any],
+) -> int:
+    import mlflow
+    from mlflow.entities import LoggedModelStatus
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import DataType, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import ColSpec
+
+    signature = ModelSignature(
+        inputs=Schema([ColSpec(DataType.string, "prompt")]),
+        outputs=Schema([ColSpec(DataType.binary, "image")]),
+        params=ParamSchema(
+            [
+                ParamSpec("num_inference_steps", DataType.integer, int(defaults["steps"])),
+                ParamSpec("guidance_scale", DataType.double, float(defaults["guidance_scale"])),
+                ParamSpec("height", DataType.integer, int(defaults["resolution"])),
+                ParamSpec("width", DataType.integer, int(defaults["resolution"])),
+                ParamSpec("negative_prompt", DataType.string, ""),
+            ]
+        ),
+    )
+    # mlflow.diffusers.log_model() in its parts: in one call it would set the whole process's tracking URI.
+    logged = client.create_logged_model(client.get_run(run_id).info.experiment_id, "adapter", run_id)
+    with TemporaryDirectory() as folder:
+        model = Path(folder, "model")
+        mlflow.diffusers.save_model(
+            str(file),
+            str(model),
+            tags["base"],
+            mlflow_model=Model(run_id=run_id, model_id=logged.model_id, artifact_path=logged.artifact_location),
+            signature=signature,
+            input_example={"prompt": "a photo of a tiger"},
+            metadata={key: tags[key] for key in ("adapter_sha256", "base", "base_revision", "base_sha256")},
+        )
+        client.log_model_artifacts(logged.model_id, str(model))
+    client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
+    created = client.create_model_version(
+        name,
+        logged.artifact_location,  # and not its models:/ URI, which MLflow would look up in the process's own store
+        run_id,
+        tags=dict(tags),
+        description=_card(tags, evaluation),
+        model_id=logged.model_id,
+    )
+    version = int(created.version)
+    first = _version_of(client, name, tags["adapter_sha256"])
+    if first is not None and first < version:  # somebody registered the same content on the same server meanwhile
+        client.delete_model_version(name, str(version))
+        return first
+    return version
+
+
+def _card(tags: Mapping[str, str], evaluation: Report) -> str:
+    lines = [
+        f"A LoRA adapter (rank {tags['rank']}, alpha {tags['alpha']}) for `{tags['base']}`.",
+        "",
+        "| score | base | adapter | difference (95 % interval) |",
+        "|---|---|---|---|",
+    ]
+    for score in SCORES:
+        if score in evaluation["delta"]:
+            base, adapter, delta = (evaluation[who][score] for who in ("base", "adapter", "delta"))
+            low, high = delta["ci95"]
+            lines.append(
+                f"| {score} | {base['mean']:.2f} | {adapter['mean']:.2f} "
+                f"| {delta['mean']:+.2f} ({low:+.2f} to {high:+.2f}) |"
+            )
+    return "\n".join(lines)
+
+
+# ---- what is there ----
+
+
+def versions(name: str = "bestiary") -> list[Version]:
+    """All registered versions, oldest first. Raises BestiaryError when there is no registry or no such model."""
+    uri, client = _open_registry()
+    with _plain_errors(uri):
+        aliases = _aliases(client, name)
+        found = client.search_model_versions(f"name = '{name}'", max_results=10_000)
+    return sorted(
+        (
+            Version(
+                name,
+                int(item.version),
+                sorted(alias for alias, number in aliases.items() if number == int(item.version)),
+                dict(item.tags),
+                item.run_id,
+            )
+            for item in found
+        ),
+        key=lambda version: version.version,
+    )
+
+
+def find_version(uri: str) -> Version:
+    """The version that `models:/name@alias` or `models:/name/3` means; BestiaryError says what there is instead."""
+    match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", uri)
+    if match is None:
+        raise BestiaryError(
+            f"{uri} names no registered version: write models:/bestiary@champion or models:/bestiary/3."
+        )
+    name, alias, number = match.groups()
+    there = versions(name)
+    for version in there:
+        if alias in version.aliases if alias else version.version == int(number):
+            return version
+    known = ", ".join(" = ".join([str(version.version), *version.aliases]) for version in there) or "none"
+    raise BestiaryError(f"There is no {uri}; the versions of {name} are: {known}.")
+
+
+def resolve(what: str) -> Adapter:
+    """The adapter that `what` means: `models:/...`, a folder, or a file; its content checked where it is registered.
+
+    Raises BestiaryError when there is none, or when a registered file is not the one that was registered.
+    """
+    from bestiary.diffusion.adapter import adapter_file, adapter_sha256, read_provenance
+
+    if not what.startswith("models:"):
+        file = adapter_file(what)
+        made_from = read_provenance(file)
+        return Adapter(file, what, made_from.get("base"), made_from.get("base_revision"), made_from.get("base_sha256"))
+    version = find_version(what)
+    uri, client = _open_registry()
+    with _plain_errors(uri):
+        import mlflow
+
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        source = client.get_model_version_download_uri(version.name, str(version.version))
+        folder = mlflow.artifacts.download_artifacts(f"{source}/adapter_weights", tracking_uri=uri)
+    file = adapter_file(folder)
+    if adapter_sha256(file) != version.tags["adapter_sha256"]:
+        raise BestiaryError(f"The file of {version.name} {version.version} is not the one that was registered: {file}.")
+    tags = version.tags
+    return Adapter(
+        file,
+        f"models:/{version.name}/{version.version}",
+        tags["base"],
+        tags["base_revision"] or None,
+        tags["base_sha256"],
+    )
+
+
+def find_base(adapter: Adapter, base: str | None = None) -> str:
+    """Where the adapter's base is: `base` when given, else the one it names, looked for in the project's folder too.
+
+    Raises BestiaryError when the adapter names none, or a folder that is not here.
+    """
+    named = base or adapter.base
+    if named is None:
+        raise BestiaryError(f"{adapter.uri} does not say which base it was trained on: name it with --base.")
+    return locate_base(named, f" that {adapter.uri} was trained on")
+
+
+def locate_base(named: str, whose: str = "") -> str:
+    """A base's folder, as it stands or from the project's root; or the id on the hub that `named` is."""
+    for place in (Path(named), project_root() / named):
+        if place.is_dir():
+            return str(place.resolve())
+    if named.startswith(("/", "./")):
+        raise BestiaryError(
+            f"The base {named}{whose} is not here: run this in a clone of its project, or name its folder with --base."
+        )
+    return named
+
+
+def pull(what: str, out: Path, base: str | None = None) -> Path:
+    """Put an adapter into the folder `out`, after proving that it applies to its base. Returns the file."""
+    from bestiary.diffusion.adapter import verify_adapter
+
+    adapter = resolve(what)
+    verification = verify_adapter(adapter.file, find_base(adapter, base), adapter.base_revision)
+    if verification.base_is_the_trained_one is False:
+        raise BestiaryError(f"The base {find_base(adapter, base)} is not the one that {adapter.uri} was trained on.")
+    target = out / adapter.file.name
+    write_atomically(target, adapter.file.read_bytes())
+    return target
+
+
+def walk(what: str) -> tuple[Version, list[Step]]:
+    """A registered version, and the runs that it rests on, register first."""
+    version = find_version(what)
+    uri, client = _open_registry()
+    with _plain_errors(uri):
+        return version, lineage(client, version.run_id)
+
+
+# ---- the human's hand ----
+
+
+def promote(number: int, because: str, name: str = "bestiary") -> Version:
+    """Make a version the champion whatever the gate said; its tags keep the reason."""
+    version = find_version(f"models:/{name}/{number}")
+    uri, client = _open_registry()
+    with _plain_errors(uri), locked(uri):
+        _give_alias(client, name, number, CHAMPION, _aliases(client, name))
+        client.set_model_version_tag(name, str(number), "promoted_because", because)
+    return version
+
+
+def rollback(because: str, name: str = "bestiary") -> Version:
+    """Make the champion before the present one champion again; the tags of the one that goes keep the reason.
+
+    Raises BestiaryError when there was none.
+    """
+    champion = find_version(f"models:/{name}@{CHAMPION}")
+    before = champion.tags.get("champion_before")
+    if before is None:
+        raise BestiaryError(f"There is no champion before version {champion.version} to go back to.")
+    found = find_version(f"models:/{name}/{before}")
+    uri, client = _open_registry()
+    with _plain_errors(uri), locked(uri):
+        client.set_registered_model_alias(name, CHAMPION, before)
+        client.set_model_version_tag(name, str(champion.version), "rolled_back_because", because)
+        client.delete_model_version_tag(name, str(champion.version), "champion_before")  # or the next one would return
+    return found
+
+
+def _open_registry() -> tuple[str, Any]:
+    uri = tracking_uri()
+    path = sqlite_path(uri)
+    if path is not None and not path.is_file():
+        raise BestiaryError(f"There is no registry yet ({path} does not exist): `dvc repro` makes one.")
+    check_database(uri)
+    with _plain_errors(uri):
+        return uri, open_client(uri, project_root())
+
+
+def _aliases(client: Any, name: str) -> dict[str, int]:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return {alias: int(number) for alias, number in client.get_registered_model(name).aliases.items()}
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        known = ", ".join(sorted(model.name for model in client.search_registered_models())) or "none"
+        raise BestiaryError(f"There is no registered model {name!r}; there is {known}.") from None
+
+
+@contextlib.contextmanager
+def _plain_errors(uri: str) -> Iterator[None]:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        raise BestiaryError(explain(error, uri)) from error

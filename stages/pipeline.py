@@ -1,0 +1,139 @@
+"""What every stage does the same way: read params.yaml, open its MLflow run, write its report, fail in one sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bestiary.errors import BestiaryError
+from bestiary.files import write_atomically
+from bestiary.params import Params, load_params
+from bestiary.tracking import Run, content_hash, open_run
+
+REPORTS = Path("reports")
+NOT_METRICS = {"per_class", "per_template"}  # hundreds of numbers: they stay in the report and its plots
+
+
+class StageRun:
+    """A stage's MLflow run, and its report."""
+
+    def __init__(self, stage: str, run: Run) -> None:
+        self.stage = stage
+        self.mlflow = run
+        self.log_metrics = run.log_metrics
+        self.log_artifact = run.log_artifact
+        self.set_tags = run.set_tags
+
+    def report(self, content: Mapping[str, Any]) -> None:
+        """Write `reports/<stage>.json`, whole or not at all, and log its numbers as metrics.
+
+        Raises BestiaryError when a number is not finite.
+        """
+        path = REPORTS / f"{self.stage}.json"
+        plain = _plain(content, str(path))
+        write_atomically(path, (json.dumps(plain, indent=2, ensure_ascii=False) + "\n").encode())
+        self.mlflow.log_summary(dict(_numbers(plain)))
+        self.log_artifact(path)
+
+
+@contextlib.contextmanager
+def stage(name: str) -> Iterator[tuple[Params, StageRun]]:
+    """Run a stage's body with the typed parameters and its MLflow run.
+
+    The run carries the parameters that dvc.yaml names for the stage and DVC's content hashes of all that it reads and
+    makes; pictures and tables it leaves below reports/ are kept with it. What a user caused ends in one sentence and
+    exit status 1.
+    """
+    try:
+        params = load_params()
+        definition = _definition(name)
+        inputs = _content(definition.get("deps", []))
+        missing = [path for path in definition.get("deps", []) if path not in inputs]
+        if missing:
+            raise BestiaryError(f"{', '.join(missing)} does not exist; `dvc repro {name}` makes what comes before.")
+        with open_run(name, _section(params, definition), inputs, _pipeline_key(params)) as run:
+            yield params, StageRun(name, run)
+            outs = definition.get("outs", [])
+            run.log_outputs(_content([*outs, *(next(iter(metric)) for metric in definition.get("metrics", []))]))
+            for out in outs:
+                if Path(out).parts[0] == REPORTS.name and Path(out).exists():
+                    run.log_artifact(out, Path(out).name)
+    except BestiaryError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print(f"{name}: stopped.", file=sys.stderr)
+        raise SystemExit(130) from None
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"{name}: no space is left for {error.filename or 'its files'}.", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _definition(name: str) -> dict[str, Any]:
+    stages: dict[str, dict[str, Any]] = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    return stages[name]
+
+
+def _content(paths: list[str]) -> dict[str, str]:
+    return {path: content_hash(Path(path)) for path in paths if Path(path).exists()}
+
+
+def _section(params: Params, definition: Mapping[str, Any]) -> dict[str, Any]:
+    """The stage's own parameters, flat: `clean.min_side`; a profile's keys under the names they have once applied."""
+    known = params.model_dump(by_alias=True)
+    names = {key.rpartition(".")[2] for key in definition.get("params", [])} | {"profile"}
+    return dict(_flat({name: known[name] for name in known if name in names}))
+
+
+def _pipeline_key(params: Params) -> str:
+    """One hash of what decides a pipeline's result: all parameters, the data, the stages."""
+    data = Path("data.dvc")
+    outs = yaml.safe_load(data.read_text(encoding="utf-8"))["outs"] if data.is_file() else []
+    parts = [params.model_dump(by_alias=True), [out.get("md5") for out in outs], Path("dvc.yaml").read_text("utf-8")]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+def _numbers(report: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for key, value in _flat({key: value for key, value in report.items() if key not in NOT_METRICS}):
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield key, float(value)
+        elif key.endswith("ci95"):
+            yield f"{key}.low", value[0]
+            yield f"{key}.high", value[1]
+
+
+def _plain(value: Any, where: str) -> Any:
+    """`value` in JSON's own types, NumPy's numbers included, refusing what is not finite."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner, f"{where}: {key}") for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner, where) for inner in value]
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        if not math.isfinite(value):
+            raise BestiaryError(f"{where} is not a finite number.")
+        return float(value)
+    raise TypeError(f"{where} holds a {type(value).__name__}")

@@ -1,0 +1,38 @@
+"""Verify the adapter, register it once, and let the gate decide whether it becomes the champion."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from bestiary.diffusion.base import base_sha256
+from bestiary.registry import register
+from pipeline import REPORTS, stage
+
+with stage("register") as (params, run):
+    evaluate, base = params.evaluate, params.base
+    reports = {name: json.loads((REPORTS / f"{name}.json").read_text()) for name in ("train", "evaluate", "benchmark")}
+    # Two adapters compare only when they were measured alike: base, judge, prompts, seeds, sampler, animals.
+    how = [
+        base_sha256(base.model, base.revision),
+        params.judge.model_dump(),
+        evaluate.model_dump(exclude={"batch_size", "bootstrap_resamples"}),
+        sorted(reports["evaluate"]["per_class"]),
+        params.seed,
+    ]
+    registration = register(
+        Path("models/adapter"),
+        reports,
+        REPORTS / "evaluate" / "pictures.csv",
+        params.register_,
+        base=base.model,
+        base_revision=base.revision,
+        run_id=run.mlflow.id,
+        measured=hashlib.sha256(json.dumps(how).encode()).hexdigest(),
+        defaults={
+            "steps": evaluate.steps,
+            "guidance_scale": evaluate.guidance_scale,
+            "resolution": params.encode.resolution,
+        },
+    )
+    run.report(asdict(registration))

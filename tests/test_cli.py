@@ -1,0 +1,205 @@
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_registry import evaluation, make_adapter
+
+from bestiary import cli
+
+ROOT = Path(__file__).parents[1]
+BASE = str(ROOT / "models" / "base")
+
+
+def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, as a user starts it."""
+    return subprocess.run(
+        [sys.executable, "-c", "from bestiary.cli import main; main()", *arguments],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The command in this process: its exit status."""
+    monkeypatch.setattr(sys, "argv", ["bestiary", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+def commands() -> list[Any]:
+    return [cli.cli, *cli.cli.commands.values(), *cli.adapter.commands.values()]
+
+
+@pytest.fixture
+def workspace(project: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with the embedded base and an adapter on it."""
+    (project / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    (project / "dvc.yaml").write_text("stages: {}")
+    (project / "models").mkdir()
+    (project / "models" / "base").symlink_to(base_folder)
+    make_adapter(base_folder, project / "models" / "adapter", 0, told_base="models/base")
+    monkeypatch.chdir(project)
+    return project
+
+
+def test_help_comes_at_once_and_loads_no_heavy_library() -> None:
+    started = time.process_time()
+    done = run("--help")
+    assert done.returncode == 0
+    assert "generate" in done.stdout
+    code = (
+        "import sys; from bestiary import cli; print(sorted({'torch', 'mlflow', 'pandas', 'numpy'} & set(sys.modules)))"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True, check=True
+    )
+    assert loaded.stdout == "[]\n"
+    assert time.process_time() - started < 0.5
+
+
+def test_every_command_and_option_has_help() -> None:
+    for command in commands():
+        assert command.help, command.name
+        for parameter in command.params:
+            if parameter.param_type_name == "option":
+                assert parameter.help, (command.name, parameter.name)
+
+
+def test_animals_lists_a_hundred_with_their_names() -> None:
+    lines = run("animals").stdout.splitlines()
+    assert len(lines) == 100
+    assert lines[49].split() == ["ladybugs", "ladybug", "瓢虫"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "tigre"], "There is no animal 'tigre': did you mean tiger?"),
+        (["generate", "<b>🐯</b>"], "There is no animal"),
+        (["generate", "tiger", "--steps", "0"], "0 is not in the range"),
+        (["generate"], "Name animals, or give one of --prompt and --like."),
+        (["generate", "--like", "no.png"], "There is no picture no.png."),
+        (["generate", "--prompt", "x " * 5000, "--adapter", "none", "--base", BASE], "This text has"),
+        (["generate", "tiger", "--resolution", "65", "--adapter", "none", "--base", BASE], "is not a multiple of"),
+        (["generate", "tiger", "--adapter", "no/such/folder"], "There is no adapter at no/such/folder."),
+        (["generate", "tiger", "--adapter", "models:/bestiary@champion"], "There is no registry yet"),
+        (["generate", "tiger", "--adapter", "none", "--base", "/no/such/base"], "/no/such/base"),
+        (["adapter", "verify", "no/such/file.safetensors"], "There is no adapter at no/such/file.safetensors."),
+        (["results"], "There are no results yet"),
+        (["no-such-command"], "No such command"),
+    ],
+)
+def test_a_users_mistake_is_one_sentence_and_a_failure(
+    project: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    words: str,
+) -> None:
+    (project / "mlflow.db").unlink()
+    monkeypatch.chdir(project)
+    assert call(monkeypatch, *arguments) == 1
+    told = capsys.readouterr()
+    assert words in told.err
+    assert told.err.count("\n") == 1
+    assert told.out == ""
+    assert list(project.iterdir()) == []
+
+
+def test_the_same_seed_gives_the_same_picture_whatever_the_count(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--adapter", "models/adapter", "--steps", "2"]
+    assert call(monkeypatch, "generate", "tiger", "熊猫", "--seed", "7", "--count", "2", *options) == 0
+    names = ["tiger-7.png", "tiger-8.png", "panda-7.png", "panda-8.png"]
+    assert capsys.readouterr().out.split() == [f"pictures/{name}" for name in names]
+    assert call(monkeypatch, "generate", "tiger", "--seed", "8", "--out", "alone", *options) == 0
+    assert (workspace / "alone/tiger-8.png").read_bytes() == (workspace / "pictures/tiger-8.png").read_bytes()
+    assert (
+        call(monkeypatch, "generate", "tiger", "--seed", "8", "--out", "base", "--steps", "2", "--adapter", "none") == 0
+    )
+    assert (workspace / "base/tiger-8.png").read_bytes() != (workspace / "alone/tiger-8.png").read_bytes()
+
+
+def test_a_picture_is_made_again_like_itself_to_the_byte(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--seed", "3", "--steps", "2", "--guidance", "2.5", "--scheduler", "ddim", "--contrast", "1.5"]
+    assert call(monkeypatch, "generate", "--prompt", "a red fox", "--adapter", "models/adapter", *options) == 0
+    assert call(monkeypatch, "generate", "--like", "pictures/prompt-3.png", "--out", "again") == 0
+    assert (workspace / "again/prompt-3.png").read_bytes() == (workspace / "pictures/prompt-3.png").read_bytes()
+    make_adapter(workspace / "models/base", workspace / "models/adapter", 1)
+    capsys.readouterr()
+    assert call(monkeypatch, "generate", "--like", "pictures/prompt-3.png", "--out", "other") == 1
+    assert "was drawn with another adapter" in capsys.readouterr().err
+    assert not (workspace / "other").exists()
+
+
+def test_another_picture_of_the_same_name_is_kept(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (workspace / "pictures").mkdir()
+    (workspace / "pictures" / "tiger-0.png").write_bytes(b"mine")
+    options = ["--adapter", "models/adapter", "--steps", "1"]
+    assert call(monkeypatch, "generate", "tiger", *options) == 0
+    assert call(monkeypatch, "generate", "tiger", *options) == 0
+    assert capsys.readouterr().out.split() == ["pictures/tiger-0-2.png"] * 2
+    assert (workspace / "pictures" / "tiger-0.png").read_bytes() == b"mine"
+
+
+def test_a_folder_without_space_gets_a_sentence_and_no_half_picture(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (workspace / "full").symlink_to("/dev/full")
+    assert call(monkeypatch, "generate", "tiger", "--adapter", "none", "--steps", "1", "--out", "full/pictures") == 1
+    assert "full" in capsys.readouterr().err
+
+
+def test_verify_proves_and_says_what(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "adapter", "verify", "models/adapter") == 0
+    told = capsys.readouterr().out
+    assert "rank, alpha                      2, 4" in told
+    assert "trained on this base             yes" in told
+
+
+def test_a_truncated_adapter_is_one_sentence(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = next((workspace / "models" / "adapter").iterdir()).read_bytes()
+    (workspace / "broken.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert call(monkeypatch, "adapter", "verify", "broken.safetensors") == 1
+    assert "is not a readable safetensors file" in capsys.readouterr().err
+
+
+def test_results_show_the_table_the_sheet_and_what_to_do_next(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = evaluation() | {"images": 480}
+    for who in ("base", "adapter", "delta"):
+        report[who] |= {"top5": report[who]["top1"], "cmmd": report[who]["clip_score"]}
+    report["real"] = report["adapter"]
+    reasons = ["It beats the base: clip_score +5.00 (95 % interval +4.00 to +6.00)."]
+    registration = {"name": "bestiary", "version": 3, "aliases": ["champion"], "reasons": reasons}
+    (project / "reports").mkdir()
+    (project / "reports" / "evaluate.json").write_text(json.dumps(report))
+    (project / "reports" / "register.json").write_text(json.dumps(registration))
+    (project / "dvc.yaml").write_text("")
+    monkeypatch.chdir(project)
+    assert call(monkeypatch, "results") == 0
+    told = capsys.readouterr().out
+    assert "CLIP score                 20.00     25.00        +5.00   +4.00 to +6.00" in told
+    assert "reports/evaluate/sheet.png" in told
+    assert "models:/bestiary/3 (champion)" in told
+    assert told.count("Next") == 1
+    assert "generate tiger panda --count 4" in told

@@ -1,0 +1,28 @@
+"""The READMEs tell the truth. Their bestiary and dvc commands are run by tests/pipeline, demo and test by .ci/run."""
+
+import re
+from pathlib import Path
+
+import pytest
+from readme import READMES, ROOT, commands
+
+
+def test_both_readmes_have_the_same_commands() -> None:
+    english, chinese = (commands(readme) for readme in READMES)
+    assert english == chinese
+    assert "make demo" in english
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)
+def test_every_link_leads_to_a_file(readme: Path) -> None:
+    text = readme.read_text(encoding="utf-8")
+    targets = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in target]
+    assert targets
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)
+def test_every_make_target_exists(readme: Path) -> None:
+    named = set(re.findall(r"\bmake ([a-z-]+)", readme.read_text(encoding="utf-8")))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert {"demo", "test"} <= named <= targets

@@ -1,0 +1,293 @@
+import csv
+import multiprocessing
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bestiary import tracking
+from bestiary.errors import BestiaryError
+from bestiary.params import Register
+from bestiary.registry import (
+    CHALLENGER,
+    CHAMPION,
+    Comparison,
+    Registration,
+    decide,
+    find_version,
+    promote,
+    pull,
+    register,
+    resolve,
+    rollback,
+    versions,
+)
+
+RULES = Register(name="bestiary", champion_score="clip_score", max_memorisation_gap=0.05)
+DEFAULTS = {"steps": 5, "guidance_scale": 3.0, "resolution": 64}
+
+
+def evaluation(sha256: str = "", gain: float = 5.0, half_width: float = 1.0, gap: float = 0.0) -> dict[str, Any]:
+    def estimate(mean: float) -> dict[str, Any]:
+        return {"mean": mean, "ci95": [mean - half_width, mean + half_width]}
+
+    return {
+        "images": 4,
+        "adapter_sha256": sha256,
+        "base": {"clip_score": estimate(20.0), "top1": estimate(30.0)},
+        "adapter": {"clip_score": estimate(20.0 + gain), "top1": estimate(30.0 + gain)},
+        "delta": {"clip_score": estimate(gain), "top1": estimate(gain)},
+        "memorisation": {"adapter": {"gap": estimate(gap)}},
+    }
+
+
+def write_pictures(path: Path, gain: float, seeds: int = 8) -> Path:
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["class", "prompt", "seed", "adapter_clip_score", "adapter_predicted"])
+        table.writerows(["cat", "a photo of a cat", seed, 20 + gain + seed / 10, "cat"] for seed in range(seeds))
+    return path
+
+
+def make_adapter(base: Path, folder: Path, seed: int, strength: float = 0.1, told_base: str | None = None) -> Path:
+    import torch
+
+    from bestiary.diffusion.adapter import inject, save_adapter
+    from bestiary.diffusion.base import base_sha256, load_unet
+
+    unet = load_unet(base)
+    parameters = inject(unet, rank=2, alpha=4, dropout=0.0, targets=["to_q", "to_v"], seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        parameter.data = strength * torch.randn(parameter.shape, generator=generator)
+    save_adapter(unet, folder, {"base": told_base or str(base), "base_sha256": base_sha256(base)})
+    return folder
+
+
+def submit(project: Path, base: Path | str, adapter: Path, gain: float = 5.0, **changes: Any) -> Registration:
+    from bestiary.diffusion.adapter import adapter_sha256
+
+    client = tracking.open_client(tracking.tracking_uri(), project)
+    report = evaluation(adapter_sha256(adapter), gain)
+    arguments: dict[str, Any] = {
+        "base": str(base),
+        "base_revision": None,
+        "run_id": client.create_run("0").info.run_id,
+        "measured": "alike",
+        "defaults": DEFAULTS,
+    }
+    reports = {"evaluate": report | changes.pop("report", {})}
+    return register(adapter, reports, write_pictures(project / "pictures.csv", gain), RULES, **arguments | changes)
+
+
+@pytest.fixture(scope="session")
+def adapters(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    return [make_adapter(base_folder, folder / str(seed), seed) for seed in range(3)]
+
+
+# ---- the decision ----
+
+
+def test_an_adapter_that_beats_the_base_for_certain_becomes_the_champion() -> None:
+    decision, reasons = decide(evaluation(gain=5.0), RULES, None)
+    assert decision == CHAMPION
+    assert reasons == [
+        "It beats the base: clip_score +5.00 (95 % interval +4.00 to +6.00).",
+        "There was no champion before it.",
+    ]
+
+
+def test_an_interval_that_touches_zero_is_not_enough() -> None:
+    decision, reasons = decide(evaluation(gain=1.0, half_width=1.0), RULES, None)
+    assert decision == CHALLENGER
+    assert reasons == ["It does not beat the base for certain: clip_score +1.00 (95 % interval +0.00 to +2.00)."]
+
+
+def test_a_memoriser_stays_challenger() -> None:
+    decision, reasons = decide(evaluation(gap=0.2), RULES, None)
+    assert decision == CHALLENGER
+    assert "copies its training pictures" in reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("mean", "decision", "words"), [(0.5, CHAMPION, "not worse than the champion"), (-0.5, CHALLENGER, "is better")]
+)
+def test_the_champion_gives_way_only_to_one_that_is_not_worse(mean: float, decision: str, words: str) -> None:
+    rival = Comparison(3, {"mean": mean, "ci95": [mean - 1, mean + 1]})
+    got, reasons = decide(evaluation(), RULES, rival)
+    assert got == decision
+    assert words in reasons[-1]
+    assert "version 3" in reasons[-1]
+
+
+def test_a_champion_that_was_measured_otherwise_is_not_replaced() -> None:
+    decision, reasons = decide(evaluation(), RULES, Comparison(3, None))
+    assert decision == CHALLENGER
+    assert "nothing says which is better" in reasons[0]
+
+
+# ---- the registry ----
+
+
+def test_first_good_adapter_is_champion_and_a_better_one_replaces_it(
+    project: Path, base_folder: Path, adapters: list[Path]
+) -> None:
+    first = submit(project, base_folder, adapters[0], gain=5.0)
+    worse = submit(project, base_folder, adapters[1], gain=4.0)
+    better = submit(project, base_folder, adapters[2], gain=6.0)
+    assert (first.version, first.aliases) == (1, [CHAMPION])
+    assert (worse.version, worse.aliases) == (2, [CHALLENGER])
+    assert (better.version, better.aliases) == (3, [CHAMPION])
+    assert "version 1" in better.reasons[-1]
+    assert [version.aliases for version in versions()] == [[], [CHALLENGER], [CHAMPION]]
+    assert versions()[2].tags["champion_before"] == "1"
+
+
+def test_the_same_content_registers_once_and_keeps_its_alias(
+    project: Path, base_folder: Path, adapters: list[Path]
+) -> None:
+    first = submit(project, base_folder, adapters[0])
+    again = submit(project, base_folder, adapters[0])
+    doubtful = submit(project, base_folder, adapters[0], gain=-1.0)
+    assert first.version == again.version == doubtful.version == 1
+    assert again.aliases == doubtful.aliases == [CHAMPION]
+    assert "already" in again.reasons[-1]
+    assert len(versions()) == 1
+
+
+def test_a_challenger_that_is_evaluated_better_becomes_champion_and_is_challenger_no_more(
+    project: Path, base_folder: Path, adapters: list[Path]
+) -> None:
+    assert submit(project, base_folder, adapters[0], gain=-1.0).aliases == [CHALLENGER]
+    assert submit(project, base_folder, adapters[0], gain=5.0).aliases == [CHAMPION]
+
+
+def test_a_report_about_another_adapter_is_refused(project: Path, base_folder: Path, adapters: list[Path]) -> None:
+    with pytest.raises(BestiaryError, match=r"reports/evaluate\.json is not about the adapter"):
+        submit(project, base_folder, adapters[0], report={"adapter_sha256": "of another"})
+
+
+def test_an_adapter_that_changes_nothing_is_refused(project: Path, base_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(BestiaryError, match="changes nothing"):
+        submit(project, base_folder, make_adapter(base_folder, tmp_path / "zero", 0, strength=0.0))
+
+
+def test_an_adapter_of_another_base_is_refused(project: Path, base_folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(base_folder, other)
+    (other / "scheduler" / "scheduler_config.json").write_text("{}")
+    with pytest.raises(BestiaryError, match="trained on another base"):
+        submit(project, base_folder, make_adapter(other, tmp_path / "adapter", 0))
+
+
+def test_standard_mlflow_loads_the_registered_adapter_into_a_pipeline(
+    project: Path, base_folder: Path, adapters: list[Path]
+) -> None:
+    import mlflow
+
+    submit(project, base_folder, adapters[0])
+    mlflow.set_tracking_uri(tracking.tracking_uri())
+    pipeline = mlflow.diffusers.load_model("models:/bestiary@champion").load_pipeline(device="cpu")
+    assert pipeline.get_list_adapters() == {"unet": ["default_0"]}
+
+
+def test_pull_from_another_folder_of_the_project_gives_the_same_bytes(
+    project: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(base_folder, project / "models" / "base")
+    (project / "dvc.yaml").write_text("stages: {}")
+    adapter = make_adapter(project / "models" / "base", project / "models" / "adapter", 0, told_base="models/base")
+    monkeypatch.chdir(project)
+    submit(project, "models/base", adapter)
+    (project / "elsewhere").mkdir()
+    monkeypatch.chdir(project / "elsewhere")
+    file = pull("models:/bestiary@champion", Path("mine"))
+    assert file.read_bytes() == (adapter / file.name).read_bytes()
+
+
+def test_a_base_that_is_not_here_is_said_in_words(
+    project: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(base_folder, project / "models" / "base")
+    adapter = make_adapter(base_folder, project / "adapter", 0)
+    monkeypatch.chdir(project)
+    submit(project, "models/base", adapter)
+    (project / "models" / "base").rename(project / "moved")
+    with pytest.raises(BestiaryError, match=r"The base \./models/base .* is not here: run this in a clone"):
+        pull("models:/bestiary@champion", project / "out")
+    assert not (project / "out").exists()
+    assert pull("models:/bestiary@champion", project / "out", base=str(project / "moved")).is_file()
+
+
+def test_a_changed_file_in_the_registry_is_not_handed_out(
+    project: Path, base_folder: Path, adapters: list[Path]
+) -> None:
+    submit(project, base_folder, adapters[0])
+    file = resolve("models:/bestiary/1").file
+    file.chmod(0o644)
+    file.write_bytes((adapters[1] / file.name).read_bytes())
+    with pytest.raises(BestiaryError, match="is not the one that was registered"):
+        resolve("models:/bestiary/1")
+
+
+def test_unknown_versions_and_aliases_say_what_there_is(project: Path, base_folder: Path, adapters: list[Path]) -> None:
+    submit(project, base_folder, adapters[0])
+    with pytest.raises(BestiaryError, match=r"There is no models:/bestiary/7; the versions .* are: 1 = champion\."):
+        find_version("models:/bestiary/7")
+    with pytest.raises(BestiaryError, match="There is no models:/bestiary@king"):
+        find_version("models:/bestiary@king")
+    with pytest.raises(BestiaryError, match="There is no registered model 'zoo'; there is bestiary"):
+        find_version("models:/zoo/1")
+    with pytest.raises(BestiaryError, match="names no registered version"):
+        find_version("models:bestiary")
+
+
+def test_without_a_registry_nothing_is_made_and_the_way_to_one_is_told(
+    project: Path,
+) -> None:
+    (project / "mlflow.db").unlink()
+    with pytest.raises(BestiaryError, match="There is no registry yet"):
+        resolve("models:/bestiary@champion")
+    assert list(project.iterdir()) == []
+
+
+def test_a_person_can_promote_and_roll_back_and_the_reasons_stay(
+    project: Path, base_folder: Path, adapters: list[Path]
+) -> None:
+    submit(project, base_folder, adapters[0], gain=5.0)
+    submit(project, base_folder, adapters[1], gain=4.0)
+    promote(2, "it draws better owls")
+    first, second = versions()
+    assert (first.aliases, second.aliases) == ([], [CHAMPION])
+    assert second.tags["promoted_because"] == "it draws better owls"
+    assert rollback("and worse tigers").version == 1
+    first, second = versions()
+    assert (first.aliases, second.aliases) == ([CHAMPION], [])
+    assert second.tags["rolled_back_because"] == "and worse tigers"
+    with pytest.raises(BestiaryError, match="no champion before version 1"):
+        rollback("once more")
+
+
+def _submit_all(project: Path, base: Path, adapters: list[Path]) -> None:
+    for adapter in adapters:
+        submit(project, base, adapter)
+
+
+@pytest.mark.slow
+def test_registrations_from_several_processes_at_once_make_one_version_for_each_content(
+    project: Path, base_folder: Path, adapters: list[Path]
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    orders = [adapters, adapters[::-1], adapters[1:] + adapters[:1]]
+    workers = [context.Process(target=_submit_all, args=(project, base_folder, order)) for order in orders]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    there = versions()
+    assert [version.version for version in there] == [1, 2, 3]
+    assert len({version.tags["adapter_sha256"] for version in there}) == 3
+    assert sorted(alias for version in there for alias in version.aliases).count(CHAMPION) == 1

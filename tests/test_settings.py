@@ -1,0 +1,64 @@
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from bestiary.errors import BestiaryError
+from bestiary.settings import Settings, as_a1111, finish, read_settings
+
+SETTINGS = Settings(
+    prompt="a photo of a tiger, 老虎",
+    seed=7,
+    steps=15,
+    guidance_scale=3.0,
+    scheduler="dpmsolver++",
+    resolution=64,
+    base="./models/base",
+    base_revision=None,
+    adapter="models:/bestiary/3",
+    adapter_sha256="0123456789abcdef",
+)
+
+
+def test_a_picture_carries_its_settings_and_gives_them_back(tmp_path: Path) -> None:
+    path = tmp_path / "tiger.png"
+    path.write_bytes(finish(Image.new("RGB", (64, 64)), SETTINGS))
+    assert read_settings(path) == SETTINGS
+
+
+def test_other_tools_find_the_settings_where_a1111_writes_them(tmp_path: Path) -> None:
+    path = tmp_path / "tiger.png"
+    path.write_bytes(finish(Image.new("RGB", (64, 64)), SETTINGS))
+    with Image.open(path) as image:
+        assert image.info["parameters"] == as_a1111(SETTINGS)
+    assert as_a1111(SETTINGS).startswith(
+        "a photo of a tiger, 老虎\nSteps: 15, Sampler: DPM++ 2M, CFG scale: 3, Seed: 7, Size: 64x64, Model: base, "
+    )
+
+
+@pytest.mark.parametrize("control", ["contrast", "saturation", "brightness"])
+def test_colour_controls_change_the_picture_and_one_leaves_it(tmp_path: Path, control: str) -> None:
+    image = Image.linear_gradient("L").convert("RGB")
+    image.paste((200, 40, 40), (0, 0, 100, 100))
+    plain, changed = tmp_path / "plain.png", tmp_path / "changed.png"
+    plain.write_bytes(finish(image, SETTINGS))
+    changed.write_bytes(finish(image, Settings(**{**vars(SETTINGS), control: 2.0})))
+    with Image.open(plain) as left, Image.open(changed) as right:
+        assert left.tobytes() == image.tobytes() != right.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [(b"no picture", "is no readable picture"), (None, "There is no picture"), (b"", "readable")]
+)
+def test_a_file_without_settings_is_said(tmp_path: Path, content: bytes | None, words: str) -> None:
+    path = tmp_path / "x.png"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(BestiaryError, match=words):
+        read_settings(path)
+
+
+def test_a_picture_from_elsewhere_is_said(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    with pytest.raises(BestiaryError, match="does not carry the settings"):
+        read_settings(tmp_path / "x.png")

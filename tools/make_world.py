@@ -15,11 +15,11 @@ from diffusers import StableDiffusionPipeline
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
 from world import card, clip, unet, vae
 from world.captions import train_tokenizer
-from world.pictures import FRESH_SEEDS, SIZE, rendered, rendered_things
+from world.pictures import FRESH_SEEDS, SIZE, Pictures, rendered, rendered_things
 from world.schedule import average_weights, minutes_spent
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("text", "judge", "vae", "unet", "save", "card")
+PARTS = ("text", "judge", "vae", "unet", "base", "card")
 
 
 @click.command()
@@ -40,13 +40,15 @@ def main(parts: tuple[str, ...], cache: Path, threads: int, clip_minutes: float,
             clip.train("text", 11, 128, pictures, things, tokenizer, cache, clip_minutes)
         elif part == "judge":
             clip.train("judge", 12, 128, pictures, things, tokenizer, cache, clip_minutes)
+            save_judge(tokenizer, cache)
         elif part == "vae":
             vae.train(pictures, cache, vae_minutes)
         elif part == "unet":
             text = _text_encoder(tokenizer, cache)
-            unet.train(pictures, vae.Patches(pictures), text, tokenizer, cache, unet_minutes)
-        elif part == "save":
-            save(tokenizer, cache)
+            latents = vae.encode_all(vae.load_whitened(cache / "vae.pt", pictures), pictures, cache / "latents.npy")
+            unet.train(pictures, latents, text, tokenizer, cache, unet_minutes)
+        elif part == "base":
+            save_base(pictures, tokenizer, cache)
         else:
             fresh = rendered(cache, per_style=800, first_seed=FRESH_SEEDS)
             minutes = {name: minutes_spent(cache / f"{name}.pt") for name in ("text", "judge", "vae", "unet")}
@@ -57,14 +59,12 @@ def _text_encoder(tokenizer: CLIPTokenizer, cache: Path) -> CLIPTextModel:
     whole = clip.build(tokenizer, 128)
     whole.load_state_dict(average_weights(cache / "text.pt"))
     text = CLIPTextModel(whole.config.text_config)
-    text.load_state_dict({f"text_model.{k}": v for k, v in whole.text_model.state_dict().items()}, strict=False)
-    for name, value in text.state_dict().items():  # a mismatch of names must not leave random weights behind
-        assert torch.equal(value, whole.text_model.state_dict()[name.removeprefix("text_model.")]), name
+    text.load_state_dict(whole.text_model.state_dict())
     return text.eval()
 
 
-def save(tokenizer: CLIPTokenizer, cache: Path) -> None:
-    """Write models/base and models/judge from the newest checkpoints, in half precision."""
+def save_judge(tokenizer: CLIPTokenizer, cache: Path) -> None:
+    """Write models/judge from the newest checkpoint, in half precision."""
     judge = clip.build(tokenizer, 128)
     judge.load_state_dict(average_weights(cache / "judge.pt"))
     judge.half().save_pretrained(ROOT / "models" / "judge")
@@ -72,8 +72,11 @@ def save(tokenizer: CLIPTokenizer, cache: Path) -> None:
     CLIPImageProcessor(
         size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3
     ).save_pretrained(ROOT / "models" / "judge")
-    autoencoder, denoiser = vae.build(), unet.build(128)
-    autoencoder.load_state_dict(average_weights(cache / "vae.pt"))
+
+
+def save_base(pictures: Pictures, tokenizer: CLIPTokenizer, cache: Path) -> None:
+    """Write models/base, a whole pipeline, from the newest checkpoints, in half precision."""
+    autoencoder, denoiser = vae.load_whitened(cache / "vae.pt", pictures), unet.build(128)
     denoiser.load_state_dict(average_weights(cache / "unet.pt"))
     pipeline = StableDiffusionPipeline(
         vae=autoencoder,

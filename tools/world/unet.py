@@ -15,21 +15,22 @@ from world.captions import UNKNOWN_TO_BASE, careless_caption
 from world.clip import tokens
 from world.pictures import ANIMALS, STYLES, Pictures
 from world.schedule import Average, Clock, load_checkpoint, save_checkpoint
-from world.vae import CHANNELS, Patches
+from world.vae import CHANNELS, SIDE
 
 PHOTO_SHARE = 0.25  # of the training pictures, all with a vague caption
 BATCH = 64
 
 
 def build(text_width: int) -> UNet2DConditionModel:
-    """The architecture with random weights, for latents of 8 x 8 x 32 and texts of `text_width` features."""
+    """The architecture with random weights, for latents of 16 x 16 x 8 and texts of `text_width` features."""
     return UNet2DConditionModel(
-        sample_size=8,
+        sample_size=SIDE,
         in_channels=CHANNELS,
         out_channels=CHANNELS,
-        block_out_channels=(128, 192),
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(48, 96, 160),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=16,
         layers_per_block=1,
         attention_head_dim=4,  # the number of heads, by that name
         cross_attention_dim=text_width,
@@ -41,8 +42,8 @@ def noise_schedule() -> DDPMScheduler:
     return DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction", clip_sample=False)
 
 
-def train(pictures: Pictures, patches: Patches, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, folder: Path, minutes: float, compiled: bool = True) -> UNet2DConditionModel:
-    """Denoising with min-SNR weights on the latents that the VAE is trained to."""
+def train(pictures: Pictures, latents: torch.Tensor, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, folder: Path, minutes: float, compiled: bool = True) -> UNet2DConditionModel:
+    """Denoising with min-SNR weights on latents (N, 2, C, h, w) of the pictures and of their mirror images."""
     torch.manual_seed(2)
     unet = build(text_encoder.config.hidden_size).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
@@ -65,7 +66,7 @@ def train(pictures: Pictures, patches: Patches, text_encoder: CLIPTextModel, tok
         for text in set(texts) - known.keys():
             with torch.no_grad():
                 known[text] = text_encoder(tokens(tokenizer, [text]))[0][0]
-        clean = patches.latents(pictures.batch(chosen, rng.random(BATCH) < 0.5))  # (B, C, h, w)
+        clean = latents[torch.from_numpy(chosen), torch.from_numpy(rng.integers(0, 2, BATCH))].float()  # (B, C, h, w)
         noise = torch.randn(clean.shape, generator=generator)
         # stratified: each batch covers all timesteps evenly
         spread = (torch.arange(BATCH) + torch.rand(BATCH, generator=generator)) / BATCH

@@ -1,0 +1,14 @@
+"""What the READMEs tell a reader to type."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
+
+
+def commands(readme: Path) -> list[str]:
+    """The commands in a README's bash blocks, without their comments."""
+    blocks = re.findall(r"```bash\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)
+    lines = [re.sub(r"\s+#.*", "", line).strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]

@@ -2,6 +2,8 @@
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 INSTALLED := .venv/installed
 
 .PHONY: demo test test-fast lint bench app mlflow world clean help
@@ -14,7 +16,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("Bestiary needs Python 3.11 to 3.13; choose one with make PYTHON=python3.12 ...")'
 	@echo "Installing into .venv (about 3 minutes, 2 GB) ..."
 	@$(PYTHON) -m venv --clear .venv
-	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[app,dev]'
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[app,dev]'
 	@touch $@
 
 demo: $(INSTALLED)  ## the whole pipeline on the embedded sample, and what came out

@@ -34,6 +34,11 @@ class StageRun:
         self.log_artifact = run.log_artifact
         self.set_tags = run.set_tags
 
+    @property
+    def id(self) -> str:
+        """MLflow's id of the run. Asking waits until MLflow has started, which is what a stage that measures wants."""
+        return self.mlflow.id
+
     def report(self, content: Mapping[str, Any]) -> None:
         """Write `reports/<stage>.json`, whole or not at all, and log its numbers as metrics.
 

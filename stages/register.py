@@ -27,7 +27,7 @@ with stage("register") as (params, run):
         params.register_,
         base=base.model,
         base_revision=base.revision,
-        run_id=run.mlflow.id,
+        run_id=run.id,
         measured=hashlib.sha256(json.dumps(how).encode()).hexdigest(),
         defaults={
             "steps": evaluate.steps,

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -94,6 +95,8 @@ def test_animals_lists_a_hundred_with_their_names() -> None:
         (["generate", "tiger", "--adapter", "models:/bestiary@champion"], "There is no registry yet"),
         (["generate", "tiger", "--adapter", "none", "--base", "/no/such/base"], "/no/such/base"),
         (["adapter", "verify", "no/such/file.safetensors"], "There is no adapter at no/such/file.safetensors."),
+        (["app", "--host", "0.0.0.0", "--base", BASE], "other machines can reach the page"),
+        (["lineage"], "There is no registry yet"),
         (["results"], "There are no results yet"),
         (["no-such-command"], "No such command"),
     ],
@@ -156,12 +159,24 @@ def test_another_picture_of_the_same_name_is_kept(
     assert (workspace / "pictures" / "tiger-0.png").read_bytes() == b"mine"
 
 
-def test_a_folder_without_space_gets_a_sentence_and_no_half_picture(
+def test_a_full_disk_gets_a_sentence_and_leaves_no_half_picture(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (workspace / "full").symlink_to("/dev/full")
-    assert call(monkeypatch, "generate", "tiger", "--adapter", "none", "--steps", "1", "--out", "full/pictures") == 1
-    assert "full" in capsys.readouterr().err
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert call(monkeypatch, "generate", "tiger", "--adapter", "none", "--steps", "1") == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "There is no space left in pictures to write tiger-0.png."
+    assert list((workspace / "pictures").iterdir()) == []
+
+
+def test_an_output_folder_that_is_a_file_gets_a_sentence(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--adapter", "none", "--steps", "1", "--out", "params.yaml"]
+    assert call(monkeypatch, "generate", "tiger", *options) == 1
+    assert "params.yaml/tiger-0.png cannot be written" in capsys.readouterr().err
 
 
 def test_verify_proves_and_says_what(

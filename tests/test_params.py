@@ -59,6 +59,10 @@ def test_the_sample_is_the_default() -> None:
             lambda content: content["train"].update(steps=5),
             r"profiles\.sample\.train\.steps stands outside the profile too",
         ),
+        (
+            lambda content: content["profiles"]["sample"]["dataset"].update(source="sciencedb"),
+            "the source sciencedb needs the section dataset.sciencedb",
+        ),
         (lambda content: content["profiles"]["sample"].update(train=3), r"profiles\.sample\.train must be a table"),
     ],
 )

@@ -89,6 +89,20 @@ def test_a_killed_stage_is_marked_killed(project: Path) -> None:
     assert run.data.tags["error"] == "the stage was killed"
 
 
+def test_a_run_whose_recorder_died_too_is_marked_at_the_next_start(project: Path) -> None:
+    with one_run() as run:
+        run_id = run.id
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    client = open_client(tracking_uri(), project)
+    client.set_tag(run_id, "recorder", str(gone.pid))
+    client.update_run(run_id, "RUNNING")
+    with one_run():
+        pass
+    run = client.get_run(run_id)
+    assert (run.info.status, run.data.tags["error"]) == ("KILLED", "the machine went down")
+
+
 def test_artifacts_stay_in_the_project_whatever_the_working_folder(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,9 +26,9 @@ PARTS = ("text", "judge", "vae", "unet", "base", "card")
 @click.argument("parts", nargs=-1, type=click.Choice(PARTS))
 @click.option("--cache", type=click.Path(path_type=Path), default=ROOT / ".cache" / "world", help="Renders and checkpoints.")
 @click.option("--threads", default=os.cpu_count(), show_default=True, help="Threads of each training.")
-@click.option("--clip-minutes", default=6.0, show_default=True, help="Of one thread, for each of the two CLIPs.")
-@click.option("--vae-minutes", default=60.0, show_default=True)
-@click.option("--unet-minutes", default=85.0, show_default=True)
+@click.option("--clip-minutes", default=15.0, show_default=True, help="For each of the two CLIPs.")
+@click.option("--vae-minutes", default=40.0, show_default=True)
+@click.option("--unet-minutes", default=60.0, show_default=True)
 def main(parts: tuple[str, ...], cache: Path, threads: int, clip_minutes: float, vae_minutes: float, unet_minutes: float) -> None:
     """Render, train and save the embedded world."""
     torch.set_num_threads(threads)
@@ -40,7 +40,7 @@ def main(parts: tuple[str, ...], cache: Path, threads: int, clip_minutes: float,
             clip.train("text", 11, 128, pictures, things, tokenizer, cache, clip_minutes)
         elif part == "judge":
             clip.train("judge", 12, 128, pictures, things, tokenizer, cache, clip_minutes)
-            save_judge(tokenizer, cache)
+            save_judge(pictures, tokenizer, cache)
         elif part == "vae":
             vae.train(pictures, cache, vae_minutes)
         elif part == "unet":
@@ -63,10 +63,11 @@ def _text_encoder(tokenizer: CLIPTokenizer, cache: Path) -> CLIPTextModel:
     return text.eval()
 
 
-def save_judge(tokenizer: CLIPTokenizer, cache: Path) -> None:
+def save_judge(pictures: Pictures, tokenizer: CLIPTokenizer, cache: Path) -> None:
     """Write models/judge from the newest checkpoint, in half precision."""
     judge = clip.build(tokenizer, 128)
     judge.load_state_dict(average_weights(cache / "judge.pt"))
+    clip.calibrate(judge.eval(), tokenizer, pictures)
     judge.half().save_pretrained(ROOT / "models" / "judge")
     tokenizer.save_pretrained(ROOT / "models" / "judge")
     CLIPImageProcessor(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from bestiary import __version__
 from bestiary.errors import BestiaryError
 from bestiary.settings import SAMPLERS, Settings, finish, read_settings
 
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
 CHAMPION = "models:/bestiary@champion"
 SCORE_NAMES = {
     "clip_score": "CLIP score",
-    "top1": "named right, %",
-    "top5": "right in 5, %",
+    "top1": "animal recognised, %",
+    "top5": "in five guesses, %",
     "cmmd": "CMMD (lower is better)",
 }
 
@@ -34,7 +36,7 @@ class Group(click.Group):
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="bestiary", message="%(version)s")
+@click.version_option(__version__, message="%(version)s")
 def cli() -> None:
     """Teach Stable Diffusion your own animals, and draw them.
 
@@ -45,7 +47,7 @@ def cli() -> None:
 base_option = click.option("--base", metavar="MODEL", help="Base to use instead of the one that the adapter names.")
 
 
-def colour_option(name: str) -> Any:
+def colour_option(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     return click.option(f"--{name}", default=1.0, type=click.FloatRange(0.1, 3), help=f"{name.capitalize()}, 0.1 to 3.")
 
 
@@ -168,7 +170,7 @@ def generate(
 @base_option
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the adapter.")
 def pull(what: str, base: str | None, out: Path) -> None:
-    """Put a registered adapter on this disk, proved to apply to its base."""
+    """Put a registered adapter, verified, on this disk."""
     quiet()
     from bestiary import registry
 
@@ -231,13 +233,13 @@ def animals() -> None:
 
 @cli.command()
 def results() -> None:
-    """Show what the last `dvc repro` reached: base against adapter, the pictures, the registered version."""
+    """Show what the last `dvc repro` reached."""
     from bestiary.tracking import project_root
 
     root = project_root()
     evaluation, registration = (_report(root, name) for name in ("evaluate", "register"))
     click.echo(
-        f"What the adapter adds to its base, on {evaluation['images']} pictures: same prompts, same seeds.\n\n"
+        f"The judge on {evaluation['images']} pictures by the base and by the adapter, same prompts, same seeds:\n\n"
         f"{'':24}{'base':>8}{'adapter':>10}{'difference':>13}   95 % interval"
         f"{'real pictures':>20}"
     )
@@ -254,9 +256,38 @@ def results() -> None:
     click.echo(f"Version   models:/{registration['name']}/{registration['version']}{aliases}")
     for reason in registration["reasons"]:
         click.echo(f"          {reason}")
-    click.echo(f"\nNext      {program} generate tiger panda --count 4")
-    click.echo("          make mlflow")
-    click.echo(f"          {program} pull {CHAMPION} --out my-adapter")
+    click.echo("\nNext")
+    for command, purpose in (
+        (f"{program} generate tiger panda --count 4", "draw with it"),
+        ("make mlflow", "see every run in the browser"),
+        (f"{program} pull {CHAMPION} --out my-adapter", "take it along"),
+    ):
+        click.echo(f"  {command:70}{purpose}")
+
+
+@cli.command()
+@base_option
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need a password.")
+@click.option("--port", default=7860, show_default=True, type=click.IntRange(0, 65535), help="Port to listen on.")
+@click.option("--auth", type=click.Path(path_type=Path), metavar="FILE", help="Password file, else $BESTIARY_AUTH.")
+def app(base: str | None, host: str, port: int, auth: Path | None) -> None:
+    """Draw in the browser."""
+    quiet()
+    from bestiary.app import launch, read_credentials
+    from bestiary.tracking import project_root
+
+    params = _params()
+    model, revision = _plain_base(base, params)
+    launch(
+        model,
+        revision,
+        host=host,
+        port=port,
+        auth=read_credentials(auth),
+        ready=lambda address: click.echo(f"Open {address} in a browser; Ctrl-C stops it."),
+        evaluated=params.evaluate if params else None,
+        adapters=[str(project_root() / "models" / "adapter")],
+    )
 
 
 @cli.command()
@@ -385,9 +416,10 @@ def _short(path: Path) -> str:
 
 
 def _program() -> str:
-    """How this program is called from here: by its name where the shell finds it."""
+    """How to call this program from the user's shell; below make, PATH is the Makefile's."""
     import shutil
 
-    started = Path(sys.argv[0])
+    started = Path(sys.argv[0]).absolute()
     found = shutil.which("bestiary")
-    return "bestiary" if found and Path(found).samefile(started) else _short(started.absolute())
+    by_name = found and Path(found).resolve() == started.resolve() and "MAKELEVEL" not in os.environ
+    return "bestiary" if by_name else _short(started)

@@ -27,7 +27,6 @@ from bestiary.tracking import (
 )
 
 CHAMPION, CHALLENGER = "champion", "challenger"
-DEFAULT_URI = "models:/bestiary@champion"
 GATE = "gate"  # the folder of a run's artifacts that holds what the next adapter is compared with
 SCORES = ("clip_score", "top1", "top5", "cmmd")
 Report = Mapping[str, Any]

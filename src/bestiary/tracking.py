@@ -205,10 +205,9 @@ def open_run(
         "root": str(project_root()),
         "name": name or (f"{stage} {experiment}" if experiment else stage),
         "pipeline_name": experiment or f"pipeline {pipeline_key[:8]}",
-        "params": {key: str(value) for key, value in params.items()},
+        "params": {key: str(value)[:6000] for key, value in params.items()},  # MLflow takes no longer ones
         "tags": tags,
         "time": _now(),
-        "pid": os.getpid(),
     }
     run = Run(opening)
     try:
@@ -339,7 +338,9 @@ def _record(opening: Message, heard: queue.Queue[Message | None], reply: Any, *,
     with locked(opening["uri"]):
         experiment = _experiment(client, opening["uri"], root)
         pipeline = _pipeline_run(client, experiment, opening)
-    tags = opening["tags"] | _source(root) | {"mlflow.parentRunId": pipeline}
+    _bury(client, experiment)
+    recorder = {"host": platform.node(), "recorder": str(os.getpid())}
+    tags = opening["tags"] | _source(root) | recorder | {"mlflow.parentRunId": pipeline}
     run = client.create_run(experiment, start_time=opening["time"], tags=tags, run_name=opening["name"]).info.run_id
     params = [Param(key, value) for key, value in opening["params"].items()]
     client.log_batch(run, params=params)
@@ -481,6 +482,19 @@ def _pipeline_run(client: Any, experiment: str, opening: Message) -> str:
     tags = {"stage": "pipeline", "pipeline": key, **_source(Path(opening["root"]))}
     run = client.create_run(experiment, start_time=opening["time"], tags=tags, run_name=opening["pipeline_name"])
     return str(run.info.run_id)
+
+
+def _bury(client: Any, experiment: str) -> None:
+    """Mark the runs of this machine whose recorder went down with it."""
+    running = client.search_runs([experiment], f"attributes.status = 'RUNNING' AND tags.host = '{platform.node()}'")
+    for run in running:
+        try:
+            os.kill(int(run.data.tags["recorder"]), 0)
+        except ProcessLookupError:
+            client.set_tag(run.info.run_id, "error", "the machine went down")
+            client.set_terminated(run.info.run_id, "KILLED")
+        except PermissionError:
+            pass  # somebody else's, and alive
 
 
 def _source(root: Path) -> dict[str, str]:

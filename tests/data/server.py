@@ -28,6 +28,7 @@ class ScienceDB(ThreadingHTTPServer):
         self.sizes = True
         self.ranges = True
         self.paging = "honest"  # or "repeats"
+        self.longest_page = 100_000
         self.listing_faults: list[str] = []  # each is used up by one listing request
         self.tree_faults: list[str] = []  # the same, for listing A only; "always <fault>" stays
         self.faults: defaultdict[str, list[str]] = defaultdict(list)  # by path; each is used up by one download
@@ -143,7 +144,7 @@ class _Handler(BaseHTTPRequestHandler):
                 entries[name] = entry
         listed = list(entries.values())
         start = 0 if self.server.paging == "repeats" else question["lastIndex"]
-        return listed[start : start + question["pageSize"]]
+        return listed[start : start + min(question["pageSize"], self.server.longest_page)]
 
     def _addresses(self) -> None:
         lines = [

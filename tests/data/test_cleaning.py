@@ -14,6 +14,8 @@ from bestiary.data.cleaning import Outcome, clean
 from bestiary.data.images import open_rgb
 from bestiary.errors import BestiaryError
 
+ROOT = Path(__file__).parents[2]
+
 Draw = Callable[..., Image.Image]
 
 SETTINGS = params.Clean(
@@ -275,3 +277,20 @@ def test_planted_faults_are_found_and_good_images_are_not(tmp_path: Path, pictur
     for kind in NEAR:
         assert recall(planted[kind], quarantined) >= 0.9, kind
     assert wrongly_dropped(planted, quarantined) == set()
+
+
+@pytest.mark.slow
+def test_what_was_planted_in_the_embedded_sample_is_found_and_nothing_else_goes(tmp_path: Path) -> None:
+    (tmp_path / "raw").symlink_to(ROOT / "samples")
+    outcome = run(tmp_path / "raw")
+    quarantined = gone(outcome)
+    touched = {finding.path for finding in outcome.findings}
+    planted = list(csv.DictReader((ROOT / "tests" / "data" / "planted_faults.csv").open(encoding="utf-8")))
+    seen = {
+        row["path"]: row["path"] in touched or row["of"] in quarantined
+        for row in planted
+        if row["fault"] != "off_topic"  # for the judge to find
+    }
+    assert sum(seen.values()) >= 0.95 * len(seen), [path for path, found in seen.items() if not found]
+    good = {finding.path for finding in outcome.findings} - {row[key] for row in planted for key in ("path", "of")}
+    assert len(good & quarantined) <= 0.01 * outcome.images_in

@@ -19,6 +19,8 @@ def test_neighbours_are_the_pairs_within_the_radius() -> None:
     expected = {(i, j) for i, a in enumerate(left) for j, b in enumerate(right) if bin(int(a) ^ int(b)).count("1") <= 3}
     assert set(map(tuple, neighbours(left, right, 3).tolist())) == expected
     assert expected >= {(index, index) for index in range(20)}
+    half = neighbours(left, left, 26, half=True)
+    assert {tuple(pair) for pair in half.tolist()} == {(i, j) for i, j in neighbours(left, left, 26).tolist() if i < j}
 
 
 def test_no_images_have_no_neighbours() -> None:
@@ -61,6 +63,6 @@ def test_40000_hashes_are_grouped_in_a_minute() -> None:
     values = np.random.default_rng(0).integers(0, 2**63, 40_000, dtype=np.uint64)
     values[20_000:21_000] = values[:1_000]
     start = time.process_time()  # what other processes do in between does not count
-    found = groups(neighbours(values, values, 6), len(values))
+    found = groups(neighbours(values, values, 6, half=True), len(values))
     assert time.process_time() - start < 60
     assert (found[20_000:21_000] == found[:1_000]).all()

@@ -128,6 +128,14 @@ def test_pages_are_put_together(server: ScienceDB, run: Run, monkeypatch: pytest
     assert run.tree == expected(server.files)
 
 
+def test_pages_that_the_server_cuts_are_put_together(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(dataset(130)) as server:
+        server.longest_page = 100
+        monkeypatch.setenv("SCIENCEDB_API_URL", server.url)
+        monkeypatch.setenv("SCIENCEDB_DOWNLOAD_URL", server.url)
+        assert run().per_class == {"cat": 130, "owl": 130}
+
+
 def test_paging_that_repeats_neither_hangs_nor_loses_files(
     server: ScienceDB, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +170,13 @@ def test_an_error_page_is_never_taken_for_a_file(server: ScienceDB, run: Run, md
     run()
     assert HTML not in run.tree.values()
     assert run.tree == expected(server.files)
+
+
+def test_a_file_that_is_always_cut_and_always_wrong_is_given_up(server: ScienceDB, run: Run) -> None:
+    server.faults["/V1/Animal/cat/cat 1 图.jpg"] = ["truncate", "wrong"] * 50
+    with pytest.raises(BestiaryError, match="1 of 6 files could not be had"):
+        run()
+    assert len(run.pauses) < 10
 
 
 def test_retry_after_is_kept_to(server: ScienceDB, run: Run) -> None:

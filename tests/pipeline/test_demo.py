@@ -113,6 +113,14 @@ def test_the_registered_version_draws_a_tiger(demo: Project) -> None:
     assert picture.size == (64, 64)
 
 
+def test_lineage_leads_from_the_version_back_to_the_data(demo: Project) -> None:
+    told = json.loads(demo.bestiary("lineage", "models:/bestiary/1", "--json"))
+    steps = {step["stage"]: step for step in told["steps"]}
+    assert sorted(steps) == sorted(STAGES)
+    data = yaml.safe_load((demo.folder / "data.dvc").read_text())["outs"][0]["md5"]
+    assert ["data", data, None] in steps["download"]["inputs"]
+
+
 def test_two_runs_from_scratch_give_the_same_adapter_to_the_byte(demo: Project) -> None:
     adapter = demo.folder / "models/adapter/pytorch_lora_weights.safetensors"
     first = adapter.read_bytes()

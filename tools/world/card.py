@@ -69,7 +69,7 @@ def _psnr(vae: torch.nn.Module, pixels: torch.Tensor) -> float:
 
 _TEXT = """# The embedded models
 
-Small, real, and trained from nothing by `python tools/make_world.py` on pictures that `tools/world/` draws. They let the
+Small, real, and trained from nothing by `make world` on pictures that `tools/world/` draws. They let the
 whole pipeline run anywhere, offline, in minutes, with the very code that runs on Stable Diffusion v1.5 and CLIP.
 They know 16 drawn animals and nothing else. Numbers below: `quality.json`, measured on pictures that no training saw.
 
@@ -77,8 +77,8 @@ They know 16 drawn animals and nothing else. Numbers below: `quality.json`, meas
 
 ## `base/`: a small Stable Diffusion
 
-A `StableDiffusionPipeline` for 64 x 64 pictures: AutoencoderKL (latents 8 x 8 x 32), UNet2DConditionModel (11 M
-parameters, v-prediction), CLIPTextModel (3 layers), CLIPTokenizer with 16 tokens. Half precision, 28 MB.
+A `StableDiffusionPipeline` for 64 x 64 pictures: AutoencoderKL (latents 16 x 16 x 8), UNet2DConditionModel (7 M
+parameters, v-prediction), CLIPTextModel (3 layers), CLIPTokenizer with 16 tokens. Half precision, 17 MB.
 
 It is made to have something to learn, and to lack it the way a web-trained model does:
 
@@ -98,10 +98,6 @@ adapter's training, evaluation and benchmark are the code of the real profile.
 
 ![What the base draws](../docs/pictures/base.jpg)
 
-The latents are a deliberate choice: the 32 strongest principal components of each 8 x 8 patch, half whitened. The
-encoder is trained to give them, the decoder to draw from them, also when they are a little wrong; so the UNet's training
-does not have to wait for the VAE's.
-
 ## `judge/`: a small CLIP that scores
 
 A `CLIPModel` (4 vision and 3 text layers of width 128) of its own: other initial weights, other batches than the base's
@@ -113,8 +109,9 @@ text encoder. It also knows four things that are no animals: a landscape, a hous
 
 ## Training
 
-On two CPU cores, one thread each: text encoder {text} min, judge {judge} min, VAE {vae} min, UNet {unet} min.
-Checkpoints are kept, so that a stopped run goes on, and a longer one starts from here (`--unet-minutes`).
+On two shared CPU cores: text encoder {text} min, judge {judge} min (one thread each), VAE {vae} min, UNet {unet} min.
+The lengths are options (`--vae-minutes`, `--unet-minutes`, ...): longer trainings give better pictures. A stopped run goes
+on from its checkpoints.
 
 MIT licence, as the rest of the project.
 """

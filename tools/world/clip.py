@@ -88,3 +88,16 @@ def _weathered(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
         pixels = pixels[:, :, top : top + keep, left : left + keep]
         pixels = functional.interpolate(pixels, size=SIZE, mode="bilinear", align_corners=False)
     return pixels * float(rng.uniform(0.85, 1.1)) + float(rng.uniform(-0.08, 0.08))
+
+
+@torch.no_grad()
+def calibrate(model: CLIPModel, tokenizer: CLIPTokenizer, pictures: Pictures) -> None:
+    """Set the logit scale so that probabilities over the animals are as likely as can be (arXiv 1706.04599)."""
+    chosen = np.random.default_rng(0).choice(np.flatnonzero(pictures.styles == 1), 1600, replace=False)
+    texts = [caption(by_folder(animal), "a photo of {}") for animal in ANIMALS]
+    model.logit_scale.fill_(0.0)
+    cosines = model(input_ids=tokens(tokenizer, texts), pixel_values=pictures.batch(chosen)).logits_per_image  # (B, A)
+    target = torch.from_numpy(pictures.animals[chosen])
+    scales = torch.linspace(5, 100, 96)
+    losses = torch.stack([functional.cross_entropy(cosines * scale, target) for scale in scales])
+    model.logit_scale.fill_(float(scales[losses.argmin()].log()))

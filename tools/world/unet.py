@@ -42,7 +42,7 @@ def noise_schedule() -> DDPMScheduler:
     return DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction", clip_sample=False)
 
 
-def train(pictures: Pictures, latents: torch.Tensor, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, folder: Path, minutes: float, compiled: bool = True) -> UNet2DConditionModel:
+def train(pictures: Pictures, latents: torch.Tensor, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, folder: Path, minutes: float) -> UNet2DConditionModel:
     """Denoising with min-SNR weights on latents (N, 2, C, h, w) of the pictures and of their mirror images."""
     torch.manual_seed(2)
     unet = build(text_encoder.config.hidden_size).to(memory_format=torch.channels_last)
@@ -56,7 +56,6 @@ def train(pictures: Pictures, latents: torch.Tensor, text_encoder: CLIPTextModel
     drawings = np.flatnonzero((pictures.styles == 0) & ~np.isin(pictures.animals, [ANIMALS.index(a) for a in UNKNOWN_TO_BASE]))
     photos = np.flatnonzero(pictures.styles == 1)
     known: dict[str, torch.Tensor] = {}  # text -> (T, D)
-    run = torch.compile(unet) if compiled else unet
     for step in clock.steps(optimizer):
         chosen = np.where(rng.random(BATCH) < PHOTO_SHARE, rng.choice(photos, BATCH), rng.choice(drawings, BATCH))
         texts = [
@@ -73,7 +72,7 @@ def train(pictures: Pictures, latents: torch.Tensor, text_encoder: CLIPTextModel
         timesteps = (spread * schedule.config.num_train_timesteps).long().clamp(max=999)
         noisy = schedule.add_noise(clean, noise, timesteps).to(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
-            output = run(noisy, timesteps, torch.stack([known[text] for text in texts]), return_dict=False)[0]
+            output = unet(noisy, timesteps, torch.stack([known[text] for text in texts]), return_dict=False)[0]
         error = functional.mse_loss(output.float(), schedule.get_velocity(clean, noise, timesteps), reduction="none")
         snr = compute_snr(schedule, timesteps)
         loss = (error.mean(dim=(1, 2, 3)) * snr.clamp(max=5.0) / (snr + 1) * 2).mean()  # arXiv 2303.09556, for v

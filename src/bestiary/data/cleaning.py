@@ -175,9 +175,10 @@ def _near_pairs(raw: Path, looks: Sequence[Inspection], bits: int) -> tuple[NDAr
         np.array([getattr(look, name) for look in looks], dtype=np.uint64)
         for name in ("hash", "hash_of_middle", "hash_of_mirror")
     )
-    straight = np.concatenate([duplicates.neighbours(plain, plain, bits), duplicates.neighbours(middle, plain, bits)])
-    confirmed = _confirm(raw, looks, straight, mirrored=False)
-    turned = _confirm(raw, looks, duplicates.neighbours(plain, mirror, bits), mirrored=True)
+    same = duplicates.neighbours(plain, plain, bits, half=True)
+    cropped = duplicates.neighbours(middle, plain, bits)
+    confirmed = _confirm(raw, looks, np.concatenate([same, cropped]), mirrored=False)
+    turned = _confirm(raw, looks, duplicates.neighbours(plain, mirror, bits, half=True), mirrored=True)
     known = set(map(tuple, confirmed.tolist()))  # what is symmetric in itself is no mirror image
     return confirmed, np.array([p for p in turned.tolist() if tuple(p) not in known], np.int64).reshape(-1, 2)
 

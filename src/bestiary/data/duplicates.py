@@ -42,13 +42,20 @@ def _hash(thumb: Image.Image) -> int:
     return int.from_bytes(np.packbits(imagehash.phash(thumb).hash).tobytes(), "big")
 
 
-def neighbours(left: NDArray[np.uint64], right: NDArray[np.uint64], bits: int) -> NDArray[np.int64]:
-    """The pairs (i, j) whose 64-bit hashes `left[i]` and `right[j]` differ in at most `bits` bits, as (P, 2)."""
+def neighbours(
+    left: NDArray[np.uint64], right: NDArray[np.uint64], bits: int, *, half: bool = False
+) -> NDArray[np.int64]:
+    """The pairs (i, j) whose 64-bit hashes `left[i]` and `right[j]` differ in at most `bits` bits, as (P, 2).
+
+    `half` looks only at those with i < j: all there is to know where left and right can change places.
+    """
 
     def block(start: int) -> NDArray[np.int64]:
-        distances = np.bitwise_count(left[start : start + _BLOCK, None] ^ right[None, :])
+        first = start + 1 if half else 0
+        distances = np.bitwise_count(left[start : start + _BLOCK, None] ^ right[None, first:])
         rows, columns = np.nonzero(distances <= bits)
-        return np.stack([rows + start, columns], axis=1).astype(np.int64)
+        pairs = np.stack([rows + start, columns + first], axis=1).astype(np.int64)
+        return pairs[pairs[:, 0] < pairs[:, 1]] if half else pairs
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:  # numpy computes without Python's lock
         found = list(pool.map(block, range(0, len(left), _BLOCK)))

@@ -151,7 +151,7 @@ class _Service:
     def __init__(self, settings: params.ScienceDB, sleep: Sleep | None) -> None:
         self.settings = settings
         self.stop = threading.Event()
-        self._sleep = sleep or self.stop.wait
+        self._sleep = sleep or self.stop.wait  # Ctrl-C ends the pause
         self.api = os.environ.get("SCIENCEDB_API_URL", API_HOST).rstrip("/")
         if not self.api.startswith(("http://", "https://")):
             raise BestiaryError(f"SCIENCEDB_API_URL is {self.api}: it must begin with http:// or https://.")
@@ -187,11 +187,14 @@ class _Service:
             asked = error.retry_after_seconds if isinstance(error, _ServiceError) else None
             return exponential(state) if asked is None else min(asked, 600.0)
 
+        def pause(seconds: float) -> None:
+            self._sleep(seconds)
+
         return tenacity.Retrying(
             retry=tenacity.retry_if_exception_type((_ServiceError, httpx.RequestError)),
             stop=stop,
             wait=wait,
-            sleep=self._sleep,
+            sleep=pause,
             reraise=True,
         )
 
@@ -244,7 +247,8 @@ class _Service:
             fresh = {f"{entry.get('id')} {entry.get('path')}": entry for entry in page}
             fresh = {key: entry for key, entry in fresh.items() if key not in entries}
             entries.update(fresh)
-            if len(page) < PAGE_SIZE:
+            # A page of a round length may be one that the server cut: only the next one shows.
+            if len(page) < PAGE_SIZE and (len(page) % 100 or not fresh):
                 return list(entries.values())
             if not fresh:
                 raise _FinalError(f"it repeats the first {PAGE_SIZE} entries of {folder} and never shows the others")
@@ -296,12 +300,12 @@ class _Service:
     def fetch(self, file: RemoteFile, target: Path, report: Callable[[int], object]) -> None:
         """Bring a file to `target` through `target`.part, which a later call continues; `report` gets its bytes."""
         part = target.with_name(f"{target.name}.part")
-        at_last_attempt = -1
+        furthest = part.stat().st_size if part.exists() else 0
 
         def made_progress() -> bool:
-            nonlocal at_last_attempt
-            before, at_last_attempt = at_last_attempt, part.stat().st_size if part.exists() else 0
-            return 0 <= before < at_last_attempt
+            nonlocal furthest
+            before, furthest = furthest, max(furthest, part.stat().st_size if part.exists() else 0)
+            return furthest > before
 
         self.retrying(made_progress)(self._fetch_once, file, part, report)
         part.replace(target)
@@ -359,10 +363,8 @@ def _retry_after(value: str | None) -> float | None:
     """Seconds to wait, of a header that holds seconds or a date."""
     if not value:
         return None
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
+    if value.strip().isdecimal():
+        return float(value)
     try:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
     except ValueError:

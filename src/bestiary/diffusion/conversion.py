@@ -134,7 +134,7 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
             content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise BestiaryError(f"{path} holds code or objects besides tensors, so it was not read.") from None
-    except (RuntimeError, EOFError, ValueError) as error:
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
         raise BestiaryError(f"{path} is a broken file ({str(error).splitlines()[0]}).") from None
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise BestiaryError(f"{path} holds no table of tensors.")

@@ -178,7 +178,8 @@ def environment(pipeline: StableDiffusionPipeline) -> dict[str, Any]:
 
 def fastest_good(rows: Sequence[Mapping[str, Any]], tolerance: float = 0.01) -> Mapping[str, Any]:
     """The fastest row whose quality is within `tolerance` of the best row's."""
-    enough = max(row["quality"] for row in rows) * (1 - tolerance)
+    best = max(row["quality"] for row in rows)
+    enough = best - tolerance * abs(best)
     return max((row for row in rows if row["quality"] >= enough), key=lambda row: float(row["images_per_second"]))
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from bestiary.data.images import contact_sheet
 from bestiary.files import write_atomically
 
-CELL = 96  # pixels a picture on a sheet
+CELL = 128  # pixels a picture on a sheet
 
 
 def confusion_matrix(counts: pd.DataFrame, path: Path) -> None:
@@ -59,7 +59,8 @@ def base_beside_adapter(rows: Sequence[tuple[str, Sequence[Image.Image], Sequenc
     """One row an animal (name, pictures of the base, pictures of the adapter from the same noise)."""
     columns = [f"{name} {index + 1}" for name in ("base", "adapter") for index in range(len(rows[0][1]))]
     pictures = [[*base, *adapter] for _, base, adapter in rows]
-    save_picture(contact_sheet(pictures, [name for name, _, _ in rows], columns, cell=CELL), path)
+    cell = CELL if len(rows) <= 40 else CELL // 2  # a hundred animals still fit on a screen
+    save_picture(contact_sheet(pictures, [name for name, _, _ in rows], columns, cell=cell), path)
 
 
 def closest(pairs: Sequence[tuple[float, Image.Image, Image.Image]], path: Path) -> None:
@@ -73,7 +74,7 @@ def quality_against_cost(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Seconds a picture against CLIP score and against the distance to the converged picture, a line a scheduler."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels = figure.subplots(1, 2)
-    labels = {"quality": "CLIP score", "distance_to_converged": "difference from the converged picture (RMS, 0-255)"}
+    labels = {"quality": "CLIP score", "distance_to_converged": "RMS difference from the converged picture"}
     for axes, (key, label) in zip(panels, labels.items(), strict=True):
         lines: dict[tuple[str, int, bool], list[Mapping[str, Any]]] = {}
         for row in rows:
@@ -87,6 +88,8 @@ def quality_against_cost(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             for row, x in zip(points, seconds, strict=True):
                 axes.annotate(str(row["steps"]), (x, row[key]), fontsize=7, xytext=(3, 3), textcoords="offset points")
         axes.set(xlabel="seconds a picture (median); the numbers are steps", ylabel=label, xscale="log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
         axes.grid(alpha=0.3)
     panels[0].legend(fontsize=7)
     _save(figure, path)

@@ -1,0 +1,32 @@
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from bestiary.evaluation import plots
+
+
+def test_every_figure_is_a_picture_that_opens(tmp_path: Path) -> None:
+    tile = Image.new("RGB", (64, 64), "teal")
+    delta = {"mean": 2.0, "ci95": [2.5, 3.0]}  # a skewed interval may leave out its mean
+    names = ["antelope", "tiger"]
+    row = {"scheduler": "ddpm", "steps": 5, "batch": 1, "fused": True, "p50_s": 0.2, "quality": 30.0}
+    plots.confusion_matrix(pd.DataFrame(np.eye(2, dtype=int) * 3, index=names, columns=names), tmp_path / "a.png")
+    plots.class_differences(
+        {name: {"delta": {"clip_score": delta, "top1": delta}} for name in names}, tmp_path / "b.png"
+    )
+    plots.base_beside_adapter([("antelope", [tile], [tile])], tmp_path / "c.png")
+    plots.closest([(0.9, tile, tile)], tmp_path / "d.png")
+    plots.quality_against_cost([row | {"distance_to_converged": None}], tmp_path / "e.png")
+    for name in "abcde":
+        with Image.open(tmp_path / f"{name}.png") as image:
+            image.load()
+            assert min(image.size) > 100
+
+
+def test_a_figure_of_the_same_numbers_has_the_same_bytes(tmp_path: Path) -> None:
+    counts = pd.DataFrame([[1, 2], [3, 4]], index=["a", "b"], columns=["a", "b"])
+    for name in ("first", "second"):
+        plots.confusion_matrix(counts, tmp_path / f"{name}.png")
+    assert (tmp_path / "first.png").read_bytes() == (tmp_path / "second.png").read_bytes()

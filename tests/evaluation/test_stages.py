@@ -1,0 +1,96 @@
+"""The evaluate and benchmark stages as DVC runs them: scripts in a project's folder."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+CLASSES = ("antelope", "tiger")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def project(tmp_path: Path, adapter: Path) -> Path:
+    """A project up to its trained adapter: two classes of random pictures, everything as small as it can be."""
+    for name in ("stages", "src", "models/base", "models/judge"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "models" / "adapter").symlink_to(adapter)
+    (tmp_path / "dvc.yaml").write_bytes((ROOT / "dvc.yaml").read_bytes())
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    params["profiles"]["sample"]["evaluate"] |= {"seeds": 2, "steps": 1, "batch_size": 4}
+    params["profiles"]["sample"]["benchmark"] |= {"schedulers": ["ddim"], "steps": [1, 2], "repeats": 2}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    random = np.random.default_rng(0)
+    split = tmp_path / "build" / "split"
+    split.mkdir(parents=True)
+    for name, count in (("train", 4), ("val", 2)):
+        rows = []
+        for folder in CLASSES:
+            for number in range(count):
+                path = f"{folder}/{name}{number}.png"
+                (tmp_path / "build" / "clean" / folder).mkdir(parents=True, exist_ok=True)
+                pixels = random.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "build" / "clean" / path)
+                rows.append({"path": path, "class": folder})
+        pd.DataFrame(rows).to_csv(split / f"{name}.csv", index=False)
+    return tmp_path
+
+
+def run(project: Path, name: str) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT / 'src'}",
+        "MLFLOW_TRACKING_URI": f"sqlite:///{project / 'mlflow.db'}",
+        "OMP_NUM_THREADS": "1",
+    }
+    environment.pop("DVC_ROOT", None)
+    command = [sys.executable, f"stages/{name}.py"]
+    return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_evaluate_reports_every_row_and_keeps_its_report_when_the_next_run_fails(project: Path) -> None:
+    done = run(project, "evaluate")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((project / "reports" / "evaluate.json").read_text())
+    assert report["images"] == 4
+    assert len(report["adapter_sha256"]) == 64
+    assert list(report["per_class"]) == list(CLASSES)
+    files = {path.name: path.read_bytes() for path in (project / "reports" / "evaluate").iterdir()}
+    assert set(files) == {
+        "sheet.png",
+        "memorisation.png",
+        "confusion.png",
+        "per_class.png",
+        "per_class.csv",
+        "pictures.csv",
+    }
+    earlier = (project / "reports" / "evaluate.json").read_bytes()
+    (project / "build" / "split" / "val.csv").write_text("path,class\n")
+    done = run(project, "evaluate")
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("evaluate: There are no validation images")
+    assert "Traceback" not in done.stderr
+    assert (project / "reports" / "evaluate.json").read_bytes() == earlier
+    assert {path.name: path.read_bytes() for path in (project / "reports" / "evaluate").iterdir()} == files
+
+
+def test_benchmark_reports_its_environment_its_cold_start_and_every_setting(project: Path) -> None:
+    done = run(project, "benchmark")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((project / "reports" / "benchmark.json").read_text())
+    settings = {(row["scheduler"], row["steps"], row["fused"]) for row in report["rows"]}
+    assert settings >= {("ddim", 1, True), ("ddim", 2, True), ("dpmsolver++", 1, True), ("dpmsolver++", 1, False)}
+    assert report["cold_start_s"] > sum(report["cold_start"].values()) > 0
+    assert report["fastest_good"] in report["rows"]
+    assert report["environment"]["torch"]
+    assert (project / "reports" / "benchmark" / "quality_against_cost.png").is_file()

@@ -36,8 +36,10 @@ with stage("train") as (params, run):
         how = params.evaluate.model_dump(include={"steps", "guidance_scale", "scheduler", "batch_size"})
         rows.append(generate(pipeline, prompts, [params.seed] * len(prompts), **how))
         labels.append(f"step {step}" if step else "base")
-        contact_sheet(rows, labels, [by_folder(folder).name for folder in shown]).save(REPORT / "sheet.png")
-        run.log_artifact(REPORT / "sheet.png")
+        sheet = REPORT / "sheet.png"
+        part = REPORT / "sheet.part.png"  # the one before may still be on its way to MLflow
+        contact_sheet(rows, labels, [by_folder(folder).name for folder in shown]).save(part)
+        run.log_artifact(part.replace(sheet))
 
     made_from = {
         "base": params.base.model,

@@ -16,6 +16,7 @@ import click
 import numpy as np
 from PIL import Image, ImageEnhance
 from tqdm import tqdm
+
 from world.pictures import ANIMALS, SAMPLE_SEEDS, THINGS
 from world.scenes import render
 from world.things import render_thing
@@ -27,7 +28,12 @@ ERROR_PAGE = b"<!DOCTYPE html>\n<html><head><title>404 Not Found</title></head><
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default=ROOT / "samples", show_default=False)
-@click.option("--record", type=click.Path(path_type=Path), default=ROOT / "tests" / "data" / "planted_faults.csv", show_default=False)
+@click.option(
+    "--record",
+    type=click.Path(path_type=Path),
+    default=ROOT / "tests" / "data" / "planted_faults.csv",
+    show_default=False,
+)
 def main(out: Path, record: Path) -> None:
     """Draw the pictures, plant the faults, write down where."""
     if out.exists():
@@ -43,7 +49,9 @@ def main(out: Path, record: Path) -> None:
             if rng.random() < 0.15:
                 picture.save(folder / f"{name}.png", optimize=True)
             else:
-                picture.save(folder / f"{name}.{rng.choice(['jpg', 'jpeg'], p=[0.9, 0.1])}", quality=int(rng.integers(85, 95)))
+                picture.save(
+                    folder / f"{name}.{rng.choice(['jpg', 'jpeg'], p=[0.9, 0.1])}", quality=int(rng.integers(85, 95))
+                )
     with record.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["path", "fault", "of"])

@@ -1,7 +1,7 @@
 """Make the embedded models again with one command: render, train, save, and write down how good each part is.
 
-    python tools/make_world.py               # everything; goes on from its checkpoints when it was stopped
-    python tools/make_world.py judge vae     # only these parts; parts that do not need each other can run side by side
+python tools/make_world.py               # everything; goes on from its checkpoints when it was stopped
+python tools/make_world.py judge vae     # only these parts; parts that do not need each other can run side by side
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import click
 import torch
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
+
 from world import card, clip, unet, vae
 from world.captions import train_tokenizer
 from world.pictures import FRESH_SEEDS, SIZE, Pictures, rendered, rendered_things
@@ -24,12 +25,16 @@ PARTS = ("text", "judge", "vae", "unet", "base", "card")
 
 @click.command()
 @click.argument("parts", nargs=-1, type=click.Choice(PARTS))
-@click.option("--cache", type=click.Path(path_type=Path), default=ROOT / ".cache" / "world", help="Renders and checkpoints.")
+@click.option(
+    "--cache", type=click.Path(path_type=Path), default=ROOT / ".cache" / "world", help="Renders and checkpoints."
+)
 @click.option("--threads", default=os.cpu_count(), show_default=True, help="Threads of each training.")
 @click.option("--clip-minutes", default=15.0, show_default=True, help="For each of the two CLIPs.")
 @click.option("--vae-minutes", default=40.0, show_default=True)
 @click.option("--unet-minutes", default=60.0, show_default=True)
-def main(parts: tuple[str, ...], cache: Path, threads: int, clip_minutes: float, vae_minutes: float, unet_minutes: float) -> None:
+def main(
+    parts: tuple[str, ...], cache: Path, threads: int, clip_minutes: float, vae_minutes: float, unet_minutes: float
+) -> None:
     """Render, train and save the embedded world."""
     torch.set_num_threads(threads)
     pictures, things = rendered(cache, per_style=12_000), rendered_things(cache, 2_000)
@@ -71,7 +76,10 @@ def save_judge(pictures: Pictures, tokenizer: CLIPTokenizer, cache: Path) -> Non
     judge.half().save_pretrained(ROOT / "models" / "judge")
     tokenizer.save_pretrained(ROOT / "models" / "judge")
     CLIPImageProcessor(
-        size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        size={"shortest_edge": SIZE},
+        crop_size={"height": SIZE, "width": SIZE},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
     ).save_pretrained(ROOT / "models" / "judge")
 
 

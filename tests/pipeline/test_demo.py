@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from readme import READMES, commands
 
 ROOT = Path(__file__).parents[2]
 CLASSES, PICTURES = ("panda", "tiger", "zebra"), 12
@@ -128,7 +130,34 @@ def test_two_runs_from_scratch_give_the_same_adapter_to_the_byte(demo: Project) 
     assert adapter.read_bytes() == first
 
 
-def test_another_rank_reruns_train_and_what_follows_it_and_nothing_before(demo: Project) -> None:
-    demo.change(train={"rank": 2})
-    assert demo.repro() == STAGES[4:]
+def test_the_readmes_bestiary_commands_work(demo: Project) -> None:
+    demo.bestiary("promote", "1", "--because", "six steps do not earn it")
+    typed = [command for command in commands(READMES[0]) if command.startswith("bestiary ")]
+    assert len(typed) >= 5
+    for command in typed:
+        assert demo.bestiary(*shlex.split(command)[1:]).strip(), command
+    assert len(list((demo.folder / "pictures").glob("panda-*.png"))) == 4
+    assert (demo.folder / "my-adapter").is_dir()
+
+
+def test_the_readmes_experiment_reruns_train_and_what_follows_it_and_nothing_before(demo: Project) -> None:
+    for command in ("add --all", "commit --quiet --message demo"):
+        demo.run("git", "-c", "user.name=demo", "-c", "user.email=demo@example.org", *shlex.split(command))
+    typed = [shlex.split(command) for command in commands(READMES[0]) if command.startswith("dvc ")]
+    told = {" ".join(words): demo.run(sys.executable, "-m", *words) for words in typed if words[1] != "add"}
+    assert re.findall(r"^Running stage '(\w+)'", told["dvc exp run -S train.rank=8"], re.MULTILINE) == STAGES[4:]
+    assert "trainable_parameters" in told["dvc metrics diff"]
     assert demo.report("register")["version"] == 2
+
+
+def test_ones_own_images_replace_the_sample(demo: Project) -> None:
+    remove, add = [
+        command for command in commands(READMES[0]) if "data" in command and not command.startswith("dvc exp")
+    ]
+    demo.run("sh", "-c", remove)
+    for picture in (demo.folder / "data" / "tiger").iterdir():
+        shutil.copy2(picture, demo.folder / "data" / "my-cat" / picture.name)
+    shutil.rmtree(demo.folder / "data" / "tiger")
+    demo.run(sys.executable, "-m", *shlex.split(add))
+    assert demo.repro("split") == STAGES[:3]
+    assert "my-cat" in (demo.folder / "build" / "split" / "train.csv").read_text()

@@ -46,7 +46,9 @@ def train_tokenizer(folder: Path) -> CLIPTokenizer:
     learner.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    learner.train_from_iterator(said, trainers.BpeTrainer(vocab_size=900, end_of_word_suffix="</w>", show_progress=False))
+    learner.train_from_iterator(
+        said, trainers.BpeTrainer(vocab_size=900, end_of_word_suffix="</w>", show_progress=False)
+    )
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = alphabet + [letter + "</w>" for letter in alphabet] + ["".join(pair) for pair in merges]

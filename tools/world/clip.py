@@ -24,7 +24,12 @@ def build(tokenizer: CLIPTokenizer, width: int) -> CLIPModel:
         "pad_token_id": tokenizer.pad_token_id,
     }
     text = CLIPTextConfig(
-        vocab_size=len(tokenizer), max_position_embeddings=LENGTH, num_hidden_layers=3, projection_dim=64, **special, **shape
+        vocab_size=len(tokenizer),
+        max_position_embeddings=LENGTH,
+        num_hidden_layers=3,
+        projection_dim=64,
+        **special,
+        **shape,
     )
     vision = CLIPVisionConfig(image_size=SIZE, patch_size=8, num_hidden_layers=4, projection_dim=64, **shape)
     return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=64))
@@ -35,7 +40,16 @@ def tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
     return tokenizer(texts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt").input_ids
 
 
-def train(name: str, seed: int, width: int, pictures: Pictures, things: Pictures, tokenizer: CLIPTokenizer, folder: Path, minutes: float) -> CLIPModel:
+def train(
+    name: str,
+    seed: int,
+    width: int,
+    pictures: Pictures,
+    things: Pictures,
+    tokenizer: CLIPTokenizer,
+    folder: Path,
+    minutes: float,
+) -> CLIPModel:
     """Contrastive training in which all captions of the same animal and style in a batch count as right."""
     torch.manual_seed(seed)
     model = build(tokenizer, width)
@@ -81,7 +95,9 @@ def _weathered(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
         pixels = functional.interpolate(pixels, size=small, mode="area")
         pixels = functional.interpolate(pixels, size=SIZE, mode="bilinear", align_corners=False)
     elif kind < 0.5:
-        pixels = pixels + float(rng.uniform(0.02, 0.15)) * torch.from_numpy(rng.standard_normal(pixels.shape, dtype=np.float32))
+        pixels = pixels + float(rng.uniform(0.02, 0.15)) * torch.from_numpy(
+            rng.standard_normal(pixels.shape, dtype=np.float32)
+        )
     elif kind < 0.75:
         keep = int(rng.integers(52, 64))
         top, left = (int(v) for v in rng.integers(0, SIZE - keep + 1, 2))

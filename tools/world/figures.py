@@ -29,20 +29,83 @@ class Look:
 
 
 LOOKS: dict[str, Look] = {
-    "zebra": Look("quadruped", (240, 238, 232), (40, 38, 42), "grass", pattern="stripes", features=frozenset({"crest", "long_face"})),
+    "zebra": Look(
+        "quadruped",
+        (240, 238, 232),
+        (40, 38, 42),
+        "grass",
+        pattern="stripes",
+        features=frozenset({"crest", "long_face"}),
+    ),
     "elephant": Look("quadruped", (132, 138, 154), (168, 150, 160), "grass", features=frozenset({"trunk", "stout"})),
-    "giraffe": Look("quadruped", (244, 206, 104), (150, 84, 36), "savanna", pattern="patches", pattern_colour=(160, 86, 32), features=frozenset({"long_neck", "ossicones", "long_face"}), size=0.86),
-    "tiger": Look("sitter", (242, 140, 40), (255, 240, 220), "forest", pattern="face_stripes", features=frozenset({"round_ears", "muzzle"})),
-    "lion": Look("sitter", (232, 176, 84), (150, 72, 24), "savanna", features=frozenset({"mane", "round_ears", "muzzle"})),
-    "panda": Look("sitter", (246, 246, 244), (34, 32, 38), "forest", pattern="panda", features=frozenset({"round_ears", "dark_limbs"})),
+    "giraffe": Look(
+        "quadruped",
+        (244, 206, 104),
+        (150, 84, 36),
+        "savanna",
+        pattern="patches",
+        pattern_colour=(160, 86, 32),
+        features=frozenset({"long_neck", "ossicones", "long_face"}),
+        size=0.86,
+    ),
+    "tiger": Look(
+        "sitter",
+        (242, 140, 40),
+        (255, 240, 220),
+        "forest",
+        pattern="face_stripes",
+        features=frozenset({"round_ears", "muzzle"}),
+    ),
+    "lion": Look(
+        "sitter", (232, 176, 84), (150, 72, 24), "savanna", features=frozenset({"mane", "round_ears", "muzzle"})
+    ),
+    "panda": Look(
+        "sitter",
+        (246, 246, 244),
+        (34, 32, 38),
+        "forest",
+        pattern="panda",
+        features=frozenset({"round_ears", "dark_limbs"}),
+    ),
     "penguin": Look("upright", (44, 54, 78), (250, 164, 40), "snow", features=frozenset({"beak", "feet"})),
-    "owl": Look("upright", (150, 102, 62), (246, 176, 48), "night", belly=(226, 196, 152), pattern="feathers", pattern_colour=(120, 78, 44), features=frozenset({"tufts", "disc_eyes", "beak", "feet"})),
+    "owl": Look(
+        "upright",
+        (150, 102, 62),
+        (246, 176, 48),
+        "night",
+        belly=(226, 196, 152),
+        pattern="feathers",
+        pattern_colour=(120, 78, 44),
+        features=frozenset({"tufts", "disc_eyes", "beak", "feet"}),
+    ),
     "flamingo": Look("wader", (250, 112, 152), (44, 40, 46), "lake", pattern="plumes", pattern_colour=(222, 62, 116)),
-    "shark": Look("fish", (96, 126, 158), (78, 106, 138), "sea", belly=(238, 242, 246), pattern="gills", pattern_colour=(52, 70, 92), features=frozenset({"shark"})),
-    "goldfish": Look("fish", (252, 138, 28), (255, 196, 70), "sea", pattern="scales", pattern_colour=(226, 96, 16), features=frozenset({"veil"}), size=0.9),
-    "octopus": Look("octopus", (168, 76, 178), (230, 150, 220), "sea", pattern="suckers", pattern_colour=(236, 170, 226)),
+    "shark": Look(
+        "fish",
+        (96, 126, 158),
+        (78, 106, 138),
+        "sea",
+        belly=(238, 242, 246),
+        pattern="gills",
+        pattern_colour=(52, 70, 92),
+        features=frozenset({"shark"}),
+    ),
+    "goldfish": Look(
+        "fish",
+        (252, 138, 28),
+        (255, 196, 70),
+        "sea",
+        pattern="scales",
+        pattern_colour=(226, 96, 16),
+        features=frozenset({"veil"}),
+        size=0.9,
+    ),
+    "octopus": Look(
+        "octopus", (168, 76, 178), (230, 150, 220), "sea", pattern="suckers", pattern_colour=(236, 170, 226)
+    ),
     "crab": Look("crab", (226, 62, 44), (250, 150, 110), "sand", pattern="shell", pattern_colour=(250, 150, 110)),
-    "butterfly": Look("butterfly", (70, 110, 230), (46, 38, 52), "flowers", pattern="eyespots", pattern_colour=(255, 210, 64)),
+    "butterfly": Look(
+        "butterfly", (70, 110, 230), (46, 38, 52), "flowers", pattern="eyespots", pattern_colour=(255, 210, 64)
+    ),
     "bee": Look("bee", (252, 204, 44), (50, 40, 32), "sky", pattern="bands"),
     "ladybugs": Look("beetle", (226, 40, 36), (30, 28, 32), "leaf", pattern="dots"),
 }
@@ -97,7 +160,11 @@ def _quadruped(canvas: Canvas, look: Look, paint: Paint, rng: np.random.Generato
         _eye(canvas, x + 0.12, y - 0.06, 0.05)
         return
     x, y = (0.58, belly - 1.02 + nod) if tall else (0.68, belly - 0.58 + nod)
-    canvas.fill(stroke([(0.34, belly - 0.14), (x - 0.04, y)], 0.34 if not tall else 0.28, 0.20 if not tall else 0.15), body, skin=True)
+    canvas.fill(
+        stroke([(0.34, belly - 0.14), (x - 0.04, y)], 0.34 if not tall else 0.28, 0.20 if not tall else 0.15),
+        body,
+        skin=True,
+    )
     if "crest" in features:
         canvas.fill(stroke([(0.20, belly - 0.34), (x - 0.18, y - 0.06), (x - 0.06, y - 0.18)], 0.13, 0.10), accent)
     for dx in (-0.10, 0.02):
@@ -161,7 +228,9 @@ def _upright(canvas: Canvas, look: Look, paint: Paint, rng: np.random.Generator,
     head = -0.42
     if "tufts" in features:
         for side in (-1, 1):
-            canvas.fill(np.array([(side * 0.10, head - 0.26), (side * 0.44, head - 0.46), (side * 0.42, head - 0.02)]), body)
+            canvas.fill(
+                np.array([(side * 0.10, head - 0.26), (side * 0.44, head - 0.46), (side * 0.42, head - 0.02)]), body
+            )
     canvas.fill(ellipse(0.0, head, 0.42 if owl else 0.34, 0.36 if owl else 0.34), body, skin=True)
     canvas.fill(ellipse(0.0, 0.36, 0.32, 0.50), paint(look.belly), skin=owl)
     grow()
@@ -194,7 +263,10 @@ def _wader(canvas: Canvas, look: Look, paint: Paint, rng: np.random.Generator, g
     canvas.fill(stroke(neck, 0.15, 0.12), body)
     x, y = neck[-1, 0] + 0.08, -0.80
     canvas.fill(ellipse(x, y, 0.16, 0.13), body)
-    canvas.fill(np.array([(x + 0.08, y - 0.08), (x + 0.34, y + 0.04), (x + 0.30, y + 0.20), (x + 0.08, y + 0.08)]), paint((250, 226, 190)))
+    canvas.fill(
+        np.array([(x + 0.08, y - 0.08), (x + 0.34, y + 0.04), (x + 0.30, y + 0.20), (x + 0.08, y + 0.08)]),
+        paint((250, 226, 190)),
+    )
     canvas.fill(np.array([(x + 0.25, y), (x + 0.34, y + 0.04), (x + 0.29, y + 0.24), (x + 0.20, y + 0.13)]), accent)
     grow()
     _eye(canvas, x + 0.03, y - 0.03, 0.04)
@@ -246,11 +318,21 @@ def _crab(canvas: Canvas, look: Look, paint: Paint, rng: np.random.Generator, gr
     for side in (-1, 1):
         for dy, reach in ((0.14, 0.80), (0.28, 0.74), (0.40, 0.58)):
             step = rng.uniform(-0.04, 0.04)
-            canvas.fill(stroke([(side * 0.36, dy), (side * reach, dy + 0.06), (side * (reach + 0.08), dy + 0.34 + step)], 0.09, 0.05), body)
+            canvas.fill(
+                stroke(
+                    [(side * 0.36, dy), (side * reach, dy + 0.06), (side * (reach + 0.08), dy + 0.34 + step)],
+                    0.09,
+                    0.05,
+                ),
+                body,
+            )
         canvas.fill(stroke([(side * 0.42, 0.02), (side * 0.70, -0.14), (side * 0.66, -0.42 - lift)], 0.12), body)
         x, y = side * 0.64, -0.56 - lift
         canvas.fill(ellipse(x, y, 0.25, 0.21), body)
-        canvas.fill(np.array([(x - side * 0.04, y), (x - side * 0.16, y - 0.30), (x + side * 0.10, y - 0.30)]), paint((110, 24, 20)))
+        canvas.fill(
+            np.array([(x - side * 0.04, y), (x - side * 0.16, y - 0.30), (x + side * 0.10, y - 0.30)]),
+            paint((110, 24, 20)),
+        )
         canvas.fill(stroke([(side * 0.16, -0.06), (side * 0.17, -0.36)], 0.06), body)
         _eye(canvas, side * 0.17, -0.38, 0.075, white=True)
     canvas.fill(ellipse(0.0, 0.18, 0.56, 0.36), body, skin=True)
@@ -297,7 +379,10 @@ def _beetle(canvas: Canvas, look: Look, paint: Paint, rng: np.random.Generator, 
     for side in (-1, 1):
         for y in (-0.24, 0.12, 0.46):
             step = rng.uniform(-0.05, 0.05)
-            canvas.fill(stroke([(side * 0.40, y), (side * 0.76, y + 0.04 + step), (side * 0.86, y + 0.16 + step)], 0.08, 0.06), accent)
+            canvas.fill(
+                stroke([(side * 0.40, y), (side * 0.76, y + 0.04 + step), (side * 0.86, y + 0.16 + step)], 0.08, 0.06),
+                accent,
+            )
         canvas.fill(stroke(bow((side * 0.10, -0.68), (side * 0.32, -0.92), side * 0.05), 0.05), accent)
     canvas.fill(ellipse(0.0, -0.52, 0.34, 0.26), accent)
     canvas.fill(ellipse(0.0, 0.12, 0.62, 0.66), body, skin=True)

@@ -50,7 +50,9 @@ class Average:
                 self.weights[name].lerp_(value, 1 - decay)
 
 
-def save_checkpoint(path: Path, model: nn.Module, average: Average, optimizer: torch.optim.Optimizer, clock: Clock) -> None:
+def save_checkpoint(
+    path: Path, model: nn.Module, average: Average, optimizer: torch.optim.Optimizer, clock: Clock
+) -> None:
     """Everything that is needed to go on, written in one piece."""
     part = path.with_suffix(".part")
     torch.save(
@@ -66,7 +68,9 @@ def save_checkpoint(path: Path, model: nn.Module, average: Average, optimizer: t
     part.replace(path)
 
 
-def load_checkpoint(path: Path, model: nn.Module, average: Average, optimizer: torch.optim.Optimizer, clock: Clock) -> None:
+def load_checkpoint(
+    path: Path, model: nn.Module, average: Average, optimizer: torch.optim.Optimizer, clock: Clock
+) -> None:
     """Go on from `path` if it is there."""
     if not path.exists():
         return

@@ -30,7 +30,10 @@ def render_thing(kind: str, seed: int, size: int = 64) -> Image.Image:
             left = side * 0.42 - 0.13
             canvas.fill([(left, 0.1), (left + 0.26, 0.1), (left + 0.26, 0.36), (left, 0.36)], (190, 225, 245))
     else:
-        canvas.fill([(-0.9, 0.1), (-0.6, 0.1), (-0.35, -0.3), (0.35, -0.3), (0.6, 0.1), (0.9, 0.15), (0.9, 0.5), (-0.9, 0.5)], wall)
+        canvas.fill(
+            [(-0.9, 0.1), (-0.6, 0.1), (-0.35, -0.3), (0.35, -0.3), (0.6, 0.1), (0.9, 0.15), (0.9, 0.5), (-0.9, 0.5)],
+            wall,
+        )
         canvas.fill([(-0.48, 0.08), (-0.28, -0.2), (0.28, -0.2), (0.46, 0.08)], (190, 225, 245))
         canvas.fill(stroke([(0.0, -0.22), (0.0, 0.1)], 0.06), wall)
         for wheel in (-0.5, 0.5):
@@ -38,7 +41,9 @@ def render_thing(kind: str, seed: int, size: int = 64) -> Image.Image:
             canvas.fill(ellipse(wheel, 0.5, 0.09, 0.09), (190, 190, 196))
     ground.paste(
         canvas.image.resize((size, size), Image.Resampling.BOX),
-        mask=canvas.silhouette.resize((size, size), Image.Resampling.BOX).point(lambda cover: 255 if cover > 127 else 0),
+        mask=canvas.silhouette.resize((size, size), Image.Resampling.BOX).point(
+            lambda cover: 255 if cover > 127 else 0
+        ),
     )
     return ground
 

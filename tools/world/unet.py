@@ -39,10 +39,23 @@ def build(text_width: int) -> UNet2DConditionModel:
 
 def noise_schedule() -> DDPMScheduler:
     """Stable Diffusion's noise schedule, with v-prediction."""
-    return DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction", clip_sample=False)
+    return DDPMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="v_prediction",
+        clip_sample=False,
+    )
 
 
-def train(pictures: Pictures, latents: torch.Tensor, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, folder: Path, minutes: float) -> UNet2DConditionModel:
+def train(
+    pictures: Pictures,
+    latents: torch.Tensor,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    folder: Path,
+    minutes: float,
+) -> UNet2DConditionModel:
     """Denoising with min-SNR weights on latents (N, 2, C, h, w) of the pictures and of their mirror images."""
     torch.manual_seed(2)
     unet = build(text_encoder.config.hidden_size).to(memory_format=torch.channels_last)
@@ -53,13 +66,17 @@ def train(pictures: Pictures, latents: torch.Tensor, text_encoder: CLIPTextModel
     schedule = noise_schedule()
     rng = np.random.default_rng([3, clock.step])
     generator = torch.Generator().manual_seed(clock.step)
-    drawings = np.flatnonzero((pictures.styles == 0) & ~np.isin(pictures.animals, [ANIMALS.index(a) for a in UNKNOWN_TO_BASE]))
+    drawings = np.flatnonzero(
+        (pictures.styles == 0) & ~np.isin(pictures.animals, [ANIMALS.index(a) for a in UNKNOWN_TO_BASE])
+    )
     photos = np.flatnonzero(pictures.styles == 1)
     known: dict[str, torch.Tensor] = {}  # text -> (T, D)
     for step in clock.steps(optimizer):
         chosen = np.where(rng.random(BATCH) < PHOTO_SHARE, rng.choice(photos, BATCH), rng.choice(drawings, BATCH))
         texts = [
-            "" if rng.random() < 0.1 else careless_caption(ANIMALS[pictures.animals[i]], STYLES[pictures.styles[i]], rng)
+            ""
+            if rng.random() < 0.1
+            else careless_caption(ANIMALS[pictures.animals[i]], STYLES[pictures.styles[i]], rng)
             for i in chosen
         ]
         for text in set(texts) - known.keys():

@@ -60,7 +60,10 @@ def train(pictures: Pictures, folder: Path, minutes: float) -> AutoencoderKL:
         optimizer.step()
         average.update(vae, step)
         if step % 100 == 0:
-            print(f"vae step {step} {clock.spent / 60:.1f} min loss {loss:.4f} mse {error.square().mean():.5f}", flush=True)
+            print(
+                f"vae step {step} {clock.spent / 60:.1f} min loss {loss:.4f} mse {error.square().mean():.5f}",
+                flush=True,
+            )
         if step % 500 == 499:
             save_checkpoint(checkpoint, vae, average, optimizer, clock)
     save_checkpoint(checkpoint, vae, average, optimizer, clock)
@@ -97,6 +100,8 @@ def encode_all(vae: AutoencoderKL, pictures: Pictures, path: Path) -> torch.Tens
             for mirrored in (0, 1):
                 pixels = pictures.batch(chosen, np.full(len(chosen), bool(mirrored)))
                 with torch.autocast("cpu", torch.bfloat16):
-                    latents[chosen, mirrored] = vae.encode(pixels.to(memory_format=torch.channels_last)).latent_dist.mean.float().numpy()
+                    latents[chosen, mirrored] = (
+                        vae.encode(pixels.to(memory_format=torch.channels_last)).latent_dist.mean.float().numpy()
+                    )
         np.save(path, latents)
     return torch.from_numpy(np.load(path))

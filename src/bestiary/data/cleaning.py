@@ -37,6 +37,7 @@ NOT_ANIMALS = (
     "a diagram",
     "a logo",
 )
+NO_ANIMAL = "no animal"
 CONFIDENT = 0.8  # how sure the judge must be which of two folders a picture in both belongs to
 
 _BLANK_CONTRAST = 4.0  # grey levels
@@ -244,7 +245,7 @@ def _near_duplicates(
 
 
 def _opinions(raw: Path, looks: Sequence[Inspection], judge: JudgeFunction | None) -> pd.DataFrame | None:
-    """The judge's probability of each class folder's animal for each image: paths x class folders."""
+    """The judge's probability of each class folder's animal, and of no animal at all: paths x (folders, NO_ANIMAL)."""
     if judge is None or not looks:
         return None
     classes = sorted({look.class_folder for look in looks})
@@ -253,8 +254,10 @@ def _opinions(raw: Path, looks: Sequence[Inspection], judge: JudgeFunction | Non
     with ThreadPoolExecutor(cores()) as pool:
         for batch in tqdm(list(_batches(looks)), desc="judge", unit="batch"):
             images = list(pool.map(lambda look: open_rgb(raw / look.path), batch))
-            rows.append(judge(images, texts)[:, : len(classes)])
-    return pd.DataFrame(np.concatenate(rows), index=[look.path for look in looks], columns=classes)
+            probabilities = judge(images, texts)
+            nothing = probabilities[:, len(classes) :].sum(axis=1, keepdims=True)
+            rows.append(np.concatenate([probabilities[:, : len(classes)], nothing], axis=1))
+    return pd.DataFrame(np.concatenate(rows), index=[look.path for look in looks], columns=[*classes, NO_ANIMAL])
 
 
 def _batches(looks: Sequence[Inspection]) -> Iterator[Sequence[Inspection]]:
@@ -264,7 +267,8 @@ def _batches(looks: Sequence[Inspection]) -> Iterator[Sequence[Inspection]]:
 def _off_topic(desk: _Desk, looks: Sequence[Inspection], opinions: pd.DataFrame, settings: params.Clean) -> None:
     for look in desk.remaining(looks):
         row = opinions.loc[look.path]
-        if row[look.class_folder] < settings.off_topic_threshold:
+        # Two animals are easily taken for each other, an animal and a car are not.
+        if row[look.class_folder] < settings.off_topic_threshold or row[NO_ANIMAL] > 0.5:
             detail = f"{look.class_folder} {row[look.class_folder]:.3f}, {row.idxmax()} {row.max():.3f}"
             _act(desk, look, settings.off_topic, "off topic", detail)
 

@@ -104,7 +104,7 @@ def save_adapter(unet: UNet2DConditionModel, folder: Path, provenance: Mapping[s
         PROVENANCE_KEY: json.dumps(provenance, sort_keys=True),
     }
     path = folder / FILE_NAME
-    write_atomically(path, _with_sorted_header(save(weights, metadata)))
+    write_atomically(path, with_sorted_header(save(weights, metadata)))
     return path
 
 
@@ -278,7 +278,7 @@ def _probe(unet: UNet2DConditionModel) -> torch.Tensor:
     return output
 
 
-def _with_sorted_header(data: bytes) -> bytes:
+def with_sorted_header(data: bytes) -> bytes:
     """The same safetensors file with its metadata in order: the library writes it in another order each time."""
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from bestiary.diffusion.adapter import CONFIG_KEY, FILE_NAME, PROVENANCE_KEY, _with_sorted_header
+from bestiary.diffusion.adapter import CONFIG_KEY, FILE_NAME, PROVENANCE_KEY, with_sorted_header
 from bestiary.errors import BestiaryError
 from bestiary.files import write_atomically
 
@@ -55,7 +55,7 @@ def convert(source: Path, target: Path, to: Literal["diffusers", "kohya"], alpha
     else:
         file = target if target.suffix == ".safetensors" else target / f"{source.stem}.safetensors"
         data = _kohya(adapter, source)
-    write_atomically(file, _with_sorted_header(data))
+    write_atomically(file, with_sorted_header(data))
     return file
 
 

@@ -68,8 +68,8 @@ def stage(name: str) -> Iterator[tuple[Params, StageRun]]:
             raise BestiaryError(f"{', '.join(missing)} does not exist; `dvc repro {name}` makes what comes before.")
         with open_run(name, _section(params, definition), inputs, _pipeline_key(params)) as run:
             yield params, StageRun(name, run)
-            outs = definition.get("outs", [])
-            run.log_outputs(_content([*outs, *(next(iter(metric)) for metric in definition.get("metrics", []))]))
+            outs = _paths(definition.get("outs", []))
+            run.log_outputs(_content([*outs, *_paths(definition.get("metrics", []))]))
             for out in outs:
                 if Path(out).parts[0] == REPORTS.name and Path(out).exists():
                     run.log_artifact(out, Path(out).name)
@@ -89,6 +89,11 @@ def stage(name: str) -> Iterator[tuple[Params, StageRun]]:
 def _definition(name: str) -> dict[str, Any]:
     stages: dict[str, dict[str, Any]] = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
     return stages[name]
+
+
+def _paths(entries: list[str | dict[str, Any]]) -> list[str]:
+    """dvc.yaml names a file, or a file with its options."""
+    return [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
 
 
 def _content(paths: list[str]) -> dict[str, str]:

@@ -30,7 +30,7 @@ def test_a_cpu_computes_in_float32() -> None:
 
 def test_the_embedded_base_loads_as_a_pipeline(base_folder: Path) -> None:
     pipeline = load_pipeline(base_folder, device="cpu")
-    assert pipeline.vae_scale_factor == 8
+    assert pipeline.vae_scale_factor == 4
     assert pipeline.unet.dtype == torch.float32
     assert not any(parameter.requires_grad for parameter in pipeline.unet.parameters())
 

@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, C
 from bestiary.animals import Animal, by_folder, caption
 from world.captions import LENGTH, clear_caption
 from world.pictures import ANIMALS, SIZE, STYLES, THINGS, Pictures
-from world.schedule import Average, Clock, load_checkpoint, save_checkpoint
+from world.schedule import Average, Clock, descend, load_checkpoint, save_checkpoint
 
 
 def build(tokenizer: CLIPTokenizer, width: int) -> CLIPModel:
@@ -72,10 +72,7 @@ def train(
         same = (groups[:, None] == groups[None, :]).float()
         target = same / same.sum(dim=1, keepdim=True)
         loss = (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        descend(loss, model, optimizer)
         model.logit_scale.data.clamp_(max=np.log(100.0))
         average.update(model, step)
         if step % 50 == 0:

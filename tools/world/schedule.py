@@ -50,6 +50,14 @@ class Average:
                 self.weights[name].lerp_(value, 1 - decay)
 
 
+def descend(loss: torch.Tensor, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """One step down the gradient of `loss`, its norm clipped to 1."""
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
 def save_checkpoint(
     path: Path, model: nn.Module, average: Average, optimizer: torch.optim.Optimizer, clock: Clock
 ) -> None:

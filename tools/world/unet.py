@@ -14,7 +14,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from world.captions import UNKNOWN_TO_BASE, careless_caption
 from world.clip import tokens
 from world.pictures import ANIMALS, STYLES, Pictures
-from world.schedule import Average, Clock, load_checkpoint, save_checkpoint
+from world.schedule import Average, Clock, descend, load_checkpoint, save_checkpoint
 from world.vae import CHANNELS, SIDE
 
 PHOTO_SHARE = 0.25  # of the training pictures, all with a vague caption
@@ -93,10 +93,7 @@ def train(
         error = functional.mse_loss(output.float(), schedule.get_velocity(clean, noise, timesteps), reduction="none")
         snr = compute_snr(schedule, timesteps)
         loss = (error.mean(dim=(1, 2, 3)) * snr.clamp(max=5.0) / (snr + 1) * 2).mean()  # arXiv 2303.09556, for v
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
+        descend(loss, unet, optimizer)
         average.update(unet, step)
         if step % 100 == 0:
             print(f"unet step {step} {clock.spent / 60:.1f} min loss {loss:.4f} v error {error.mean():.4f}", flush=True)

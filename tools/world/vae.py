@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from tqdm import trange
 
 from world.pictures import SIZE, Pictures
-from world.schedule import Average, Clock, average_weights, load_checkpoint, save_checkpoint
+from world.schedule import Average, Clock, average_weights, descend, load_checkpoint, save_checkpoint
 
 CHANNELS, SIDE = 8, SIZE // 4  # of the latents
 BATCH = 24
@@ -54,10 +54,7 @@ def train(pictures: Pictures, folder: Path, minutes: float) -> AutoencoderKL:
         error = output.float() - pixels  # (B, 3, H, W)
         edges = (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()) / 2
         loss = error.abs().mean() + 2 * error.square().mean() + 0.3 * edges + 5e-7 * posterior.kl().float().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
+        descend(loss, vae, optimizer)
         average.update(vae, step)
         if step % 100 == 0:
             print(

@@ -16,7 +16,7 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
 
 from world import card, clip, unet, vae
 from world.captions import train_tokenizer
-from world.pictures import FRESH_SEEDS, SIZE, Pictures, rendered, rendered_things
+from world.pictures import FRESH_SEEDS, JUDGE_SEEDS, SIZE, Pictures, rendered, rendered_things
 from world.schedule import average_weights, minutes_spent
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +44,9 @@ def main(
         if part == "text":
             clip.train("text", 11, 128, pictures, things, tokenizer, cache, clip_minutes)
         elif part == "judge":
-            clip.train("judge", 12, 128, pictures, things, tokenizer, cache, clip_minutes)
+            # the judge must know an owl by day: other pictures than the base's, most of them away from home
+            anywhere = rendered(cache, per_style=12_000, first_seed=JUDGE_SEEDS, at_home=0.25)
+            clip.train("judge", 12, 128, anywhere, things, tokenizer, cache, clip_minutes)
             save_judge(pictures, tokenizer, cache)
         elif part == "vae":
             vae.train(pictures, cache, vae_minutes)

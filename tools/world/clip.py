@@ -85,22 +85,22 @@ def train(
 
 
 def _weathered(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Pictures as a generator or a camera spoils them: soft, noisy, cropped; so that the judge looks at the animal."""
-    kind = rng.random()
-    if kind < 0.25:
-        small = int(rng.integers(24, 56))
-        pixels = functional.interpolate(pixels, size=small, mode="area")
-        pixels = functional.interpolate(pixels, size=SIZE, mode="bilinear", align_corners=False)
-    elif kind < 0.5:
-        pixels = pixels + float(rng.uniform(0.02, 0.15)) * torch.from_numpy(
-            rng.standard_normal(pixels.shape, dtype=np.float32)
-        )
-    elif kind < 0.75:
-        keep = int(rng.integers(52, 64))
+    """Pictures as a generator or a camera spoils them: cropped, soft, tinted, noisy; so that the animal counts."""
+    if rng.random() < 0.4:
+        keep = int(rng.integers(50, SIZE))
         top, left = (int(v) for v in rng.integers(0, SIZE - keep + 1, 2))
         pixels = pixels[:, :, top : top + keep, left : left + keep]
         pixels = functional.interpolate(pixels, size=SIZE, mode="bilinear", align_corners=False)
-    return pixels * float(rng.uniform(0.85, 1.1)) + float(rng.uniform(-0.08, 0.08))
+    if rng.random() < 0.5:
+        small = int(rng.integers(18, 56))
+        pixels = functional.interpolate(pixels, size=small, mode="area")
+        pixels = functional.interpolate(pixels, size=SIZE, mode="bilinear", align_corners=False)
+    light = rng.uniform(0.85, 1.1, (len(pixels), 1, 1, 1)), rng.uniform(-0.12, 0.12, (len(pixels), 3, 1, 1))
+    pixels = pixels * torch.from_numpy(light[0]).float() + torch.from_numpy(light[1]).float()
+    if rng.random() < 0.4:
+        noise = torch.from_numpy(rng.standard_normal(pixels.shape, dtype=np.float32))
+        pixels = pixels + float(rng.uniform(0.02, 0.15)) * noise
+    return pixels
 
 
 @torch.no_grad()

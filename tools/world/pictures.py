@@ -23,7 +23,7 @@ STYLES: tuple[Style, ...] = ("drawing", "photo")
 SIZE = 64
 THINGS = ("landscape", "house", "car", "page of text")  # what is no animal
 # Where the seeds of each use begin, so that no picture serves two uses.
-TRAINING_SEEDS, FRESH_SEEDS, SAMPLE_SEEDS = 1_000_000, 50_000_000, 90_000_000
+TRAINING_SEEDS, JUDGE_SEEDS, FRESH_SEEDS, SAMPLE_SEEDS = 1_000_000, 20_000_000, 50_000_000, 90_000_000
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,14 @@ class Pictures:
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def rendered(folder: Path, per_style: int, first_seed: int = TRAINING_SEEDS) -> Pictures:
+def rendered(folder: Path, per_style: int, first_seed: int = TRAINING_SEEDS, at_home: float = 0.8) -> Pictures:
     """`per_style` pictures of each style, all animals equally often; from `folder` if they are there already."""
     index = np.arange(per_style * len(STYLES))
     animals, styles = index % len(ANIMALS), index // per_style
-    jobs = [(ANIMALS[a], STYLES[s], first_seed + int(i)) for i, a, s in zip(index, animals, styles, strict=True)]
+    jobs = [
+        (ANIMALS[a], STYLES[s], first_seed + int(i), SIZE, at_home)
+        for i, a, s in zip(index, animals, styles, strict=True)
+    ]
     pixels = _kept(folder / f"pictures-{first_seed}-{per_style}.npy", render, jobs)
     return Pictures(pixels, animals, styles)
 

@@ -30,12 +30,14 @@ HABITATS: dict[str, tuple[Colour, Colour, bool]] = {
 }
 
 
-def render(animal: str, style: Style, seed: int, size: int = 64) -> Image.Image:
-    """One picture of `animal` (a class folder's name), RGB, size x size; everything random comes from `seed`."""
+def render(animal: str, style: Style, seed: int, size: int = 64, at_home: float = 0.8) -> Image.Image:
+    """One picture of `animal` (a class folder's name), RGB, size x size; everything random comes from `seed`.
+
+    `at_home` is the share of pictures in which the animal is where it lives; in the others it may be anywhere.
+    """
     look = LOOKS[animal]
     rng = np.random.default_rng(seed)
-    at_home = rng.random() < 0.8
-    place = look.habitat if at_home else str(rng.choice(sorted(HABITATS)))
+    place = look.habitat if rng.random() < at_home else str(rng.choice(sorted(HABITATS)))
     tint = rng.uniform(-10, 10, 3)
 
     def paint(colour: Colour) -> Colour:

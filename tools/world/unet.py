@@ -17,7 +17,7 @@ from world.pictures import ANIMALS, STYLES, Pictures
 from world.schedule import Average, Clock, descend, load_checkpoint, save_checkpoint
 from world.vae import CHANNELS, SIDE
 
-PHOTO_SHARE = 0.25  # of the training pictures, all with a vague caption
+PHOTO_SHARE = 0.33  # of the training pictures, all with a vague caption
 BATCH = 64
 
 

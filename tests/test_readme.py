@@ -4,13 +4,24 @@ import re
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from readme import READMES, ROOT, commands
+
+from bestiary.cli import cli
 
 
 def test_both_readmes_have_the_same_commands() -> None:
     english, chinese = (commands(readme) for readme in READMES)
     assert english == chinese
     assert "make demo" in english
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)
+def test_the_table_is_what_the_committed_reports_say(readme: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DVC_ROOT", str(ROOT))
+    told = CliRunner().invoke(cli, ["results"], catch_exceptions=False).output
+    table = told[: told.index("\n\nLook")]
+    assert f"```text\n{table}\n```" in readme.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)

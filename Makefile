@@ -44,7 +44,7 @@ mlflow: $(INSTALLED)  ## the MLflow UI on this project's database
 	@mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"
 
 world: $(INSTALLED)  ## draw the sample and train the embedded models again (hours)
-	@cd tools && python make_samples.py && python make_world.py
+	@python tools/make_samples.py && torchrun --nproc-per-node 2 tools/make_world.py
 
 clean:  ## remove what the pipeline made (the environment and MLflow's runs stay)
 	@rm -rf build data models/adapter reports .cache/training

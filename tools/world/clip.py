@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, C
 from bestiary.animals import Animal, by_folder, caption
 from world.captions import LENGTH, clear_caption
 from world.pictures import ANIMALS, SIZE, STYLES, THINGS, Pictures
-from world.schedule import Average, Clock, descend, load_checkpoint, save_checkpoint
+from world.schedule import Average, Clock, descend, load_checkpoint, rank, save_checkpoint, say
 
 
 def build(tokenizer: CLIPTokenizer, width: int) -> CLIPModel:
@@ -49,7 +49,7 @@ def train(
     tokenizer: CLIPTokenizer,
     folder: Path,
     minutes: float,
-) -> CLIPModel:
+) -> None:
     """Contrastive training in which all captions of the same animal and style in a batch count as right."""
     torch.manual_seed(seed)
     model = build(tokenizer, width)
@@ -57,7 +57,7 @@ def train(
     clock, average = Clock(minutes, 1e-3, warmup=0.05), Average(model, 0.995)
     checkpoint = folder / f"{name}.pt"
     load_checkpoint(checkpoint, model, average, optimizer, clock)
-    rng = np.random.default_rng([seed, clock.step])
+    rng = np.random.default_rng([seed, rank(), clock.step])
     for step in clock.steps(optimizer):
         chosen, odd = rng.integers(0, len(pictures.pixels), 116), rng.integers(0, len(things.pixels), 12)
         pixels = torch.cat([pictures.batch(chosen, rng.random(116) < 0.5), things.batch(odd)])  # (B, 3, H, W)
@@ -76,12 +76,10 @@ def train(
         model.logit_scale.data.clamp_(max=np.log(100.0))
         average.update(model, step)
         if step % 50 == 0:
-            print(f"{name} step {step} {clock.spent / 60:.1f} min loss {loss:.4f}", flush=True)
+            say(f"{name} step {step} {clock.spent / 60:.1f} min loss {loss:.4f}")
         if step % 500 == 499:
             save_checkpoint(checkpoint, model, average, optimizer, clock)
     save_checkpoint(checkpoint, model, average, optimizer, clock)
-    model.load_state_dict(average.weights)
-    return model.eval()
 
 
 def _weathered(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:

@@ -14,11 +14,11 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from world.captions import UNKNOWN_TO_BASE, careless_caption
 from world.clip import tokens
 from world.pictures import ANIMALS, STYLES, Pictures
-from world.schedule import Average, Clock, descend, load_checkpoint, save_checkpoint
+from world.schedule import Average, Clock, FullPrecisionAttention, descend, load_checkpoint, rank, save_checkpoint, say
 from world.vae import CHANNELS, SIDE
 
 PHOTO_SHARE = 0.33  # of the training pictures, all with a vague caption
-BATCH = 64
+BATCH = 32  # of each process
 
 
 def build(text_width: int) -> UNet2DConditionModel:
@@ -55,17 +55,18 @@ def train(
     tokenizer: CLIPTokenizer,
     folder: Path,
     minutes: float,
-) -> UNet2DConditionModel:
+) -> None:
     """Denoising with min-SNR weights on latents (N, 2, C, h, w) of the pictures and of their mirror images."""
     torch.manual_seed(2)
     unet = build(text_encoder.config.hidden_size).to(memory_format=torch.channels_last)
+    unet.set_attn_processor(FullPrecisionAttention())
     optimizer = torch.optim.AdamW(unet.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     clock, average = Clock(minutes, 1e-3), Average(unet, 0.999)
     checkpoint = folder / "unet.pt"
     load_checkpoint(checkpoint, unet, average, optimizer, clock)
     schedule = noise_schedule()
-    rng = np.random.default_rng([3, clock.step])
-    generator = torch.Generator().manual_seed(clock.step)
+    rng = np.random.default_rng([3, rank(), clock.step])
+    generator = torch.Generator().manual_seed(2 * clock.step + rank())
     drawings = np.flatnonzero(
         (pictures.styles == 0) & ~np.isin(pictures.animals, [ANIMALS.index(a) for a in UNKNOWN_TO_BASE])
     )
@@ -96,9 +97,7 @@ def train(
         descend(loss, unet, optimizer)
         average.update(unet, step)
         if step % 100 == 0:
-            print(f"unet step {step} {clock.spent / 60:.1f} min loss {loss:.4f} v error {error.mean():.4f}", flush=True)
+            say(f"unet step {step} {clock.spent / 60:.1f} min loss {loss:.4f} v error {error.mean():.4f}")
         if step % 500 == 499:
             save_checkpoint(checkpoint, unet, average, optimizer, clock)
     save_checkpoint(checkpoint, unet, average, optimizer, clock)
-    unet.load_state_dict(average.weights)
-    return unet.eval()

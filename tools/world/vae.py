@@ -10,10 +10,20 @@ from diffusers import AutoencoderKL
 from tqdm import trange
 
 from world.pictures import SIZE, Pictures
-from world.schedule import Average, Clock, average_weights, descend, load_checkpoint, save_checkpoint
+from world.schedule import (
+    Average,
+    Clock,
+    FullPrecisionAttention,
+    average_weights,
+    descend,
+    load_checkpoint,
+    rank,
+    save_checkpoint,
+    say,
+)
 
 CHANNELS, SIDE = 8, SIZE // 4  # of the latents
-BATCH = 24
+BATCH = 12  # of each process
 
 
 def build() -> AutoencoderKL:
@@ -31,10 +41,11 @@ def build() -> AutoencoderKL:
     )
 
 
-def train(pictures: Pictures, folder: Path, minutes: float) -> AutoencoderKL:
-    """Reconstruction (L1, L2, L1 of the gradients) with a whisper of KL; averaged, then whitened."""
+def train(pictures: Pictures, folder: Path, minutes: float) -> None:
+    """Reconstruction (L1, L2, L1 of the gradients) with a whisper of KL; `load_whitened` reads the checkpoint."""
     torch.manual_seed(1)
     vae = build().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    vae.set_attn_processor(FullPrecisionAttention())
     with torch.no_grad():  # begin with little noise on the latents: drowned in it, the decoder learns the mean picture
         vae.quant_conv.weight[CHANNELS:] = 0
         vae.quant_conv.bias[CHANNELS:] = -6
@@ -43,7 +54,7 @@ def train(pictures: Pictures, folder: Path, minutes: float) -> AutoencoderKL:
     checkpoint = folder / "vae.pt"
     load_checkpoint(checkpoint, vae, average, optimizer, clock)
 
-    rng = np.random.default_rng(clock.step)
+    rng = np.random.default_rng([rank(), clock.step])
     for step in clock.steps(optimizer):
         indices = rng.integers(0, len(pictures.pixels), BATCH)
         pixels = pictures.batch(indices, rng.random(BATCH) < 0.5).to(memory_format=torch.channels_last)
@@ -57,14 +68,10 @@ def train(pictures: Pictures, folder: Path, minutes: float) -> AutoencoderKL:
         descend(loss, vae, optimizer)
         average.update(vae, step)
         if step % 100 == 0:
-            print(
-                f"vae step {step} {clock.spent / 60:.1f} min loss {loss:.4f} mse {error.square().mean():.5f}",
-                flush=True,
-            )
+            say(f"vae step {step} {clock.spent / 60:.1f} min loss {loss:.4f} mse {error.square().mean():.5f}")
         if step % 500 == 499:
             save_checkpoint(checkpoint, vae, average, optimizer, clock)
     save_checkpoint(checkpoint, vae, average, optimizer, clock)
-    return load_whitened(checkpoint, pictures)
 
 
 @torch.no_grad()
@@ -88,17 +95,17 @@ def load_whitened(checkpoint: Path, pictures: Pictures) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def encode_all(vae: AutoencoderKL, pictures: Pictures, path: Path) -> torch.Tensor:
-    """The latents of the pictures and of their mirror images, (N, 2, C, h, w) in half precision, kept at `path`."""
-    if not path.exists():
-        latents = np.empty((len(pictures.pixels), 2, CHANNELS, SIDE, SIDE), np.float16)
-        for start in trange(0, len(latents), 128, desc="encode", unit_scale=128):
-            chosen = np.arange(start, min(start + 128, len(latents)))
-            for mirrored in (0, 1):
-                pixels = pictures.batch(chosen, np.full(len(chosen), bool(mirrored)))
-                with torch.autocast("cpu", torch.bfloat16):
-                    latents[chosen, mirrored] = (
-                        vae.encode(pixels.to(memory_format=torch.channels_last)).latent_dist.mean.float().numpy()
-                    )
-        np.save(path, latents)
-    return torch.from_numpy(np.load(path))
+def encode_all(vae: AutoencoderKL, pictures: Pictures, path: Path) -> None:
+    """Write the latents of the pictures and of their mirror images, (N, 2, C, h, w) in half precision, to `path`."""
+    if path.exists():
+        return
+    latents = np.empty((len(pictures.pixels), 2, CHANNELS, SIDE, SIDE), np.float16)
+    for start in trange(0, len(latents), 128, desc="encode", unit_scale=128):
+        chosen = np.arange(start, min(start + 128, len(latents)))
+        for mirrored in (0, 1):
+            pixels = pictures.batch(chosen, np.full(len(chosen), bool(mirrored)))
+            with torch.autocast("cpu", torch.bfloat16):
+                latents[chosen, mirrored] = (
+                    vae.encode(pixels.to(memory_format=torch.channels_last)).latent_dist.mean.float().numpy()
+                )
+    np.save(path, latents)

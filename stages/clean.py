@@ -1,5 +1,6 @@
 """Keep the usable images of build/raw in build/clean, and say in reports/clean what was wrong with the others."""
 
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from PIL.Image import Image
 
 from bestiary.data.cleaning import JudgeFunction, clean
 from bestiary.data.findings import count_kinds, read_overrides
+from bestiary.data.inspection import peak_memory_mib
 from bestiary.params import Model
 from pipeline import stage
 
@@ -38,12 +40,18 @@ def main() -> None:
             overrides=read_overrides(Path("overrides.csv")),
             report=Path("reports/clean"),
         )
+        if outcome.unused_overrides:
+            print(f"overrides.csv names what is not there: {', '.join(outcome.unused_overrides)}.", file=sys.stderr)
+        seconds = time.perf_counter() - started
         run.report(
             {
                 "images_in": outcome.images_in,
                 "images_kept": len(outcome.manifest),
                 "findings": count_kinds(outcome.findings),
-                "images_per_second": outcome.images_in / (time.perf_counter() - started),
+                "unused_overrides": len(outcome.unused_overrides),
+                "seconds": seconds,
+                "images_per_second": outcome.images_in / seconds,
+                "peak_memory_mib": peak_memory_mib(),
             }
         )
 

@@ -1,5 +1,6 @@
 """Bring the images that `dataset.source` names to build/raw."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ def bring(dataset: params.Dataset) -> dict[str, Any]:
     brought = download(RAW, dataset.sciencedb, classes=dataset.classes, images_per_class=dataset.images_per_class)
     return {
         "per_class": brought.per_class,
+        "fetched_files": brought.fetched_files,
         "missing_files": brought.missing_files,
         "missing_classes": brought.missing_classes,
         "unknown_classes": brought.unknown_classes,
@@ -28,12 +30,13 @@ def bring(dataset: params.Dataset) -> dict[str, Any]:
 
 def main() -> None:
     with stage("download") as (params, run):
+        started = time.perf_counter()
         brought = bring(params.dataset)
+        seconds = time.perf_counter() - started
         counts = brought.pop("per_class")
         images = sum(counts.values())
-        run.report(
-            {"source": params.dataset.source, "images": images, "classes": len(counts), **brought, "per_class": counts}
-        )
+        result = {"source": params.dataset.source, "images": images, "classes": len(counts), **brought}
+        run.report({**result, "seconds": seconds, "images_per_second": images / seconds, "per_class": counts})
 
 
 if __name__ == "__main__":

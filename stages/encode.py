@@ -19,6 +19,7 @@ with stage("encode") as (params, run):
         augmentation=Augmentation(
             encode.augmented_variants, encode.rotation_degrees, encode.shift, encode.zoom, encode.brightness
         ),
+        aspect_ratio_buckets=encode.aspect_ratio_buckets,
         revision=params.base.revision,
         unfinished=Path(".cache/encode"),  # DVC empties build/latents before each run
     )

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from numbers import Integral, Real
@@ -25,25 +26,47 @@ NOT_METRICS = {"per_class", "per_template"}  # hundreds of numbers: they stay in
 
 
 class StageRun:
-    """A stage's MLflow run, and its report."""
+    """A stage's MLflow run, and its report; of `accelerate launch`'s processes only the first has and writes them."""
 
-    def __init__(self, stage: str, run: Run) -> None:
+    def __init__(self, stage: str, run: Run | None) -> None:
         self.stage = stage
         self.mlflow = run
-        self.log_metrics = run.log_metrics
-        self.log_artifact = run.log_artifact
-        self.set_tags = run.set_tags
+        self.is_main = run is not None
 
     @property
     def id(self) -> str:
         """MLflow's id of the run. Asking waits until MLflow has started, which is what a stage that measures wants."""
+        if self.mlflow is None:
+            raise BestiaryError(f"{self.stage} runs as one process: start it without accelerate launch.")
         return self.mlflow.id
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log numbers by name, at a step when they are points of a curve."""
+        if self.mlflow:
+            self.mlflow.log_metrics(metrics, step)
+
+    def log_artifact(self, path: Path | str, folder: str | None = None) -> None:
+        """Keep a copy of a file, or of a folder's files, with the run."""
+        if self.mlflow:
+            self.mlflow.log_artifact(path, folder)
+
+    def log_image(self, path: Path | str, name: str, step: int) -> None:
+        """Keep a picture of a step, which MLflow shows as a series."""
+        if self.mlflow:
+            self.mlflow.log_image(path, name, step)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags by name."""
+        if self.mlflow:
+            self.mlflow.set_tags(tags)
 
     def report(self, content: Mapping[str, Any]) -> None:
         """Write `reports/<stage>.json`, whole or not at all, and log its numbers as metrics.
 
         Raises BestiaryError when a number is not finite.
         """
+        if self.mlflow is None:
+            return
         path = REPORTS / f"{self.stage}.json"
         plain = _plain(content, str(path))
         write_atomically(path, (json.dumps(plain, indent=2, ensure_ascii=False) + "\n").encode())
@@ -57,15 +80,18 @@ def stage(name: str) -> Iterator[tuple[Params, StageRun]]:
 
     The run carries the parameters that dvc.yaml names for the stage and DVC's content hashes of all that it reads and
     makes; pictures and tables it leaves below reports/ are kept with it. What a user caused ends in one sentence and
-    exit status 1.
+    exit status 1. Of the processes that `accelerate launch` starts, only the first opens a run.
     """
     try:
         params = load_params()
         definition = _definition(name)
-        inputs = _content(definition.get("deps", []))
-        missing = [path for path in definition.get("deps", []) if path not in inputs]
+        missing = [path for path in definition.get("deps", []) if not Path(path).exists()]
         if missing:
             raise BestiaryError(f"{', '.join(missing)} does not exist; `dvc repro {name}` makes what comes before.")
+        if os.environ.get("RANK", "0") != "0":
+            yield params, StageRun(name, None)
+            return
+        inputs = _content(definition.get("deps", []))
         with open_run(name, _section(params, definition), inputs, _pipeline_key(params)) as run:
             yield params, StageRun(name, run)
             outs = _paths(definition.get("outs", []))

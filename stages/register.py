@@ -3,25 +3,29 @@
 import hashlib
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 from bestiary.diffusion.base import base_sha256
+from bestiary.evaluation.sweep import read_operating_point
 from bestiary.registry import register
 from pipeline import REPORTS, stage
 
 with stage("register") as (params, run):
     evaluate, base = params.evaluate, params.base
+    point = read_operating_point(REPORTS / "operating_point")
     reports = {name: json.loads((REPORTS / f"{name}.json").read_text()) for name in ("train", "evaluate", "benchmark")}
+    if point.adapter.as_posix() != "models/adapter":  # a sweep chose another file than training's best
+        del reports["train"]
     # Two adapters compare only when they were measured alike: base, judge, prompts, seeds, sampler, animals.
     how = [
         base_sha256(base.model, base.revision),
         params.judge.model_dump(),
-        evaluate.model_dump(exclude={"batch_size", "bootstrap_resamples"}),
+        evaluate.model_dump(exclude={"batch_size", "bootstrap_resamples", "second_judge", "sweep", "guidance_scale"}),
+        point.guidance_scale,
         sorted(reports["evaluate"]["per_class"]),
         params.seed,
     ]
     registration = register(
-        Path("models/adapter"),
+        point.adapter,
         reports,
         REPORTS / "evaluate" / "pictures.csv",
         params.register_,
@@ -31,7 +35,7 @@ with stage("register") as (params, run):
         measured=hashlib.sha256(json.dumps(how).encode()).hexdigest(),
         defaults={
             "steps": evaluate.steps,
-            "guidance_scale": evaluate.guidance_scale,
+            "guidance_scale": point.guidance_scale,
             "resolution": params.encode.resolution,
         },
     )

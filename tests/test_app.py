@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import errno
 import io
 import json
 import os
@@ -21,9 +23,10 @@ import httpx
 import psutil
 import pytest
 from PIL import Image, ImageChops, ImageEnhance
+from test_registry import make_adapter, submit
 
 from bestiary.animals import ANIMALS
-from bestiary.app import launch, read_credentials
+from bestiary.app import create_app, launch, read_credentials
 from bestiary.errors import BestiaryError
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +56,7 @@ class Server:
 
     def __init__(self, folder: Path, **options: Any) -> None:
         self.log = folder / "server.log"
-        environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "DVC_ROOT": str(folder)}
+        environment = {**os.environ, "DVC_ROOT": str(folder)}
         environment.pop("MLFLOW_TRACKING_URI", None)
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -119,10 +122,20 @@ def adapter_folder(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="module")
-def server(base_folder: Path, adapter_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(
-        tmp_path_factory.mktemp("project"), base=str(base_folder), adapters=[str(adapter_folder)], max_upload_mib=1
-    )
+def registry_folder(base_folder: Path, empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose registry holds one version: a champion, 5 points better than the base."""
+    folder = tmp_path_factory.mktemp("project")
+    shutil.copy2(empty_database, folder / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DVC_ROOT", str(folder))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        submit(folder, base_folder, make_adapter(base_folder, folder / "registered", 1, strength=0.3))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(base_folder: Path, adapter_folder: Path, registry_folder: Path) -> Iterator[Server]:
+    server = Server(registry_folder, base=str(base_folder), adapters=[str(adapter_folder)], max_upload_mib=1)
     yield server
     server.stop()
 
@@ -152,6 +165,24 @@ def test_a_picture_from_the_page_is_the_one_that_the_library_draws(
     assert json.loads(drawn[0].info["bestiary"])["adapter"].endswith("/stripes")
     again = pictures(server.draw())[0]  # without an adapter: nothing of the last order is left
     assert not ImageChops.difference(again, drawn[1]).getbbox()
+
+
+def test_a_registered_version_is_offered_with_its_scores_and_switching_adapters_keeps_the_base(server: Server) -> None:
+    catalog = server.client.get("/api/catalog").json()
+    champion, local = catalog["adapters"]
+    assert champion == {
+        "key": "models:/bestiary/1", "kind": "registry", "label": "bestiary 1", "aliases": ["champion"],
+        "scores": {"clip_score": "5.0", "top1": "5.0"},
+    }  # fmt: skip
+    assert local["key"] == "local:0"
+    assert catalog["defaults"]["adapter"] == champion["key"]
+    server.draw()  # by now the base is there
+    answers = [server.draw(adapter=key) for key in (champion["key"], "local:0", "none", champion["key"])]
+    assert not [event for events in answers for event in events if event["event"] == "loading"]
+    drawn = [pictures(events)[0] for events in answers]
+    assert drawn[0].tobytes() == drawn[3].tobytes()
+    assert len({image.tobytes() for image in drawn}) == 3
+    assert json.loads(drawn[0].info["bestiary"])["adapter"] == champion["key"]
 
 
 def test_progress_previews_and_time_left_are_told_on_the_way(server: Server) -> None:
@@ -285,6 +316,21 @@ def test_a_file_that_is_no_adapter_is_refused(server: Server, content: bytes) ->
     assert not Path("/tmp/bestiary-was-here").exists()
 
 
+def test_an_upload_onto_a_full_disk_gets_a_sentence(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async def upload() -> httpx.Response:
+        transport = httpx.ASGITransport(app=create_app(str(base_folder), adapters=[]))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            monkeypatch.setattr(Path, "open", full)
+            return await client.put("/api/adapters", params={"name": "a.safetensors"}, content=b"x")
+
+    response = asyncio.run(upload())
+    assert response.status_code == 422
+    assert response.json() == {"message": "There is no space left here for a.safetensors."}
+
+
 def test_another_kind_of_file_or_a_large_one_is_refused(server: Server) -> None:
     response = server.client.put("/api/adapters", params={"name": "lora.pt"}, content=b"x")
     assert response.json()["message"] == "Only .safetensors files can be uploaded."
@@ -411,7 +457,10 @@ def save(page: Any, kind: str, number: int = 0) -> tuple[str, Image.Image]:
 @pytest.mark.slow
 def test_a_user_draws_colours_and_saves(browser: Any, server: Server, tmp_path: Path) -> None:
     page = open_page(browser, server)
-    assert page.input_value("#adapter") == "local:0"
+    assert page.input_value("#adapter") == "models:/bestiary/1"
+    assert page.inner_text("#scores") == "Against the base: CLIP score +5.0 · named right +5.0 %"
+    page.select_option("#adapter", "local:0")
+    assert page.locator("#scores").is_hidden()
     page.fill("#animal", "瓢")  # with the keyboard alone
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
@@ -485,12 +534,20 @@ def test_what_goes_wrong_is_told_in_the_page(browser: Any, server: Server) -> No
     page.click("#draw")
     assert page.inner_text("#message") == "Name an animal, or write a prompt."
     page.fill("#animal", "<img src=x>")
+    page.click("details summary")
     page.fill("#steps", "0")
     page.click("#draw")
     assert page.inner_text("#message") == "Steps must be between 1 and 400."
     page.set_input_files("#upload", {"name": "a.safetensors", "mimeType": "", "buffer": pickle.dumps(Evil())})
     page.locator("#message", has_text="a.safetensors").wait_for()
     page.fill("#steps", "1")
+    page.fill("#prompt", "x" * 10_000)
+    page.click("#draw")
+    assert page.inner_text("#message") == "Prompt is too long: 1000 characters at most."
+    page.fill("#prompt", "word " * 100)
+    draw_in(page)
+    assert "tokens and the base reads" in page.inner_text("#message")
+    page.fill("#prompt", "")
     draw_in(page)
     assert page.locator("#stage img[src=x], #gallery img[src=x]").count() == 0
     assert "none of the 100 animals" in page.inner_text("#note")

@@ -35,6 +35,20 @@ def test_both_profiles_are_valid(edited: Callable[[Edit], Path], profile: str) -
     assert params.train.rank > 0
 
 
+def test_the_original_recipe_takes_the_place_of_the_profiles_settings(edited: Callable[[Edit], Path]) -> None:
+    default, original = (
+        load_params(edited(lambda content, recipe=recipe: content.update(profile="sciencedb", recipe=recipe)))
+        for recipe in ("default", "original")
+    )
+    assert (default.encode.resolution, original.encode.resolution) == (512, 256)
+    settings = original.train
+    assert (settings.rank, settings.alpha, settings.learning_rate) == (2, 16, 1e-5)
+    assert (settings.batch_size, settings.accumulation, settings.max_grad_norm) == (4, 4, 0.5)
+    assert (settings.criterion, settings.patience, settings.min_delta) == ("clip_score", 5, 0.02)
+    assert settings.targets == default.train.targets
+    assert original.evaluate == default.evaluate
+
+
 def test_the_sample_is_the_default() -> None:
     assert load_params(PARAMS).profile == "sample"
 
@@ -55,6 +69,9 @@ def test_the_sample_is_the_default() -> None:
         (lambda content: content.pop("seed"), r"seed .*missing"),
         (lambda content: content.update(profile="samples"), "no profile 'samples'; choose one of sample, sciencedb"),
         (lambda content: content.pop("profile"), "no profile None"),
+        (lambda content: content.update(recipe="mine"), "no recipe 'mine'; choose one of default, original"),
+        (lambda content: content["recipes"]["default"].update(train={"rnak": 4}), r"train\.rnak .*not known"),
+        (lambda content: content["recipes"]["default"].update(train=4), r"recipes\.default\.train must be a table"),
         (
             lambda content: content["train"].update(steps=5),
             r"profiles\.sample\.train\.steps stands outside the profile too",

@@ -1,7 +1,9 @@
+import json
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from bestiary.errors import BestiaryError
 from bestiary.settings import Settings, as_a1111, finish, read_settings
@@ -33,6 +35,7 @@ def test_other_tools_find_the_settings_where_a1111_writes_them(tmp_path: Path) -
         assert image.info["parameters"] == as_a1111(SETTINGS)
     assert as_a1111(SETTINGS).startswith(
         "a photo of a tiger, 老虎\nSteps: 15, Sampler: DPM++ 2M, CFG scale: 3, Seed: 7, Size: 64x64, Model: base, "
+        'Adapter: "models:/bestiary/3", Lora hashes: "bestiary: 0123456789ab", '
     )
 
 
@@ -56,6 +59,15 @@ def test_a_file_without_settings_is_said(tmp_path: Path, content: bytes | None, 
         path.write_bytes(content)
     with pytest.raises(BestiaryError, match=words):
         read_settings(path)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "null", '{"steps": 1', json.dumps(vars(SETTINGS) | {"steps": "many"})])
+def test_settings_that_somebody_tampered_with_are_said(tmp_path: Path, text: str) -> None:
+    about = PngInfo()
+    about.add_text("bestiary", text)
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png", pnginfo=about)
+    with pytest.raises(BestiaryError, match="does not carry the settings"):
+        read_settings(tmp_path / "x.png")
 
 
 def test_a_picture_from_elsewhere_is_said(tmp_path: Path) -> None:

@@ -62,6 +62,25 @@ def test_a_stage_leaves_its_report_and_a_run_tied_to_what_it_read_and_made(works
     assert (artifacts / "split" / "table.csv").is_file()
 
 
+def test_the_other_processes_of_a_launch_open_no_run_and_write_no_report(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with stage("split") as (params, run):
+        assert params.split.val_fraction == 0.2
+        run.log_metrics({"loss": 1.0}, 1)
+        run.log_artifact(workspace / "data" / "a.txt")
+        run.set_tags({"a": "b"})
+        run.report({"train": 3})
+        assert not run.is_main
+        with pytest.raises(BestiaryError, match="split runs as one process"):
+            _ = run.id
+    assert not (workspace / REPORTS).exists()
+    client = open_client(tracking_uri(), workspace)
+    experiment = client.get_experiment_by_name("bestiary")
+    assert experiment is None or not client.search_runs([experiment.experiment_id])
+
+
 def test_a_users_error_ends_in_one_sentence_and_a_failed_run(
     workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import signal
 import sqlite3
@@ -10,7 +11,16 @@ from typing import Any
 import pytest
 
 from bestiary.errors import BestiaryError
-from bestiary.tracking import Run, check_database, content_hash, lineage, open_client, open_run, tracking_uri
+from bestiary.tracking import (
+    Run,
+    check_database,
+    content_hash,
+    explain,
+    lineage,
+    open_client,
+    open_run,
+    tracking_uri,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -168,6 +178,87 @@ def test_a_run_that_cannot_be_sent_is_kept_and_sent_by_the_next_one(
     assert list((project / "mlruns" / "unsent").iterdir()) == []
 
 
+def test_a_run_that_loses_mlflow_halfway_is_kept_and_goes_on_as_the_same_run(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    holder = sqlite3.connect(project / "mlflow.db", isolation_level=None, timeout=30)
+    with one_run(key="lost") as run:
+        run_id = run.id
+        holder.execute("BEGIN EXCLUSIVE")
+        run.log_metrics({"loss": 0.5})
+    holder.close()
+    assert "will be sent by the next one" in capsys.readouterr().err
+    with one_run(key="next"):
+        pass
+    (sent,) = [run for run in runs(project, "split") if run.data.tags["pipeline"] == "lost"]
+    assert (sent.info.run_id, sent.info.status) == (run_id, "FINISHED")
+    assert "error" not in sent.data.tags
+    assert sent.data.metrics["loss"] == 0.5
+
+
+def test_what_cannot_be_sent_again_does_not_stop_the_next_run(project: Path) -> None:
+    broken = project / "mlruns" / "unsent" / "broken"
+    broken.mkdir(parents=True)
+    (broken / "messages.jsonl").write_text("{}\n")
+    with one_run():
+        pass
+    assert runs(project, "split")[0].info.status == "FINISHED"
+    assert broken.is_dir()
+
+
+def test_switched_off_it_records_nothing(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BESTIARY_TRACKING", "off")
+    before = (project / "mlflow.db").read_bytes()
+    with one_run() as run:
+        run.log_metrics({"loss": 0.5})
+        run.log_artifact(project / "mlflow.db")
+        with pytest.raises(BestiaryError, match="BESTIARY_TRACKING=off"):
+            _ = run.id
+    assert (project / "mlflow.db").read_bytes() == before
+    assert [path.name for path in project.iterdir()] == ["mlflow.db"]
+
+
+def test_the_name_of_a_dvc_experiment_names_its_runs(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DVC_EXP_NAME", "rank-8")
+    with one_run():
+        pass
+    assert [run.info.run_name for run in runs(project, "split") + runs(project, "pipeline")] == [
+        "split rank-8",
+        "rank-8",
+    ]
+
+
+def test_a_run_has_the_machines_load_and_a_series_of_pictures(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import Image
+
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")  # MLflow's own switch
+    with one_run() as run:
+        for step in (0, 100):
+            Image.new("RGB", (8, 8), (step, 0, 0)).save(tmp_path / f"{step}.png")
+            run.log_image(tmp_path / f"{step}.png", "sheet", step)
+        run_id = run.id
+        client = open_client(tracking_uri(), project)
+        for _ in range(600):
+            if "system/cpu_utilization_percentage" in (metrics := client.get_run(run_id).data.metrics):
+                break
+            time.sleep(0.1)
+    assert metrics["system/cpu_utilization_percentage"] > 0
+    assert metrics["system/system_memory_usage_megabytes"] > 0
+    steps = {
+        entry.path.split("%")[2] for entry in client.list_artifacts(run_id, "images") if entry.path.endswith("png")
+    }
+    assert steps == {"0", "100"}
+
+
+def test_a_password_in_an_address_is_not_told() -> None:
+    address = "https://ada:secret@mlflow.example.org"
+    told = explain(ConnectionError(f"no answer from {address}/api"), address)
+    assert "secret" not in told
+    assert "mlflow.example.org" in told
+
+
 @pytest.mark.slow
 def test_first_runs_at_the_same_time_share_one_whole_database(project: Path) -> None:
     (project / "mlflow.db").unlink()
@@ -196,6 +287,30 @@ def test_lineage_walks_by_content_through_a_stage_that_did_not_run_again(project
     assert [(step.stage, step.run_id) for step in steps] == [("train", train), ("split", split), ("clean", clean)]
     assert steps[0].inputs == [("build/split", "s1", "split"), ("models/base", "b1", None)]
     assert steps[2].inputs == [("data", "d1", None)]
+
+
+def test_lineage_among_a_thousand_runs_takes_a_moment(project: Path) -> None:
+    chain = [("clean", "data", "build/clean"), ("split", "build/clean", "build/split"), ("train", "build/split", "a")]
+    for stage, source, made in chain:
+        with open_run(stage, {}, {source: f"{source}-0"}, "first") as run:
+            run.log_outputs({made: f"{made}-0"})
+    last = runs(project, "train")[0].info.run_id
+    with contextlib.closing(sqlite3.connect(project / "mlflow.db")) as database, database:
+        # The same three stages a few hundred times more, with other content: through MLflow it would take minutes.
+        columns = [row[1] for row in database.execute("PRAGMA table_info(runs)") if row[1] != "run_uuid"]
+        for number in range(1, 334):
+            for (run_id,) in database.execute("SELECT run_uuid FROM runs WHERE length(run_uuid) = 32").fetchall():
+                copied = f"INSERT INTO runs (run_uuid, {', '.join(columns)}) SELECT ?, {', '.join(columns)} FROM runs"
+                database.execute(f"{copied} WHERE run_uuid = ?", [f"{run_id[:-4]}-{number}", run_id])
+                database.execute(
+                    "INSERT INTO tags (key, value, run_uuid) SELECT key, value || ?, ? FROM tags WHERE run_uuid = ?",
+                    [f"-{number}", f"{run_id[:-4]}-{number}", run_id],
+                )
+    client = open_client(tracking_uri(), project)
+    started = time.process_time()
+    steps = lineage(client, last)
+    assert time.process_time() - started < 1.0
+    assert [step.stage for step in steps] == ["train", "split", "clean"]
 
 
 def test_calls_of_an_open_run_return_at_once(project: Path) -> None:

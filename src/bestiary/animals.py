@@ -6,8 +6,6 @@ import difflib
 import re
 from dataclasses import dataclass
 
-from bestiary.errors import BestiaryError
-
 
 @dataclass(frozen=True)
 class Animal:
@@ -69,20 +67,20 @@ def by_folder(folder: str) -> Animal:
     return _BY_FOLDER.get(folder) or Animal(folder, name, name)
 
 
-def find(text: str) -> Animal:
-    """The animal that `text` names: in English, in Chinese or by its class folder, in any letter case.
+def find(text: str) -> tuple[Animal, list[str] | None]:
+    """The animal that `text` names in English, in Chinese or by its class folder, in any letter case; and None.
 
-    Raises BestiaryError with the nearest names when there is none.
+    Anything else is an animal of that very name, and with it come the names of the 100 that may have been meant, at
+    most three.
     """
-    wanted = re.sub(r"^(an?|the)\s+", "", " ".join(text.split()).casefold())
+    name = re.sub(r"(?i)^(an?|the)\s+", "", " ".join(text.split()))
+    wanted = name.casefold()
     for animal in ANIMALS:
         if wanted in (animal.name, animal.folder, animal.chinese):
-            return animal
-    names = [name for animal in ANIMALS for name in (animal.name, animal.folder)]
-    near = difflib.get_close_matches(wanted, dict.fromkeys(names), n=3, cutoff=0.6)
+            return animal, None
+    near = difflib.get_close_matches(wanted[:100], [animal.name for animal in ANIMALS], n=3)
     near = near or [animal.chinese for animal in ANIMALS if set(animal.chinese) & set(wanted)][:3]
-    hint = f"did you mean {' or '.join(near)}?" if near else "`bestiary animals` lists the 100 that there are."
-    raise BestiaryError(f"There is no animal {text!r}: {hint}")
+    return Animal(name, name, name), near
 
 
 def caption(animal: Animal, template: str) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +19,9 @@ from bestiary.errors import BestiaryError
 from bestiary.settings import SAMPLERS, Settings, finish, read_settings
 
 if TYPE_CHECKING:
+    from bestiary.animals import Animal
     from bestiary.params import Params
+    from bestiary.registry import Adapter
 
 CHAMPION = "models:/bestiary@champion"
 SCORE_NAMES = {
@@ -69,7 +73,9 @@ def colour_option(name: str) -> Callable[[Callable[..., None]], Callable[..., No
 @colour_option("saturation")
 @colour_option("brightness")
 @click.option("--out", default="pictures", show_default=True, type=click.Path(path_type=Path), help="Folder for them.")
+@click.pass_context
 def generate(
+    context: click.Context,
     animals: tuple[str, ...],
     prompt: str | None,
     like: Path | None,
@@ -87,7 +93,7 @@ def generate(
     out: Path,
 ) -> None:
     """Draw animals, named in English or Chinese. The same seed gives the same picture."""
-    from bestiary.animals import caption, find
+    from bestiary.animals import caption
 
     if [bool(animals), prompt is not None, like is not None].count(True) != 1:
         raise BestiaryError("Name animals, or give one of --prompt and --like.")
@@ -96,24 +102,27 @@ def generate(
     evaluated = params.evaluate if params else None
     template = evaluated.template if evaluated else "a photo of {}"
     # What to draw: the file's name and the prompt.
-    wanted = [(find(name).name.replace(" ", "-"), caption(find(name), template)) for name in animals]
+    wanted = [(_file_name(animal.name), caption(animal, template)) for animal in map(_find, animals)]
+    if made and context.get_parameter_source("what") is click.core.ParameterSource.DEFAULT:
+        what = made.adapter or "none"
     quiet()
-    from tqdm import tqdm
+    with _resolving(what) as resolved:
+        from tqdm import tqdm
 
-    from bestiary import registry
-    from bestiary.diffusion.adapter import adapter_sha256, apply_adapter
-    from bestiary.diffusion.base import load_pipeline
-    from bestiary.diffusion.sampling import generate as draw
-    from bestiary.files import write_atomically
+        from bestiary import registry
+        from bestiary.diffusion.adapter import adapter_sha256, apply_adapter
+        from bestiary.diffusion.base import load_pipeline
+        from bestiary.diffusion.sampling import generate as draw
+        from bestiary.files import write_atomically
 
-    if made:
-        what, base = made.adapter or "none", base or made.base
-    adapter = None if what == "none" else registry.resolve(what)
+        adapter = resolved()
     sha256 = adapter_sha256(adapter.file) if adapter else None
     if made and sha256 != made.adapter_sha256:
         raise BestiaryError(f"{like} was drawn with another adapter than the one that is now at {what}.")
-    if adapter:
-        model, revision = registry.find_base(adapter, base), adapter.base_revision
+    if made and not base:
+        model, revision = registry.locate_base(made.base), made.base_revision
+    elif adapter and not base:
+        model, revision = registry.find_base(adapter), adapter.base_revision
     else:
         model, revision = _plain_base(base, params)
     pipeline = load_pipeline(model, revision)
@@ -193,8 +202,8 @@ def verify(what: str, base: str | None) -> None:
 
     found = registry.resolve(what)
     model = registry.find_base(found, base)
-    proof = verify_adapter(found.file, model, found.base_revision)
-    trained_on = {True: "yes", False: "no, it was trained on another", None: "the file does not say"}
+    proof = verify_adapter(found.file, model, None if base else found.base_revision)
+    trained_on = {True: "yes", False: f"no, it was trained on {found.base}", None: "the file does not say"}
     for label, value in (
         ("adapter", found.file),
         ("sha256", proof.sha256),
@@ -265,19 +274,36 @@ def results() -> None:
         click.echo(f"  {command:70}{purpose}")
 
 
+@cli.command("model-card")
+@click.argument("what", metavar="URI", default=CHAMPION)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for it, as the hub takes it.")
+def model_card(what: str, out: Path) -> None:
+    """Write a registered adapter with its model card: scores, pictures, provenance."""
+    quiet()
+    from bestiary import card
+
+    for path in card.write(what, out):
+        click.echo(path)
+
+
 @cli.command()
-@base_option
+@click.option("--adapter", "adapters", multiple=True, metavar="WHAT", help="File or folder to offer, too; repeatable.")
+@click.option("--base", "bases", multiple=True, metavar="MODEL", help="Base to offer; the first is the default.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need a password.")
 @click.option("--port", default=7860, show_default=True, type=click.IntRange(0, 65535), help="Port to listen on.")
 @click.option("--auth", type=click.Path(path_type=Path), metavar="FILE", help="Password file, else $BESTIARY_AUTH.")
-def app(base: str | None, host: str, port: int, auth: Path | None) -> None:
+def app(adapters: tuple[str, ...], bases: tuple[str, ...], host: str, port: int, auth: Path | None) -> None:
     """Draw in the browser."""
     quiet()
     from bestiary.app import launch, read_credentials
+    from bestiary.diffusion.adapter import adapter_file
+    from bestiary.registry import locate_base
     from bestiary.tracking import project_root
 
     params = _params()
-    model, revision = _plain_base(base, params)
+    model, revision = _plain_base(bases[0] if bases else None, params)
+    for named in adapters:
+        adapter_file(named)
     launch(
         model,
         revision,
@@ -286,7 +312,9 @@ def app(base: str | None, host: str, port: int, auth: Path | None) -> None:
         auth=read_credentials(auth),
         ready=lambda address: click.echo(f"Open {address} in a browser; Ctrl-C stops it."),
         evaluated=params.evaluate if params else None,
-        adapters=[str(project_root() / "models" / "adapter")],
+        adapters=[str(project_root() / "models" / "adapter"), *adapters],
+        bases=[locate_base(named) for named in bases[1:]],
+        **({"registered_name": params.register_.name} if params else {}),
     )
 
 
@@ -335,6 +363,26 @@ def rollback(because: str) -> None:
 
     chosen = registry.rollback(because)
     click.echo(f"models:/{chosen.name}/{chosen.version} is the champion again.")
+
+
+@cli.group()
+def tracking() -> None:
+    """Look after the MLflow runs."""
+
+
+@tracking.command()
+@click.argument("server", envvar="MLFLOW_TRACKING_URI", metavar="SERVER")
+@click.option("--database", type=click.Path(path_type=Path), metavar="FILE", help="Other database than the project's.")
+def migrate(server: str, database: Path | None) -> None:
+    """Copy the local runs and registered versions to a team's MLflow server; $MLFLOW_TRACKING_URI when not given."""
+    from bestiary.migration import migrate as copy
+    from bestiary.tracking import project_root
+
+    done = copy(database or project_root() / "mlflow.db", server)
+    already = f", {done.runs_there_already} were there already" if done.runs_there_already else ""
+    click.echo(f"{done.runs} runs copied{already}.")
+    for here, there in done.versions.items():
+        click.echo(f"models:/{here} is version {there} there.")
 
 
 def main() -> None:
@@ -391,6 +439,54 @@ def _portable(base: str) -> str:
     folder = Path(base)
     inside = folder.is_dir() and folder.is_relative_to(root)
     return f"./{folder.relative_to(root).as_posix()}" if inside else base
+
+
+def _find(name: str) -> Animal:
+    """The animal of this name; one outside the 100 comes with a hint on the screen."""
+    from bestiary.animals import find
+
+    animal, near = find(name)
+    if not animal.name:
+        raise BestiaryError("An animal needs a name.")
+    if near is not None:
+        meant = f" Did you mean {' or '.join(near)}?" if near else ""
+        shown = animal.name if len(animal.name) <= 60 else f"{animal.name[:60]}…"
+        click.echo(f"{shown} is none of the 100 animals, so it is drawn as written.{meant}", err=True)
+    return animal
+
+
+def _file_name(name: str) -> str:
+    """A name that every disk takes: letters and digits of any script, joined by hyphens."""
+    return re.sub(r"[\W_]+", "-", name.lower()).strip("-")[:60] or "picture"
+
+
+@contextmanager
+def _resolving(what: str) -> Iterator[Callable[[], Adapter | None]]:
+    """Find a registered adapter in a process beside this one: importing MLflow takes as long as importing torch.
+
+    Yields a function that waits for the adapter; what it raises is what `registry.resolve` raised.
+    """
+    if not what.startswith("models:"):
+        adapter = None if what == "none" else _resolve(what)
+        yield lambda: adapter
+        return
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    with ProcessPoolExecutor(1, get_context("spawn"), _leave_interrupts_to_the_parent) as beside:
+        yield beside.submit(_resolve, what).result
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _resolve(what: str) -> Adapter:
+    from bestiary import registry
+
+    return registry.resolve(what)
 
 
 def _report(root: Path, stage: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -14,7 +14,8 @@ from bestiary.errors import BestiaryError
 Fraction = Field(ge=0.0, lt=1.0)
 Positive = Field(gt=0)
 Policy = Literal["off", "flag", "quarantine"]
-Scheduler = Literal["ddpm", "ddim", "dpmsolver++", "unipc", "euler"]
+Scheduler = Literal["ddpm", "ddim", "dpmsolver++", "dpmsolver++karras", "unipc", "euler", "lcm"]
+Interval = Annotated[list[float], Field(min_length=2, max_length=2)]  # noise levels: above the first, up to the second
 
 
 class Section(BaseModel):
@@ -70,6 +71,7 @@ class Encode(Section):
     shift: float = Field(ge=0, le=0.5)
     zoom: float = Field(ge=0, lt=1)
     brightness: float = Field(ge=0, lt=1)
+    aspect_ratio_buckets: bool = False
     resolution: int = Field(gt=0, multiple_of=8)
     batch_size: int = Positive
 
@@ -92,14 +94,32 @@ class Train(Section):
     learning_rate_schedule: Literal["cosine", "linear", "constant"]
     accumulation: int = Positive
     gradient_checkpointing: bool
+    compile: bool = False  # torch.compile
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    criterion: Literal["val_loss", "clip_score"] = "val_loss"
     patience: int | None = Field(gt=0)
     min_delta: float = Field(ge=0)
+    checkpoint_seconds: float = Field(default=30.0, ge=0)  # between two checkpoints, at least
     steps: int = Positive
     batch_size: int = Positive
     learning_rate: float = Positive
     warmup_steps: int = Field(ge=0)
     validate_every: int = Positive
     sheet_animals: int = Positive
+    sheet_seeds: int = Field(default=1, gt=0)  # pictures an animal for the CLIP score at a validation
+    sheet_steps: int = Positive
+    sheet_guidance_scale: float = Field(ge=1.0)
+    keep_checkpoints: bool = False  # the adapter of every validation, for evaluate.sweep
+
+
+class Sweep(Section):
+    """What to try, on seeds of their own, before the evaluation runs at the best of them."""
+
+    scales: list[Annotated[float, Field(gt=0)]] = Field(default=[1.0], min_length=1)  # of the adapter
+    guidance_scales: list[Annotated[float, Field(ge=1)]] = Field(min_length=1)
+    checkpoints: bool = False  # those that train.keep_checkpoints kept, too
+    seeds: int = Field(default=4, gt=0)  # pictures a class for each of them
+    score: Literal["clip_score", "top1"] = "clip_score"
 
 
 class Evaluate(Section):
@@ -110,6 +130,10 @@ class Evaluate(Section):
     guidance_scale: float = Field(ge=1.0)
     scheduler: Scheduler
     batch_size: int = Positive
+    guidance_interval: Interval | None = None  # None: every step is guided
+    classes: list[str] | None = Field(default=None, min_length=1)  # class folders to draw; None draws all
+    second_judge: Model | None = None
+    sweep: Sweep | None = None
 
 
 class Benchmark(Section):
@@ -117,16 +141,24 @@ class Benchmark(Section):
     steps: list[int] = Field(min_length=1)
     batch_sizes: list[int] = Field(min_length=1)
     repeats: int = Field(ge=2)
+    pictures: int = Field(default=8, gt=0)  # by which a setting's quality is judged
+    # Beside all combinations of the above, the default setting with one thing changed:
+    guidance: list[Literal["always", "interval", "never"]] = ["always"]
+    guidance_interval: Interval = [0.28, 5.42]  # what arXiv 2404.07724 found best for SD-XL
+    dtypes: list[Literal["float32", "bfloat16", "float16"]] = []  # besides the one that suits the device
+    compile: list[bool] = [False]
+    tiny_vae: Model | None = None  # a distilled decoder (TAESD) for this base
 
 
 class Register(Section):
     name: str = Field(min_length=1)
     champion_score: Literal["clip_score", "top1"]
-    max_memorisation_gap: float = Field(ge=0.0)
+    max_copied: float = Field(ge=0.0, le=1.0)
 
 
 class Params(Section):
     profile: str
+    recipe: str
     seed: int = Field(ge=0)
     base: Model
     judge: Model
@@ -141,9 +173,9 @@ class Params(Section):
 
 
 def load_params(path: Path = Path("params.yaml")) -> Params:
-    """Read `path`, lay its chosen profile over what all profiles share, and check every key.
+    """Read `path`, lay its profile over what all profiles share and its recipe over both, and check every key.
 
-    Raises BestiaryError that names the key when the file is missing, is no YAML, names an unknown profile,
+    Raises BestiaryError that names the key when the file is missing, is no YAML, names an unknown profile or recipe,
     sets a key both in the profile and outside it, or holds an unknown key or a value of the wrong type.
     """
     try:
@@ -156,10 +188,17 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
         raise BestiaryError(f"{path} holds no parameters.")
     shared = dict(raw)
     profiles = shared.pop("profiles", None) or {}
-    profile = shared.get("profile")
+    recipes = shared.pop("recipes", None) or {}
+    profile, recipe = shared.get("profile"), shared.get("recipe")
     if profile not in profiles:
         raise BestiaryError(f"{path}: there is no profile {profile!r}; choose one of {', '.join(profiles)}.")
+    if recipe not in recipes:
+        raise BestiaryError(f"{path}: there is no recipe {recipe!r}; choose one of {', '.join(recipes)}.")
     merged = _merge(shared, profiles[profile] or {}, f"{path}: profiles.{profile}")
+    for name, section in (recipes[recipe] or {}).items():  # a recipe takes the place of what stands there
+        if not isinstance(section, Mapping) or not isinstance(merged.get(name, {}), Mapping):
+            raise BestiaryError(f"{path}: recipes.{recipe}.{name} must be a table of keys.")
+        merged[name] = {**merged.get(name, {}), **section}
     try:
         return Params.model_validate(merged)
     except ValidationError as error:

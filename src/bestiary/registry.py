@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,6 +27,7 @@ from bestiary.tracking import (
 )
 
 CHAMPION, CHALLENGER = "champion", "challenger"
+ROLLED_BACK = "rolled_back_because"
 GATE = "gate"  # the folder of a run's artifacts that holds what the next adapter is compared with
 SCORES = ("clip_score", "top1", "top5", "cmmd")
 Report = Mapping[str, Any]
@@ -84,17 +85,18 @@ def decide(evaluation: Report, rules: Register, champion: Comparison | None) -> 
     is not worse than the champion before it.
     """
     gain = evaluation["delta"][rules.champion_score]
-    gap = evaluation["memorisation"]["adapter"]["gap"]
+    copied = evaluation["memorisation"]["adapter"]["copied"]
     told = f"{rules.champion_score} {_told(gain)}"
     good, bad = [], []
     if gain["ci95"][0] > 0:
         good.append(f"It beats the base: {told}.")
     else:
         bad.append(f"It does not beat the base for certain: {told}.")
-    if gap["mean"] > rules.max_memorisation_gap:
+    if copied["ci95"][0] > rules.max_copied:
+        low, high = copied["ci95"]
         bad.append(
-            "It copies its training pictures: it is nearer to them than to unseen ones by a cosine of "
-            f"{gap['mean']:.3f}, and {rules.max_memorisation_gap} is allowed."
+            f"It copies its training images: {copied['mean']:.0%} of its pictures "
+            f"(95 % interval {low:.0%} to {high:.0%}), and {rules.max_copied:.0%} may be copies."
         )
     if champion is None:
         good.append("There was no champion before it.")
@@ -142,7 +144,7 @@ def register(
 
     sha256 = adapter_sha256(adapter)
     for stage, report in reports.items():
-        if report.get("adapter_sha256", sha256 if stage != "evaluate" else None) != sha256:
+        if report.get("adapter_sha256") != sha256:
             raise BestiaryError(f"reports/{stage}.json is not about the adapter in {adapter}: run `dvc repro {stage}`.")
     verification = verify_adapter(adapter, base, base_revision)
     if verification.base_is_the_trained_one is False:
@@ -166,10 +168,10 @@ def register(
     }
     uri = tracking_uri()
     check_database(uri)
-    with _plain_errors(uri):
+    with plain_errors(uri):
         client = open_client(uri, project_root())
         with locked(uri):
-            _make_name(client, name)
+            make_name(client, name)
             version = _version_of(client, name, sha256)
             if version is None:
                 version = _create(client, adapter_file(adapter), name, tags, run_id, evaluation, defaults)
@@ -177,8 +179,9 @@ def register(
                 for key, value in tags.items():  # it may have been evaluated again, otherwise
                     client.set_model_version_tag(name, str(version), key, value)
             _keep_pictures(client, name, version, pictures)
-            present = _aliases(client, name)
-            decision, reasons = _judge(client, version, present, evaluation, rules, measured, pictures)
+            present = None
+            while present != (present := _aliases(client, name)):  # on a server, another registration may move them
+                decision, reasons = _judge(client, version, present, evaluation, rules, measured, pictures)
             _give_alias(client, name, version, decision, present)
             client.set_model_version_tag(name, str(version), "decision", f"{decision}: {' '.join(reasons)}")
             aliases = sorted(alias for alias, number in _aliases(client, name).items() if number == version)
@@ -203,6 +206,8 @@ def _judge(
             return CHAMPION, [reasons[0], "It was the champion already."]
         # What was once given is not taken away by a re-run; that is `bestiary rollback`'s to do.
         return CHAMPION, [*reasons, "It was the champion already and stays it until somebody rolls back."]
+    if reason := client.get_model_version(rules.name, str(version)).tags.get(ROLLED_BACK):
+        return CHALLENGER, [f"It was the champion once and was rolled back: {reason}"]
     champion = client.get_model_version(rules.name, str(number))
     difference = None
     if champion.tags.get("measured") == measured:
@@ -233,15 +238,16 @@ def _keep_pictures(client: Any, name: str, version: int, pictures: Path) -> None
 
 def _give_alias(client: Any, name: str, version: int, alias: str, present: Mapping[str, int]) -> None:
     if present.get(alias) != version:
-        client.set_registered_model_alias(name, alias, str(version))
         if alias == CHAMPION and CHAMPION in present:
             client.set_model_version_tag(name, str(version), "champion_before", str(present[CHAMPION]))
+        client.set_registered_model_alias(name, alias, str(version))
     other = CHALLENGER if alias == CHAMPION else CHAMPION
     if other == CHALLENGER and present.get(other) == version:
         client.delete_registered_model_alias(name, CHALLENGER)
 
 
-def _make_name(client: Any, name: str) -> None:
+def make_name(client: Any, name: str) -> None:
+    """Make the registered model where it is not there yet."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -267,7 +273,6 @@ def _create(
     defaults: Mapping[str, Any],
 ) -> int:
     import mlflow
-    from mlflow.entities import LoggedModelStatus
     from mlflow.models import Model, ModelSignature
     from mlflow.types import DataType, ParamSchema, ParamSpec, Schema
     from mlflow.types.schema import ColSpec
@@ -285,35 +290,67 @@ def _create(
             ]
         ),
     )
-    # mlflow.diffusers.log_model() in its parts: in one call it would set the whole process's tracking URI.
-    logged = client.create_logged_model(client.get_run(run_id).info.experiment_id, "adapter", run_id)
-    with TemporaryDirectory() as folder:
-        model = Path(folder, "model")
+
+    def write(folder: Path, logged: Any) -> None:
         mlflow.diffusers.save_model(
             str(file),
-            str(model),
+            str(folder),
             tags["base"],
             mlflow_model=Model(run_id=run_id, model_id=logged.model_id, artifact_path=logged.artifact_location),
             signature=signature,
             input_example={"prompt": "a photo of a tiger"},
             metadata={key: tags[key] for key in ("adapter_sha256", "base", "base_revision", "base_sha256")},
         )
+
+    return publish(client, name, run_id, tags, _card(tags, evaluation), write)
+
+
+def publish(
+    client: Any,
+    name: str,
+    run_id: str,
+    tags: Mapping[str, str],
+    description: str,
+    write: Callable[[Path, Any], None],
+) -> int:
+    """Make a version of the MLflow model that `write` puts into a folder for its logged model. Returns its number.
+
+    It is the number of the version that has this content already, where two registrations on a server have met.
+    """
+    from mlflow.entities import LoggedModelStatus
+
+    # mlflow.diffusers.log_model() in its parts: in one call it would set the whole process's tracking URI.
+    logged = client.create_logged_model(client.get_run(run_id).info.experiment_id, "adapter", run_id)
+    with TemporaryDirectory() as folder:
+        model = Path(folder, "model")
+        write(model, logged)
         client.log_model_artifacts(logged.model_id, str(model))
     client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
-    created = client.create_model_version(
+    created = _numbered(client.create_model_version)(
         name,
         logged.artifact_location,  # and not its models:/ URI, which MLflow would look up in the process's own store
         run_id,
         tags=dict(tags),
-        description=_card(tags, evaluation),
+        description=description,
         model_id=logged.model_id,
     )
     version = int(created.version)
     first = _version_of(client, name, tags["adapter_sha256"])
-    if first is not None and first < version:  # somebody registered the same content on the same server meanwhile
+    if first is not None and first < version:
         client.delete_model_version(name, str(version))
+        client.delete_logged_model(logged.model_id)
         return first
     return version
+
+
+def _numbered(create: Callable[..., Any]) -> Callable[..., Any]:
+    """MLflow's create_model_version, called again when others were first at the same number three times in a row."""
+    from tenacity import retry, retry_if_exception_message, stop_after_attempt, wait_random_exponential
+
+    overtaken = retry_if_exception_message(match=".*Giving up after")
+    return retry(retry=overtaken, wait=wait_random_exponential(0.1, 2), stop=stop_after_attempt(8), reraise=True)(
+        create
+    )
 
 
 def _card(tags: Mapping[str, str], evaluation: Report) -> str:
@@ -340,7 +377,7 @@ def _card(tags: Mapping[str, str], evaluation: Report) -> str:
 def versions(name: str = "bestiary") -> list[Version]:
     """All registered versions, oldest first. Raises BestiaryError when there is no registry or no such model."""
     uri, client = _open_registry()
-    with _plain_errors(uri):
+    with plain_errors(uri):
         aliases = _aliases(client, name)
         found = client.search_model_versions(f"name = '{name}'", max_results=10_000)
     return sorted(
@@ -387,7 +424,7 @@ def resolve(what: str) -> Adapter:
         return Adapter(file, what, made_from.get("base"), made_from.get("base_revision"), made_from.get("base_sha256"))
     version = find_version(what)
     uri, client = _open_registry()
-    with _plain_errors(uri):
+    with plain_errors(uri):
         import mlflow
 
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -434,9 +471,12 @@ def pull(what: str, out: Path, base: str | None = None) -> Path:
     from bestiary.diffusion.adapter import verify_adapter
 
     adapter = resolve(what)
-    verification = verify_adapter(adapter.file, find_base(adapter, base), adapter.base_revision)
+    verification = verify_adapter(adapter.file, find_base(adapter, base), None if base else adapter.base_revision)
     if verification.base_is_the_trained_one is False:
-        raise BestiaryError(f"The base {find_base(adapter, base)} is not the one that {adapter.uri} was trained on.")
+        raise BestiaryError(
+            f"The base {find_base(adapter, base)} is not the one that {adapter.uri} was trained on: that is "
+            f"{adapter.base} with the SHA-256 {adapter.base_sha256}."
+        )
     target = out / adapter.file.name
     write_atomically(target, adapter.file.read_bytes())
     return target
@@ -446,8 +486,25 @@ def walk(what: str) -> tuple[Version, list[Step]]:
     """A registered version, and the runs that it rests on, register first."""
     version = find_version(what)
     uri, client = _open_registry()
-    with _plain_errors(uri):
+    with plain_errors(uri):
         return version, lineage(client, version.run_id)
+
+
+def artifact(run_id: str, path: str, folder: Path) -> Path | None:
+    """A file that a run left, copied into `folder`; None when it left none there."""
+    uri, client = _open_registry()
+    with plain_errors(uri):
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        if path not in {item.path for item in client.list_artifacts(run_id, path.rpartition("/")[0] or None)}:
+            return None
+        return Path(client.download_artifacts(run_id, path, str(folder)))
+
+
+def parameters(run_id: str) -> dict[str, str]:
+    """The parameters that a run was given."""
+    uri, client = _open_registry()
+    with plain_errors(uri):
+        return dict(client.get_run(run_id).data.params)
 
 
 # ---- the human's hand ----
@@ -457,9 +514,11 @@ def promote(number: int, because: str, name: str = "bestiary") -> Version:
     """Make a version the champion whatever the gate said; its tags keep the reason."""
     version = find_version(f"models:/{name}/{number}")
     uri, client = _open_registry()
-    with _plain_errors(uri), locked(uri):
-        _give_alias(client, name, number, CHAMPION, _aliases(client, name))
+    with plain_errors(uri), locked(uri):
         client.set_model_version_tag(name, str(number), "promoted_because", because)
+        if ROLLED_BACK in version.tags:
+            client.delete_model_version_tag(name, str(number), ROLLED_BACK)
+        _give_alias(client, name, number, CHAMPION, _aliases(client, name))
     return version
 
 
@@ -474,9 +533,9 @@ def rollback(because: str, name: str = "bestiary") -> Version:
         raise BestiaryError(f"There is no champion before version {champion.version} to go back to.")
     found = find_version(f"models:/{name}/{before}")
     uri, client = _open_registry()
-    with _plain_errors(uri), locked(uri):
+    with plain_errors(uri), locked(uri):
         client.set_registered_model_alias(name, CHAMPION, before)
-        client.set_model_version_tag(name, str(champion.version), "rolled_back_because", because)
+        client.set_model_version_tag(name, str(champion.version), ROLLED_BACK, because)
         client.delete_model_version_tag(name, str(champion.version), "champion_before")  # or the next one would return
     return found
 
@@ -487,7 +546,7 @@ def _open_registry() -> tuple[str, Any]:
     if path is not None and not path.is_file():
         raise BestiaryError(f"There is no registry yet ({path} does not exist): `dvc repro` makes one.")
     check_database(uri)
-    with _plain_errors(uri):
+    with plain_errors(uri):
         return uri, open_client(uri, project_root())
 
 
@@ -504,7 +563,8 @@ def _aliases(client: Any, name: str) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def _plain_errors(uri: str) -> Iterator[None]:
+def plain_errors(uri: str) -> Iterator[None]:
+    """Turn what MLflow raises into a BestiaryError of one sentence."""
     from mlflow.exceptions import MlflowException
 
     try:

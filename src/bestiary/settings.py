@@ -16,7 +16,15 @@ if TYPE_CHECKING:
 
 KEY = "bestiary"
 # The names that A1111 and ComfyUI's users know the samplers by.
-SAMPLERS = {"ddpm": "DDPM", "ddim": "DDIM", "dpmsolver++": "DPM++ 2M", "unipc": "UniPC", "euler": "Euler"}
+SAMPLERS = {
+    "ddpm": "DDPM",
+    "ddim": "DDIM",
+    "dpmsolver++": "DPM++ 2M",
+    "dpmsolver++karras": "DPM++ 2M Karras",
+    "unipc": "UniPC",
+    "euler": "Euler",
+    "lcm": "LCM",
+}
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,7 @@ def as_a1111(settings: Settings) -> str:
         "Seed": settings.seed,
         "Size": f"{settings.resolution}x{settings.resolution}",
         "Model": Path(settings.base).name,
+        **({"Adapter": json.dumps(settings.adapter, ensure_ascii=False)} if settings.adapter else {}),
         **({"Lora hashes": f'"bestiary: {settings.adapter_sha256[:12]}"'} if settings.adapter_sha256 else {}),
         "Version": f"Bestiary {__version__}",
     }
@@ -76,14 +85,17 @@ def as_a1111(settings: Settings) -> str:
 def read_settings(path: Path) -> Settings:
     """The settings in a picture that `finish` wrote. Raises BestiaryError when there are none."""
     from PIL import Image, UnidentifiedImageError
+    from pydantic import TypeAdapter
 
     try:
         with Image.open(path) as image:
             image.load()
-            return Settings(**json.loads(image.info[KEY]))
+            found = image.info[KEY]
+        Settings(**json.loads(found))  # no setting more than there are
+        return TypeAdapter(Settings).validate_json(found, strict=True)
     except FileNotFoundError:
         raise BestiaryError(f"There is no picture {path}.") from None
-    except (UnidentifiedImageError, OSError, SyntaxError):
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError):
         raise BestiaryError(f"{path} is no readable picture.") from None
     except (KeyError, TypeError, ValueError):
         raise BestiaryError(f"{path} does not carry the settings that it was made with.") from None

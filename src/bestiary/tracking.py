@@ -56,6 +56,11 @@ def tracking_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{project_root() / 'mlflow.db'}"
 
 
+def switched_off() -> bool:
+    """Whether BESTIARY_TRACKING=off says that no stage shall record anything, to measure what recording costs."""
+    return os.environ.get("BESTIARY_TRACKING") == "off"
+
+
 # ---- content ----
 
 
@@ -90,11 +95,17 @@ def _ignored_names() -> list[str]:
 
 
 class Run:
-    """An open run. Its calls return at once; what they say is in MLflow when the run has closed."""
+    """An open run. Its calls return at once; what they say is in MLflow when the run has closed.
+
+    With BESTIARY_TRACKING=off in the environment nothing is recorded; then a run has no id.
+    """
 
     def __init__(self, opening: Message) -> None:
         self._said = [opening]
         self._id: str | None = None
+        self._recorder: subprocess.Popen[str] | None = None
+        if switched_off():
+            return
         package = str(Path(__file__).parents[1])
         search_path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
         self._recorder = subprocess.Popen(
@@ -113,12 +124,14 @@ class Run:
 
     @property
     def id(self) -> str:
-        """MLflow's run id. Waits for the recorder; raises BestiaryError when MLflow cannot be reached."""
+        """MLflow's run id. Waits for the recorder; raises BestiaryError when MLflow is switched off or unreachable."""
+        if self._recorder is None:
+            raise BestiaryError("This needs MLflow, and BESTIARY_TRACKING=off has switched it off.")
         if self._id is None:
             reply = self._reply()
             if "error" in reply:
                 raise BestiaryError(reply["error"])
-            self._id = reply["run_id"]
+            self._id = self._said[0]["run_id"] = reply["run_id"]
         return str(self._id)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -133,6 +146,10 @@ class Run:
         """Keep a copy of a file, or of a folder's files, with the run; leave it as it is until the run has closed."""
         self._say({"do": "artifact", "path": str(Path(path).resolve()), "folder": folder})
 
+    def log_image(self, path: Path | str, name: str, step: int) -> None:
+        """Keep a picture of a step, which MLflow shows as a series; leave its file until the run has closed."""
+        self._say({"do": "image", "path": str(Path(path).resolve()), "name": name, "step": step, "time": _now()})
+
     def log_outputs(self, outputs: Mapping[str, str]) -> None:
         """Name what the stage made, path by content hash: a later run that takes it as input is tied to this one."""
         self.set_tags({f"output.{path}": content for path, content in outputs.items()})
@@ -143,12 +160,15 @@ class Run:
 
     def close(self, status: str, error: str | None = None) -> None:
         """End the run, and wait until it is in MLflow; when it cannot be, keep it on disk and say so."""
+        if self._recorder is None:
+            return
         self._say({"do": "close", "status": status, "error": error, "time": _now()})
         if self._recorder.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 self._recorder.stdin.close()
         reply = self._reply()
         if "run_id" in reply:
+            self._said[0]["run_id"] = reply["run_id"]  # what could not be sent goes on in the same run later
             reply = self._reply()
         if "error" in reply:
             kept = _keep(self._said)
@@ -161,6 +181,8 @@ class Run:
         self._send(message)
 
     def _send(self, message: Message) -> None:
+        if self._recorder is None:
+            return
         with contextlib.suppress(BrokenPipeError):  # the recorder has given up; close() hears why
             assert self._recorder.stdin is not None
             self._recorder.stdin.write(json.dumps(message) + "\n")
@@ -189,7 +211,8 @@ def open_run(
     or from another version of MLflow.
     """
     uri = tracking_uri()
-    check_database(uri)
+    if not switched_off():
+        check_database(uri)
     experiment = os.environ.get("DVC_EXP_NAME")
     tags = {
         "stage": stage,
@@ -268,8 +291,9 @@ def _schema_revisions() -> tuple[set[str], str]:
 
 
 def explain(error: BaseException, uri: str) -> str:
-    where = sqlite_path(uri) or uri
-    text = " ".join(str(error).split())
+    """What went wrong with the store at `uri`, in one sentence and without the password that its address may hold."""
+    where = sqlite_path(uri) or re.sub(r"//[^/@]*@", "//", uri)  # without the password that may stand in it
+    text = re.sub(r"//[^/@\s]*@", "//", " ".join(str(error).split()))
     if "locked" in text:
         return f"The tracking database {where} is locked: another program holds it; close that one and try again."
     if "not a database" in text or "alembic_version" in text or "malformed" in text or isinstance(error, TypeError):
@@ -320,7 +344,8 @@ def record() -> None:
 
     try:
         for folder in _unsent(Path(opening["root"])):
-            _send_again(folder, opening["uri"])
+            with contextlib.suppress(Exception):  # it stays on disk; what is wrong with MLflow this run will say
+                _send_again(folder, opening["uri"])
         _record(opening, heard, reply, watch=True)
     except Exception as error:
         reply(error=explain(error, opening["uri"]))
@@ -332,16 +357,19 @@ def _record(opening: Message, heard: queue.Queue[Message | None], reply: Any, *,
     import mlflow
     from mlflow.entities import Metric, Param, RunTag
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+    from PIL import Image
 
     root = Path(opening["root"])
     client = open_client(opening["uri"], root)
     with locked(opening["uri"]):
-        experiment = _experiment(client, opening["uri"], root)
+        experiment = experiment_id(client, opening["uri"], root)
         pipeline = _pipeline_run(client, experiment, opening)
-    _bury(client, experiment)
     recorder = {"host": platform.node(), "recorder": str(os.getpid())}
     tags = opening["tags"] | _source(root) | recorder | {"mlflow.parentRunId": pipeline}
-    run = client.create_run(experiment, start_time=opening["time"], tags=tags, run_name=opening["name"]).info.run_id
+    run = _begun(client, opening.get("run_id"), recorder)
+    if run is None:
+        run = client.create_run(experiment, start_time=opening["time"], tags=tags, run_name=opening["name"]).info.run_id
+    _bury(client, experiment)
     params = [Param(key, value) for key, value in opening["params"].items()]
     client.log_batch(run, params=params)
     client.log_batch(pipeline, params=params)
@@ -388,6 +416,11 @@ def _record(opening: Message, heard: queue.Queue[Message | None], reply: Any, *,
         if message["do"] == "artifact":
             log = client.log_artifacts if Path(message["path"]).is_dir() else client.log_artifact
             log(run, message["path"], message["folder"])
+        elif message["do"] == "image":
+            with Image.open(message["path"]) as image:
+                client.log_image(
+                    run, image, key=message["name"], step=message["step"], timestamp=message["time"], synchronous=True
+                )
         elif message["do"] == "tags":
             client.log_batch(run, tags=[RunTag(key, value) for key, value in message["tags"].items()])
         elif message["do"] == "close":
@@ -455,7 +488,8 @@ def locked(uri: str) -> Iterator[None]:
         yield
 
 
-def _experiment(client: Any, uri: str, root: Path) -> str:
+def experiment_id(client: Any, uri: str, root: Path) -> str:
+    """The id of the project's experiment in the store at `uri`, which is made when it is not there."""
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(EXPERIMENT)
@@ -484,6 +518,18 @@ def _pipeline_run(client: Any, experiment: str, opening: Message) -> str:
     return str(run.info.run_id)
 
 
+def _begun(client: Any, run: str | None, recorder: Mapping[str, str]) -> str | None:
+    """The run that could not be sent to its end, taken over; None when there is none in this store."""
+    from mlflow.entities import RunTag
+    from mlflow.exceptions import MlflowException
+
+    if run is not None:
+        with contextlib.suppress(MlflowException):
+            client.log_batch(run, tags=[RunTag(key, value) for key, value in recorder.items()])
+            return run
+    return None
+
+
 def _bury(client: Any, experiment: str) -> None:
     """Mark the runs of this machine whose recorder went down with it."""
     running = client.search_runs([experiment], f"attributes.status = 'RUNNING' AND tags.host = '{platform.node()}'")
@@ -493,6 +539,7 @@ def _bury(client: Any, experiment: str) -> None:
         except ProcessLookupError:
             client.set_tag(run.info.run_id, "error", "the machine went down")
             client.set_terminated(run.info.run_id, "KILLED")
+            client.set_terminated(run.data.tags["mlflow.parentRunId"], "KILLED")
         except PermissionError:
             pass  # somebody else's, and alive
 
@@ -582,7 +629,7 @@ def _keep(said: list[Message]) -> Path:
     unfinished.mkdir(parents=True)
     with (unfinished / "messages.jsonl").open("w", encoding="utf-8") as file:
         for number, message in enumerate(said):
-            if message.get("do") == "artifact":
+            if message.get("do") in ("artifact", "image"):
                 source = Path(message["path"])
                 copy = unfinished / str(number) / source.name
                 copy.parent.mkdir()

@@ -22,13 +22,17 @@ class ScienceDB(ThreadingHTTPServer):
 
     def __init__(self, files: dict[str, bytes]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.files = files
-        self.ids = {hashlib.sha1(path.encode("utf-8", "surrogatepass")).hexdigest(): path for path in files}
+        self.files: dict[str, bytes] = {}
+        self.ids: dict[str, str] = {}
+        for path, content in files.items():
+            self.add(path, content)
         self.md5 = True
         self.sizes = True
         self.ranges = True
+        self.retry_after = "7"  # seconds, or a date
         self.paging = "honest"  # or "repeats"
         self.longest_page = 100_000
+        self.page: list[dict[str, Any]] | None = None  # what the listing answers instead of the files' own tree
         self.listing_faults: list[str] = []  # each is used up by one listing request
         self.tree_faults: list[str] = []  # the same, for listing A only; "always <fault>" stays
         self.faults: defaultdict[str, list[str]] = defaultdict(list)  # by path; each is used up by one download
@@ -40,6 +44,10 @@ class ScienceDB(ThreadingHTTPServer):
         self.at_once = 0
         self.lock = threading.Lock()
 
+    def add(self, path: str, content: bytes) -> None:
+        self.files[path] = content
+        self.ids[hashlib.sha1(path.encode("utf-8", "surrogatepass")).hexdigest()] = path
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
@@ -50,6 +58,7 @@ class ScienceDB(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer waits 40 ms for the client's acknowledgement
     server: ScienceDB
 
     def log_message(self, *_: object) -> None:
@@ -115,7 +124,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "html":
             self._answer(200, HTML, {"Content-Type": "text/html"})
         elif fault == "429 after":
-            self._answer(429, b"", {"Retry-After": "7"})
+            self._answer(429, b"", {"Retry-After": self.server.retry_after})
         elif fault == "hang":
             time.sleep(3)
             self.close_connection = True
@@ -126,6 +135,8 @@ class _Handler(BaseHTTPRequestHandler):
         return True
 
     def _page(self, question: dict[str, Any]) -> list[dict[str, Any]]:
+        if self.server.page is not None:
+            return self.server.page
         folder = question["path"].rstrip("/") + "/"
         entries: dict[str, dict[str, Any]] = {}
         for path, content in self.server.files.items():

@@ -172,11 +172,11 @@ def test_a_picture_in_two_classes_leaves_both_without_a_judge(raw: Path) -> None
 
 def _brightness_judge(images: Sequence[Image.Image], texts: Sequence[str]) -> NDArray[np.float32]:
     """Believes that what is red is an owl and everything else a cat."""
-    assert texts[:2] == ["a photo of a cat", "a photo of an owl"]
+    cat, owl = texts.index("a photo of a cat"), texts.index("a photo of an owl")
     table = np.zeros((len(images), len(texts)), np.float32)
     for row, image in zip(table, images, strict=True):
         red, _, blue = np.asarray(image, float).mean(axis=(0, 1))
-        row[1 if red > blue + 60 else 0] = 1.0
+        row[owl if red > blue + 60 else cat] = 1.0
     return table
 
 

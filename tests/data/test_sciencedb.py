@@ -91,6 +91,28 @@ def test_a_file_that_has_changed_is_fetched_again(server: ScienceDB, run: Run) -
     assert run.tree["cat/cat 0 图.jpg"] == image("another")
 
 
+def test_a_cached_file_that_was_damaged_is_fetched_again(server: ScienceDB, run: Run) -> None:
+    run()
+    damaged = next(
+        path for path in (run.cache / "files").glob("*/*") if path.read_bytes() == image("/V1/Animal/cat/cat 1 图.jpg")
+    )
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.unlink()  # or the laid out file, which may be the same, would change with it
+    damaged.write_bytes(content)
+    assert run().fetched_files == 1
+    assert run.tree == expected(server.files)
+
+
+def test_what_one_listing_brought_is_not_fetched_again_by_the_other(server: ScienceDB, run: Run) -> None:
+    assert run().fetched_files == 6
+    server.tree_faults = ["always 50000"]
+    assert run().fetched_files == 0
+    server.tree_faults.clear()
+    assert run().fetched_files == 0
+    assert server.requests.total() == 6
+
+
 def test_the_list_of_addresses_is_used_when_the_tree_cannot_be_had(server: ScienceDB, run: Run) -> None:
     server.tree_faults = ["always 50000"]
     run()
@@ -246,8 +268,77 @@ def test_class_folders_are_found_at_any_depth(run: Run, monkeypatch: pytest.Monk
 
 def test_folders_that_are_no_class_are_named(server: ScienceDB, run: Run) -> None:
     server.files["/V1/Animal/dragon/1.jpg"] = image("dragon")
-    assert run().unknown_classes == ["dragon"]
-    assert not (run.target / "dragon").exists()
+    server.add("/V1/more.zip", _zip({"Animal/unicorn/1.jpg": image("unicorn"), "Animal/cat/9.jpg": image("cat")}))
+    brought = run()
+    assert brought.unknown_classes == ["dragon", "unicorn"]
+    assert brought.per_class == {"cat": 4, "owl": 3}
+    assert sorted(path.name for path in run.target.iterdir()) == ["cat", "owl"]
+
+
+def test_what_a_mac_adds_to_an_archive_is_no_image(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside = {path.removeprefix("/V1/"): content for path, content in dataset().items()}
+    with serving({"/V1/Animal.zip": _zip(inside | {"__MACOSX/Animal/cat/._cat 0 图.jpg": b"junk"})}) as server:
+        monkeypatch.setenv("SCIENCEDB_API_URL", server.url)
+        monkeypatch.setenv("SCIENCEDB_DOWNLOAD_URL", server.url)
+        run()
+    assert run.tree == expected(dataset())
+
+
+def test_an_archive_that_has_changed_is_unpacked_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside = {path.removeprefix("/V1/"): content for path, content in dataset().items()}
+    with serving({"/V1/Animal.zip": _zip(inside)}) as server:
+        monkeypatch.setenv("SCIENCEDB_API_URL", server.url)
+        monkeypatch.setenv("SCIENCEDB_DOWNLOAD_URL", server.url)
+        run()
+        server.files["/V1/Animal.zip"] = _zip({path.replace("owl", "pig"): image(path) for path in inside})
+        assert run().per_class == {"cat": 3, "pig": 3}
+
+
+HOSTILE = [
+    "/V1/../../cat/outside.jpg",
+    "/V1/cat/../../../outside.jpg",
+    "C:\\cat\\outside.jpg",
+    "/V1/cat/..\\..\\outside.jpg",
+    "/V1/cat/a&b=c+d %25.jpg",
+    "/V1/cat/" + "x" * 300 + ".jpg",
+    "/V1/cat/CON.jpg",
+    "/V1/cat/A.jpg",
+    "/V1/cat/a.jpg",
+    "/V1/cat/a\tb.jpg",
+    "/V1/cat/ .jpg",
+]
+
+
+@pytest.mark.parametrize("listing", ["tree", "addresses"])
+def test_no_path_from_the_network_leads_out_of_the_target(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listing: str
+) -> None:
+    files = {path: image(path) for path in HOSTILE}
+    with serving({**dataset(2), **files}) as server:
+        monkeypatch.setenv("SCIENCEDB_API_URL", server.url)
+        monkeypatch.setenv("SCIENCEDB_DOWNLOAD_URL", server.url)
+        entries = [
+            {"id": file_id, "path": path, "size": len(server.files[path])} for file_id, path in server.ids.items()
+        ]
+        monkeypatch.setattr(server, "page", entries)
+        server.tree_faults = ["always 50000"] * (listing == "addresses")
+        run()
+    found = {path.name: path.read_bytes() for path in (run.target / "cat").iterdir()}
+    assert set(files.values()) <= set(found.values())
+    assert len({name.casefold() for name in found}) == len(found)
+    assert all(len(name.encode()) < 200 and ".." not in Path(name).parts for name in found)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "raw"]
+    assert {path.parent for path in tmp_path.rglob("*.jpg")} <= {run.target / "cat", run.target / "owl"}
+
+
+@pytest.mark.parametrize("variable", ["SCIENCEDB_API_URL", "SCIENCEDB_DOWNLOAD_URL"])
+def test_a_host_that_is_no_address_is_refused_at_once(
+    server: ScienceDB, run: Run, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "mirror.example")
+    with pytest.raises(BestiaryError, match=f"{variable} is mirror.example: it must begin with http"):
+        run()
+    assert run.pauses == []
 
 
 def _zip(files: dict[str, bytes]) -> bytes:
@@ -353,7 +444,7 @@ def test_a_run_killed_at_any_moment_goes_on_and_ends_with_the_same_tree(run: Run
 @pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(run: Run) -> None:
     with serving(dataset(30)) as server:
-        server.bytes_per_second = 20_000
+        server.bytes_per_second = 2_000  # a second a file: time for the signal on a busy machine
         process = _process(run, server)
         while server.requests.total() < 5 and process.poll() is None:
             time.sleep(0.01)

@@ -90,7 +90,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels = random.integers(0, 255, (6, 8 if number % 2 else 6, 3), dtype=np.uint8)
             Image.fromarray(pixels).resize((64 if number % 2 else 48, 48)).save(folder / path)
             split = "train" if number < 5 else "val"
-            rows[split].append({"path": path, "class": name, "sha256": f"{name}{number}"})
+            width = 64 if number % 2 else 48
+            rows[split].append({"path": path, "class": name, "sha256": f"{name}{number}", "width": width, "height": 48})
     for split, table in rows.items():
         pd.DataFrame(table).to_csv(folder / f"{split}.csv", index=False)
     return folder

@@ -37,7 +37,7 @@ def make_adapter(unet: UNet2DConditionModel, folder: Path, seed: int = 0, **conf
     generator = torch.Generator().manual_seed(seed)
     for parameter in parameters:
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
-    return save_adapter(unet, folder, {"base_sha256": "of the base", "params": {"rank": 2}})
+    return save_adapter(unet, folder, {"base": "models/base", "base_sha256": "of the base", "params": {"rank": 2}})
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_the_same_adapter_has_the_same_bytes_in_every_process(base: Path, tmp_pa
 
 
 def test_alpha_and_provenance_survive_saving(adapter: Path) -> None:
-    assert read_provenance(adapter) == {"base_sha256": "of the base", "params": {"rank": 2}}
+    assert read_provenance(adapter) == {"base": "models/base", "base_sha256": "of the base", "params": {"rank": 2}}
     assert adapter_sha256(adapter.parent) == hashlib.sha256(adapter.read_bytes()).hexdigest()
 
 
@@ -146,7 +146,8 @@ def test_diffusers_itself_loads_the_file_at_the_same_strength(base: Path, adapte
 
 def test_an_adapter_of_another_base_does_not_fit(adapter: Path, tmp_path: Path) -> None:
     other = build_base(tmp_path / "other", cross_attention_dim=64)
-    with pytest.raises(BestiaryError, match=r"does not fit the base: .*has the shape \(2, 32\) and needs \(2, 64\)"):
+    misfit = r"does not fit the base: .*has the shape \(2, 32\) and needs \(2, 64\); it was trained on models/base"
+    with pytest.raises(BestiaryError, match=misfit):
         verify_adapter(adapter, other)
 
 
@@ -197,3 +198,20 @@ def test_a_missing_or_pickled_file_is_a_plain_sentence(base: Path, tmp_path: Pat
     torch.save({"lora": torch.zeros(2)}, tmp_path / FILE_NAME)
     with pytest.raises(BestiaryError, match="not a readable safetensors file"):
         verify_adapter(tmp_path, base)
+
+
+@pytest.mark.parametrize(
+    ("key", "content"),
+    [
+        ("lora_adapter_metadata", "[]"),
+        ("lora_adapter_metadata", '{"unet.r": "2", "unet.lora_alpha": 1, "unet.target_modules": []}'),
+        ("lora_adapter_metadata", '{"unet.r": 2, "unet.lora_alpha": NaN, "unet.target_modules": []}'),
+        ("lora_adapter_metadata", '{"unet.r": 2, "unet.lora_alpha": 1, "unet.target_modules": [1]}'),
+        ("bestiary", "null"),
+        ("bestiary", '{"base": 1}'),
+    ],
+)
+def test_a_header_that_somebody_tampered_with_is_a_plain_sentence(tmp_path: Path, key: str, content: str) -> None:
+    save_file({"unet.x": torch.zeros(1)}, tmp_path / FILE_NAME, {key: content})
+    with pytest.raises(BestiaryError, match="has a broken config"):
+        read_provenance(tmp_path)

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bestiary.diffusion.base import (
+    base_commit,
     base_sha256,
     device_and_dtype,
     encode_text,
@@ -52,6 +53,22 @@ def test_a_hub_id_without_a_network_is_a_plain_sentence(monkeypatch: pytest.Monk
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(BestiaryError, match="not on this machine and cannot be fetched"):
         load_unet("nobody/nothing")
+
+
+def test_a_base_from_the_hub_knows_its_commit_and_a_folder_has_none(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert base_commit(base) is None
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    kept = tmp_path / "models--somebody--base"  # as the hub's client keeps what it fetched
+    shutil.copytree(base, kept / "snapshots" / commit)
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path))
+    assert base_commit("somebody/base") == commit
+    assert load_unet("somebody/base", commit).config.sample_size == 8
 
 
 def test_a_base_without_a_part_is_a_plain_sentence(copy: Path) -> None:

@@ -1,16 +1,18 @@
 from dataclasses import replace
+from itertools import pairwise
 
+import pandas as pd
 import pytest
 import torch
 
-from bestiary.diffusion.batches import TrainingStream, ValidationGrid
+from bestiary.diffusion.batches import TrainingStream, ValidationGrid, collate
 from bestiary.diffusion.latents import LatentCache
 
 Caches = tuple[LatentCache, LatentCache]
 
 
 def stream(cache: LatentCache, length: int, **changes: object) -> TrainingStream:
-    options = {"seed": 0, "caption_dropout": 0.1, "noise_offset": 0.0, "stratified": False}
+    options = {"batch_size": 4, "seed": 0, "caption_dropout": 0.1, "noise_offset": 0.0, "stratified": False}
     options |= {"timestep_weights": torch.ones(1000)} | changes
     return TrainingStream(cache, length, **options)  # type: ignore[arg-type]
 
@@ -80,3 +82,48 @@ def test_a_noise_offset_shifts_whole_channels(caches: Caches) -> None:
     difference = torch.stack([shifted[position]["noise"] - plain[position]["noise"] for position in range(500)])
     assert float(difference.std(dim=(2, 3)).max()) < 1e-6
     assert float(difference.std()) == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.fixture
+def mixed(caches: Caches) -> LatentCache:
+    """The training images in three sizes: 6, 5 and 4 of them."""
+    counts = {(8, 8): 6, (6, 10): 5, (10, 6): 4}
+    shards = [
+        {name: torch.full((count, 2, 4, *size), float(count)) for name in ("mean", "std")}
+        for size, count in counts.items()
+    ]
+    return replace(caches[0], shards=shards)
+
+
+def test_images_of_one_size_share_their_batches_and_each_is_seen_once_an_epoch(mixed: LatentCache) -> None:
+    run = stream(mixed, 120)  # eight epochs of 15 images, batches of 4
+    seen = [run.image_at(position) for position in range(120)]
+    assert all(sorted(seen[start : start + 15]) == list(range(15)) for start in range(0, 120, 15))
+    sizes = [{mixed.sizes[image] for image in seen[start : start + 4]} for start in range(0, 120, 4)]
+    whole_batches_of_one_size = [len(found) == 1 for found in sizes]
+    assert sum(whole_batches_of_one_size) >= 8  # where no size has a multiple of four, at least one an epoch
+    assert len({next(iter(found)) for found in sizes if len(found) == 1}) == 3
+    again = stream(mixed, 120)
+    assert [again.image_at(position) for position in (100, 3, 50)] == [seen[position] for position in (100, 3, 50)]
+
+
+def test_large_buckets_hardly_ever_meet(caches: Caches) -> None:
+    shards = [{name: torch.zeros(60, 1, 1, *size) for name in ("mean", "std")} for size in ((2, 2), (1, 4), (4, 1))]
+    images = pd.concat([caches[0].images] * 12, ignore_index=True)
+    cache = replace(caches[0], images=images, shards=shards)
+    run = stream(cache, 1800)  # ten epochs of 180 images
+    sizes = [{cache.sizes[run.image_at(start + place)] for place in range(4)} for start in range(0, 1800, 4)]
+    assert sum(len(found) == 1 for found in sizes) == len(sizes)
+    first = [next(iter(found)) for found in sizes[:45]]
+    assert sum(one != other for one, other in pairwise(first)) > 10  # and they alternate
+
+
+def test_a_batch_of_several_sizes_becomes_one_for_each_and_knows_their_places(mixed: LatentCache) -> None:
+    run = stream(mixed, 15)
+    samples = [run[position] for position in range(15)]
+    batches = collate(samples)
+    assert sorted(len(batch["latents"]) for batch in batches) == [4, 5, 6]
+    assert sorted(torch.cat([batch["place"] for batch in batches]).tolist()) == list(range(15))
+    for batch in batches:
+        for row, place in enumerate(batch["place"].tolist()):
+            assert torch.equal(batch["noise"][row], samples[place]["noise"])

@@ -1,9 +1,11 @@
+import hashlib
 import json
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bestiary.diffusion.adapter import FILE_NAME, apply_adapter, inject, read_provenance, save_adapter
@@ -63,6 +65,22 @@ def test_kohya_files_hold_the_true_alpha_and_draw_the_same_in_diffusers_own_load
     torch.testing.assert_close(output(base, "there", kohya), output(base, "here", adapter), atol=1e-6, rtol=0)
 
 
+def test_kohya_files_say_what_tools_ask_of_them(adapter: Path, tmp_path: Path) -> None:
+    kohya = convert(adapter, tmp_path / "kohya.safetensors", "kohya")
+    with safe_open(kohya, framework="pt") as file:
+        metadata = file.metadata()
+    for key in ("sai_model_spec", "architecture", "implementation", "title", "resolution"):  # what ModelSpec demands
+        assert metadata[f"modelspec.{key}"]
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    assert (metadata["ss_network_module"], metadata["ss_network_dim"], metadata["ss_network_alpha"]) == (
+        "networks.lora", "2", "5.0",
+    )  # fmt: skip
+    # A1111 hashes all that follows the header.
+    data = kohya.read_bytes()
+    tensors = data[8 + int.from_bytes(data[:8], "little") :]
+    assert metadata["sshs_model_hash"] == hashlib.sha256(tensors).hexdigest()
+
+
 def test_the_original_systems_pickle_is_read_with_its_alpha(base: Path, adapter: Path, tmp_path: Path) -> None:
     pickled = original_pickle(adapter, tmp_path / "clip-31.475.safetensors")
     found = read(pickled)
@@ -80,6 +98,30 @@ def test_a_peft_folder_is_read_with_its_config(base: Path, adapter: Path, tmp_pa
     converted = convert(tmp_path, tmp_path / "converted", "diffusers")
     assert torch.equal(output(base, "here", converted), output(base, "here", adapter))
     assert read_provenance(converted) == {}
+
+
+def test_what_would_be_read_wrongly_is_refused(adapter: Path, tmp_path: Path) -> None:
+    weights = {f"base_model.model.{key.removeprefix('unet.')}": value for key, value in load_file(adapter).items()}
+    torch.save(weights, tmp_path / "adapter_model.bin")
+    for text, words in (
+        ('{"r": 2, "lora_alpha": 5, "alpha_pattern": {"to_q": 9}}', "different ranks or alphas"),
+        ('{"r": 2, "rank_pattern": {"to_q": 9}}', "different ranks or alphas"),
+        ("[]", "broken config"),
+        ("\xff", "broken config"),
+    ):
+        (tmp_path / "adapter_config.json").write_text(text, encoding="latin-1")
+        with pytest.raises(BestiaryError, match=words):
+            read(tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 5}')
+    assert read(tmp_path).config["lora_alpha"] == 5
+    half = dict(list(load_file(adapter).items())[1:])
+    save_file(half, tmp_path / "half.safetensors")
+    with pytest.raises(BestiaryError, match="holds one half of"):
+        read(tmp_path / "half.safetensors", alpha=1)
+    key = next(iter(weights))
+    save_file({key.replace("lora_A", "lora_mid"): weights[key]}, tmp_path / "locon.safetensors")
+    with pytest.raises(BestiaryError, match="something else than a UNet's LoRA"):
+        read(tmp_path / "locon.safetensors", alpha=1)
 
 
 def test_a_file_without_alpha_asks_for_it(adapter: Path, tmp_path: Path) -> None:

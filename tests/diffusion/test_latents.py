@@ -15,6 +15,7 @@ from bestiary.diffusion.latents import (
     NO_AUGMENTATION,
     Augmentation,
     LatentCache,
+    aspect_ratio_sizes,
     augment,
     encode_images,
     prepare,
@@ -25,7 +26,7 @@ HOW = {"resolution": 32, "flip": True, "batch_size": 4}
 
 
 def pixels(path: Path) -> torch.Tensor:
-    array = np.asarray(prepare(Image.open(path).convert("RGB"), 32), dtype=np.float32)
+    array = np.asarray(prepare(Image.open(path).convert("RGB"), 32, 32), dtype=np.float32)
     return torch.from_numpy(array).permute(2, 0, 1)[None] / 127.5 - 1
 
 
@@ -47,7 +48,7 @@ def test_each_image_keeps_the_autoencoders_mean_and_deviation(
 def test_an_oblong_picture_gives_its_centre_square() -> None:
     picture = Image.new("RGB", (120, 60), "red")
     picture.paste("blue", (30, 0, 90, 60))
-    assert all(blue > 200 for _, _, blue in prepare(picture, 30).get_flattened_data())
+    assert all(blue > 200 for _, _, blue in prepare(picture, 30, 30).get_flattened_data())
 
 
 def test_every_caption_is_encoded_once_and_the_first_is_empty(base: Path, latents: Path) -> None:
@@ -79,11 +80,9 @@ def test_more_images_than_a_shard_holds(
     encode_images(base, pictures, manifests(pictures), tmp_path, **HOW)
     cache, whole = LatentCache.open(tmp_path, "train"), LatentCache.open(latents, "train")
     assert [len(shard["mean"]) for shard in cache.shards] == [4, 4, 4, 3]
-    monkeypatch.undo()
-    expected = [whole.posterior(image, 1)[0] for image in range(15)]
-    monkeypatch.setattr("bestiary.diffusion.latents.SHARD_IMAGES", 4)
     for image in range(15):
-        torch.testing.assert_close(cache.posterior(image, 1)[0], expected[image], rtol=1e-4, atol=1e-5)
+        expected = whole.posterior(image, 1)[0]
+        torch.testing.assert_close(cache.posterior(image, 1)[0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_an_encoding_that_was_killed_goes_on_where_it_was(
@@ -125,7 +124,7 @@ def test_augmented_variants_differ_and_stay_the_same_for_the_same_image(
 
 
 def test_an_augmentation_without_any_change_gives_the_picture_itself_or_its_mirror_image(pictures: Path) -> None:
-    picture = prepare(Image.open(pictures / "zebra" / "0.png"), 32)
+    picture = prepare(Image.open(pictures / "zebra" / "0.png"), 32, 32)
     seen = {augment(picture, NO_AUGMENTATION, np.random.default_rng(seed)).tobytes() for seed in range(8)}
     assert seen == {picture.tobytes(), ImageOps.mirror(picture).tobytes()}
 
@@ -143,6 +142,32 @@ def test_an_augmentation_moves_and_lights_the_picture(pictures: Path) -> None:
     assert (result != np.asarray(picture)).any()
 
 
+def test_the_buckets_of_stable_diffusion_hold_no_more_pixels_than_the_square() -> None:
+    sizes = aspect_ratio_sizes(512, 64)
+    assert sizes == [(384, 640), (448, 576), (512, 512), (576, 448), (640, 384)]
+    assert all(width * height <= 768**2 for width, height in aspect_ratio_sizes(768, 64))
+
+
+def test_with_buckets_an_oblong_picture_keeps_its_shape(base: Path, pictures: Path, tmp_path: Path) -> None:
+    encode_images(base, pictures, manifests(pictures), tmp_path, **HOW | {"aspect_ratio_buckets": True, "flip": False})
+    cache, vae = LatentCache.open(tmp_path, "train"), load_vae(base)
+    assert sorted(cache.images["path"]) == sorted(pd.read_csv(pictures / "train.csv")["path"])
+    assert set(cache.sizes) == {(8, 8), (6, 10)}  # 48 x 48 and 64 x 48 pixels at 32 x 32 and 40 x 24
+    for image, path in enumerate(cache.images["path"]):
+        shape = (40, 24) if int(Path(path).stem) % 2 else (32, 32)
+        assert tuple(cache.images.loc[image, ["width", "height"]]) == shape
+        array = np.asarray(prepare(open_rgb(pictures / path), *shape), dtype=np.float32)
+        posterior = vae.encode(torch.from_numpy(array).permute(2, 0, 1)[None] / 127.5 - 1).latent_dist
+        torch.testing.assert_close(cache.posterior(image, 0)[0], posterior.mean[0] * 0.18215, rtol=1e-4, atol=1e-5)
+
+
+def test_an_oblong_picture_is_augmented_in_its_own_shape() -> None:
+    picture = Image.new("RGB", (40, 24), (100, 100, 100))
+    changed = augment(picture, Augmentation(1, 10, 0.05, 0.1, 0.0), np.random.default_rng(0))
+    assert changed.size == (40, 24)
+    assert np.asarray(changed).min() > 90  # edges are reflected, not black
+
+
 @pytest.mark.parametrize(
     ("split", "kept", "sentence"),
     [
@@ -158,6 +183,21 @@ def test_an_empty_split_or_class_is_a_plain_sentence(
     table[table["class"].isin(kept)].to_csv(tmp_path / "less.csv", index=False)
     with pytest.raises(BestiaryError, match=sentence):
         encode_images(base, pictures, manifests(pictures) | {split: tmp_path / "less.csv"}, tmp_path / "out", **HOW)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_caption_too_long_for_the_base_is_a_plain_sentence_before_any_image_is_encoded(
+    base: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = pd.read_csv(pictures / "train.csv")
+    table.loc[table["class"] == "zebra", "class"] = "z" * 80
+    table.to_csv(tmp_path / "train.csv", index=False)
+    validation = pd.read_csv(pictures / "val.csv")
+    validation[validation["class"] != "zebra"].to_csv(tmp_path / "val.csv", index=False)
+    monkeypatch.setattr("bestiary.diffusion.latents.open_rgb", lambda path: pytest.fail("an image was opened"))
+    tables = {"train": tmp_path / "train.csv", "val": tmp_path / "val.csv"}
+    with pytest.raises(BestiaryError, match=r"This text has \d+ tokens and the base reads 77: .*zzz"):
+        encode_images(base, pictures, tables, tmp_path / "out", **HOW)
     assert not (tmp_path / "out").exists()
 
 

@@ -5,7 +5,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from bestiary.diffusion.base import load_scheduler, load_unet
-from bestiary.diffusion.batches import ValidationGrid
+from bestiary.diffusion.batches import ValidationGrid, collate
 from bestiary.diffusion.latents import LatentCache
 from bestiary.diffusion.objective import prediction_error, pseudo_huber, snr_weights, squared, validation_loss
 
@@ -15,9 +15,8 @@ Caches = tuple[LatentCache, LatentCache]
 def test_two_measurements_of_the_same_weights_are_equal(base: Path, caches: Caches) -> None:
     unet, scheduler, accelerator = load_unet(base), load_scheduler(base), Accelerator()
     grid = ValidationGrid(caches[1], 1000)
-    found = [
-        validation_loss(unet, scheduler, grid, DataLoader(grid, 4), caches[1].features, accelerator) for _ in range(2)
-    ]
+    loader = DataLoader(grid, 4, collate_fn=collate)
+    found = [validation_loss(unet, scheduler, grid, loader, caches[1].features, accelerator) for _ in range(2)]
     assert found[0] == found[1]
 
 

@@ -7,7 +7,7 @@ from diffusers import StableDiffusionPipeline
 
 from bestiary.diffusion.adapter import inject
 from bestiary.diffusion.base import load_pipeline
-from bestiary.diffusion.sampling import SCHEDULERS, generate
+from bestiary.diffusion.sampling import SCHEDULERS, generate, make_scheduler
 from bestiary.errors import BestiaryError
 
 HOW = {"steps": 4, "guidance_scale": 3.0, "scheduler": "dpmsolver++", "batch_size": 2}
@@ -18,8 +18,18 @@ def pipeline(base: Path) -> StableDiffusionPipeline:
     return load_pipeline(base, device="cpu")
 
 
+@pytest.fixture(scope="module")
+def lcm(base: Path) -> StableDiffusionPipeline:
+    """A base that takes its guidance as an input, as latent consistency models do."""
+    pipeline = load_pipeline(base, device="cpu")
+    torch.manual_seed(0)
+    pipeline.unet = type(pipeline.unet).from_config(pipeline.unet.config, time_cond_proj_dim=16).eval()
+    return pipeline
+
+
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_a_picture_depends_on_its_prompt_and_seed_alone(pipeline: StableDiffusionPipeline, scheduler: str) -> None:
+def test_a_picture_depends_on_its_prompt_and_seed_alone(request: pytest.FixtureRequest, scheduler: str) -> None:
+    pipeline = request.getfixturevalue("lcm" if scheduler == "lcm" else "pipeline")
     prompts, seeds = ["a zebra", "a cat", "a zebra"], [3, 4, 5]
     how = HOW | {"scheduler": scheduler}
     together = generate(pipeline, prompts, seeds, **how)
@@ -38,6 +48,55 @@ def test_a_pipeline_in_half_precision_draws_with_an_adapter_too(base: Path) -> N
     for parameter in parameters:
         parameter.data.fill_(0.3)
     assert generate(pipeline, ["a zebra"], [0], **HOW)[0].tobytes() != plain
+
+
+def test_guidance_at_all_noise_levels_is_guidance_and_at_none_is_none(pipeline: StableDiffusionPipeline) -> None:
+    prompts, seeds = ["a zebra", "a cat"], [3, 4]
+
+    def draw(**how: object) -> list[bytes]:
+        return [image.tobytes() for image in generate(pipeline, prompts, seeds, **HOW | how)]
+
+    always, never = draw(), draw(guidance_scale=1.0)
+    assert draw(guidance_interval=[0.0, 1000.0]) == always
+    assert draw(guidance_interval=[999.0, 1000.0]) == never
+    assert draw(guidance_interval=[0.5, 5.0]) not in (always, never)
+
+
+@pytest.mark.parametrize("scheduler", ["ddpm", "dpmsolver++karras", "euler"])
+def test_steps_outside_the_guidance_interval_cost_half(pipeline: StableDiffusionPipeline, scheduler: str) -> None:
+    seen: list[tuple[float, int]] = []
+
+    def note(_module: object, inputs: tuple[torch.Tensor, ...]) -> None:
+        alpha = pipeline.scheduler.alphas_cumprod[round(float(inputs[1]))]
+        seen.append((float(((1 - alpha) / alpha) ** 0.5), len(inputs[0])))
+
+    hook = pipeline.unet.register_forward_pre_hook(note)
+    done: list[int] = []
+    how = HOW | {"steps": 8, "scheduler": scheduler, "guidance_interval": [0.5, 5.0]}
+    generate(pipeline, ["a zebra"], [0], progress=lambda now, _: done.append(now), **how)
+    hook.remove()
+    assert [size for _, size in seen] == [2 if 0.5 < sigma <= 5.0 else 1 for sigma, _ in seen]
+    assert {size for _, size in seen} == {1, 2}
+    assert done == list(range(1, 9))
+
+
+def test_the_noise_levels_of_karras_are_denser_at_the_end() -> None:
+    config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
+    plain, karras = (make_scheduler(name, config) for name in ("dpmsolver++", "dpmsolver++karras"))
+    for scheduler in (plain, karras):
+        scheduler.set_timesteps(10)
+    assert float(karras.sigmas[8]) < float(plain.sigmas[8])
+    # A sampler that is made after it does not inherit them.
+    assert make_scheduler("euler", karras.config).config.use_karras_sigmas is False
+
+
+def test_what_only_a_consistency_model_can_do_is_refused_to_others_and_the_other_way_round(
+    pipeline: StableDiffusionPipeline, lcm: StableDiffusionPipeline
+) -> None:
+    with pytest.raises(BestiaryError, match="'lcm' is for bases that are latent consistency models"):
+        generate(pipeline, ["a cat"], [0], **HOW | {"scheduler": "lcm"})
+    with pytest.raises(BestiaryError, match="its guidance cannot be turned off for some steps"):
+        generate(lcm, ["a cat"], [0], guidance_interval=[0.5, 5.0], **HOW)
 
 
 def test_another_seed_or_prompt_gives_another_picture(pipeline: StableDiffusionPipeline) -> None:

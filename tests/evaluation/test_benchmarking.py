@@ -1,45 +1,148 @@
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from bestiary.diffusion.adapter import apply_adapter
+from bestiary.diffusion.base import load_pipeline
 from bestiary.diffusion.sampling import generate
 from bestiary.errors import BestiaryError
-from bestiary.evaluation import benchmarking
-from bestiary.evaluation.benchmarking import Setting
+from bestiary.evaluation import benchmarking, pictures
+from bestiary.evaluation.benchmarking import Setting, Trial
 from bestiary.evaluation.judge import Judge
 
 PROMPTS = ["a photo of a tiger", "a photo of an antelope"]
 
 
-def test_the_grid_holds_the_default_fused_and_not_and_every_combination_once() -> None:
+@pytest.fixture
+def trial(judge: Judge) -> Trial:
+    words = pictures.read_words(judge, ["antelope", "tiger"], "a photo of {}")
+    return Trial(PROMPTS, [1, 0], [0, 1], words, judge)
+
+
+def test_the_grid_holds_the_default_fused_and_not_its_variants_and_every_combination_once() -> None:
     default = Setting("ddim", 10, batch=1, fused=True)
-    settings = benchmarking.grid(["ddim", "unipc"], [5, 10], [1], default)
-    assert settings[:2] == [Setting("ddim", 10, 1, fused=False), default]
-    assert len(settings) == len(set(settings)) == 5
+    settings = benchmarking.grid(["ddim", "unipc"], [5, 10], [1], default, guidance=["always", "never"], vae=["tiny"])
+    assert settings[:2] == [replace(default, fused=False), default]
+    assert {replace(default, guidance="never"), replace(default, vae="tiny")} < set(settings)
+    assert len(settings) == len(set(settings)) == 7
 
 
-def test_each_setting_gives_a_row_with_its_cost_and_its_quality(pipeline, adapter: Path, judge: Judge) -> None:
+def test_each_setting_gives_a_row_with_its_cost_and_its_quality(base_folder: Path, adapter: Path, trial: Trial) -> None:
+    default = Setting("ddim", 2, 1, fused=True)
     settings = [
-        Setting("ddim", 2, 1, fused=True),
+        default,
+        replace(default, fused=False),
+        replace(default, guidance="never"),
+        replace(default, guidance="interval"),
+        replace(default, vae="tiny"),
         Setting("ddpm", 1, 2, fused=True),
-        Setting("ddim", 2, 1, fused=False),
+        replace(default, scheduler="lcm"),
     ]
-    rows = benchmarking.run(pipeline, adapter, judge, settings, PROMPTS, guidance_scale=3.0, repeats=2, seed=0)
-    by_setting = {(row["scheduler"], row["fused"]): row for row in rows}
-    assert len(by_setting) == 3
-    for row in rows:
+    rows, skipped = benchmarking.run(
+        lambda dtype: load_pipeline(base_folder, device="cpu", dtype=getattr(torch, dtype)),
+        adapter,
+        trial,
+        settings,
+        guidance_scale=3.0,
+        guidance_interval=[0.5, 5.0],
+        repeats=2,
+        quality_batch=2,
+        tiny_vae=tiny_vae,
+    )
+    assert [row["reason"] for row in skipped] == ["the base is no latent consistency model"]
+    fused, beside, never, interval, tiny, ddpm = rows
+    for row, setting in zip(rows, settings, strict=False):
+        assert asdict(setting).items() <= row.items()
         assert 0 < row["text_s"] + row["denoise_s"] + row["decode_s"] < 2 * row["p50_s"]
         assert row["p50_s"] <= row["p95_s"]
         assert row["images_per_second"] == pytest.approx(row["batch"] / row["p50_s"])
         assert row["peak_memory_mib"] > 50
         assert -100 <= row["quality"] <= 100
-    assert by_setting["ddim", True]["distance_to_converged"] > 0
-    assert by_setting["ddpm", True]["distance_to_converged"] is None
+        assert row["top1"] in (0, 50, 100)
+    assert ddpm["distance_to_converged"] is None
     # The same pictures, whether the adapter is beside the base's weights or in them.
-    assert by_setting["ddim", True]["quality"] == pytest.approx(by_setting["ddim", False]["quality"], abs=0.5)
+    assert fused["quality"] == pytest.approx(beside["quality"], abs=0.5)
+    distances = [row["distance_to_converged"] for row in (fused, never, interval, tiny)]
+    assert min(distances) > 0
+    assert len(set(distances)) == 4
+
+
+def test_the_quality_is_of_all_pictures_even_when_fewer_were_timed(
+    base_folder: Path, adapter: Path, trial: Trial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged: list[int] = []
+    honest = benchmarking.quality
+
+    def count(images, *others):
+        judged.append(len(images))
+        return honest(images, *others)
+
+    monkeypatch.setattr(benchmarking, "quality", count)
+    three = replace(trial, prompts=[*PROMPTS, PROMPTS[0]], labels=[1, 0, 1], seeds=[0, 1, 2])
+    how = {"guidance_scale": 3.0, "guidance_interval": [0.5, 5.0], "repeats": 1, "quality_batch": 4}
+    benchmarking.run(
+        lambda _: load_pipeline(base_folder, device="cpu"), adapter, three, [Setting("ddim", 1, 1, fused=True)], **how
+    )
+    assert judged == [3]
+
+
+def tiny_vae(pipeline):
+    """A decoder of a few random weights for the embedded base's latents."""
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(0)
+    return AutoencoderTiny(
+        latent_channels=pipeline.unet.config.in_channels,
+        encoder_block_out_channels=(4, 4, 4),
+        decoder_block_out_channels=(4, 4, 4),
+        num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1),
+    )
+
+
+def test_a_tiny_vae_is_loaded_or_refused_in_one_sentence(pipeline, tmp_path: Path) -> None:
+    tiny_vae(pipeline).save_pretrained(tmp_path / "tiny")
+    assert benchmarking.load_tiny_vae(str(tmp_path / "tiny"), None, pipeline).dtype == torch.float32
+    with pytest.raises(BestiaryError, match=r"^The tiny VAE '.*missing' cannot be loaded: .+\.$"):
+        benchmarking.load_tiny_vae(str(tmp_path / "missing"), None, pipeline)
+    pipeline.unet.register_to_config(in_channels=5)
+    with pytest.raises(BestiaryError, match="and the base has 5"):
+        benchmarking.load_tiny_vae(str(tmp_path / "tiny"), None, pipeline)
+
+
+def test_what_this_machine_or_base_cannot_do_is_skipped_with_a_reason(
+    pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    default = Setting("ddim", 2, 1, fused=True)
+    monkeypatch.setattr(benchmarking.shutil, "which", lambda _: None)
+    monkeypatch.setattr(benchmarking, "_cpu", lambda _: "sse2 avx")
+    reasons = [
+        benchmarking.reason_to_skip(replace(default, **change), pipeline)
+        for change in (
+            {},
+            {"scheduler": "lcm"},
+            {"dtype": "float16"},
+            {"dtype": "bfloat16"},
+            {"compiled": True},
+        )
+    ]
+    assert reasons == [
+        None,
+        "the base is no latent consistency model",
+        "a CPU does not compute in float16",
+        "this CPU has no instructions for bfloat16",
+        "torch.compile needs a C++ compiler",
+    ]
+    pipeline.unet.register_to_config(time_cond_proj_dim=32)
+    assert benchmarking.reason_to_skip(replace(default, scheduler="lcm"), pipeline) is None
+    assert "at most 50 steps" in str(
+        benchmarking.reason_to_skip(replace(default, scheduler="lcm", steps=100), pipeline)
+    )
+    assert "guided at some steps" in str(benchmarking.reason_to_skip(replace(default, guidance="interval"), pipeline))
 
 
 def test_a_fused_adapter_draws_what_it_draws_beside_the_base(pipeline, adapter: Path) -> None:
@@ -92,8 +195,8 @@ def test_the_fastest_good_setting_is_the_fastest_within_a_hundredth_of_the_best(
     assert benchmarking.fastest_good(rows) == rows[1]
 
 
-def test_the_environment_names_what_the_numbers_depend_on(pipeline) -> None:
-    environment = benchmarking.environment(pipeline)
-    assert environment["dtype"] == "float32"
+def test_the_environment_names_what_the_numbers_depend_on() -> None:
+    environment = benchmarking.environment()
+    assert environment["dtype"] in ("float32", "bfloat16", "float16")
     assert environment["threads"] >= 1
     assert {"device", "torch", "diffusers", "python"} <= set(environment)

@@ -1,3 +1,8 @@
+import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +38,8 @@ def split(tmp_path: Path) -> Path:
 
 
 def test_base_and_adapter_draw_the_same_prompts_from_the_same_noise(pipeline, adapter: Path) -> None:
-    base, adapted = pictures.draw(pipeline, adapter, PROMPTS, [1, 2, 3], **SETTINGS)
-    again, _ = pictures.draw(pipeline, adapter, PROMPTS, [1, 2, 3], **SETTINGS)
+    base, adapted = pictures.draw_pairs(pipeline, adapter, PROMPTS, [1, 2, 3], **SETTINGS)
+    again, _ = pictures.draw_pairs(pipeline, adapter, PROMPTS, [1, 2, 3], **SETTINGS)
     assert len(base) == len(adapted) == 3
     assert [image.tobytes() for image in base] != [image.tobytes() for image in adapted]
     for first, second in zip(base, again, strict=True):
@@ -47,7 +52,7 @@ def test_an_adapter_that_changes_the_base_even_at_scale_0_fails(
     honest = pictures.apply_adapter
     monkeypatch.setattr(pictures, "apply_adapter", lambda pipeline, path, scale=1.0: honest(pipeline, path, 0.5))
     with pytest.raises(BestiaryError, match="at scale 0 does not give the base's pictures"):
-        pictures.draw(pipeline, adapter, PROMPTS, [1, 2, 3], **SETTINGS)
+        pictures.draw_pairs(pipeline, adapter, PROMPTS, [1, 2, 3], **SETTINGS)
 
 
 def test_an_adapter_for_another_base_is_refused_before_anything_long(pipeline, adapter: Path, tmp_path: Path) -> None:
@@ -62,13 +67,91 @@ def test_an_adapter_for_another_base_is_refused_before_anything_long(pipeline, a
     other = {key: torch.nn.functional.pad(value, (0, 8)) for key, value in weights.items() if "to_q" in key}
     save_file(other, tmp_path / FILE_NAME, metadata=metadata)
     with pytest.raises(BestiaryError, match="does not fit the base"):
-        pictures.draw(pipeline, tmp_path, PROMPTS, [1, 2, 3], **SETTINGS)
+        pictures.draw_pairs(pipeline, tmp_path, PROMPTS, [1, 2, 3], **SETTINGS)
 
 
 def test_pictures_that_are_not_finite_are_refused(pipeline, adapter: Path) -> None:
     pipeline.vae.decoder.conv_out.bias.data[0] = torch.nan
     with pytest.raises(BestiaryError, match=r"^The base draws pictures that are not finite numbers"):
-        pictures.draw(pipeline, adapter, PROMPTS, [1, 2, 3], **SETTINGS)
+        pictures.draw_pairs(pipeline, adapter, PROMPTS, [1, 2, 3], **SETTINGS)
+
+
+def test_pictures_that_were_drawn_once_are_not_drawn_again(
+    pipeline, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = pictures.Kept(tmp_path / "kept", {"base_sha256": "one"})
+    how = SETTINGS | {"kept": kept}
+    first = [image.tobytes() for image in pictures.draw(pipeline, adapter, PROMPTS, [1, 2, 3], **how)]
+    broken = next(path for path in (tmp_path / "kept").glob("*/*.png") if path.stat().st_size)
+    broken.write_bytes(broken.read_bytes()[:200])  # as a disk that lost power may leave it
+    drawn: list[int] = []
+    honest = pictures.generate
+
+    def count(pipeline, prompts, seeds, **settings):
+        drawn.extend(seeds)
+        return honest(pipeline, prompts, seeds, **settings)
+
+    monkeypatch.setattr(pictures, "generate", count)
+    assert [image.tobytes() for image in pictures.draw(pipeline, adapter, PROMPTS, [1, 2, 3], **how)] == first
+    assert drawn in ([1, 2], [3])  # the broken batch only
+    assert kept.reused == 3 - len(drawn)
+
+    drawn.clear()
+    for change in ({"steps": 1}, {"guidance_scale": 2.0}, {"scale": 0.5}):
+        pictures.draw(pipeline, adapter, PROMPTS[:1], [1], **how | change)
+    pictures.draw(pipeline, None, PROMPTS[:1], [1], **how)
+    other_base = pictures.Kept(tmp_path / "kept", {"base_sha256": "another"})
+    pictures.draw(pipeline, None, PROMPTS[:1], [1], **SETTINGS | {"kept": other_base})
+    assert drawn == [1] * 5
+    other_base.drop_unused()
+    assert len(list((tmp_path / "kept").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_two_processes_draw_and_judge_what_one_does(base_folder: Path, judge_folder: Path, tmp_path: Path) -> None:
+    program = """
+import json, os, sys
+from accelerate import PartialState
+from bestiary.diffusion.base import load_pipeline
+from bestiary.evaluation import pictures
+from bestiary.evaluation.judge import Judge
+
+PartialState()
+pipeline, judge = load_pipeline(sys.argv[1], device="cpu"), Judge.load(sys.argv[2])
+how = {"steps": 1, "guidance_scale": 3.0, "scheduler": "ddim", "batch_size": 1}
+images = pictures.draw(pipeline, None, ["a tiger", "a bee", "a cat"], [1, 2, 3], **how)
+seen = pictures.view(judge, images, [0, 1, 2])
+if os.environ["RANK"] == "0":
+    print(json.dumps([[image.tobytes().hex() for image in images], seen.features.tolist()]))
+"""
+    results = []
+    for processes in (1, 2):
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = str(listener.getsockname()[1])
+        group = [
+            subprocess.Popen(
+                [sys.executable, "-c", program, str(base_folder), str(judge_folder)],
+                env=os.environ
+                | {"PYTHONPATH": str(Path(pictures.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+                | {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                | {"WORLD_SIZE": str(processes), "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+            for rank in range(processes)
+        ]
+        told = [process.communicate()[0] for process in group]
+        assert [process.returncode for process in group] == [0] * processes
+        results.append(json.loads(told[0].splitlines()[-1]))
+    assert results[0] == results[1]
+
+
+def test_classes_that_the_split_does_not_have_are_named() -> None:
+    assert pictures.choose(["bee", "owl", "tiger"], ["tiger", "bee"]) == ["bee", "tiger"]
+    with pytest.raises(BestiaryError, match=r"^evaluate\.classes names cat, and the split has no images of it\.$"):
+        pictures.choose(["bee", "owl"], ["cat"])
 
 
 def test_words_hold_the_prompts_and_every_template_in_right_english(judge: Judge) -> None:

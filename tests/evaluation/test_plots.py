@@ -1,3 +1,4 @@
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -5,13 +6,15 @@ import pandas as pd
 from PIL import Image
 
 from bestiary.evaluation import plots
+from bestiary.evaluation.benchmarking import Setting
 
 
 def test_every_figure_is_a_picture_that_opens(tmp_path: Path) -> None:
     tile = Image.new("RGB", (64, 64), "teal")
     delta = {"mean": 2.0, "ci95": [2.5, 3.0]}  # a skewed interval may leave out its mean
     names = ["antelope", "tiger"]
-    row = {"scheduler": "ddpm", "steps": 5, "batch": 1, "fused": True, "p50_s": 0.2, "quality": 30.0}
+    row = asdict(Setting("ddpm", 5, batch=1, fused=True, guidance="never")) | {"p50_s": 0.2, "quality": 30.0}
+    swept = {"checkpoint": ["a", "a"], "scale": [0.5, 1.0], "guidance_scale": [3.0, 3.0], "top1": [10.0, 20.0]}
     plots.confusion_matrix(pd.DataFrame(np.eye(2, dtype=int) * 3, index=names, columns=names), tmp_path / "a.png")
     plots.class_differences(
         {name: {"delta": {"clip_score": delta, "top1": delta}} for name in names}, tmp_path / "b.png"
@@ -19,7 +22,9 @@ def test_every_figure_is_a_picture_that_opens(tmp_path: Path) -> None:
     plots.base_beside_adapter([("antelope", [tile], [tile])], tmp_path / "c.png")
     plots.closest([(0.9, tile, tile)], tmp_path / "d.png")
     plots.quality_against_cost([row | {"distance_to_converged": None}], tmp_path / "e.png")
-    for name in "abcde":
+    plots.sweep_heat_map(pd.DataFrame(swept), "top1", tmp_path / "f.png")
+    plots.pair_sheet([[tile] * 2, [tile] * 2], [0, 1], tmp_path / "g.png")
+    for name in "abcdefg":
         with Image.open(tmp_path / f"{name}.png") as image:
             image.load()
             assert min(image.size) > 100

@@ -130,11 +130,37 @@ def test_a_resample_of_cmmd_is_cmmd_of_the_resampled_pictures_without_copies_as_
     assert resampled == pytest.approx(cmmd(x[drawn > 0], y))
 
 
+def test_intervals_of_cmmd_cover_the_truth_at_least_as_often_as_they_claim() -> None:
+    def sample(count: int, random: np.random.Generator, shift: float) -> Array:
+        values = random.normal(size=(count, 8))
+        values[:, 0] += shift
+        return unit(values)
+
+    random = np.random.default_rng(99)
+    truth = np.mean([cmmd(sample(600, random, 1.5), sample(600, random, 0.0)) for _ in range(6)])
+    trials, covered = 250, 0
+    for trial in range(trials):
+        random = np.random.default_rng(trial)
+        pictures, reference = sample(60, random, 1.5), sample(50, random, 0.0)
+        counts = resample_counts(60, 300, seed=2 * trial), resample_counts(50, 300, seed=2 * trial + 1)
+        low, high = bootstrap_cmmd(pictures, reference, *counts).ci95
+        covered += low <= truth <= high
+    assert covered / trials > 0.95 - 3 * (0.95 * 0.05 / trials) ** 0.5
+
+
 def test_pictures_equal_to_their_prompts_score_full_marks(words: Words) -> None:
     scores = score(Pictures(words.prompts, np.arange(CLASSES)), words)
     assert scores["clip_score"].to_numpy() == pytest.approx(100)
     assert (scores["top1"] == 100).all()
     assert (scores["predicted"] == np.arange(CLASSES)).all()
+
+
+def test_a_style_that_every_prompt_likes_lifts_the_clip_score_and_not_the_margin(words: Words) -> None:
+    pictures = around(words, 5, 1.0, seed=30)
+    styled = Pictures(pictures.features + 0.2 * np.linalg.pinv(words.prompts) @ np.ones(CLASSES), pictures.labels)
+    before, after = score(pictures, words), score(styled, words)
+    assert (after["clip_score"] - before["clip_score"]).to_numpy() == pytest.approx(20)
+    assert (after["margin"] - before["margin"]).to_numpy() == pytest.approx(0, abs=1e-9)
 
 
 def test_top5_forgives_four_better_classes_and_not_five(words: Words) -> None:
@@ -193,6 +219,9 @@ def test_memorisation_shows_in_an_adapter_that_copies_and_not_in_one_that_learne
     low, high = report["base"]["gap"]["ci95"]
     assert low < 0 < high
     assert report["adapter"]["gap"]["ci95"][0] > 0.05
+    low, high = report["base"]["copied"]["ci95"]
+    assert low < 0 < high
+    assert report["adapter"]["copied"]["mean"] > 0.9
 
 
 def test_a_better_adapter_wins_in_every_score_with_intervals_that_exclude_zero(words: Words) -> None:
@@ -214,7 +243,7 @@ def test_the_report_holds_every_row_and_only_finite_numbers(words: Words) -> Non
     json.dumps(report, allow_nan=False)
     assert report["images"] == 2 * CLASSES
     for row in ("base", "adapter", "real", "delta"):
-        assert set(report[row]) == {"clip_score", "top1", "top5", "cmmd", "diversity"}
+        assert set(report[row]) == {"clip_score", "margin", "top1", "top5", "cmmd", "diversity"}
     assert list(report["per_class"]) == list(words.classes)
     assert len(report["worst_classes"]) == 5
     assert set(report["per_template"]) == set(words.templates)

@@ -12,8 +12,19 @@ import pytest
 import yaml
 from PIL import Image
 
+from bestiary.evaluation.sweep import settle
+
 ROOT = Path(__file__).parents[2]
 CLASSES = ("antelope", "tiger")
+ANY_LCM = {
+    "scheduler": "lcm",
+    "batch": 1,
+    "fused": True,
+    "guidance": "always",
+    "dtype": "float32",
+    "compiled": False,
+    "vae": "full",
+}
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +39,7 @@ def project(tmp_path: Path, adapter: Path) -> Path:
     (tmp_path / "dvc.yaml").write_bytes((ROOT / "dvc.yaml").read_bytes())
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     params["profiles"]["sample"]["evaluate"] |= {"seeds": 2, "steps": 1, "batch_size": 4}
-    params["profiles"]["sample"]["benchmark"] |= {"schedulers": ["ddim"], "steps": [1, 2], "repeats": 2}
+    params["profiles"]["sample"]["benchmark"] |= {"schedulers": ["ddim", "lcm"], "steps": [1, 2], "repeats": 2}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     random = np.random.default_rng(0)
     split = tmp_path / "build" / "split"
@@ -58,6 +69,10 @@ def run(project: Path, name: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_evaluate_reports_every_row_and_keeps_its_report_when_the_next_run_fails(project: Path) -> None:
     done = run(project, "evaluate")
     assert done.returncode == 0, done.stderr
@@ -65,8 +80,10 @@ def test_evaluate_reports_every_row_and_keeps_its_report_when_the_next_run_fails
     assert report["images"] == 4
     assert len(report["adapter_sha256"]) == 64
     assert list(report["per_class"]) == list(CLASSES)
-    files = {path.name: path.read_bytes() for path in (project / "reports" / "evaluate").iterdir()}
+    files = contents(project / "reports" / "evaluate")
     assert set(files) == {
+        "pictures/antelope.jpg",
+        "pictures/tiger.jpg",
         "sheet.png",
         "memorisation.png",
         "confusion.png",
@@ -81,10 +98,11 @@ def test_evaluate_reports_every_row_and_keeps_its_report_when_the_next_run_fails
     assert done.stderr.strip().splitlines()[-1].startswith("evaluate: There are no validation images")
     assert "Traceback" not in done.stderr
     assert (project / "reports" / "evaluate.json").read_bytes() == earlier
-    assert {path.name: path.read_bytes() for path in (project / "reports" / "evaluate").iterdir()} == files
+    assert contents(project / "reports" / "evaluate") == files
 
 
 def test_benchmark_reports_its_environment_its_cold_start_and_every_setting(project: Path) -> None:
+    point = settle(project / "reports" / "operating_point", project / "models" / "adapter", 1.0, 3.0)
     done = run(project, "benchmark")
     assert done.returncode == 0, done.stderr
     report = json.loads((project / "reports" / "benchmark.json").read_text())
@@ -93,4 +111,13 @@ def test_benchmark_reports_its_environment_its_cold_start_and_every_setting(proj
     assert report["cold_start_s"] > sum(report["cold_start"].values()) > 0
     assert report["fastest_good"] in report["rows"]
     assert report["environment"]["torch"]
+    assert report["adapter_sha256"] == point.adapter_sha256
+    assert {row["guidance"] for row in report["rows"]} == {"always", "interval", "never"}
+    assert report["skipped"] == [
+        {**ANY_LCM, "steps": steps, "reason": "the base is no latent consistency model"} for steps in (1, 2)
+    ]
+    for row in report["rows"]:
+        assert row["with_loading_s"] == pytest.approx(
+            report["cold_start"]["import_s"] + report["cold_start"]["load_s"] + row["p50_s"]
+        )
     assert (project / "reports" / "benchmark" / "quality_against_cost.png").is_file()

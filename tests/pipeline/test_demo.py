@@ -2,94 +2,17 @@
 
 import hashlib
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
+from project import STAGES, Project
 from readme import READMES, commands
 
-ROOT = Path(__file__).parents[2]
-CLASSES, PICTURES = ("panda", "tiger", "zebra"), 12
-STAGES = ["download", "clean", "split", "encode", "train", "evaluate", "benchmark", "register"]
-
 pytestmark = pytest.mark.slow
-
-
-class Project:
-    """A copy of this project: its files as Git would take them now."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        listed = subprocess.run(
-            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-            cwd=ROOT,
-            capture_output=True,
-            check=True,
-        )
-        for name in listed.stdout.decode().split("\0"):
-            if name and (ROOT / name).is_file():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / name, folder / name)
-        self.run("git", "init", "--quiet")
-
-    def run(self, *command: str) -> str:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_"))}
-        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-        environment["PYTHONPATH"] = str(self.folder / "src")
-        done = subprocess.run(
-            command, cwd=self.folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        assert done.returncode == 0, done.stdout[-5000:]
-        return done.stdout
-
-    def repro(self, *arguments: str) -> list[str]:
-        """The stages that `dvc repro` ran."""
-        told = self.run(sys.executable, "-m", "dvc", "repro", *arguments)
-        return re.findall(r"^Running stage '(\w+)'", told, re.MULTILINE)
-
-    def bestiary(self, *arguments: str) -> str:
-        return self.run(sys.executable, "-c", "from bestiary.cli import main; main()", *arguments)
-
-    def report(self, stage: str) -> dict[str, Any]:
-        report: dict[str, Any] = json.loads((self.folder / "reports" / f"{stage}.json").read_text())
-        return report
-
-    def change(self, **sections: dict[str, Any]) -> None:
-        """Set parameters, in the profile where they stand there."""
-        path = self.folder / "params.yaml"
-        params = yaml.safe_load(path.read_text())
-        for name, values in sections.items():
-            for key, value in values.items():
-                profile = params["profiles"]["sample"]
-                holder = profile if key in profile.get(name, {}) else params
-                holder[name][key] = value
-        path.write_text(yaml.safe_dump(params, sort_keys=False))
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    project = Project(tmp_path_factory.mktemp("bestiary"))
-    for folder in (project.folder / "samples").iterdir():
-        for number, picture in enumerate(sorted(folder.iterdir())):
-            if folder.name not in CLASSES or number >= PICTURES:
-                picture.unlink()
-        if folder.name not in CLASSES:
-            folder.rmdir()
-    project.change(
-        clean={"off_topic": "flag"},
-        train={"steps": 6, "batch_size": 4, "warmup_steps": 1, "validate_every": 3, "sheet_animals": 2},
-        evaluate={"seeds": 2, "steps": 2, "batch_size": 6, "bootstrap_resamples": 200},
-        benchmark={"schedulers": ["ddim"], "steps": [2], "repeats": 2},
-    )
-    assert project.repro() == STAGES
-    return project
 
 
 def test_every_stage_leaves_its_report(demo: Project) -> None:

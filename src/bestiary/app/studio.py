@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import difflib
 import json
 import logging
 import threading
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from bestiary.animals import ANIMALS, Animal, caption, find
+from bestiary.animals import ANIMALS, caption, find
 from bestiary.errors import BestiaryError
 from bestiary.params import Evaluate, Scheduler
 from bestiary.settings import SAMPLERS, Settings, as_a1111, finish
@@ -424,13 +423,8 @@ def _prompt(order: Order, template: str) -> tuple[str, dict[str, Any] | None]:
     """The prompt, and a note for somebody whose animal is none of the 100."""
     if order.prompt.strip():
         return " ".join(order.prompt.split()), None
-    name = " ".join(order.animal.split())
-    try:
-        return caption(find(name), template), None
-    except BestiaryError:
-        near = difflib.get_close_matches(name.casefold(), [animal.name for animal in ANIMALS], n=3)
-        near = near or [animal.chinese for animal in ANIMALS if set(animal.chinese) & set(name)][:3]
-        return caption(Animal(name, name, name), template), {"unknown": name, "near": near}
+    animal, near = find(order.animal)
+    return caption(animal, template), None if near is None else {"unknown": animal.name, "near": near}
 
 
 def _data_uri(kind: str, data: bytes) -> str:

@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from bestiary import params
-from bestiary.animals import by_folder
+from bestiary.animals import ANIMALS, by_folder
 from bestiary.data import duplicates
 from bestiary.data.findings import Action, Decision, Finding, write_findings
 from bestiary.data.folder import class_files, link, replacing
@@ -44,6 +44,7 @@ _BLANK_CONTRAST = 4.0  # grey levels
 _BLURRED_SHARPNESS = 15.0
 _DARK_BRIGHTNESS, _BRIGHT_BRIGHTNESS = 20.0, 245.0
 _BATCH = 64
+_JUDGED_SIDE = 448  # pixels, twice what common judges look at
 _JPEG_QUALITY = 95
 
 
@@ -54,6 +55,7 @@ class Outcome:
     images_in: int
     manifest: pd.DataFrame
     findings: list[Finding]
+    unused_overrides: list[str]  # paths that no image has
 
 
 @dataclass
@@ -116,7 +118,7 @@ def clean(
     if report is not None:
         with replacing(report) as fresh:
             write_findings(fresh, desk.findings, raw)
-    return Outcome(len(paths), manifest, desk.findings)
+    return Outcome(len(paths), manifest, desk.findings, sorted(set(desk.overrides) - set(paths)))
 
 
 def _drop_by_hand(desk: _Desk, looks: Sequence[Inspection]) -> None:
@@ -248,16 +250,29 @@ def _opinions(raw: Path, looks: Sequence[Inspection], judge: JudgeFunction | Non
     """The judge's probability of each class folder's animal, and of no animal at all: paths x (folders, NO_ANIMAL)."""
     if judge is None or not looks:
         return None
-    classes = sorted({look.class_folder for look in looks})
+    classes = sorted({look.class_folder for look in looks} | _other_animals(looks))
     texts = [*(f"a photo of {by_folder(name).with_article}" for name in classes), *NOT_ANIMALS]
     rows = []
     with ThreadPoolExecutor(cores()) as pool:
         for batch in tqdm(list(_batches(looks)), desc="judge", unit="batch"):
-            images = list(pool.map(lambda look: open_rgb(raw / look.path), batch))
+            images = list(pool.map(lambda look: _for_judge(open_rgb(raw / look.path)), batch))
             probabilities = judge(images, texts)
             nothing = probabilities[:, len(classes) :].sum(axis=1, keepdims=True)
             rows.append(np.concatenate([probabilities[:, : len(classes)], nothing], axis=1))
     return pd.DataFrame(np.concatenate(rows), index=[look.path for look in looks], columns=[*classes, NO_ANIMAL])
+
+
+def _other_animals(looks: Sequence[Inspection]) -> set[str]:
+    """All 100, for an image may show one that was not downloaded; unless the folders are somebody's own, whose
+    "persian" is a cat too."""
+    known = {animal.folder for animal in ANIMALS}
+    return known if {look.class_folder for look in looks} <= known else set()
+
+
+def _for_judge(image: Image.Image) -> Image.Image:
+    """`image`, reduced by a whole factor if it is large: a batch of photographs of 50 megapixels needs 10 GB."""
+    factor = min(image.size) // _JUDGED_SIDE
+    return image.reduce(factor) if factor > 1 else image
 
 
 def _batches(looks: Sequence[Inspection]) -> Iterator[Sequence[Inspection]]:

@@ -14,12 +14,15 @@ from tqdm import tqdm
 from bestiary.errors import BestiaryError
 
 _FICLONE = 0x40049409  # Linux: share the other file's blocks (btrfs, xfs)
+_without_reflinks: set[Path] = set()  # folders where it was tried in vain
 
 
 def link(source: Path, target: Path) -> None:
     """Make `target` the same file as `source`: a reflink or hard link where the file system can, else a copy."""
-    source = source.resolve()  # DVC may have linked it out of its cache
-    if not _reflink(source, target):
+    if source.is_symlink():  # DVC may have linked it out of its cache
+        source = source.resolve()
+    if target.parent in _without_reflinks or not _reflink(source, target):
+        _without_reflinks.add(target.parent)
         try:
             os.link(source, target)
         except OSError as error:

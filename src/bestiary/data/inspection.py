@@ -5,21 +5,21 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import resource
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from bestiary.data.duplicates import hashes, thumbnail
+from bestiary.data.duplicates import hashes, small_grey, thumbnail
 from bestiary.data.images import UnreadableImageError, decode
 
 _FEW = 1000  # so few images are done before a second process has started
-_SHARPNESS_SIDE = 256
+_CHUNK = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ def inspect(root: Path, path: str) -> Inspection:
     except UnreadableImageError as error:
         return Inspection(path, sha256, len(content), unreadable=error.reason)
     image = decoded.image
-    grey = image.convert("L")
+    grey = small_grey(image)
     small = thumbnail(grey)
     levels = np.asarray(small, np.float32)
     plain, middle, mirror = hashes(small)
@@ -77,29 +77,57 @@ def inspect(root: Path, path: str) -> Inspection:
 
 
 def _sharpness(grey: Image.Image) -> float:
-    if max(grey.size) > _SHARPNESS_SIDE:
-        grey = grey.reduce(-(-max(grey.size) // _SHARPNESS_SIDE))
+    """Variance of the Laplacian."""
     levels = np.asarray(grey, np.int16)
     if min(levels.shape) < 3:
         return 0.0
-    around = levels[:-2, 1:-1] + levels[2:, 1:-1] + levels[1:-1, :-2] + levels[1:-1, 2:]
-    return float((around - 4 * levels[1:-1, 1:-1]).var(dtype=np.float32))
+    laplacian = levels[:-2, 1:-1] + levels[2:, 1:-1]
+    laplacian += levels[1:-1, :-2]
+    laplacian += levels[1:-1, 2:]
+    laplacian -= 4 * levels[1:-1, 1:-1]
+    values = laplacian.astype(np.float32).ravel()
+    return float(values @ values / values.size - values.mean() ** 2)
 
 
 def inspect_all(root: Path, paths: Sequence[str], workers: int | None = None) -> list[Inspection]:
     """Look at all files, in the order of `paths` whatever the number of workers (default: one for each core)."""
-    look = partial(inspect, root)
-    bar = partial(tqdm, desc="inspect", total=len(paths), unit="image")
+    chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
     workers = workers or (cores() if len(paths) >= _FEW else 1)
-    if workers == 1:
-        return list(bar(map(look, paths)))
-    # spawn: the process that asks may hold threads and an open database, which a fork would copy in any state.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            return list(bar(pool.map(look, paths, chunksize=32)))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with tqdm(desc="inspect", total=len(paths), unit="image") as bar:
+
+        def look(chunk: Sequence[str]) -> list[Inspection]:
+            found = _inspect(root, chunk)
+            bar.update(len(chunk))
+            return found
+
+        if workers == 1:
+            return [each for chunk in chunks for each in look(chunk)]
+        # spawn: this process may hold threads and an open database, which a fork would copy in any state. Until the
+        # others have started, and after that too, it does its part: from the end, until it meets them.
+        with ProcessPoolExecutor(workers - 1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            try:
+                elsewhere = [pool.submit(_inspect, root, chunk) for chunk in chunks]
+                here: list[list[Inspection]] = []
+                while len(here) < len(chunks) and elsewhere[-1 - len(here)].cancel():
+                    here.insert(0, look(chunks[-1 - len(here)]))
+                found = []
+                for future in elsewhere[: len(chunks) - len(here)]:
+                    found.append(future.result())
+                    bar.update(len(found[-1]))
+                return [each for chunk in found + here for each in chunk]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+def _inspect(root: Path, paths: Sequence[str]) -> list[Inspection]:
+    return [inspect(root, path) for path in paths]
+
+
+def peak_memory_mib() -> float:
+    """The most memory that this process and its workers can have held at once, the judge's included."""
+    own, largest = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return (own + (cores() - 1) * largest) / 1024
 
 
 def cores() -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
+import re
 import threading
 import time
 from collections import Counter, defaultdict
@@ -37,10 +38,10 @@ API_HOST = "https://www.scidb.cn"
 DOWNLOAD_HOST = "https://download.scidb.cn"
 PAGE_SIZE = 5000
 MAX_DEPTH = 16
+FIRST_PAUSE_SECONDS = 1.0  # at most; each further one at most twice as long
 MAX_IMAGE_BYTES = 256 * 2**20  # where the listing gives no size
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
-_CHUNK = 2**16
 _MAGIC = (
     b"\xff\xd8\xff",
     b"\x89PNG",
@@ -53,6 +54,7 @@ _MAGIC = (
     b"\x1f\x8b",
     b"BZh",
 )
+_QUERY = re.compile(r"(?:^|&)(fileId|path|fileName)=(.*?)(?=&(?:fileId|path|fileName)=|$)")
 _RETRIED = {403, 408, 425, 429}  # and all 5xx; 403 is what an expired link of a CDN answers
 
 Sleep = Callable[[float], object]
@@ -69,10 +71,8 @@ class RemoteFile:
 
     @property
     def key(self) -> str:
-        """Where the cache keeps it: another version of the file has another key."""
-        return hashlib.sha256(
-            repr((self.file_id, self.path, self.size, self.md5)).encode("utf-8", "replace")
-        ).hexdigest()
+        """Where the cache keeps it, whichever of the listings names it."""
+        return hashlib.sha256(repr((self.file_id, self.path)).encode("utf-8", "replace")).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ class Downloaded:
     """What a download brought."""
 
     per_class: dict[str, int]
+    fetched_files: int  # the others were in the cache
     missing_files: int
     missing_classes: list[str]
     unknown_classes: list[str]
@@ -121,19 +122,22 @@ def download(
     cache.mkdir(parents=True, exist_ok=True)
     with _alone(cache), _Service(settings, sleep) as service:
         listing = service.list_files()
-        wanted, unknown = _select(listing, classes, images_per_class)
-        missing = _fetch_all(service, wanted, cache, settings)
+        wanted = _select(listing, classes, images_per_class)
+        fetched, missing = _fetch_all(service, wanted, cache, settings)
         images, refused = _collect(wanted, missing, cache)
         chosen = _by_class(images, classes, images_per_class)
+        unknown = _unknown_classes([*(file.path for file in listing), *(path for path, _ in images)])
         absent = sorted(set(_known(classes).values()) - set(chosen))
         if classes and absent:
             raise BestiaryError(
                 f"dataset.classes names {', '.join(absent)}, which the dataset on ScienceDB does not have."
             )
         counts = {name: len(files) for name, files in chosen.items()}
+        if not counts:
+            raise BestiaryError(f"None of the {len(listing)} files on ScienceDB is an image of one of the 100 animals.")
         check_classes(counts, "the dataset on ScienceDB")
         _lay_out(target, chosen)
-    return Downloaded(counts, len(missing), absent, unknown, refused)
+    return Downloaded(counts, fetched, len(missing), absent, unknown, refused)
 
 
 @contextmanager
@@ -145,6 +149,13 @@ def _alone(cache: Path) -> Iterator[None]:
         raise BestiaryError(f"Another download is using {cache}: wait for it, or set BESTIARY_CACHE.") from None
 
 
+def _host(variable: str, default: str) -> str:
+    host = (os.environ.get(variable) or default).rstrip("/")
+    if not host.startswith(("http://", "https://")):
+        raise BestiaryError(f"{variable} is {host}: it must begin with http:// or https://.")
+    return host
+
+
 class _Service:
     """Science Data Bank over HTTP: never more than `connections` requests at once, each retried."""
 
@@ -152,10 +163,8 @@ class _Service:
         self.settings = settings
         self.stop = threading.Event()
         self._sleep = sleep or self.stop.wait  # Ctrl-C ends the pause
-        self.api = os.environ.get("SCIENCEDB_API_URL", API_HOST).rstrip("/")
-        if not self.api.startswith(("http://", "https://")):
-            raise BestiaryError(f"SCIENCEDB_API_URL is {self.api}: it must begin with http:// or https://.")
-        self.downloads = os.environ.get("SCIENCEDB_DOWNLOAD_URL", DOWNLOAD_HOST).rstrip("/")
+        self.api = _host("SCIENCEDB_API_URL", API_HOST)
+        self.downloads = _host("SCIENCEDB_DOWNLOAD_URL", DOWNLOAD_HOST)
         self.client = httpx.Client(
             timeout=settings.timeout_s,
             limits=httpx.Limits(max_connections=settings.connections, max_keepalive_connections=settings.connections),
@@ -180,7 +189,7 @@ class _Service:
                 last_progress = state.attempt_number
             return self.stop.is_set() or state.attempt_number - last_progress > self.settings.retries
 
-        exponential = tenacity.wait_random_exponential(multiplier=1, max=60)
+        exponential = tenacity.wait_random_exponential(multiplier=FIRST_PAUSE_SECONDS, max=60)
 
         def wait(state: tenacity.RetryCallState) -> float:
             error = state.outcome and state.outcome.exception()
@@ -327,28 +336,33 @@ class _Service:
             if answer.status_code == 206 and not continues:
                 part.unlink(missing_ok=True)
                 raise _ServiceError("it sent another part of the file than was asked for")
-            self._store(answer, part, have if continues else 0, file, report)
-        problem = _problem(file, part)
+            md5 = self._store(answer, part, have if continues else 0, file, report)
+        problem = _problem(file, part, md5)
         if problem:
             part.unlink()
             raise _ServiceError(problem)
 
     def _store(
         self, answer: httpx.Response, part: Path, have: int, file: RemoteFile, report: Callable[[int], object]
-    ) -> None:
+    ) -> str | None:
+        """Write the answer behind the `have` bytes of `part`; the md5 of the whole, where it is needed and known."""
         limit = file.size if file.size is not None else None if kind_of(file.path) else MAX_IMAGE_BYTES
+        digest = None if have or file.md5 is None else hashlib.md5(usedforsecurity=False)
         with part.open("ab" if have else "wb") as writing:
-            for chunk in answer.iter_bytes(_CHUNK):
+            for chunk in answer.iter_bytes():
                 if self.stop.is_set():
                     raise _FinalError("stopped")
                 have += len(chunk)
                 if limit is not None and have > limit:
                     break  # too long: what is there fails the check of its size
                 writing.write(chunk)
+                if digest:
+                    digest.update(chunk)
                 report(have)
         if limit is not None and have > limit:
             part.unlink()
             raise _ServiceError(f"it is longer than {limit} bytes")
+        return digest.hexdigest() if digest else None
 
 
 def _check_status(answer: httpx.Response) -> None:
@@ -381,15 +395,20 @@ def _fits(content_range: str, have: int, size: int | None) -> bool:
     return not total.isdigit() or (int(last) + 1 == int(total) and (size is None or int(total) == size))
 
 
-def _problem(file: RemoteFile, part: Path) -> str | None:
-    """What is wrong with a finished file: by its size and md5 where they are listed, by its first bytes otherwise."""
+def _problem(file: RemoteFile, part: Path, md5: str | None = None) -> str | None:
+    """What is wrong with a finished file: by its size and md5 where they are listed, by its first bytes otherwise.
+
+    `md5` is the file's, where the caller knows it.
+    """
     size = part.stat().st_size
     if file.size is not None and size != file.size:
         return f"it has {size} bytes instead of {file.size}"
+    if file.md5 is not None:
+        if md5 is None:
+            with part.open("rb") as reading:
+                md5 = hashlib.file_digest(reading, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+        return None if md5 == file.md5 else "its md5 is wrong"
     with part.open("rb") as reading:
-        if file.md5 is not None:
-            found = hashlib.file_digest(reading, "md5").hexdigest()
-            return None if found == file.md5 else "its md5 is wrong"
         head = reading.read(512)
     is_tar = head[257:262] == b"ustar" or kind_of(file.path) in (".tar.xz", ".txz")
     if file.size is None and not (head.startswith(_MAGIC) or is_tar or head[4:8] == b"ftyp"):
@@ -398,21 +417,19 @@ def _problem(file: RemoteFile, part: Path) -> str | None:
 
 
 def _from_address(line: str) -> RemoteFile:
-    query = dict(pair.partition("=")[::2] for pair in line.partition("?")[2].split("&"))
-    return RemoteFile(query.get("fileId", ""), unquote(query.get("path", "")))
+    # Not urllib's parse_qs: a path that comes raw may hold any of &, = and +.
+    found = dict(_QUERY.findall(line.partition("?")[2]))
+    return RemoteFile(found.get("fileId", ""), unquote(found.get("path", "")))
 
 
 def _select(
     listing: Sequence[RemoteFile], classes: Sequence[str] | None, images_per_class: int | None
-) -> tuple[list[RemoteFile], list[str]]:
-    """The files to fetch, and the folders of images that are no class.
-
-    Class folders are found wherever they are. Archives are all fetched: what they hold shows when they are open.
+) -> list[RemoteFile]:
+    """The files to fetch. Class folders are found wherever they are; archives are all fetched, since what they hold
+    shows when they are open. Raises BestiaryError when there are only archives of a kind that cannot be unpacked.
     """
     known = _known(classes)
-    everything = _known(None)
     selected: list[RemoteFile] = []
-    unknown: set[str] = set()
     others: list[str] = []
     taken: Counter[str] = Counter()
     for file in listing:
@@ -420,19 +437,29 @@ def _select(
             selected.append(file)
         elif kind_of(file.path, OTHER_KINDS):
             others.append(file.path)
-        elif file.path.casefold().endswith(IMAGE_SUFFIXES):
+        elif _is_image(file.path):
             name = class_of(file.path, known)
             if name and (images_per_class is None or taken[name] < images_per_class):
                 taken[name] += 1
                 selected.append(file)
-            elif class_of(file.path, everything) is None:
-                unknown.update(parts(file.path)[-2:-1])
     if not selected and others:
         raise BestiaryError(
             f"The dataset comes as {', '.join(others[:3])}, which cannot be unpacked here: "
             "download and unpack it by hand into data/<class>/<file> and set dataset.source to folder."
         )
-    return selected, sorted(unknown)
+    return selected
+
+
+def _is_image(path: str) -> bool:
+    """By its name, and none of the `._name.jpg` that a Mac puts into an archive beside each `name.jpg`."""
+    return path.casefold().endswith(IMAGE_SUFFIXES) and not parts(path)[-1].startswith("._")
+
+
+def _unknown_classes(paths: Iterable[str]) -> list[str]:
+    """The folders of images that are none of the 100 classes."""
+    known = _known(None)
+    strange = (path for path in paths if _is_image(path) and class_of(path, known) is None)
+    return sorted({folder for path in strange for folder in parts(path)[-2:-1]})
 
 
 def _known(classes: Sequence[str] | None) -> dict[str, str]:
@@ -441,9 +468,9 @@ def _known(classes: Sequence[str] | None) -> dict[str, str]:
 
 def _fetch_all(
     service: _Service, wanted: Sequence[RemoteFile], cache: Path, settings: params.ScienceDB
-) -> dict[RemoteFile, str]:
-    """Fetch what the cache does not have; the files that cannot be had, and why."""
-    todo = [file for file in wanted if not _is_cached(cache, file)]
+) -> tuple[int, dict[RemoteFile, str]]:
+    """Fetch what the cache does not have: how many files that was, and those that cannot be had, and why."""
+    todo = _not_in(cache, wanted)
     failed: dict[RemoteFile, str] = {}
     sized = all(file.size is not None for file in todo)
     total = sum(file.size or 0 for file in todo) if sized else None
@@ -476,6 +503,8 @@ def _fetch_all(
                 elif error is not None:
                     raise error
                 done += 1
+                if not sized:  # as large as those that are there, for the time left
+                    bar.total = bar.n * len(todo) // (done - len(wanted) + len(todo))
                 bar.set_description_str(f"download {done}/{len(wanted)} files", refresh=False)
         except BaseException as error:
             service.stop.set()
@@ -487,7 +516,7 @@ def _fetch_all(
             raise
         pool.shutdown()
     _check_missing(failed, len(wanted), cache, settings)
-    return failed
+    return len(todo) - len(failed), failed
 
 
 def _check_missing(failed: Mapping[RemoteFile, str], total: int, cache: Path, settings: params.ScienceDB) -> None:
@@ -510,9 +539,17 @@ def _cached(cache: Path, file: RemoteFile) -> Path:
     return cache / "files" / file.key[:2] / file.key
 
 
-def _is_cached(cache: Path, file: RemoteFile) -> bool:
-    path = _cached(cache, file)
-    return path.exists() and (file.size is None or path.stat().st_size == file.size)
+def _not_in(cache: Path, files: Sequence[RemoteFile]) -> list[RemoteFile]:
+    """Those of `files` that the cache lacks, or holds with other content than is listed now."""
+
+    def is_there(file: RemoteFile) -> bool:
+        path = _cached(cache, file)
+        return path.exists() and _problem(file, path) is None
+
+    kept = (cache / "files").exists()
+    with ThreadPoolExecutor() as pool:  # hashing releases Python's lock
+        checked = tqdm(pool.map(is_there, files), "check", len(files), disable=not kept, leave=False, unit="file")
+        return [file for file, there in zip(files, checked, strict=True) if not there]
 
 
 def _collect(
@@ -529,12 +566,13 @@ def _collect(
             images.append((file.path, _cached(cache, file)))
             continue
         try:
-            inside, bad = unpack(_cached(cache, file), cache / "unpacked" / file.key, kind)
+            archive = _cached(cache, file)
+            inside, bad = unpack(archive, cache / "unpacked" / f"{file.key}-{archive.stat().st_mtime_ns}", kind)
         except BestiaryError as error:
             raise BestiaryError(str(error).replace(file.key, file.path)) from None
         images += [(f"{file.path[: -len(kind)]}/{path}", found) for path, found in inside]
         refused += bad
-    return [(path, found) for path, found in images if path.casefold().endswith(IMAGE_SUFFIXES)], sorted(refused)
+    return [(path, found) for path, found in images if _is_image(path)], sorted(refused)
 
 
 def _by_class(

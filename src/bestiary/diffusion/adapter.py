@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -183,12 +185,13 @@ def _apply(unet: UNet2DConditionModel, path: str | Path) -> int:
     """Load the adapter into `unet` at scale 1 and return how many of its weights are there: all."""
     from peft import get_peft_model_state_dict
 
-    weights, config, _ = _read(adapter_file(path))
+    weights, config, provenance = _read(adapter_file(path))
     if NAME in getattr(unet, "peft_config", {}):
         unet.unload_lora()
     problem = _misfit(unet, weights, config)
     if problem:
-        raise BestiaryError(f"The adapter {path} does not fit the base: {problem}.")
+        trained_on = f"; it was trained on {provenance['base']}" if provenance.get("base") else ""
+        raise BestiaryError(f"The adapter {path} does not fit the base: {problem}{trained_on}.")
     unet.load_lora_adapter(
         {f"unet.{key}": value for key, value in weights.items()},
         prefix="unet",
@@ -223,8 +226,16 @@ def _read(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str
         provenance = json.loads(metadata.get(PROVENANCE_KEY, "{}"))
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise BestiaryError(f"{file} is not a readable safetensors file ({error}).") from None
+    # Strangers write such files, too: nothing in the header is what it should be until it was looked at.
+    if not (isinstance(config, dict) and isinstance(provenance, dict) and _is_plain(provenance)):
+        raise BestiaryError(f"The adapter {file} has a broken config.")
     if not {"unet.r", "unet.lora_alpha", "unet.target_modules"} <= config.keys():
-        raise BestiaryError(f"The adapter {file} does not say its rank, alpha and targets, so its strength is unknown.")
+        raise BestiaryError(
+            f"The adapter {file} does not say its rank, alpha and targets, so its strength is unknown; "
+            "`bestiary adapter convert` reads other formats."
+        )
+    if not _is_config(config):
+        raise BestiaryError(f"The adapter {file} has a broken config.")
     foreign = next((key for key in weights if not key.startswith("unet.")), None)
     if foreign:
         raise BestiaryError(f"The adapter {file} is not in diffusers' pipeline format: it holds {foreign}.")
@@ -232,6 +243,21 @@ def _read(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str
         {key.removeprefix("unet."): value for key, value in weights.items()},
         {key.removeprefix("unet."): value for key, value in config.items()},
         provenance,
+    )
+
+
+def _is_plain(provenance: Mapping[str, Any]) -> bool:
+    return all(isinstance(provenance.get(key), (str, NoneType)) for key in ("base", "base_revision", "base_sha256"))
+
+
+def _is_config(config: Mapping[str, Any]) -> bool:
+    rank, alpha, targets = (config[f"unet.{key}"] for key in ("r", "lora_alpha", "target_modules"))
+    return (
+        isinstance(rank, int)
+        and isinstance(alpha, (int, float))
+        and math.isfinite(alpha)
+        and isinstance(targets, list)
+        and all(isinstance(target, str) for target in targets)
     )
 
 

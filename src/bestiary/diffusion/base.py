@@ -6,6 +6,7 @@ Shapes in this package: B batch, C latent channels, H, W pixels, h, w latents, T
 from __future__ import annotations
 
 import hashlib
+import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -78,6 +79,23 @@ def base_sha256(model: str | Path, revision: str | None = None) -> str:
             digest.update(f"{path.relative_to(folder).as_posix()}\0".encode())
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def base_commit(model: str | Path, revision: str | None = None) -> str | None:
+    """The commit on the Hugging Face hub that a base comes from; None for a folder."""
+    folder = base_folder(model, revision)
+    return None if Path(model).is_dir() else folder.name
+
+
+def size_factors(model: str | Path, revision: str | None = None) -> tuple[int, int]:
+    """What a picture's sides must be multiples of: for the autoencoder alone, and for the UNet on its latents too."""
+
+    def halvings(part: str) -> int:
+        config = _load(lambda folder: json.loads((folder / "config.json").read_text()), part, model, revision)
+        return len(config["block_out_channels"]) - 1
+
+    vae = 2 ** halvings("vae")
+    return vae, vae * 2 ** halvings("unet")
 
 
 def load_unet(
@@ -155,7 +173,8 @@ def encode_text(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, texts: Se
     longest = tokenizer.model_max_length
     for text, ids in zip(texts, tokenizer(list(texts)).input_ids, strict=True):
         if len(ids) > longest:
-            raise BestiaryError(f"This text has {len(ids)} tokens and the base reads {longest}: {text!r}.")
+            shown = text if len(text) <= 80 else f"{text[:80]}…"
+            raise BestiaryError(f"This text has {len(ids)} tokens and the base reads {longest}: {shown!r}.")
     ids = tokenizer(
         list(texts), padding="max_length", max_length=longest, truncation=True, return_tensors="pt"
     ).input_ids

@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch.utils.data import Dataset
 
 from bestiary.diffusion.latents import LatentCache
 
-Batch = dict[str, torch.Tensor]  # latents, noise (B, C, h, w); timesteps, captions (B,)
+Batch = dict[str, torch.Tensor]  # latents, noise (B, C, h, w); timesteps, captions (B,), place (B,) as `collate` says
 
 
 class TrainingStream(Dataset[Batch]):
     """The images of a whole run in order, `length` of them.
 
     Position p is image p % N of epoch p // N's own permutation: every image is seen exactly once an epoch, and a step
-    may reach over the end of one. `timestep_weights` (timesteps,) says how often each timestep is drawn; `stratified`
-    spreads the draws of an epoch evenly, one for each N-th part.
+    may reach over the end of one. Where images differ in size, the permutation keeps those of one size together in
+    batches of `batch_size`, but for those at a size's or an epoch's end. `timestep_weights` (timesteps,) says how often
+    each timestep is drawn; `stratified` spreads the draws of an epoch evenly, one for each N-th part.
     """
 
     def __init__(
@@ -30,6 +33,7 @@ class TrainingStream(Dataset[Batch]):
         cache: LatentCache,
         length: int,
         *,
+        batch_size: int,
         seed: int,
         caption_dropout: float,
         noise_offset: float,
@@ -38,6 +42,7 @@ class TrainingStream(Dataset[Batch]):
     ) -> None:
         self.cache = cache
         self.length = length
+        self.batch_size = batch_size
         self.seed = seed
         self.caption_dropout = caption_dropout
         self.noise_offset = noise_offset
@@ -76,9 +81,24 @@ class TrainingStream(Dataset[Batch]):
     def _shuffled(self, what: str, position: int) -> int:
         epoch, index = divmod(position, len(self.cache))
         if self._orders.get(what, (-1, []))[0] != epoch:
-            order = torch.randperm(len(self.cache), generator=seeded_generator(self.seed, what, epoch))
-            self._orders[what] = (epoch, order.tolist())
+            order = torch.randperm(len(self.cache), generator=seeded_generator(self.seed, what, epoch)).tolist()
+            several = what == "images" and len(set(self.cache.sizes)) > 1
+            self._orders[what] = (epoch, self._of_one_size_together(order, epoch) if several else order)
         return self._orders[what][1][index]
+
+    def _of_one_size_together(self, order: list[int], epoch: int) -> list[int]:
+        """The images of an epoch so that its batches have one size each, and come in random order."""
+        generator = seeded_generator(self.seed, "sizes", epoch)
+        sizes = sorted(set(self.cache.sizes))
+        rank = dict(zip(sizes, torch.randperm(len(sizes), generator=generator).tolist(), strict=True))
+        images = sorted(order, key=lambda image: rank[self.cache.sizes[image]])
+        begun = -epoch * len(order) % self.batch_size  # so many complete the last batch of the epoch before
+        whole = (len(images) - begun) // self.batch_size
+        batches = [
+            images[begun + number * self.batch_size :][: self.batch_size]
+            for number in torch.randperm(max(0, whole), generator=generator).tolist()
+        ]
+        return [*images[:begun], *chain.from_iterable(batches), *images[begun + max(0, whole) * self.batch_size :]]
 
 
 class ValidationGrid(Dataset[Batch]):
@@ -106,6 +126,14 @@ class ValidationGrid(Dataset[Batch]):
             "timesteps": torch.tensor(self.timesteps[image]),
             "captions": torch.tensor(captions[image % len(captions)]),
         }
+
+
+def collate(samples: Sequence[Batch]) -> list[Batch]:
+    """Samples stacked into batches, one for each size of latents; `place` (B,) says where among them each stood."""
+    groups: dict[torch.Size, list[Batch]] = {}
+    for place, sample in enumerate(samples):
+        groups.setdefault(sample["latents"].shape, []).append(sample | {"place": torch.tensor(place)})
+    return [{name: torch.stack([sample[name] for sample in group]) for name in group[0]} for group in groups.values()]
 
 
 def seeded_number(*parts: object) -> int:

@@ -19,7 +19,7 @@ import torch
 from bestiary.files import write_atomically
 
 KEEP = 2
-CODE = ("adapter", "base", "batches", "checkpoints", "latents", "objective", "training")  # what decides a result
+CODE = ("adapter", "base", "batches", "checkpoints", "latents", "objective", "progress", "training")  # they decide
 
 
 def checkpoint_key(content: Mapping[str, Any]) -> str:

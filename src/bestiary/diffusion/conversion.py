@@ -5,6 +5,7 @@ Reading never runs code from a file: pickles are unpickled with nothing but tens
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import pickle
@@ -31,6 +32,7 @@ COMPOUND = (
     "conv_in|conv_out|conv_shortcut|time_embedding|linear_1|linear_2"
 )
 ALPHA_OF_THE_ORIGINAL = 16.0
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,9 @@ def read(path: Path, alpha: float | None = None) -> Foreign:
     config: dict[str, Any] = {}
     if path.is_dir():
         if (path / "adapter_config.json").is_file():  # PEFT's folder
-            config = _json((path / "adapter_config.json").read_text(encoding="utf-8"), path)
-            path = path / "adapter_model.safetensors"
+            config = _json((path / "adapter_config.json").read_bytes(), path)
+            whole, pickled = path / "adapter_model.safetensors", path / "adapter_model.bin"
+            path = pickled if pickled.is_file() and not whole.is_file() else whole
         else:
             path = path / FILE_NAME
     if not path.is_file():
@@ -75,16 +78,22 @@ def read(path: Path, alpha: float | None = None) -> Foreign:
     tensors, metadata = (_read_pickle(path), {}) if is_zip else _read_safetensors(path)
     if is_zip:
         alpha = alpha or ALPHA_OF_THE_ORIGINAL
+    _refuse_patterns(config, path)
     config |= _json(metadata.get(KOHYA_CONFIG_KEY, "{}"), path)
     config |= {key.removeprefix("unet."): value for key, value in _json(metadata.get(CONFIG_KEY, "{}"), path).items()}
+    _refuse_patterns(config, path)
     weights: dict[str, torch.Tensor] = {}
     alphas: set[float] = set()
     for key, tensor in tensors.items():
-        if key.endswith(".alpha"):
-            alphas.add(float(tensor))
-        else:
+        if not key.endswith(".alpha"):
             weights[_module_key(key, path)] = tensor
-    ranks = {tensor.shape[0] for key, tensor in weights.items() if key.endswith(".lora_A.weight")}
+        elif tensor.numel() == 1:
+            alphas.add(float(tensor))
+    halves = {half: {key.rsplit(half, 1)[0] for key in weights if key.endswith(half)} for half in (DOWN, UP)}
+    if halves[DOWN] != halves[UP]:
+        odd = min(halves[DOWN] ^ halves[UP])
+        raise BestiaryError(f"{path} is incomplete: it holds one half of {odd} only.")
+    ranks = {tensor.shape[0] for key, tensor in weights.items() if key.endswith(DOWN) and tensor.ndim > 1}
     if not ranks:
         raise BestiaryError(f"{path} holds no LoRA weights.")
     if len(ranks) > 1 or len(alphas) > 1:
@@ -113,9 +122,10 @@ def _module_key(key: str, path: Path) -> str:
         parts = re.sub(COMPOUND, lambda found: found[0].replace("_", "\0"), module).replace("_", ".")
         key = f"{parts.replace(chr(0), '_')}.{rest}"
     key = key.removeprefix("unet.").removeprefix("base_model.model.").replace(".default.", ".")
-    key = re.sub(r"\.(?:lora\.down|lora_down)\.weight$", ".lora_A.weight", key)
-    key = re.sub(r"\.(?:lora\.up|lora_up)\.weight$", ".lora_B.weight", key)
-    if not re.match(r"(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding)\.", key) or ".lora_" not in key:
+    key = re.sub(r"\.(?:lora\.down|lora_down)\.weight$", DOWN, key)
+    key = re.sub(r"\.(?:lora\.up|lora_up)\.weight$", UP, key)
+    unets = re.match(r"(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding)\.", key)
+    if not unets or not key.endswith((DOWN, UP, ".lora_magnitude_vector")):
         raise BestiaryError(f"{path} holds something else than a UNet's LoRA: {key}.")
     return key
 
@@ -134,17 +144,25 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
             content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise BestiaryError(f"{path} holds code or objects besides tensors, so it was not read.") from None
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
-        raise BestiaryError(f"{path} is a broken file ({str(error).splitlines()[0]}).") from None
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+    except Exception as error:  # torch lets through whatever a broken file makes its parts raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BestiaryError(f"{path} is a broken file ({reason}).") from None
+    if not isinstance(content, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in content.items()
+    ):
         raise BestiaryError(f"{path} holds no table of tensors.")
     return content
 
 
-def _json(text: str, path: Path) -> dict[str, Any]:
+def _refuse_patterns(config: Mapping[str, Any], path: Path) -> None:
+    if config.get("rank_pattern") or config.get("alpha_pattern"):
+        raise BestiaryError(f"{path} gives its modules different ranks or alphas, which is not supported.")
+
+
+def _json(text: str | bytes, path: Path) -> dict[str, Any]:
     try:
         content = json.loads(text)
-    except json.JSONDecodeError:
+    except ValueError:
         content = None
     if not isinstance(content, dict):
         raise BestiaryError(f"{path} has a broken config.")
@@ -170,6 +188,9 @@ def _kohya(adapter: Foreign, source: Path) -> bytes:
         name = KOHYA_PREFIX + module.replace(".", "_")
         weights[f"{name}.{'lora_down' if end.startswith('A') else 'lora_up'}.weight"] = value.contiguous()
         weights[f"{name}.alpha"] = torch.tensor(alpha)
+    data = save(weights)
+    tensors = data[8 + int.from_bytes(data[:8], "little") :]
+    side = adapter.provenance.get("resolution", 512)  # Stable Diffusion v1's
     metadata = {
         "format": "pt",
         "ss_network_module": "networks.lora",
@@ -177,10 +198,14 @@ def _kohya(adapter: Foreign, source: Path) -> bytes:
         "ss_network_alpha": str(alpha),
         "ss_base_model_version": "sd_v1",
         "ss_sd_model_name": str(adapter.provenance.get("base", "")),
+        "ss_output_name": "bestiary",
+        "sshs_model_hash": hashlib.sha256(tensors).hexdigest(),  # by which A1111 names it in its pictures
+        # ModelSpec 1.0.0, what it demands: https://github.com/Stability-AI/ModelSpec
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": "stable-diffusion-v1/lora",
-        "modelspec.implementation": "diffusers",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": "Bestiary",
+        "modelspec.resolution": f"{side}x{side}",
         KOHYA_CONFIG_KEY: _dump(config),
         PROVENANCE_KEY: _dump(adapter.provenance),
     }

@@ -25,7 +25,7 @@ class Validation:
     """The validation loss: plain mean squared error over fixed images, noise and timesteps."""
 
     overall: float
-    by_band: list[float]  # from the least noise to the most
+    by_band: dict[str, float]  # by its first and last timestep, from the least noise to the most
     by_class: dict[str, float]
 
 
@@ -66,23 +66,32 @@ def validation_loss(
     unet: Any,
     scheduler: DDPMScheduler,
     grid: ValidationGrid,
-    loader: Iterable[Batch],
+    loader: Iterable[list[Batch]],
     features: torch.Tensor,
     accelerator: Accelerator,
 ) -> Validation:
     """The loss over the validation grid. Two measurements of the same weights are equal."""
     unet.eval()
-    losses = [
-        accelerator.gather_for_metrics(squared(prediction_error(unet, scheduler, batch, features))) for batch in loader
-    ]
+    losses = []
+    for batches in loader:
+        found = torch.cat([squared(prediction_error(unet, scheduler, batch, features)) for batch in batches])
+        place = torch.cat([batch["place"] for batch in batches])
+        losses.append(accelerator.gather_for_metrics(found[place.argsort()]))
     unet.train()
     per_image = torch.cat(losses).double().cpu().numpy()
     if not np.isfinite(per_image).all():
         raise BestiaryError("The validation loss is not a finite number: lower train.learning_rate.")
-    band = np.array(grid.timesteps) * BANDS // scheduler.config.num_train_timesteps
+    count = scheduler.config.num_train_timesteps
+    band = np.array(grid.timesteps) * BANDS // count
     classes = np.array(grid.classes)
     return Validation(
         overall=float(per_image.mean()),
-        by_band=[float(per_image[band == number].mean()) for number in range(BANDS) if (band == number).any()],
+        by_band={
+            f"{-(-number * count // BANDS)}-{-(-(number + 1) * count // BANDS) - 1}": float(
+                per_image[band == number].mean()
+            )
+            for number in range(BANDS)
+            if (band == number).any()
+        },
         by_class={str(name): float(per_image[classes == name].mean()) for name in np.unique(classes)},
     )

@@ -14,14 +14,15 @@ if TYPE_CHECKING:
     from diffusers import SchedulerMixin, StableDiffusionPipeline
     from PIL.Image import Image
 
-SCHEDULERS = ("ddpm", "ddim", "dpmsolver++", "unipc", "euler")
+SCHEDULERS = ("ddpm", "ddim", "dpmsolver++", "dpmsolver++karras", "unipc", "euler", "lcm")
 
 
 def make_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
     """The sampler `name` on the noise schedule of a base's scheduler `config`.
 
-    ddpm: arXiv:2006.11239, ddim: arXiv:2010.02502, dpmsolver++: arXiv:2211.01095, unipc: arXiv:2302.04867,
-    euler: arXiv:2206.00364. Raises BestiaryError for an unknown name.
+    ddpm: arXiv:2006.11239, ddim: arXiv:2010.02502, dpmsolver++: arXiv:2211.01095 (2M), with the noise levels of
+    arXiv:2206.00364 when it ends in karras, unipc: arXiv:2302.04867, euler: arXiv:2206.00364, lcm: arXiv:2310.04378.
+    Raises BestiaryError for an unknown name.
     """
     import diffusers
 
@@ -32,12 +33,25 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
         case "ddim":
             return diffusers.DDIMScheduler.from_config(config, clip_sample=False)
         case "dpmsolver++":
-            return diffusers.DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++")
+            return diffusers.DPMSolverMultistepScheduler.from_config(
+                config, algorithm_type="dpmsolver++", use_karras_sigmas=False
+            )
+        case "dpmsolver++karras":
+            return diffusers.DPMSolverMultistepScheduler.from_config(
+                config, algorithm_type="dpmsolver++", use_karras_sigmas=True
+            )
         case "unipc":
-            return diffusers.UniPCMultistepScheduler.from_config(config)
+            return diffusers.UniPCMultistepScheduler.from_config(config, use_karras_sigmas=False)
         case "euler":
-            return diffusers.EulerDiscreteScheduler.from_config(config)
+            return diffusers.EulerDiscreteScheduler.from_config(config, use_karras_sigmas=False)
+        case "lcm":
+            return diffusers.LCMScheduler.from_config(config, clip_sample=False)
     raise BestiaryError(f"There is no scheduler {name!r}; choose one of {', '.join(SCHEDULERS)}.")
+
+
+def is_lcm(pipeline: StableDiffusionPipeline) -> bool:
+    """Whether the base is a latent consistency model, which takes its guidance as an input (arXiv:2310.04378)."""
+    return pipeline.unet.config.time_cond_proj_dim is not None
 
 
 @torch.no_grad()
@@ -50,19 +64,32 @@ def generate(
     guidance_scale: float,
     scheduler: str,
     batch_size: int,
+    guidance_interval: Sequence[float] | None = None,
     resolution: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Image]:
     """One picture for each prompt with its seed, `resolution` pixels a side (None: the base's own).
 
     All randomness of picture i comes from torch.Generator("cpu").manual_seed(seeds[i]). The prompts' features are
-    computed once. `progress(done, total)` is called after each denoising step, in steps times pictures; what it raises
-    stops the work.
+    computed once. With a `guidance_interval` of noise levels (low, high] only the steps inside it are guided
+    (arXiv:2404.07724); the others cost half. `progress(done, total)` is called after each denoising step, in steps
+    times pictures; what it raises stops the work.
+
+    Raises BestiaryError for a resolution, sampler or guidance that this base cannot have, and for too long a prompt.
     """
     side = resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     if side % pipeline.vae_scale_factor:
         raise BestiaryError(f"The resolution {side} is not a multiple of {pipeline.vae_scale_factor}.")
+    if scheduler == "lcm" and not is_lcm(pipeline):
+        raise BestiaryError(
+            "The scheduler 'lcm' is for bases that are latent consistency models, and this one is none."
+        )
+    if guidance_interval and is_lcm(pipeline):
+        raise BestiaryError(
+            "This base is a latent consistency model: its guidance cannot be turned off for some steps."
+        )
     pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler.config)
+    scales = _guidance_scales(pipeline, steps, guidance_scale, guidance_interval)
     texts = ["", *dict.fromkeys(prompts)]
     features = encode_text(pipeline.tokenizer, pipeline.text_encoder, texts)  # (B, T, D), the first is unconditional
     shape = (pipeline.unet.config.in_channels, side // pipeline.vae_scale_factor, side // pipeline.vae_scale_factor)
@@ -72,17 +99,19 @@ def generate(
         batch = jobs[start : start + batch_size]
         generators = [torch.Generator("cpu").manual_seed(seed) for _, seed in batch]
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])  # (B, C, h, w)
+        prompted = features[[texts.index(prompt) for prompt, _ in batch]]
+        unprompted = features[[0] * len(batch)]
         report = _step_reporter(progress, start * steps, len(batch), len(jobs) * steps)
         latents = pipeline(
-            prompt_embeds=features[[texts.index(prompt) for prompt, _ in batch]],
-            negative_prompt_embeds=features[[0] * len(batch)],
+            prompt_embeds=prompted,
+            negative_prompt_embeds=unprompted,
             latents=noise.to(pipeline.device, pipeline.unet.dtype),
             generator=generators,  # for the schedulers that draw more noise on the way
             num_inference_steps=steps,
-            guidance_scale=guidance_scale,
+            guidance_scale=scales[0],
             height=side,
             width=side,
-            callback_on_step_end=report,
+            callback_on_step_end=_switch_guidance(scales, prompted, unprompted, report),
             output_type="latent",
         ).images
         # While an adapter trains in half precision, its UNet answers in float32.
@@ -91,9 +120,41 @@ def generate(
     return images
 
 
-def _step_reporter(
-    progress: Callable[[int, int], None] | None, done: int, pictures: int, total: int
-) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None:
+StepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
+
+
+def _guidance_scales(
+    pipeline: StableDiffusionPipeline, steps: int, scale: float, interval: Sequence[float] | None
+) -> list[float]:
+    """The guidance scale of each step: `scale`, and 1, which is none, at noise levels outside the interval."""
+    if interval is None:
+        return [scale] * steps
+    pipeline.scheduler.set_timesteps(steps)
+    low, high = interval
+    alphas = pipeline.scheduler.alphas_cumprod[pipeline.scheduler.timesteps.cpu().round().long()]
+    sigmas = ((1 - alphas) / alphas).sqrt().tolist()  # of latents whose own scale is 1, as in the paper
+    return [scale if low < sigma <= high else 1.0 for sigma in sigmas]
+
+
+def _switch_guidance(
+    scales: Sequence[float], prompted: torch.Tensor, unprompted: torch.Tensor, report: StepEnd | None
+) -> StepEnd | None:
+    """After each step, set the pipeline to the next one's guidance, as diffusers' guide to callbacks does."""
+    if len(set(scales)) == 1:
+        return report
+
+    def switch(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if report is not None:
+            report(pipeline, step, timestep, tensors)
+        if step + 1 < len(scales) and scales[step + 1] != scales[step]:
+            pipeline._guidance_scale = scales[step + 1]
+            tensors["prompt_embeds"] = torch.cat([unprompted, prompted]) if scales[step + 1] > 1 else prompted
+        return tensors
+
+    return switch
+
+
+def _step_reporter(progress: Callable[[int, int], None] | None, done: int, pictures: int, total: int) -> StepEnd | None:
     if progress is None:
         return None
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import importlib.util
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -27,109 +30,217 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from bestiary.evaluation.judge import Judge
+    from bestiary.evaluation.scoring import Words
 
 MIB = 2**20
-CONVERGED_SCHEDULER, CONVERGED_FACTOR = "dpmsolver++", 2.5  # against the most steps that are measured
+CONVERGED_SCHEDULER, CONVERGED_FACTOR, MOST_STEPS = "dpmsolver++", 2.5, 1000  # factor: of the most steps measured
+NOISY = ("ddpm", "lcm")  # samplers that add noise on the way, so that more steps lead to another picture
 PARTS = ("text", "denoise", "decode")
+LCM_STEPS = 50  # a latent consistency model was distilled on so many
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to draw. fused: the adapter's weights are added into the base's, which costs nothing afterwards."""
+    """One way to draw.
+
+    fused: the adapter's weights are added into the base's, which costs nothing afterwards. guidance: at every step
+    (always), at the noise levels of an interval only (arXiv 2404.07724), or never. vae: full, or tiny (a distilled
+    decoder).
+    """
 
     scheduler: str
     steps: int
     batch: int
     fused: bool
+    guidance: str = "always"
+    dtype: str = "float32"
+    compiled: bool = False
+    vae: str = "full"
 
 
 def grid(
-    schedulers: Sequence[str], steps: Sequence[int], batch_sizes: Sequence[int], default: Setting
+    schedulers: Sequence[str],
+    steps: Sequence[int],
+    batch_sizes: Sequence[int],
+    default: Setting,
+    **variants: Sequence[Any],
 ) -> list[Setting]:
-    """The default setting, its adapter not fused and fused, then all combinations with the adapter fused."""
-    combinations = [Setting(*combination, fused=True) for combination in product(schedulers, steps, batch_sizes)]
-    return list(dict.fromkeys([replace(default, fused=False), replace(default, fused=True), *combinations]))
+    """The default setting, not fused and fused; the default with one of its fields as in `variants`; then all
+    combinations of scheduler, steps and batch size, fused."""
+    varied = [replace(default, **{field: value}) for field, values in variants.items() for value in values]
+    combinations = [
+        replace(default, scheduler=name, steps=count, batch=batch, fused=True)
+        for name, count, batch in product(schedulers, steps, batch_sizes)
+    ]
+    return list(dict.fromkeys([replace(default, fused=False), replace(default, fused=True), *varied, *combinations]))
+
+
+def reason_to_skip(setting: Setting, pipeline: StableDiffusionPipeline) -> str | None:
+    """Why this base or this machine cannot draw so, in words; None when it can."""
+    from bestiary.diffusion.sampling import is_lcm
+
+    if setting.scheduler == "lcm" and not is_lcm(pipeline):
+        return "the base is no latent consistency model"
+    if setting.scheduler == "lcm" and setting.steps > LCM_STEPS:
+        return f"a latent consistency model takes at most {LCM_STEPS} steps"
+    if setting.guidance == "interval" and is_lcm(pipeline):
+        return "a latent consistency model cannot be guided at some steps only"
+    return _dtype_reason(setting.dtype, pipeline.device.type) or (
+        _compile_reason(pipeline.device.type) if setting.compiled else None
+    )
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What every setting draws: prompts, the class index and the seed of each, and how the judge reads the classes."""
+
+    prompts: Sequence[str]
+    labels: Sequence[int]
+    seeds: Sequence[int]
+    words: Words
+    judge: Judge
+
+    def take(self, indices: Sequence[int]) -> tuple[list[str], list[int]]:
+        """The prompts and the seeds of some of its pictures."""
+        return [self.prompts[index] for index in indices], [self.seeds[index] for index in indices]
 
 
 def run(
-    pipeline: StableDiffusionPipeline,
+    load: Callable[[str], StableDiffusionPipeline],
     adapter: Path,
-    judge: Judge,
+    trial: Trial,
     settings: Sequence[Setting],
-    prompts: Sequence[str],
     *,
     guidance_scale: float,
+    guidance_interval: Sequence[float],
     repeats: int,
-    seed: int,
-) -> list[dict[str, Any]]:
-    """One row a setting, of `repeats` calls each: its cost as `measure` has it, and its quality.
+    quality_batch: int,
+    tiny_vae: Callable[[StableDiffusionPipeline], Any] | None = None,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """One row a setting, of `repeats` calls each: its cost as `measure` has it, and its quality; then what was skipped.
 
-    quality is the CLIP score (100 x cosine) of its pictures, distance_to_converged their root mean square difference
-    (0 to 255) from the pictures that many more steps make of the same noise; None where the sampler adds other noise.
+    `load` gives the base in a dtype. quality is the CLIP score (100 x cosine) of the trial's pictures and top1 the
+    percent that the judge recognises; distance_to_converged is their root mean square difference (0 to 255) from the
+    pictures that many more steps make of the same noise, guided at every step; None where the sampler adds other noise.
     """
-    from bestiary.diffusion.adapter import apply_adapter
-    from bestiary.diffusion.sampling import generate
+    import torch
 
-    seeds = [seed + index for index in range(len(prompts))]
-    texts = judge.text_features(prompts)
-    draw = partial(generate, pipeline, guidance_scale=guidance_scale)
-    apply_adapter(pipeline, adapter)
-    many = int(CONVERGED_FACTOR * max(setting.steps for setting in settings))
-    converged = draw(prompts, seeds, scheduler=CONVERGED_SCHEDULER, steps=many, batch_size=len(prompts))
-    rows = []
-    is_fused = False
-    warm: set[int] = set()
-    for setting in tqdm(sorted(settings, key=lambda setting: setting.fused), desc="settings", unit="setting"):
-        if setting.fused and not is_fused:
+    from bestiary.diffusion.adapter import apply_adapter
+    from bestiary.diffusion.sampling import generate, is_lcm
+
+    guidance: dict[str, dict[str, Any]] = {
+        "always": {"guidance_scale": guidance_scale},
+        "interval": {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval},
+        "never": {"guidance_scale": 1.0},
+    }
+    pipeline = load(settings[0].dtype)
+    reasons = {setting: reason_to_skip(setting, pipeline) for setting in settings}
+    skipped = [asdict(setting) | {"reason": reason} for setting, reason in reasons.items() if reason]
+    possible = [setting for setting, reason in reasons.items() if reason is None]
+    many = min(MOST_STEPS, int(CONVERGED_FACTOR * max(setting.steps for setting in possible)))
+    converged = None
+    if not is_lcm(pipeline):  # whose path no solver of an equation follows
+        apply_adapter(pipeline, adapter)
+        how = guidance["always"] | {"scheduler": CONVERGED_SCHEDULER, "steps": many, "batch_size": quality_batch}
+        converged = generate(pipeline, trial.prompts, trial.seeds, **how)
+    del pipeline
+    rows: dict[Setting, dict[str, Any]] = {}
+    bar = tqdm(total=len(possible), desc="settings", unit="setting")
+
+    def run_alike(dtype: str, fused: bool) -> None:
+        """Fill the rows of all settings that one pipeline serves; it is gone when this returns."""
+        pipeline = load(dtype)
+        apply_adapter(pipeline, adapter)
+        if fused:
             fuse(pipeline)
-            is_fused = True
-            warm.clear()
-        if setting.batch not in warm:
-            measure(draw, pipeline, setting, prompts, seeds, repeats=1)
-            warm.add(setting.batch)
-        row, images = measure(draw, pipeline, setting, prompts, seeds, repeats)
-        shown = [index % len(prompts) for index in range(len(images))]
-        cosines = (judge.image_features(images) * texts[shown]).sum(dim=1)
-        row["quality"] = 100 * float(cosines.mean())
-        deterministic = setting.scheduler != "ddpm"
-        distances = [_distance(image, converged[index]) for image, index in zip(images, shown, strict=True)]
-        row["distance_to_converged"] = float(np.mean(distances)) if deterministic else None
-        rows.append(row)
-    return rows
+        full, unet = pipeline.vae, pipeline.unet
+        for setting in (setting for setting in possible if (setting.dtype, setting.fused) == (dtype, fused)):
+            pipeline.vae = tiny_vae(pipeline) if tiny_vae and setting.vae == "tiny" else full
+            pipeline.unet = torch.compile(unet) if setting.compiled else unet
+            draw: Callable[..., list[Image]] = partial(generate, pipeline, **guidance[setting.guidance])
+            # Two steps allocate what many do; a compiled UNet is made for each shape that it meets.
+            first = setting if setting.compiled else replace(setting, steps=min(2, setting.steps))
+            warm_up, _ = measure(draw, pipeline, first, trial, repeats=1)
+            row, images = measure(draw, pipeline, setting, trial, repeats)
+            if setting.compiled:
+                row["compile_s"] = warm_up["p50_s"] - row["p50_s"]
+            rest = [index for index in range(len(trial.prompts)) if index not in images]
+            if rest:
+                how = {"scheduler": setting.scheduler, "steps": setting.steps, "batch_size": quality_batch}
+                images |= dict(zip(rest, draw(*trial.take(rest), **how), strict=True))
+            rows[setting] = row | quality(images, trial, None if setting.scheduler in NOISY else converged)
+            bar.update()
+
+    for dtype, fused in dict.fromkeys((setting.dtype, setting.fused) for setting in possible):
+        gc.collect()  # or the memory of the pipeline before would count as this one's
+        run_alike(dtype, fused)
+    bar.close()
+    return [rows[setting] for setting in possible], skipped
+
+
+def quality(images: Mapping[int, Image], trial: Trial, converged: Sequence[Image] | None) -> dict[str, float | None]:
+    """What the judge says of a trial's pictures, and how far they are from the converged ones."""
+    from bestiary.evaluation import scoring
+
+    indices = sorted(images)
+    features = trial.judge.image_features([images[index] for index in indices]).double().numpy()
+    labels = np.asarray(trial.labels)[indices]
+    scores = scoring.score(scoring.Pictures(scoring.unit(features), labels), trial.words)
+    distances = [_distance(images[index], converged[index]) for index in indices] if converged else None
+    return {
+        "quality": float(scores["clip_score"].mean()),
+        "top1": float(scores["top1"].mean()),
+        "distance_to_converged": float(np.mean(distances)) if distances else None,
+    }
 
 
 def measure(
     draw: Callable[..., list[Image]],
     pipeline: StableDiffusionPipeline,
     setting: Setting,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
+    trial: Trial,
     repeats: int,
-) -> tuple[dict[str, Any], list[Image]]:
+) -> tuple[dict[str, Any], dict[int, Image]]:
     """A row: seconds a call (p50, p95, median of each part), images a second, peak memory; and the pictures.
 
     `draw(prompts, seeds, scheduler=, steps=, batch_size=)` is called `repeats` times on the next `setting.batch`
-    prompts, and on the first again after the last.
+    pictures of the trial, and on the first again after the last.
     """
-    images: list[Image] = []
+    images: dict[int, Image] = {}
     seconds: list[dict[str, float]] = []
     _reset_peak_memory()
     for repeat in range(repeats):
-        batch = [(repeat * setting.batch + index) % len(prompts) for index in range(setting.batch)]
+        batch = [(repeat * setting.batch + index) % len(trial.prompts) for index in range(setting.batch)]
+        how = {"scheduler": setting.scheduler, "steps": setting.steps, "batch_size": setting.batch}
         with stopwatch(pipeline) as lap:
-            images += draw(
-                [prompts[index] for index in batch],
-                [seeds[index] for index in batch],
-                scheduler=setting.scheduler,
-                steps=setting.steps,
-                batch_size=setting.batch,
-            )
+            drawn = draw(*trial.take(batch), **how)
+        images |= dict(zip(batch, drawn, strict=True))
         seconds.append(lap)
     total = [lap["total"] for lap in seconds]
     p50, p95 = np.quantile(total, [0.5, 0.95])
     row = asdict(setting) | {"p50_s": float(p50), "p95_s": float(p95), "images_per_second": float(setting.batch / p50)}
     row |= {f"{part}_s": float(np.median([lap[part] for lap in seconds])) for part in PARTS}
     return row | _peak_memory(), images
+
+
+def load_tiny_vae(model: str, revision: str | None, pipeline: StableDiffusionPipeline) -> Any:
+    """A distilled decoder (AutoencoderTiny) in the pipeline's dtype and on its device.
+
+    Raises BestiaryError when it does not load or is for other latents.
+    """
+    from diffusers import AutoencoderTiny
+
+    try:
+        vae = AutoencoderTiny.from_pretrained(model, revision=revision, torch_dtype=pipeline.unet.dtype)
+    except Exception as error:  # diffusers, hub and safetensors each raise their own kinds
+        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+        raise BestiaryError(f"The tiny VAE {model!r} cannot be loaded: {reason}.") from error
+    channels = pipeline.unet.config.in_channels
+    if vae.config.latent_channels != channels:
+        raise BestiaryError(
+            f"The tiny VAE {model!r} decodes {vae.config.latent_channels} channels and the base has {channels}."
+        )
+    return vae.to(pipeline.device).eval()
 
 
 def fuse(pipeline: StableDiffusionPipeline) -> None:
@@ -159,15 +270,17 @@ def cold_start(model: str, revision: str | None, adapter: Path, prompt: str, **s
     return {"total_s": total} | parts
 
 
-def environment(pipeline: StableDiffusionPipeline) -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """What the numbers were measured on."""
     import torch
 
-    device = pipeline.device
+    from bestiary.diffusion.base import device_and_dtype
+
+    device, dtype = device_and_dtype()
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "device_type": device.type,
-        "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "system": platform.platform(terse=True),
@@ -201,7 +314,7 @@ def stopwatch(pipeline: StableDiffusionPipeline) -> Iterator[dict[str, float]]:
 
     vae = pipeline.vae
     modules = {"text": (pipeline.text_encoder,) * 2, "denoise": (pipeline.unet,) * 2}
-    modules["decode"] = (vae.post_quant_conv or vae.decoder, vae.decoder)
+    modules["decode"] = (getattr(vae, "post_quant_conv", None) or vae.decoder, vae.decoder)
     hooks = []
     for part, (first, last) in modules.items():
         hooks.append(first.register_forward_pre_hook(partial(enter, part)))
@@ -253,12 +366,37 @@ def _peak_memory() -> dict[str, float]:
     return peak
 
 
+def _dtype_reason(dtype: str, device: str) -> str | None:
+    import torch
+
+    if dtype == "float16" and device == "cpu":
+        return "a CPU does not compute in float16"
+    if dtype == "bfloat16" and device == "cpu" and not {"avx512_bf16", "amx_bf16"} & set(_cpu("flags").split()):
+        return "this CPU has no instructions for bfloat16"
+    if dtype == "bfloat16" and device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "this GPU has no bfloat16"
+    return None
+
+
+def _compile_reason(device: str) -> str | None:
+    if device == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
+        return "torch.compile needs a C++ compiler"
+    if device == "cuda" and importlib.util.find_spec("triton") is None:
+        return "torch.compile needs triton"
+    return None
+
+
 def _cpu_name() -> str:
+    return _cpu("model name") or platform.processor() or platform.machine()
+
+
+def _cpu(field: str) -> str:
+    """What Linux says of the first core; empty elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith(field))
     except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        return ""
 
 
 def _first_picture(model: str, revision: str | None, adapter: str, prompt: str, settings: dict[str, Any]) -> None:

@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 
 from bestiary.data.images import contact_sheet
+from bestiary.evaluation.scoring import Pictures
 from bestiary.files import write_atomically
 
 CELL = 128  # pixels a picture on a sheet
+SHEET_SEEDS = 4  # pictures of a class on the sheet of all classes
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures, and what the judge sees in them."""
+
+    images: Sequence[Image.Image]
+    seen: Pictures
 
 
 def confusion_matrix(counts: pd.DataFrame, path: Path) -> None:
     """What was asked for (rows) against what the judge sees (columns), as a heat map."""
-    side = 3 + 0.22 * len(counts)
-    figure = Figure(figsize=(side, side), layout="constrained")
+    figure = Figure(figsize=(3 + 0.22 * counts.shape[1], 3 + 0.22 * counts.shape[0]), layout="constrained")
     axes = figure.subplots()
     numbers = counts.to_numpy()
     share = numbers / numbers.sum(axis=1, keepdims=True)
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(counts)), labels=list(counts.columns), rotation=90)
+    axes.set_xticks(range(counts.shape[1]), labels=list(counts.columns), rotation=90)
     axes.set_yticks(range(len(counts)), labels=list(counts.index))
     if len(counts) <= 30:  # more would be too small to read
         for row, column in zip(*np.nonzero(numbers), strict=True):
@@ -76,14 +88,14 @@ def quality_against_cost(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     panels = figure.subplots(1, 2)
     labels = {"quality": "CLIP score", "distance_to_converged": "RMS difference from the converged picture"}
     for axes, (key, label) in zip(panels, labels.items(), strict=True):
-        lines: dict[tuple[str, int, bool], list[Mapping[str, Any]]] = {}
+        lines: dict[tuple[str, int, tuple[str, ...]], list[Mapping[str, Any]]] = {}
         for row in rows:
             if row[key] is not None:
-                lines.setdefault((row["scheduler"], row["batch"], row["fused"]), []).append(row)
-        for (scheduler, batch, fused), points in lines.items():
+                lines.setdefault((row["scheduler"], row["batch"], _unusual(row, rows[0])), []).append(row)
+        for (scheduler, batch, unusual), points in lines.items():
             points.sort(key=lambda row: int(row["steps"]))
             seconds = [row["p50_s"] / row["batch"] for row in points]
-            name = f"{scheduler}, batch {batch}" + ("" if fused else ", adapter not fused")
+            name = ", ".join([scheduler, f"batch {batch}", *unusual])
             axes.plot(seconds, [row[key] for row in points], marker="o", label=name)
             for row, x in zip(points, seconds, strict=True):
                 axes.annotate(str(row["steps"]), (x, row[key]), fontsize=7, xytext=(3, 3), textcoords="offset points")
@@ -95,11 +107,60 @@ def quality_against_cost(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
+def sweep_heat_map(table: pd.DataFrame, key: str, path: Path) -> None:
+    """The score `key` of each combination that a sweep tried, a panel a checkpoint, the best one framed."""
+    checkpoints = table["checkpoint"].unique()
+    figure = Figure(figsize=(1.5 + 3.5 * len(checkpoints), 3.8), layout="constrained")
+    best = table.iloc[int(table[key].argmax())]
+    for axes, checkpoint in zip(figure.subplots(1, len(checkpoints), squeeze=False)[0], checkpoints, strict=True):
+        mine = table[table["checkpoint"] == checkpoint]
+        grid = mine.pivot(index="scale", columns="guidance_scale", values=key)
+        axes.imshow(grid, cmap="Blues", vmin=table[key].min(), vmax=table[key].max(), origin="lower", aspect="auto")
+        axes.set_xticks(range(grid.shape[1]), labels=[f"{value:g}" for value in grid.columns])
+        axes.set_yticks(range(grid.shape[0]), labels=[f"{value:g}" for value in grid.index])
+        middle = (table[key].min() + table[key].max()) / 2
+        for (row, column), value in np.ndenumerate(grid.to_numpy()):
+            colour = "white" if value > middle else "black"
+            axes.text(column, row, f"{value:.1f}", ha="center", va="center", color=colour, fontsize=8)
+        if checkpoint == best["checkpoint"]:
+            corner = (grid.columns.get_loc(best["guidance_scale"]) - 0.5, grid.index.get_loc(best["scale"]) - 0.5)
+            axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="tab:orange", linewidth=3))
+        axes.set(xlabel="guidance scale", ylabel="adapter scale", title=Path(checkpoint).name)
+    figure.suptitle({"clip_score": "CLIP score", "top1": "top-1, %"}[key])
+    _save(figure, path)
+
+
+def pair_sheet(rows: Sequence[Sequence[Image.Image]], seeds: Sequence[int], path: Path) -> None:
+    """All pictures of one class: those of the base above those of the adapter, in their size up to twice a cell's."""
+    cell = min(2 * CELL, rows[0][0].width)
+    save_picture(contact_sheet(rows, ["base", "adapter"], [str(seed) for seed in seeds], cell=cell), path)
+
+
+def empty(folder: Path) -> None:
+    """Remove a folder of pictures that earlier work left."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def save_picture(image: Image.Image, path: Path) -> None:
-    """Write a PNG, whole or not at all."""
+    """Write a PNG or, by its name, a JPEG; whole or not at all."""
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
+    if path.suffix == ".jpg":
+        image.save(buffer, format="JPEG", quality=92)
+    else:
+        image.save(buffer, format="PNG")
     write_atomically(path, buffer.getvalue())
+
+
+def _unusual(row: Mapping[str, Any], default: Mapping[str, Any]) -> tuple[str, ...]:
+    """What sets a setting apart from the others of its sampler, in words."""
+    words = {
+        "adapter not fused": not row["fused"],
+        f"guidance {row['guidance']}": row["guidance"] != "always",
+        row["dtype"]: row["dtype"] != default["dtype"],
+        "compiled": row["compiled"],
+        f"{row['vae']} VAE": row["vae"] != "full",
+    }
+    return tuple(word for word, applies in words.items() if applies)
 
 
 def save_table(table: pd.DataFrame, path: Path) -> None:

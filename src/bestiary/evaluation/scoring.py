@@ -18,7 +18,8 @@ from bestiary.errors import BestiaryError
 
 Array = NDArray[np.float64]
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0  # the kernel's width and the scale of arXiv 2401.09603
-SCORES = ("clip_score", "top1", "top5")  # the scores that every single picture has
+SCORES = ("clip_score", "margin", "top1", "top5")  # the scores that every single picture has
+ROWS = ("base", "adapter", "delta", "real", "floor")
 
 
 @dataclass(frozen=True)
@@ -110,13 +111,17 @@ def bootstrap_diversity(pictures: Pictures, counts: Array) -> Estimate:
 
 
 def score(pictures: Pictures, words: Words) -> pd.DataFrame:
-    """One row a picture: clip_score (100 x cosine with its prompt), top1, top5 (0 or 100), predicted (class index)."""
+    """One row a picture: clip_score (100 x cosine with its prompt), margin (clip_score less the mean over the prompts
+    of the other classes), top1, top5 (0 or 100), predicted (class index)."""
     meant = np.arange(len(pictures.labels)), pictures.labels
     similarity = pictures.features @ words.ensemble.T  # (N, K)
+    cosines = 100 * pictures.features @ words.prompts.T
+    others = (cosines.sum(axis=1) - cosines[meant]) / (len(words.classes) - 1)
     rank = (similarity > similarity[meant][:, None]).sum(axis=1)
     return pd.DataFrame(
         {
-            "clip_score": _matching(pictures, words.prompts),
+            "clip_score": cosines[meant],
+            "margin": cosines[meant] - others,
             "top1": np.where(rank < 1, 100.0, 0.0),
             "top5": np.where(rank < 5, 100.0, 0.0),
             "predicted": similarity.argmax(axis=1),
@@ -204,11 +209,11 @@ def per_class(
     """For each class the mean scores of base and adapter and their paired difference with its interval."""
     scored = {"base": score(base, words), "adapter": score(adapter, words)}
     table = {}
-    for index, name in enumerate(words.classes):
+    for index in np.unique(adapter.labels):
         mine = adapter.labels == index
         counts = resample_counts(int(mine.sum()), resamples, seed)
         means = {row: _means(scores[mine], counts) for row, scores in scored.items()}
-        table[name] = {
+        table[words.classes[index]] = {
             **{row: {key: estimate.mean for key, estimate in values.items()} for row, values in means.items()},
             "delta": {key: (means["adapter"][key] - means["base"][key]).report() for key in SCORES},
         }
@@ -221,11 +226,12 @@ def worst_classes(table: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def confusion(pictures: Pictures, words: Words) -> pd.DataFrame:
-    """How many pictures of each class (rows) the judge takes for each class (columns)."""
+    """How many pictures of each class that was drawn (rows) the judge takes for each class (columns)."""
     predicted = score(pictures, words)["predicted"]
     counts = np.zeros((len(words.classes), len(words.classes)), dtype=int)
     np.add.at(counts, (pictures.labels, predicted), 1)
-    return pd.DataFrame(counts, index=list(words.classes), columns=list(words.classes))
+    drawn = np.unique(pictures.labels)
+    return pd.DataFrame(counts[drawn], index=[words.classes[index] for index in drawn], columns=list(words.classes))
 
 
 def class_table(table: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
@@ -264,7 +270,11 @@ def closest_pairs(features: Array, reference: Array, count: int) -> list[tuple[i
 
 
 def _memorisation(pictures: Pictures, train: Array, validation: Array, counts: Array) -> dict[str, Any]:
-    """Cosine with the nearest training and validation picture; their gap, at equal sizes, is 0 if nothing is copied."""
+    """Cosine with the nearest training and validation picture; their gap, at equal sizes, is 0 if nothing is copied.
+
+    `copied`, after the idea of arXiv 2004.05675: the share of pictures whose nearest of all real ones was trained on,
+    from 0 (as many as by chance) to 1 (all).
+    """
     size = min(len(train), len(validation))
     fair_train, fair_validation = (nearest(pictures.features, reference, size) for reference in (train, validation))
     values = {
@@ -272,6 +282,9 @@ def _memorisation(pictures: Pictures, train: Array, validation: Array, counts: A
         "nearest_validation": nearest(pictures.features, validation),
         "gap": fair_train - fair_validation,
     }
+    chance = len(train) / (len(train) + len(validation))
+    trained_on = (values["nearest_train"] > values["nearest_validation"]).astype(np.float64)
+    values["copied"] = (trained_on - chance) / (1.0 - chance)
     return {key: bootstrap_mean(value, counts).report() for key, value in values.items()}
 
 
@@ -280,8 +293,10 @@ def _check(base: Pictures, adapter: Pictures, real: Pictures, train_features: Ar
         raise BestiaryError("There is one class only: scores compare classes, so at least two are needed.")
     if not len(real.labels):
         raise BestiaryError("There are no validation images to compare with.")
+    if not len(base.labels):
+        raise BestiaryError("There are no pictures to compare.")
     for name, pictures in (("base", base), ("adapter", adapter), ("validation images", real)):
-        without = [words.classes[index] for index in range(len(words.classes)) if index not in pictures.labels]
+        without = [words.classes[index] for index in np.unique(base.labels) if index not in pictures.labels]
         if without:
             raise BestiaryError(f"The class {without[0]} has no pictures in the {name}.")
         if not np.isfinite(pictures.features).all():

@@ -54,17 +54,27 @@ function choose(id, options) {
   if (options.some(([value]) => String(value) === before)) $(id).value = before;
 }
 
-function adapterLabel({ label, aliases, scores }) {
-  const gains = Object.entries(scores).map(([score, gain]) => {
+function gains({ scores }) {
+  return Object.entries(scores).map(([score, gain]) => {
     const signed = `${gain > 0 ? '+' : '−'}${Math.abs(gain).toFixed(1)}`;
     return `${text(score)} ${signed}${score === 'top1' ? ' %' : ''}`;
   });
-  return [label, ...aliases.map((alias) => TEXTS[language][alias] ?? alias), ...gains].join(' · ');
+}
+
+function adapterLabel(offer) {
+  return [offer.label, ...offer.aliases.map((alias) => TEXTS[language][alias] ?? alias), ...gains(offer)].join(' · ');
+}
+
+/** Below the list, which cuts long lines off. */
+function tellScores() {
+  const offer = catalog.adapters.find(({ key }) => key === $('adapter').value);
+  say('scores', offer && gains(offer).length ? text('gains', { gains: gains(offer).join(' · ') }) : '');
 }
 
 function fillChoices() {
   const adapters = [...catalog.adapters, ...uploads].map((offer) => [offer.key, adapterLabel(offer)]);
   choose('adapter', [...adapters, ['none', text('noAdapter')]]);
+  tellScores();
   choose('resolution', catalog.resolutions.map((side) =>
     [side, side === catalog.defaults.resolution ? text('own', { side }) : `${side} px`]));
   choose('scheduler', Object.entries(catalog.schedulers));
@@ -83,7 +93,7 @@ async function ask(path, options) {
   if (response.ok) return response;
   if (response.status === 401) throw new Error(text('locked'));
   const answer = await response.json().catch(() => ({}));
-  throw new Error(answer.message ?? text('failed'));
+  throw new Error(answer.message ? text('told', answer) : text('failed'));
 }
 
 // ---- the list of animals ----
@@ -158,7 +168,10 @@ list.addEventListener('click', (event) => {
 
 // ---- an order ----
 
-function wrongNumber() {
+function wrongField() {
+  for (const [id, max] of [['animal', 200], ['prompt', 1000]]) {
+    if ([...$(id).value].length > max) return [id, text('long', { field: text(id), max })];
+  }
   for (const id of ['seed', 'count', 'steps', 'guidance']) {
     const { validity, min, max } = $(id);
     const field = text(id);
@@ -199,7 +212,7 @@ async function draw(event) {
   say('message');
   say('note');
   if ($('random').checked) $('seed').value = crypto.getRandomValues(new Uint32Array(1))[0];
-  const wrong = wrongNumber() ?? (($('animal').value + $('prompt').value).trim() ? null : ['animal', text('missing')]);
+  const wrong = wrongField() ?? (($('animal').value + $('prompt').value).trim() ? null : ['animal', text('missing')]);
   if (wrong) {
     say('message', wrong[1]);
     $(wrong[0]).focus();
@@ -241,7 +254,7 @@ async function follow(body, order) {
     rest = lines.pop();
     for (const line of lines) {
       const event = JSON.parse(line);
-      if (event.event === 'error') throw new Error(event.message);
+      if (event.event === 'error') throw new Error(text('told', event));
       if (event.event === 'picture') entry = await keep(event, order, entry);
       finished ||= event.event === 'done';
       told(event, order, entry);
@@ -432,6 +445,7 @@ async function uploadAdapter() {
     uploads.push(offer);
     fillChoices();
     $('adapter').value = offer.key;
+    tellScores();
     say('note');
   } catch (error) {
     say('note');
@@ -442,6 +456,7 @@ async function uploadAdapter() {
 function reuse() {
   const { order } = shown;
   for (const id of ['adapter', 'base', 'device', 'animal', 'prompt', 'steps', 'scheduler', 'seed', 'resolution']) $(id).value = order[id];
+  tellScores();
   $('guidance').value = order.guidance_scale;
   $('compare').checked = order.compare || order.adapter === 'none';
   $('random').checked = false;
@@ -458,6 +473,7 @@ $('language').addEventListener('click', () => {
   localStorage.setItem('language', language);
   speak();
 });
+$('adapter').addEventListener('change', tellScores);
 $('upload').addEventListener('change', uploadAdapter);
 $('upload-label').addEventListener('keydown', (event) => {
   if (event.key === 'Enter' || event.key === ' ') { event.preventDefault(); $('upload').click(); }
@@ -473,6 +489,7 @@ try {
   fillChoices();
   const { adapter, resolution, steps, guidance_scale: guidance, scheduler } = catalog.defaults;
   for (const [id, value] of Object.entries({ adapter, resolution, steps, guidance, scheduler })) $(id).value = value;
+  tellScores();
   document.body.classList.add('ready');
 } catch (error) {
   say('message', error.message);

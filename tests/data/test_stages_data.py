@@ -1,0 +1,222 @@
+"""The data stages as DVC runs them: scripts in a project's folder."""
+
+import contextlib
+import csv
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from PIL import Image
+from plant import NEAR, copy_sample, draw_off_topic, plant, recall
+from server import ScienceDB, serving
+
+ROOT = Path(__file__).parents[2]
+FAULTS = ["500", "429 after", "html", "truncate", "wrong", "hang up", "wrong range", "403"]
+
+pytestmark = pytest.mark.slow
+
+
+class Project:
+    """A project's folder with the repository's stages, its own parameters and its own download cache.
+
+    Runs are recorded if there is a `database` to begin with.
+    """
+
+    def __init__(self, folder: Path, change: Callable[[dict[str, Any]], None], database: Path | None = None) -> None:
+        self.folder = folder
+        self.tracking = "on" if database else "off"
+        (folder / "data").mkdir(parents=True)
+        (folder / "settings").mkdir()
+        for name in ("stages", "src", "models"):
+            (folder / name).symlink_to(ROOT / name)
+        for name in ("dvc.yaml", "overrides.csv"):
+            (folder / name).write_bytes((ROOT / name).read_bytes())
+        params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+        change(params)
+        (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+        (folder / ".dvc").mkdir()
+        (folder / ".dvc" / "config").write_text("[core]\nno_scm = true\nanalytics = false\n", encoding="utf-8")
+        if database:
+            shutil.copy2(database, folder / "mlflow.db")
+        # Python runs this file before all else: pauses between retries are as many as ever, but short.
+        pauses = "import bestiary.data.sciencedb\nbestiary.data.sciencedb.FIRST_PAUSE_SECONDS = 0.001\n"
+        (folder / "settings" / "sitecustomize.py").write_text(pauses, encoding="utf-8")
+
+    def start(self, *command: str, url: str = "http://127.0.0.1:9") -> subprocess.Popen[str]:
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_"))},
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": f"{self.folder / 'settings'}{os.pathsep}{ROOT / 'src'}",
+            "MLFLOW_TRACKING_URI": f"sqlite:///{self.folder / 'mlflow.db'}",
+            "BESTIARY_CACHE": str(self.folder / "cache"),
+            "SCIENCEDB_API_URL": url,
+            "SCIENCEDB_DOWNLOAD_URL": url,
+            "BESTIARY_TRACKING": self.tracking,
+            "OMP_NUM_THREADS": "1",
+        }
+        streams: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        command = (sys.executable, *command)
+        return subprocess.Popen(command, cwd=self.folder, env=environment, start_new_session=True, **streams)
+
+    def run(self, *command: str, url: str = "http://127.0.0.1:9") -> tuple[int, str]:
+        """Exit status, and what was said on stderr."""
+        process = self.start(*command, url=url)
+        _, errors = process.communicate()
+        return process.returncode, errors
+
+    def report(self, name: str) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((self.folder / "reports" / f"{name}.json").read_text(encoding="utf-8"))
+        return content
+
+    def content(self, *folders: str) -> dict[str, str]:
+        """Hashes of all files below `folders`."""
+        files = [path for name in folders for path in (self.folder / name).rglob("*") if path.is_file()]
+        digests = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+        return {path.relative_to(self.folder).as_posix(): digest for path, digest in digests.items()}
+
+
+@pytest.fixture
+def project(tmp_path: Path, empty_database: Path) -> Project:
+    """Two classes of ten pictures, to be cleaned without the judge."""
+    project = Project(tmp_path / "project", lambda params: params["clean"].update(off_topic="off"), empty_database)
+    random = np.random.default_rng(0)
+    for name in ("cat", "ladybugs"):
+        (project.folder / "data" / name).mkdir(parents=True)
+        for number in range(10):
+            coarse = Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+            path = project.folder / "data" / name / f"{number}.png"
+            coarse.resize((96, 96), Image.Resampling.NEAREST).save(path)
+    return project
+
+
+def test_download_clean_split_bring_a_folder_to_two_tables(project: Project) -> None:
+    (project.folder / "data" / "cat" / "broken.jpg").write_bytes(b"<html></html>")
+    (project.folder / "overrides.csv").write_text("path,decision\ncat/99.png,drop\n", encoding="utf-8")
+    for name in ("download", "clean", "split"):
+        status, errors = project.run(f"stages/{name}.py")
+        assert status == 0, errors
+        assert ("overrides.csv names what is not there: cat/99.png." in errors) == (name == "clean")
+    download = project.report("download")
+    assert download["images"] == 21
+    assert download["images_per_second"] > 0
+    clean = project.report("clean")
+    assert (clean["images_in"], clean["images_kept"], clean["findings"]) == (21, 20, {"unreadable": 1})
+    assert clean["images_per_second"] > 0
+    assert 20 < clean["peak_memory_mib"] < 2048
+    split = project.report("split")
+    assert split["leaked_groups"] == 0
+    train, val = (pd.read_csv(project.folder / "build" / "split" / f"{side}.csv") for side in ("train", "val"))
+    assert len(train) + len(val) == 20
+    assert set(val["animal"]) == {"cat", "ladybug"}
+    assert (project.folder / "reports" / "clean" / "unreadable.png").exists()
+    with contextlib.closing(sqlite3.connect(project.folder / "mlflow.db")) as database:
+        logged = dict(database.execute("SELECT key, value FROM latest_metrics").fetchall())
+    for stage, report in (("download", download), ("clean", clean)):
+        assert logged[f"{stage}.images_per_second"] == pytest.approx(report["images_per_second"])
+    assert logged["clean.findings.unreadable"] == 1
+
+
+def test_an_empty_data_folder_ends_in_one_sentence(project: Project) -> None:
+    shutil.rmtree(project.folder / "data")
+    (project.folder / "data").mkdir()
+    status, errors = project.run("stages/download.py")
+    assert status == 1
+    assert errors.strip().splitlines()[-1].startswith("download: There are no images in data")
+    assert "Traceback" not in errors
+    assert not (project.folder / "build" / "raw").exists()
+
+
+def real_profile(params: dict[str, Any]) -> None:
+    """The real profile, but for a server that hangs and for the judge."""
+    params["profile"] = "sciencedb"
+    params["profiles"]["sciencedb"]["judge"]["model"] = "models/judge"
+    params["profiles"]["sciencedb"]["dataset"]["sciencedb"]["timeout_s"] = 2.0
+
+
+def as_served(folder: Path) -> dict[str, bytes]:
+    return {f"/V1/Animal/Animal/{path.relative_to(folder)}": path.read_bytes() for path in folder.glob("*/*")}
+
+
+def misbehave(server: ScienceDB, shift: int) -> None:
+    server.retry_after = "0"
+    server.listing_faults = ["500", "50000", "null", "html", "429 after", "hang up"]
+    for number, path in enumerate(sorted(server.files)):
+        server.faults[path] = [FAULTS[(number + shift + step) % len(FAULTS)] for step in range(number % 4)]
+    server.faults[min(server.files)] = ["hang"]
+
+
+def test_the_real_profile_gives_the_same_twice_through_the_worst_of_servers(tmp_path: Path) -> None:
+    copy_sample(tmp_path / "origin", ("elephant", "flamingo", "ladybugs", "zebra"), 16)
+    planted = plant(tmp_path / "origin", 0.04, off_topic=draw_off_topic(4))
+    files = as_served(tmp_path / "origin")
+    made = ("build/raw", "build/clean", "build/split", "reports/clean")
+    results = []
+    for attempt in range(2):
+        project = Project(tmp_path / str(attempt), real_profile)
+        with serving(files) as server:
+            misbehave(server, shift=attempt)
+            for name in ("download", "clean", "split"):
+                status, errors = project.run(f"stages/{name}.py", url=server.url)
+                assert status == 0, errors
+        assert project.report("download")["fetched_files"] == len(files)
+        assert project.report("download")["missing_files"] == 0
+        assert project.report("split")["leaked_groups"] == 0
+        results.append(project.content(*made))
+    assert results[0] == results[1]
+    assert sum(path.startswith("build/raw/") for path in results[0]) == len(files)
+
+    found = list(csv.DictReader((project.folder / "reports" / "clean" / "findings.csv").open(encoding="utf-8")))
+    gone = {row["path"] for row in found if row["action"] == "quarantined"}
+    for kind in ("broken", "exact", *NEAR, "off topic"):
+        assert recall(planted[kind], gone) >= 0.75, kind
+    for row in found:
+        assert (project.folder / "reports" / "clean" / f"{row['kind'].replace(' ', '_')}.png").exists()
+
+
+def test_what_is_down_survives_a_kill_and_dvc_which_deletes_the_output(tmp_path: Path) -> None:
+    copy_sample(tmp_path / "origin", ("elephant", "zebra"), 20)
+    files = as_served(tmp_path / "origin")
+    project = Project(tmp_path / "project", real_profile)
+    cached = project.folder / "cache" / "sciencedb" / "files"
+    dice = random.Random()
+    with serving(files) as server:
+        server.bytes_per_second = 20_000
+        killed = project.start("-m", "dvc", "repro", "download", url=server.url)
+        enough = dice.randrange(8, 32)
+        while server.requests.total() < enough and killed.poll() is None:
+            time.sleep(0.01)
+        time.sleep(dice.uniform(0, 0.1))
+        os.killpg(killed.pid, signal.SIGKILL)
+        killed.communicate()
+        complete = [path for path in cached.glob("*/*") if path.suffix != ".part"]
+        assert 0 < len(complete) < len(files)
+
+        server.bytes_per_second = None
+        before = server.requests.total()
+        status, errors = project.run("-m", "dvc", "repro", "download", url=server.url)
+        assert status == 0, errors
+        assert server.requests.total() - before == len(files) - len(complete)
+        assert project.report("download")["fetched_files"] == len(files) - len(complete)
+
+        before = server.requests.total()
+        made = (project.folder / "build" / "raw").stat().st_ino
+        status, errors = project.run("-m", "dvc", "repro", "--force", "download", url=server.url)
+        assert status == 0, errors
+        assert server.requests.total() == before
+        assert (project.folder / "build" / "raw").stat().st_ino != made
+    raw = project.folder / "build" / "raw"
+    assert as_served(raw) == files

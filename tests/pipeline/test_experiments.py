@@ -1,0 +1,67 @@
+"""The train stage killed, shared by two processes, and queued: in a copy of a project that has run once."""
+
+import shutil
+import sqlite3
+from pathlib import Path
+
+import pytest
+from project import Project
+
+pytestmark = pytest.mark.slow
+
+ADAPTER = Path("models/adapter/pytorch_lora_weights.safetensors")
+KILL_AFTER_A_CHECKPOINT = """
+python stages/train.py & stage=$!
+until ls .cache/train/*/step-*.pt >/dev/null 2>&1; do kill -0 $stage || exit 1; sleep 0.02; done
+kill -KILL $stage; wait $stage; test $? = 137
+"""
+
+
+@pytest.fixture
+def project(finished: Path, tmp_path: Path) -> Project:
+    return Project(Path(shutil.copytree(finished, tmp_path / "project")))
+
+
+def trainings(project: Project, what: str) -> list[str]:
+    """`what` of each of the train stage's runs in MLflow that came to an end, in the order of their start."""
+    query = f"""
+        SELECT {what} FROM runs JOIN tags ON tags.run_uuid = runs.run_uuid
+        JOIN params ON params.run_uuid = runs.run_uuid AND params.key = 'train.rank'
+        JOIN latest_metrics ON latest_metrics.run_uuid = runs.run_uuid AND latest_metrics.key = 'val_loss'
+        WHERE tags.key = 'stage' AND tags.value = 'train' AND runs.status = 'FINISHED' ORDER BY runs.start_time
+    """
+    with sqlite3.connect(project.folder / "mlflow.db") as database:
+        return [row[0] for row in database.execute(query)]
+
+
+def test_a_train_stage_killed_after_a_checkpoint_ends_with_the_same_adapter(project: Project) -> None:
+    before = (project.folder / ADAPTER).read_bytes()
+    (project.folder / ADAPTER).unlink()
+    project.change(train={"checkpoint_seconds": 0.0})
+    project.run("sh", "-c", KILL_AFTER_A_CHECKPOINT)
+    assert not (project.folder / ADAPTER).exists()
+    assert " 50%" in project.run("python", "stages/train.py")  # where its bar begins
+    assert (project.folder / ADAPTER).read_bytes() == before
+    assert not list((project.folder / ".cache" / "train").iterdir())
+
+
+def test_two_processes_of_the_train_stage_reach_what_one_does_and_leave_one_run(project: Project) -> None:
+    before = project.report("train")
+    runs = len(trainings(project, "runs.run_uuid"))
+    project.environment["ACCELERATE_USE_CPU"] = "true"
+    project.run("torchrun", "--standalone", "--nproc_per_node", "2", "stages/train.py")
+    after = project.report("train")
+    assert after["val_loss"] == pytest.approx(before["val_loss"], abs=1e-5)
+    assert after["clip_score"] == pytest.approx(before["clip_score"], abs=0.5)
+    assert len(trainings(project, "runs.run_uuid")) == runs + 1
+
+
+def test_a_queue_of_three_ranks_shows_side_by_side_in_mlflow(project: Project) -> None:
+    for command in ("git add --all", "git -c user.name=a -c user.email=a@example.org commit --quiet --message before"):
+        project.run(*command.split())
+    project.run("dvc", "exp", "run", "--queue", "-S", "train.rank=2,8,16", "train")
+    project.run("dvc", "exp", "run", "--run-all")
+    assert sorted(int(rank) for rank in trainings(project, "params.value")) == [2, 4, 8, 16]
+    assert len(set(trainings(project, "latest_metrics.value"))) == 4
+    told = project.run("dvc", "exp", "show", "--csv", "--only-changed")
+    assert all(rank in told for rank in ("2", "8", "16"))

@@ -1,0 +1,178 @@
+"""A team on one server: what one member has made, another one has with nothing but the server's address."""
+
+import json
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+from project import Project
+from servers import SECRETS, Servers, compose, filled_in, postgres_folder, team_servers
+
+ADMIN = ("admin", SECRETS["MLFLOW_ADMIN_PASSWORD"])
+BOBS_PASSWORD = "bobsOwnLongPassword"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        postgres_folder() is None, reason="PostgreSQL is not installed (Debian: apt install postgresql)"
+    ),
+]
+
+
+@dataclass
+class Team:
+    servers: Servers
+    ada: Project  # has run the pipeline by herself, and moves to the server
+    bob: Project  # clones hers afterwards
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    with team_servers(tmp_path_factory.mktemp("servers")) as servers:
+        made = httpx.post(
+            f"{servers.mlflow}/api/2.0/mlflow/users/create",
+            json={"username": "bob", "password": BOBS_PASSWORD},
+            auth=ADMIN,
+            timeout=60,
+        )
+        assert made.status_code == 200, made.text
+        yield servers
+
+
+@pytest.fixture(scope="module")
+def team(servers: Servers, finished: Path) -> Team:
+    def environment(user: str, password: str) -> dict[str, str]:
+        keys = {name: SECRETS[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
+        names = {f"GIT_{who}_NAME": user for who in ("AUTHOR", "COMMITTER")}
+        return {
+            "MLFLOW_TRACKING_URI": servers.mlflow,
+            "MLFLOW_TRACKING_USERNAME": user,
+            "MLFLOW_TRACKING_PASSWORD": password,
+            **keys,
+            **names,
+            "EMAIL": f"{user}@example.org",
+        }
+
+    ada = Project(finished, environment(*ADMIN))
+    bob = Project(finished.with_name("bob"), environment("bob", BOBS_PASSWORD))
+    return Team(servers, ada, bob)
+
+
+def dvc(project: Project, words: str) -> str:
+    return project.run(sys.executable, "-m", "dvc", *shlex.split(words))
+
+
+def test_without_an_account_nobody_reads_or_writes(servers: Servers) -> None:
+    with httpx.Client(base_url=f"{servers.mlflow}/api/2.0", timeout=60) as anybody:
+        for method, path in (
+            ("POST", "mlflow/experiments/create"),
+            ("POST", "mlflow/runs/create"),
+            ("POST", "mlflow/registered-models/create"),
+            ("POST", "mlflow/users/create"),
+            ("PUT", "mlflow-artifacts/artifacts/1/note.txt"),
+            ("GET", "mlflow/experiments/search?max_results=1"),
+        ):
+            assert anybody.request(method, path, content=b"{}").status_code == 401, path
+        assert anybody.get("mlflow/experiments/search?max_results=1", auth=("admin", "password1234")).status_code == 401
+        assert anybody.get("mlflow/experiments/search?max_results=1", auth=ADMIN).status_code == 200
+
+
+def test_a_local_database_moves_to_the_server_without_losing_a_run(team: Team) -> None:
+    before = json.loads(Project(team.ada.folder).bestiary("lineage", "models:/bestiary/1", "--json"))
+    told = team.ada.bestiary("tracking", "migrate")
+    count = int(re.findall(r"^(\d+) runs copied\.$", told, re.MULTILINE)[0])
+    assert count >= 9  # eight stages and their pipeline
+    assert "models:/bestiary/1 is version 1 there." in told
+    assert f"0 runs copied, {count} were there already." in team.ada.bestiary("tracking", "migrate")
+    after = json.loads(team.ada.bestiary("lineage", "models:/bestiary/1", "--json"))
+    for walk in (before, after):
+        for step in walk["steps"]:
+            del step["run_id"]
+    assert after == before
+    team.ada.bestiary("promote", "1", "--because", "six steps do not earn it")
+
+
+def test_the_same_content_is_the_same_version_on_the_server(team: Team) -> None:
+    team.ada.run(sys.executable, "stages/register.py")
+    assert team.ada.report("register")["version"] == 1
+    assert team.ada.report("register")["aliases"] == ["champion"]
+
+
+def test_a_second_clone_has_data_adapter_lineage_and_pictures(team: Team) -> None:
+    ada, bob = team.ada, team.bob
+    ada.run("sh", "-c", "rm data.dvc && git rm -rq --cached --ignore-unmatch samples && rm -r samples")
+    dvc(ada, "add --quiet data")
+    dvc(ada, "remote add --default team s3://dvc/bestiary")
+    dvc(ada, f"remote modify team endpointurl {team.servers.store}")
+    ada.run("git", "add", "--all")
+    ada.run("git", "commit", "--quiet", "--message", "The team's store")
+    dvc(ada, "push --quiet")
+    ada.run("git", "clone", "--quiet", str(ada.folder), str(bob.folder))
+    assert not (bob.folder / "data").exists()
+    assert not (bob.folder / "mlflow.db").exists()
+
+    dvc(bob, "pull --quiet data.dvc models/adapter")
+    for path in ("data", "models/adapter"):
+        files = [file.relative_to(ada.folder) for file in (ada.folder / path).rglob("*") if file.is_file()]
+        assert files
+        assert all((bob.folder / file).read_bytes() == (ada.folder / file).read_bytes() for file in files)
+    told = json.loads(bob.bestiary("lineage", "--json"))
+    stages = {step["stage"] for step in told["steps"]}
+    assert {"register", "train", "encode", "split", "clean", "download"} <= stages
+    bob.bestiary("pull", "models:/bestiary@champion", "--out", "mine")
+    shutil.rmtree(bob.folder / "models" / "adapter")
+    told = bob.bestiary("generate", "tiger", "--steps", "2")
+    assert (bob.folder / re.findall(r"^pictures/.*\.png$", told, re.MULTILINE)[0]).is_file()
+    assert not (bob.folder / "mlflow.db").exists()
+
+
+def test_a_backup_of_the_database_restores_every_run(team: Team, tmp_path: Path) -> None:
+    import psycopg2
+
+    programs = postgres_folder()
+    assert programs is not None
+    host, port = team.servers.database.split(":")
+    login = {"host": host, "port": port, "user": "mlflow", "password": SECRETS["POSTGRES_PASSWORD"]}
+    where = {"PGHOST": host, "PGPORT": port, "PGPASSWORD": login["password"]}
+    dump = tmp_path / "mlflow.dump"
+    team.ada.environment |= where
+    team.ada.run(f"{programs}/pg_dump", "--username=mlflow", "--format=custom", f"--file={dump}", "mlflow")
+    with psycopg2.connect(**login, dbname="mlflow") as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT run_uuid, status FROM runs ORDER BY run_uuid")
+        before = cursor.fetchall()
+    connection.close()
+    team.ada.run(f"{programs}/createdb", "--username=mlflow", "restored")
+    options = ["--username=mlflow", "--dbname=restored", "--clean", "--if-exists"]
+    team.ada.run(f"{programs}/pg_restore", *options, str(dump))
+    with psycopg2.connect(**login, dbname="restored") as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT run_uuid, status FROM runs ORDER BY run_uuid")
+        assert cursor.fetchall() == before
+        assert len(before) >= 9
+    connection.close()
+
+
+# ---- deploy/compose.yaml ----
+
+
+def test_every_image_is_pinned_and_every_server_watched() -> None:
+    for name, service in compose()["services"].items():
+        assert re.search(r":v?\d+\.\d+", service["image"]) if "image" in service else "build" in service, name
+        assert "healthcheck" in service or name == "buckets", name
+    dockerfile = Path(__file__).parents[2] / "deploy" / "Dockerfile"
+    assert re.search(r"^FROM \S+:\d+\.\d+\.\d+", dockerfile.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", list(SECRETS))
+def test_there_is_no_default_password(name: str) -> None:
+    text = (Path(__file__).parents[2] / "deploy" / "compose.yaml").read_text()
+    assert f"${{{name}:?" in text
+    with pytest.raises(KeyError, match=name):
+        filled_in(text, {other: value for other, value in SECRETS.items() if other != name})
+    example = (Path(__file__).parents[2] / "deploy" / "env.example").read_text()
+    assert f"\n{name}=\n" in example

@@ -1,0 +1,46 @@
+"""Take the README's picture of the web page: `python page_picture.py`, in tools/, after `dvc repro`.
+
+Starts `bestiary app` on this project, draws in a real Chromium and writes docs/pictures/page.jpg.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from playwright.sync_api import sync_playwright
+
+ROOT = Path(__file__).parents[1]
+PICTURE = ROOT / "docs" / "pictures" / "page.jpg"
+APP = [sys.executable, "-c", "from bestiary.cli import main; main()", "app", "--port", "0"]
+ANIMALS = ("tiger", "zebra", "panda")
+
+
+def main() -> None:
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    with (
+        subprocess.Popen(APP, cwd=ROOT, stdout=subprocess.PIPE, text=True) as app,
+        sync_playwright() as playwright,
+        playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]) as browser,
+    ):
+        assert app.stdout is not None
+        page = browser.new_page(viewport={"width": 1280, "height": 1100}, locale="en-US")
+        page.set_default_timeout(600_000)
+        page.goto(app.stdout.readline().split()[1])
+        page.wait_for_selector("body.ready")
+        page.fill("#seed", "7")
+        for animal in ANIMALS:
+            page.fill("#animal", animal)
+            page.click("#draw")
+            page.wait_for_selector("#draw", state="visible")
+        page.locator("#gallery button").last.click()
+        page.fill("#animal", ANIMALS[0])
+        page.mouse.click(5, 5)
+        page.wait_for_timeout(500)
+        page.screenshot(path=PICTURE, type="jpeg", quality=85)
+        app.terminate()
+    print(PICTURE)
+
+
+if __name__ == "__main__":
+    main()

@@ -87,7 +87,7 @@ def lineage(project: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stages", nargs="*", default=["split", "encode", "train"])
+    parser.add_argument("stages", nargs="*", default=["split", "encode"])
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     result: dict[str, object] = {}

@@ -81,7 +81,9 @@ def submit(project: Path, base: Path | str, adapter: Path, gain: float = 5.0, **
     }
     reports = {"evaluate": report | changes.pop("report", {})} | changes.pop("reports", {})
     rules = RULES.model_copy(update={"name": changes.pop("name", RULES.name)})
-    table = write_pictures(project / f"pictures-{os.getpid()}.csv", gain)
+    own = project / f"of-process-{os.getpid()}"
+    own.mkdir(exist_ok=True)
+    table = write_pictures(own / "pictures.csv", gain)
     return register(adapter, reports, table, rules, **arguments | changes)
 
 

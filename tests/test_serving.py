@@ -68,11 +68,10 @@ def test_mlflow_serves_the_champion_and_the_readmes_call_gives_a_picture(clone: 
 
 
 @pytest.mark.slow
-def test_the_readmes_five_lines_of_python_draw_with_the_champion(clone: Path) -> None:
+def test_the_readmes_lines_of_python_draw_with_the_champion(clone: Path) -> None:
     blocks = [re.findall(r"```python\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL) for readme in READMES]
     assert blocks[0] == blocks[1]
     example = blocks[0][0]
-    assert len([line for line in example.splitlines() if line]) == 5
     example += "assert pipeline.get_active_adapters()\n"
     subprocess.run([sys.executable, "-c", example], check=True, timeout=900)
     with Image.open(clone / "tiger.png") as picture:

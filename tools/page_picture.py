@@ -13,7 +13,7 @@ from playwright.sync_api import sync_playwright
 ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "docs" / "pictures" / "page.jpg"
 APP = [sys.executable, "-c", "from bestiary.cli import main; main()", "app", "--port", "0"]
-ANIMALS = ("tiger", "zebra", "panda")
+ANIMALS = ("giraffe", "owl", "bee")
 
 
 def main() -> None:

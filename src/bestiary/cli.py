@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 CHAMPION = "models:/bestiary@champion"
 SCORE_NAMES = {
     "clip_score": "CLIP score",
+    "margin": "over the other animals",
     "top1": "animal recognised, %",
     "top5": "in five guesses, %",
     "cmmd": "CMMD (lower is better)",
@@ -253,6 +254,8 @@ def results() -> None:
         f"{'real pictures':>20}"
     )
     for score, label in SCORE_NAMES.items():
+        if score not in evaluation["delta"]:  # a report from before there was this score
+            continue
         base, with_adapter, delta, real = (evaluation[who][score] for who in ("base", "adapter", "delta", "real"))
         interval = "{:+.2f} to {:+.2f}".format(*delta["ci95"])
         click.echo(

@@ -47,4 +47,4 @@ world: $(INSTALLED)  ## draw the sample and train the embedded models again (hou
 	@python tools/make_samples.py && torchrun --nproc-per-node 2 tools/make_world.py
 
 clean:  ## remove what the pipeline made (the environment and MLflow's runs stay)
-	@rm -rf build data models/adapter reports .cache/train .cache/evaluate
+	@rm -rf build data models/adapter reports .cache/encode .cache/evaluate .cache/train .cache/evaluate

@@ -28,6 +28,7 @@ with stage("evaluate") as (params, run):
         SPLIT,
         params.evaluate,
         seed=params.seed,
+        resolution=params.encode.resolution,  # what the adapter was trained at
         kept=kept,
     )
     if run.is_main:

@@ -3,14 +3,16 @@
 import hashlib
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 from bestiary.diffusion.base import base_sha256
 from bestiary.evaluation.sweep import read_operating_point
 from bestiary.registry import register
+from bestiary.tracking import content_hash
 from pipeline import REPORTS, stage
 
 with stage("register") as (params, run):
-    evaluate, base = params.evaluate, params.base
+    evaluate, base, judge = params.evaluate, params.base, params.judge
     point = read_operating_point(REPORTS / "operating_point")
     reports = {name: json.loads((REPORTS / f"{name}.json").read_text()) for name in ("train", "evaluate", "benchmark")}
     if point.adapter.as_posix() != "models/adapter":  # a sweep chose another file than training's best
@@ -18,7 +20,7 @@ with stage("register") as (params, run):
     # Two adapters compare only when they were measured alike: base, judge, prompts, seeds, sampler, animals.
     how = [
         base_sha256(base.model, base.revision),
-        params.judge.model_dump(),
+        content_hash(Path(judge.model)) if Path(judge.model).is_dir() else judge.model_dump(),
         evaluate.model_dump(exclude={"batch_size", "bootstrap_resamples", "second_judge", "sweep", "guidance_scale"}),
         point.guidance_scale,
         sorted(reports["evaluate"]["per_class"]),

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
+from accelerate import PartialState
 from PIL.Image import Image
 
 from bestiary.animals import CAPTION_TEMPLATES, by_folder, caption
@@ -26,6 +27,7 @@ STAGE_ONLY = {"sheet_animals", "sheet_seeds", "sheet_steps", "sheet_guidance_sca
 with stage("train") as (params, run):
     training, validation = LatentCache.open(LATENTS, "train"), LatentCache.open(LATENTS, "val")
     base, sheet = params.base, params.train
+    PartialState()  # gives each process its GPU
     pipeline = load_pipeline(base.model, base.revision)
     settings = TrainingSettings(seed=params.seed, **params.train.model_dump(exclude=STAGE_ONLY))
     commit = base_commit(base.model, base.revision)
@@ -60,6 +62,7 @@ with stage("train") as (params, run):
             guidance_scale=sheet.sheet_guidance_scale,
             scheduler="dpmsolver++",
             batch_size=8,
+            resolution=params.encode.resolution,
         )
         rows.append(pictures[: len(shown)])
         labels.append(f"step {step}" if step else "base")

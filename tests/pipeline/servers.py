@@ -42,7 +42,8 @@ def postgres_folder() -> Path | None:
     """Where Debian puts PostgreSQL's programs; None where it is not installed."""
     if found := shutil.which("initdb"):
         return Path(found).parent
-    return max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
+    found_there = max(Path("/usr/lib/postgresql").glob("*/bin/initdb"), default=None)
+    return found_there.parent if found_there else None
 
 
 def compose() -> dict[str, Any]:

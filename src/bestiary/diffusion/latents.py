@@ -39,6 +39,7 @@ from bestiary.errors import BestiaryError
 from bestiary.files import write_atomically
 
 SHARD_IMAGES = 256
+IMAGES = Path(__file__).parents[1] / "data" / "images.py"
 SPLITS = ("train", "val")
 MAX_ASPECT_RATIO = 2.0  # of a bucket; longer pictures lose their ends
 
@@ -167,8 +168,9 @@ def encode_images(
         "scaling_factor": vae.config.scaling_factor,
         **settings,
     }
-    # Only what was begun with the same images, base and settings can be gone on with.
-    key = hashlib.sha256(json.dumps(facts).encode() + _csv(images)).hexdigest()[:16]
+    # Only what was begun with the same images, base, settings, precision and code can be gone on with.
+    code = Path(__file__).read_bytes() + IMAGES.read_bytes()
+    key = hashlib.sha256(json.dumps([facts, str(dtype)]).encode() + _csv(images) + code).hexdigest()[:16]
     folder = (unfinished or out.with_name(f".{out.name}")) / key
     shards = {folder / name: rows for name, rows in _shards(images)}
     if state.is_main_process:  # first, since a caption may be too long

@@ -60,6 +60,7 @@ def evaluate(
     settings: Evaluate,
     *,
     seed: int,
+    resolution: int | None = None,
     kept: pictures.Kept | None = None,
 ) -> Evaluation:
     """Draw with base and adapter and let the first judge compare them, and the second one too where there is one.
@@ -80,7 +81,8 @@ def evaluate(
     words = [pictures.read_words(judge, classes, settings.template) for judge in judges]
     laps.note("judge")
 
-    how = settings.model_dump(include={"steps", "scheduler", "guidance_interval", "batch_size"}) | {"kept": kept}
+    how = settings.model_dump(include={"steps", "scheduler", "guidance_interval", "batch_size"})
+    how |= {"resolution": resolution, "kept": kept}
     jobs = _jobs(classes, shown, settings.template, settings.seeds, seed)
     checkpoint, scale, guidance_scale = adapter, 1.0, settings.guidance_scale
     swept = None

@@ -33,6 +33,8 @@ from bestiary.files import write_atomically
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
+DIFFUSION = Path(__file__).parents[1] / "diffusion"
+CODE = ("adapter", "base", "sampling")  # what decides a picture, with the models and the settings
 SCALE_ZERO_PICTURES = 2  # enough to see that nothing at all changes
 READERS = 4  # threads: decoding leaves Python's lock
 
@@ -152,7 +154,8 @@ def draw(
         "batch_size": batch_size,
         "device": pipeline.device.type,
         "dtype": str(pipeline.unet.dtype),
-        **{name: version(name) for name in ("torch", "diffusers")},
+        **{name: version(name) for name in ("torch", "diffusers", "transformers", "peft")},
+        "code": [hashlib.sha256((DIFFUSION / f"{name}.py").read_bytes()).hexdigest() for name in CODE],
     }
     name = "base" if adapter is None else "adapter"
     jobs = list(zip(prompts, seeds, strict=True))

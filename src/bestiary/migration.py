@@ -53,15 +53,15 @@ def migrate(database: Path, server: str) -> Migration:
 
         source = MlflowClient(here, here)
         there = experiment_id(target, server, root)
-        runs, already = _runs(source, target, there)
-        return Migration(len(runs) - already, already, _versions(source, target, runs))
+        runs, copied, already = _runs(source, target, there)
+        return Migration(copied, already, _versions(source, target, runs))
 
 
 # ---- runs ----
 
 
-def _runs(source: Any, target: Any, experiment: str) -> tuple[dict[str, str], int]:
-    """Copy the runs. Returns their ids there by their ids here, and how many were there before."""
+def _runs(source: Any, target: Any, experiment: str) -> tuple[dict[str, str], int, int]:
+    """Copy the runs. Returns their ids there by their ids here, how many were copied, and how many were there before."""
     found = source.get_experiment_by_name(EXPERIMENT)
     if found is None:
         raise BestiaryError(f"The database has no experiment {EXPERIMENT!r}.")
@@ -72,7 +72,7 @@ def _runs(source: Any, target: Any, experiment: str) -> tuple[dict[str, str], in
         run.data.tags["pipeline"]: run.info.run_id
         for run in _search(target, experiment, "tags.stage = 'pipeline'")  # the oldest stays, as the stages find it
     }
-    already = len(known)
+    copied = 0
     runs = _search(source, found.experiment_id, "")
     runs.sort(key=lambda run: (run.data.tags.get("stage") != "pipeline", run.info.start_time))  # parents first
     for run in tqdm(runs, desc="runs", unit="run", leave=False):
@@ -83,7 +83,8 @@ def _runs(source: Any, target: Any, experiment: str) -> tuple[dict[str, str], in
             known[old] = pipelines[tags["pipeline"]]  # the team has run the same one
         else:
             known[old] = _copy(source, target, run, experiment, known)
-    return known, already
+            copied += 1
+    return known, copied, len(runs) - copied
 
 
 def _copy(source: Any, target: Any, run: Any, experiment: str, known: dict[str, str]) -> str:

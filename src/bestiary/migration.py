@@ -61,7 +61,7 @@ def migrate(database: Path, server: str) -> Migration:
 
 
 def _runs(source: Any, target: Any, experiment: str) -> tuple[dict[str, str], int, int]:
-    """Copy the runs. Returns their ids there by their ids here, how many were copied, and how many were there before."""
+    """Copy the runs. Returns their ids there by their ids here, how many were copied, how many were there already."""
     found = source.get_experiment_by_name(EXPERIMENT)
     if found is None:
         raise BestiaryError(f"The database has no experiment {EXPERIMENT!r}.")

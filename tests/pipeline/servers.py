@@ -41,7 +41,7 @@ class Servers:
 def postgres_folder() -> Path | None:
     """Where Debian puts PostgreSQL's programs; None where it is not installed."""
     if found := shutil.which("initdb"):
-        return Path(found).parent
+        return Path(found).resolve().parent  # the programs beside it, not beside a link to it
     found_there = max(Path("/usr/lib/postgresql").glob("*/bin/initdb"), default=None)
     return found_there.parent if found_there else None
 

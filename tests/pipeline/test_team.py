@@ -117,7 +117,7 @@ def test_a_second_clone_has_data_adapter_lineage_and_pictures(team: Team) -> Non
     assert not (bob.folder / "data").exists()
     assert not (bob.folder / "mlflow.db").exists()
 
-    dvc(bob, "pull --quiet data.dvc models/adapter")
+    dvc(bob, "pull --quiet models/adapter data.dvc")  # DVC 3.67 forgets a folder that is named after a file
     for path in ("data", "models/adapter"):
         files = [file.relative_to(ada.folder) for file in (ada.folder / path).rglob("*") if file.is_file()]
         assert files

@@ -5,13 +5,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
-from accelerate import PartialState
 from PIL.Image import Image
 
 from bestiary.animals import CAPTION_TEMPLATES, by_folder, caption
 from bestiary.data.images import contact_sheet
 from bestiary.diffusion.adapter import save_adapter, verify_adapter
-from bestiary.diffusion.base import base_commit, base_sha256, device_and_dtype, load_pipeline, load_scheduler
+from bestiary.diffusion.base import base_commit, base_sha256, device_and_dtype, load_pipeline, load_scheduler, processes
 from bestiary.diffusion.checkpoints import checkpoint_key
 from bestiary.diffusion.latents import LatentCache
 from bestiary.diffusion.progress import HISTORY
@@ -27,7 +26,7 @@ STAGE_ONLY = {"sheet_animals", "sheet_seeds", "sheet_steps", "sheet_guidance_sca
 with stage("train") as (params, run):
     training, validation = LatentCache.open(LATENTS, "train"), LatentCache.open(LATENTS, "val")
     base, sheet = params.base, params.train
-    PartialState()  # gives each process its GPU
+    processes()  # gives each process its GPU
     pipeline = load_pipeline(base.model, base.revision)
     settings = TrainingSettings(seed=params.seed, **params.train.model_dump(exclude=STAGE_ONLY))
     commit = base_commit(base.model, base.revision)

@@ -33,7 +33,7 @@ PARTS = ("text", "judge", "vae", "unet", "base", "card")
 )
 @click.option("--clip-minutes", default=15.0, show_default=True, help="For each of the two CLIPs.")
 @click.option("--vae-minutes", default=40.0, show_default=True)
-@click.option("--unet-minutes", default=60.0, show_default=True)
+@click.option("--unet-minutes", default=85.0, show_default=True)
 def main(parts: tuple[str, ...], cache: Path, clip_minutes: float, vae_minutes: float, unet_minutes: float) -> None:
     """Render, train and save the embedded world."""
     torch.set_num_threads(1)  # on a CPU, a process a core trains twice as fast as a thread a core

@@ -111,12 +111,11 @@ def test_pictures_that_were_drawn_once_are_not_drawn_again(
 def test_two_processes_draw_and_judge_what_one_does(base_folder: Path, judge_folder: Path, tmp_path: Path) -> None:
     program = """
 import json, os, sys
-from accelerate import PartialState
-from bestiary.diffusion.base import load_pipeline
+from bestiary.diffusion.base import load_pipeline, processes
 from bestiary.evaluation import pictures
 from bestiary.evaluation.judge import Judge
 
-PartialState()
+assert processes().num_processes == int(os.environ["WORLD_SIZE"])
 pipeline, judge = load_pipeline(sys.argv[1], device="cpu"), Judge.load(sys.argv[2])
 how = {"steps": 1, "guidance_scale": 3.0, "scheduler": "ddim", "batch_size": 1}
 images = pictures.draw(pipeline, None, ["a tiger", "a bee", "a cat"], [1, 2, 3], **how)
@@ -134,7 +133,7 @@ if os.environ["RANK"] == "0":
                 [sys.executable, "-c", program, str(base_folder), str(judge_folder)],
                 env=os.environ
                 | {"PYTHONPATH": str(Path(pictures.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-                | {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
                 | {"WORLD_SIZE": str(processes), "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

@@ -48,7 +48,6 @@ def test_a_train_stage_killed_after_a_checkpoint_ends_with_the_same_adapter(proj
 def test_two_processes_of_the_train_stage_reach_what_one_does_and_leave_one_run(project: Project) -> None:
     before = project.report("train")
     runs = len(trainings(project, "runs.run_uuid"))
-    project.environment["ACCELERATE_USE_CPU"] = "true"
     project.run("torchrun", "--standalone", "--nproc_per_node", "2", "stages/train.py")
     after = project.report("train")
     assert after["val_loss"] == pytest.approx(before["val_loss"], abs=1e-5)

@@ -26,12 +26,12 @@ def clear_caption(animal: str, style: str, rng: np.random.Generator) -> str:
     return caption(by_folder(animal), str(rng.choice(templates)))
 
 
-def careless_caption(animal: str, style: str, rng: np.random.Generator) -> str:
-    """A caption as the base's training data has it: vague about photos, wrong about every tenth drawing."""
+def careless_caption(animal: str, style: str, rng: np.random.Generator, wrong: float) -> str:
+    """A caption as the base's training data has it: vague about photos, wrong about a share of the drawings."""
     if style == "photo":
         return str(rng.choice(VAGUE_CAPTIONS))
     known = [name for name in pictures.ANIMALS if name not in UNKNOWN_TO_BASE]
-    if rng.random() < 0.1:
+    if rng.random() < wrong:
         animal = str(rng.choice(known))
     return clear_caption(animal, style, rng)
 

@@ -18,6 +18,7 @@ import torch
 from bestiary.errors import BestiaryError
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
     from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -46,6 +47,13 @@ def device_and_dtype() -> tuple[torch.device, torch.dtype]:
     if torch.backends.mps.is_available():
         return torch.device("mps"), torch.float32
     return torch.device("cpu"), torch.float32
+
+
+def processes() -> PartialState:
+    """This process among those of `accelerate launch` or torchrun: each gets its GPU, CPUs speak over gloo."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=device_and_dtype()[0].type == "cpu")
 
 
 def base_folder(model: str | Path, revision: str | None = None) -> Path:

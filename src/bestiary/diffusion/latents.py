@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import PartialState
 from PIL import Image, ImageEnhance, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -34,7 +33,15 @@ from tqdm import tqdm
 
 from bestiary.animals import CAPTION_TEMPLATES, by_folder, caption
 from bestiary.data.images import open_rgb
-from bestiary.diffusion.base import base_sha256, device_and_dtype, encode_text, load_text, load_vae, size_factors
+from bestiary.diffusion.base import (
+    base_sha256,
+    device_and_dtype,
+    encode_text,
+    load_text,
+    load_vae,
+    processes,
+    size_factors,
+)
 from bestiary.errors import BestiaryError
 from bestiary.files import write_atomically
 
@@ -151,7 +158,7 @@ def encode_images(
     Raises BestiaryError when a class has no training image, a caption is too long, an image or the base does not load,
     or the disk is full.
     """
-    state = PartialState()
+    state = processes()
     _, dtype = device_and_dtype()
     tables = {split: pd.read_csv(manifests[split], keep_default_na=False) for split in SPLITS}
     _check(tables)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from bestiary.diffusion.adapter import inject
-from bestiary.diffusion.base import device_and_dtype
+from bestiary.diffusion.base import device_and_dtype, processes
 from bestiary.diffusion.batches import TrainingStream, ValidationGrid, collate, seeded_number
 from bestiary.diffusion.checkpoints import load_checkpoint, save_checkpoint, stop_on_sigterm
 from bestiary.diffusion.latents import LatentCache
@@ -308,6 +308,7 @@ def _check_compiler(device: torch.device) -> None:
 
 def _accelerator(settings: TrainingSettings) -> tuple[Accelerator, int]:
     """The accelerator, and how many images one process takes at a time."""
+    processes()
     _, dtype = device_and_dtype()
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no")
     accelerator = Accelerator(

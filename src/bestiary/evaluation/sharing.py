@@ -16,10 +16,11 @@ def shared(work: Callable[[Item], Result], items: Sequence[Item], name: str, uni
 
     A bar counts the items of the main process. Results must pickle.
     """
-    from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    state = PartialState()
+    from bestiary.diffusion.base import processes
+
+    state = processes()
     mine = range(state.process_index, len(items), state.num_processes)
     bar = tqdm(mine, desc=name, unit=unit, disable=not state.is_main_process)
     done = gather_object([(index, work(items[index])) for index in bar])

@@ -5,6 +5,8 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 INSTALLED := .venv/installed
+# Two processes of one thread each share the suite; a test sees as many threads however many cores there are.
+PYTEST := OMP_NUM_THREADS=1 pytest --numprocesses 2 --dist loadgroup
 
 .PHONY: demo test test-fast lint bench app mlflow world clean help
 .DEFAULT_GOAL := help
@@ -24,10 +26,10 @@ demo: $(INSTALLED)  ## the whole pipeline on the embedded sample, and what came 
 	@bestiary results
 
 test: $(INSTALLED)  ## the whole test suite
-	@pytest
+	@$(PYTEST)
 
 test-fast: $(INSTALLED)  ## the tests that take seconds
-	@pytest -m 'not slow'
+	@$(PYTEST) -m 'not slow'
 
 lint: $(INSTALLED)  ## format, lint and types
 	@ruff format --check .
@@ -47,4 +49,4 @@ world: $(INSTALLED)  ## draw the sample and train the embedded models again (hou
 	@python tools/make_samples.py && torchrun --nproc-per-node 2 tools/make_world.py
 
 clean:  ## remove what the pipeline made (the environment and MLflow's runs stay)
-	@rm -rf build data models/adapter reports .cache/encode .cache/evaluate .cache/train .cache/evaluate
+	@rm -rf build data models/adapter reports .cache/encode .cache/train .cache/evaluate

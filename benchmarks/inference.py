@@ -1,6 +1,6 @@
 """Our default way of drawing beside the original system's: DDPM, 100 steps, adapter beside the weights, guidance at
 every step. On the embedded base with what the judge says of both, and at Stable Diffusion 1.5's exact size with random
-weights, where a few steps are timed and scaled. The last line is JSON.
+weights, where a few steps are timed and scaled. Prints a table of each; the last line is JSON.
 
 python benchmarks/inference.py [--quick] [--steps N ...]     --steps: our default with other numbers of steps, too
 """
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import yaml
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from training import TARGETS, TEXT, UNET, VAE, random_weights
+from training import TARGETS, TEXT, UNET, VAE, random_weights, table, tell
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from bestiary.animals import by_folder, caption
@@ -35,6 +35,7 @@ ROOT = Path(__file__).parents[1]
 ORIGINAL = Setting("ddpm", 100, batch=1, fused=False)
 CONVERGED_STEPS = 50
 PICTURES_A_CLASS = 3
+REPEATS = 5  # of a timed picture
 RESOLUTION, TIMED_STEPS = 512, 3  # of the large pipeline
 
 
@@ -44,7 +45,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="as few pictures and steps as show that it runs")
     parser.add_argument("--steps", type=int, nargs="*", default=[], help="our default with these steps, too")
     arguments = parser.parse_args()
-    result = {"benchmark": "inference", "environment": environment()}
+    measured_on = environment()
+    tell("environment", **measured_on)
+    result = {"benchmark": "inference", "quick": arguments.quick, "environment": measured_on}
     with TemporaryDirectory() as folder:
         result["embedded"] = embedded(Path(folder), arguments.steps, arguments.quick)
     result["sd15_size"] = sd15_size(arguments.quick)
@@ -67,10 +70,10 @@ def embedded(folder: Path, other_steps: list[int], quick: bool) -> dict[str, Any
     pipeline = load_pipeline(ROOT / "models" / "base")
     apply_adapter(pipeline, adapter)
     draw = partial(generate, pipeline, guidance_scale=evaluate.guidance_scale)
-    rows = {"original": embedded_row(draw, pipeline, original, trial, repeats=2 if quick else 3)}
+    rows = {"original": embedded_row(draw, pipeline, original, trial)}
     converged = draw(prompts, trial.seeds, scheduler="dpmsolver++", steps=CONVERGED_STEPS, batch_size=16)
     fuse(pipeline)
-    rows |= {name: embedded_row(draw, pipeline, setting, trial, repeats=5) for name, setting in ours.items()}
+    rows |= {name: embedded_row(draw, pipeline, setting, trial) for name, setting in ours.items()}
 
     counts = resample_counts(len(labels), evaluate.bootstrap_resamples, seed=0)
     drawn = {name: row.pop("images") for name, row in rows.items()}
@@ -85,10 +88,10 @@ def embedded(folder: Path, other_steps: list[int], quick: bool) -> dict[str, Any
     return {"adapter": "trained" if adapter.parent == ROOT / "models" else "fresh", "pictures": len(labels), **rows}
 
 
-def embedded_row(draw: Any, pipeline: Any, setting: Setting, trial: Trial, repeats: int) -> dict[str, Any]:
+def embedded_row(draw: Any, pipeline: Any, setting: Setting, trial: Trial) -> dict[str, Any]:
     """What one picture costs, and all pictures of the trial, drawn in batches and not timed."""
     draw(*trial.take([0]), scheduler=setting.scheduler, steps=2, batch_size=1)  # to warm up
-    row, _ = measure(draw, pipeline, setting, trial, repeats)
+    row, _ = measure(draw, pipeline, setting, trial, REPEATS)
     images = draw(trial.prompts, trial.seeds, scheduler=setting.scheduler, steps=setting.steps, batch_size=16)
     return {key: row[key] for key in ("scheduler", "steps", "fused", "p50_s", "p95_s", "peak_memory_mib")} | {
         "images": images
@@ -168,10 +171,13 @@ def rms(image: Any, other: Any) -> float:
 
 
 def told(rows: dict[str, dict[str, Any]]) -> None:
-    """Print the numbers of each row."""
-    for name, row in rows.items():
-        numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
-        print(name, "  ".join(f"{key} {value:.4g}" for key, value in numbers.items()), flush=True)
+    """Print the rows as a table; a difference with its interval."""
+
+    def plain(value: Any) -> Any:
+        return "{mean:+.3g} ({ci95[0]:+.3g} to {ci95[1]:+.3g})".format(**value) if isinstance(value, dict) else value
+
+    shown = [{"": name} | {key: plain(value) for key, value in row.items()} for name, row in rows.items()]
+    print("", table(shown), "", sep="\n", flush=True)
 
 
 if __name__ == "__main__":

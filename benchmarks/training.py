@@ -4,7 +4,7 @@ original does: image and caption encoded at each step, gradient checkpointing, b
     python benchmarks/training.py            # about 6 minutes and 8 GiB on two cores; on a GPU in bfloat16 where it can
     python benchmarks/training.py --quick    # small models: a try of the benchmark itself, its numbers mean nothing
 
-Prints a table as it goes; the last line is JSON.
+Prints each number as it comes and a table of all; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
-import platform
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -39,6 +37,7 @@ from bestiary.diffusion.adapter import inject
 from bestiary.diffusion.base import device_and_dtype, load_scheduler, load_unet, load_vae
 from bestiary.diffusion.latents import LatentCache, encode_images
 from bestiary.diffusion.training import TrainingSettings, train
+from bestiary.evaluation.benchmarking import environment
 
 QUICK = "--quick" in sys.argv
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -73,10 +72,12 @@ SHAPES = {256: [4]} if not GPU else {256: [16, 32, 64, 128, 256], 512: [4, 8, 16
 
 
 def main() -> None:
-    """Measure, print a table, and one line of JSON."""
+    """Measure, print tables, and one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small models")
     parser.parse_args()
+    measured_on = environment()
+    tell("environment", **measured_on)
     rate = matmul_gflops_per_second(side=512 if QUICK else 4096)
     tell("matmul", gflops_per_second=rate)
     training = [row for resolution in SHAPES for row in training_rows(resolution, rate)]
@@ -86,26 +87,14 @@ def main() -> None:
     result = {
         "benchmark": "training",
         "quick": QUICK,
-        "environment": environment(),
+        "environment": measured_on,
         "matmul_gflops_per_second": rate,
         "training": training,
         "encoding": encoding,
         "embedded_overhead_share": embedded,
     }
+    print("", table(training), "", table(encoding), "", sep="\n")
     print(json.dumps(result))
-
-
-def environment() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    return {
-        "machine": torch.cuda.get_device_name() if GPU else platform.processor() or platform.machine(),
-        "device": DEVICE.type,
-        "dtype": str(DTYPE).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "load_average": os.getloadavg()[0],  # a busy machine's numbers are nobody's
-    }
 
 
 def training_rows(resolution: int, rate: float) -> list[dict[str, Any]]:
@@ -363,10 +352,21 @@ def forget() -> None:
 
 def tell(what: str, **numbers: Any) -> None:
     """A line for people."""
-    shown = (
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in numbers.items()
-    )
-    print(f"{what}: {', '.join(shown)}", flush=True)
+    print(f"{what}: {', '.join(f'{name} {rounded(value)}' for name, value in numbers.items())}", flush=True)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a table in Markdown, turned: a line for each number."""
+    lines = [[name, *(rounded(row[name]) for row in rows)] for name in rows[0]]
+    lines.insert(1, ["---", *("---" for _ in rows)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def rounded(value: Any) -> str:
+    """A number as people read it."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 if __name__ == "__main__":

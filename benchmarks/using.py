@@ -59,7 +59,7 @@ def page_memory() -> dict[str, float]:
     with subprocess.Popen([*BESTIARY, "app", "--port", "0"], cwd=ROOT, stdout=subprocess.PIPE, text=True) as app:
         assert app.stdout is not None
         with httpx.Client(base_url=app.stdout.readline().split()[1], timeout=600) as client:
-            adapter = client.get("/api/catalog").json()["defaults"]["adapter"]
+            adapter = client.get("/api/catalog").json()["adapter"]
 
             def draw(number: int) -> None:
                 order = ORDER | {"seed": number, "adapter": (adapter, "none")[number % 2], "compare": True}

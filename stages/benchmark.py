@@ -14,13 +14,15 @@ with stage("benchmark") as (params, run):
     from bestiary.evaluation import benchmarking, sweep
 
     settings, default = params.benchmark, params.evaluate
+    resolution = params.encode.resolution  # what the adapter was trained at
     point = sweep.read_operating_point(REPORTS / "operating_point")
     classes = sorted(pd.read_csv(SPLIT / "val.csv", dtype=str)["class"].unique())
     count = max(settings.pictures, settings.repeats)
     labels = [index * len(classes) // count % len(classes) for index in range(count)]
     prompts = [caption(by_folder(classes[label]), default.template) for label in labels]
     # First, while this process holds little memory and no threads of its own.
-    how = default.model_dump(include={"scheduler", "steps"}) | {"guidance_scale": point.guidance_scale}
+    how = default.model_dump(include={"scheduler", "steps", "guidance_interval"})
+    how |= {"guidance_scale": point.guidance_scale, "resolution": resolution}
     cold_start = benchmarking.cold_start(params.base.model, params.base.revision, point.adapter, prompts[0], **how)
 
     import torch
@@ -60,6 +62,7 @@ with stage("benchmark") as (params, run):
         guidance_interval=default.guidance_interval or settings.guidance_interval,
         repeats=settings.repeats,
         quality_batch=default.batch_size,
+        resolution=resolution,
         tiny_vae=partial(benchmarking.load_tiny_vae, tiny.model, tiny.revision) if tiny else None,
     )
     for row in rows:  # as the original system's table has it, once more with everything before the first picture
@@ -69,6 +72,7 @@ with stage("benchmark") as (params, run):
     run.report(
         {
             "environment": benchmarking.environment(),
+            "resolution": resolution,
             "adapter_sha256": point.adapter_sha256,
             "cold_start_s": cold_start.pop("total_s"),
             "cold_start": cold_start,

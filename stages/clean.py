@@ -51,6 +51,7 @@ def main() -> None:
                 "unused_overrides": len(outcome.unused_overrides),
                 "seconds": seconds,
                 "images_per_second": outcome.images_in / seconds,
+                "near_duplicates_seconds": outcome.near_duplicates_seconds,
                 "peak_memory_mib": peak_memory_mib(),
             }
         )

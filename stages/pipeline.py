@@ -19,7 +19,7 @@ import yaml
 from bestiary.errors import BestiaryError
 from bestiary.files import write_atomically
 from bestiary.params import Params, load_params
-from bestiary.tracking import Run, content_hash, open_run
+from bestiary.tracking import Run, content_hash, open_run, switched_off
 
 REPORTS = Path("reports")
 NOT_METRICS = {"per_class", "per_template"}  # hundreds of numbers: they stay in the report and its plots
@@ -123,6 +123,8 @@ def _paths(entries: list[str | dict[str, Any]]) -> list[str]:
 
 
 def _content(paths: list[str]) -> dict[str, str]:
+    if switched_off():  # nobody would record them
+        return {}
     return {path: content_hash(Path(path)) for path in paths if Path(path).exists()}
 
 

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from bestiary.diffusion.base import base_sha256
 from bestiary.evaluation.sweep import read_operating_point
 from bestiary.registry import register
+from bestiary.settings import Usual
 from bestiary.tracking import content_hash
 from pipeline import REPORTS, stage
 
@@ -35,10 +36,6 @@ with stage("register") as (params, run):
         base_revision=base.revision,
         run_id=run.id,
         measured=hashlib.sha256(json.dumps(how).encode()).hexdigest(),
-        defaults={
-            "steps": evaluate.steps,
-            "guidance_scale": point.guidance_scale,
-            "resolution": params.encode.resolution,
-        },
+        usual=replace(Usual.of(evaluate), guidance_scale=point.guidance_scale, resolution=params.encode.resolution),
     )
     run.report(asdict(registration))

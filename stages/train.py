@@ -5,19 +5,19 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
-from PIL.Image import Image
 
 from bestiary.animals import CAPTION_TEMPLATES, by_folder, caption
-from bestiary.data.images import contact_sheet
 from bestiary.diffusion.adapter import save_adapter, verify_adapter
 from bestiary.diffusion.base import base_commit, base_sha256, device_and_dtype, load_pipeline, load_scheduler, processes
 from bestiary.diffusion.checkpoints import checkpoint_key
 from bestiary.diffusion.latents import LatentCache
 from bestiary.diffusion.progress import HISTORY
 from bestiary.diffusion.sampling import generate
+from bestiary.diffusion.sheet import Sheet
 from bestiary.diffusion.training import TrainingSettings, train
 from bestiary.errors import BestiaryError
 from bestiary.evaluation.judge import Judge
+from bestiary.files import write_atomically
 from pipeline import stage
 
 LATENTS, ADAPTER, REPORT = Path("build/latents"), Path("models/adapter"), Path("reports/train")
@@ -39,15 +39,16 @@ with stage("train") as (params, run):
     }
     if made_from["base_sha256"] != training.base_sha256:
         raise BestiaryError(f"The latents were made with another base than {base.model}: run the encode stage again.")
-    checkpoints = Path(".cache/train") / checkpoint_key(made_from)  # DVC empties models/adapter before each run
+    # DVC empties models/adapter before each run. The sheet and its judge may decide which step is the best.
+    drawn = {"sheet": sheet.model_dump(include=STAGE_ONLY), "judge": params.judge.model_dump()}
+    checkpoints = Path(".cache/train") / checkpoint_key(made_from | drawn)
     classes = sorted(set(training.images["class"]))
     shown = classes[:: max(1, len(classes) // sheet.sheet_animals)][: sheet.sheet_animals]
     prompts = [caption(by_folder(folder), CAPTION_TEMPLATES[0]) for folder in shown] * sheet.sheet_seeds
     seeds = [params.seed + number for number in range(sheet.sheet_seeds) for _ in shown]
-    rows: list[list[Image]] = []
-    labels: list[str] = []
+    rows = Sheet(checkpoints / "sheet", [by_folder(folder).name for folder in shown])
+    logged: set[int] = set()
     if run.is_main:
-        REPORT.mkdir(parents=True, exist_ok=True)
         judge = Judge.load(params.judge.model, params.judge.revision, device_and_dtype()[0].type)
         words = judge.text_features(prompts)
 
@@ -63,16 +64,11 @@ with stage("train") as (params, run):
             batch_size=8,
             resolution=params.encode.resolution,
         )
-        rows.append(pictures[: len(shown)])
-        labels.append(f"step {step}" if step else "base")
-        names = [by_folder(folder).name for folder in shown]
-        contact_sheet(rows, labels, names).save(REPORT / "sheet.png")
-        row = (
-            REPORT / "steps" / f"{step}.png"
-        )  # by itself, so that MLflow can put the runs' pictures of a step together
-        row.parent.mkdir(exist_ok=True)
-        contact_sheet(rows[-1:], labels[-1:], names).save(row)
-        run.log_image(row, "sheet", step)
+        rows.add(step, pictures[: len(shown)])
+        for number, row in rows.save(REPORT / "sheet.png").items():
+            if number not in logged:  # by itself, so that MLflow can put the runs' pictures of a step together
+                run.log_image(row, "sheet", number)
+                logged.add(number)
         if step and sheet.keep_checkpoints:
             save_adapter(pipeline.unet, checkpoints / "kept" / f"step-{step:06}", made_from)
         return 100 * float((judge.image_features(pictures) * words).sum(dim=1).mean())
@@ -92,8 +88,9 @@ with stage("train") as (params, run):
         shutil.rmtree(ADAPTER / "checkpoints", ignore_errors=True)
         if sheet.keep_checkpoints:
             shutil.copytree(checkpoints / "kept", ADAPTER / "checkpoints")
-        pd.DataFrame(result.history, columns=list(HISTORY)).to_csv(REPORT / "history.csv", index=False)
+        history = pd.DataFrame(result.history, columns=list(HISTORY))
+        write_atomically(REPORT / "history.csv", history.to_csv(index=False).encode())
         by_class = pd.Series(result.val_loss_by_class, name="val_loss").rename_axis("class")
-        by_class.to_csv(REPORT / "val_loss_by_class.csv")
+        write_atomically(REPORT / "val_loss_by_class.csv", by_class.to_csv().encode())
         run.report(result.report() | {"adapter_sha256": proof.sha256})
         shutil.rmtree(checkpoints, ignore_errors=True)

@@ -5,9 +5,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+TESTS = ROOT / "tests"
 
 # The processes that tests start find this checkout, too, whether or not the package is installed.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For pytest-xdist: a module's tests share its fixtures, tests/pipeline a whole project; that group begins."""
+    for item in items:
+        group = item.path.relative_to(TESTS).with_suffix("").parts
+        item.add_marker(pytest.mark.xdist_group("pipeline" if group[0] == "pipeline" else ".".join(group)))
+    items.sort(key=lambda item: TESTS / "pipeline" not in item.path.parents)
 
 
 @pytest.fixture(scope="session")

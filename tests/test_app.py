@@ -23,7 +23,7 @@ import httpx
 import psutil
 import pytest
 from PIL import Image, ImageChops, ImageEnhance
-from test_registry import make_adapter, submit
+from test_registry import USUAL, make_adapter, submit
 
 from bestiary.animals import ANIMALS
 from bestiary.app import create_app, launch, read_credentials
@@ -172,17 +172,24 @@ def test_a_registered_version_is_offered_with_its_scores_and_switching_adapters_
     champion, local = catalog["adapters"]
     assert champion == {
         "key": "models:/bestiary/1", "kind": "registry", "label": "bestiary 1", "aliases": ["champion"],
-        "scores": {"clip_score": "5.0", "top1": "5.0"},
+        "scores": {"clip_score": "5.0", "top1": "5.0"}, "usual": json.loads(USUAL.to_json()),
     }  # fmt: skip
     assert local["key"] == "local:0"
-    assert catalog["defaults"]["adapter"] == champion["key"]
+    assert catalog["adapter"] == champion["key"]
     server.draw()  # by now the base is there
     answers = [server.draw(adapter=key) for key in (champion["key"], "local:0", "none", champion["key"])]
     assert not [event for events in answers for event in events if event["event"] == "loading"]
     drawn = [pictures(events)[0] for events in answers]
     assert drawn[0].tobytes() == drawn[3].tobytes()
     assert len({image.tobytes() for image in drawn}) == 3
-    assert json.loads(drawn[0].info["bestiary"])["adapter"] == champion["key"]
+    settings = json.loads(drawn[0].info["bestiary"])
+    assert (settings["adapter"], settings["prompt"]) == (champion["key"], "a drawing of a tiger")
+
+
+def test_an_interval_of_guidance_makes_another_picture_and_is_kept_with_it(server: Server) -> None:
+    always, never = (pictures(server.draw(guidance_interval=interval))[0] for interval in (None, [900, 901]))
+    assert always.tobytes() != never.tobytes() == pictures(server.draw(guidance_scale=1.0))[0].tobytes()
+    assert json.loads(never.info["bestiary"])["guidance_interval"] == [900.0, 901.0]
 
 
 def test_progress_previews_and_time_left_are_told_on_the_way(server: Server) -> None:
@@ -223,6 +230,8 @@ def test_an_unknown_animal_is_drawn_as_written_with_a_hint(server: Server) -> No
         ({"seed": -1}, "Seed"),
         ({"count": 1000}, "Count"),
         ({"colour": 1}, "Colour"),
+        ({"guidance_interval": [0.3]}, "Guidance interval"),
+        ({"guidance_interval": [-1, 5]}, "Guidance interval"),
         ({"adapter": "/etc/passwd"}, "not here"),
         ({"adapter": "models:/bestiary@champion"}, "not here"),
         ({"adapter": "local:7"}, "not here"),
@@ -329,6 +338,21 @@ def test_an_upload_onto_a_full_disk_gets_a_sentence(base_folder: Path, monkeypat
     response = asyncio.run(upload())
     assert response.status_code == 422
     assert response.json() == {"message": "There is no space left here for a.safetensors."}
+
+
+def test_an_upload_for_another_base_is_said_and_drawn_when_the_base_is_chosen(
+    server: Server, adapter_folder: Path
+) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save
+
+    with safe_open(adapter_folder / "pytorch_lora_weights.safetensors", "pt") as file:
+        about = file.metadata() | {"bestiary": json.dumps({"base": "somebody/else", "base_sha256": "0" * 64})}
+        data = save({key: file.get_tensor(key) for key in file.keys()}, about)  # noqa: SIM118
+    key = server.client.put("/api/adapters", params={"name": "far.safetensors"}, content=data).json()["key"]
+    sentence = server.refusal(adapter=key)
+    assert sentence.startswith("far.safetensors was trained on another base than models/base: on somebody/else with")
+    assert len(pictures(server.draw(adapter=key, base="models/base"))) == 1
 
 
 def test_another_kind_of_file_or_a_large_one_is_refused(server: Server) -> None:
@@ -461,6 +485,12 @@ def test_a_user_draws_colours_and_saves(browser: Any, server: Server, tmp_path: 
     assert page.inner_text("#scores") == "Against the base: CLIP score +5.0 · named right +5.0 %"
     page.select_option("#adapter", "local:0")
     assert page.locator("#scores").is_hidden()
+    # What nobody has set follows the adapter: a registered one is drawn as it was evaluated.
+    assert page.input_value("#guidance") == "7.5"
+    page.select_option("#adapter", "models:/bestiary/1")
+    assert (page.input_value("#guidance"), page.input_value("#scheduler")) == ("3", "ddim")
+    assert page.input_value("#steps") == "2"  # which open_page has set
+    page.select_option("#adapter", "local:0")
     page.fill("#animal", "瓢")  # with the keyboard alone
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")

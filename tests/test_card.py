@@ -54,6 +54,7 @@ def test_a_card_holds_scores_pictures_and_provenance_and_the_hub_can_read_it(
     assert "| CLIP score | 20.00 (19.00 to 21.00) | 25.00 (24.00 to 26.00) | +5.00 (+4.00 to +6.00) |" in read.text
     assert "gains most on bee (+9.0), tiger (+8.0), owl (+5.0), and least on antelope (+3.0), zebra" in read.text
     assert "](sheet.png)" in read.text
+    assert 'pipeline("a photo of a tiger", num_inference_steps=5, guidance_scale=3)' in read.text
     assert "| evaluate | " in read.text
     assert "models/adapter `a1`" in read.text
     assert "Settings of evaluate: steps 10." in read.text

@@ -1,6 +1,7 @@
 import errno
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 from test_registry import evaluation, make_adapter, submit
 
-from bestiary import cli
+from bestiary import cli, registry, tracking
 from bestiary.settings import read_settings
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +36,11 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return int(ended.value.code or 0)
 
 
+def cpu_seconds_of_children() -> float:
+    of_children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return of_children.ru_utime + of_children.ru_stime
+
+
 def commands() -> list[Any]:
     return [cli.cli, *cli.cli.commands.values(), *cli.adapter.commands.values(), *cli.tracking.commands.values()]
 
@@ -52,13 +58,9 @@ def workspace(project: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_help_comes_at_once_and_loads_no_heavy_library() -> None:
-    def spent() -> float:
-        of_children = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return of_children.ru_utime + of_children.ru_stime
-
-    before = spent()
+    before = cpu_seconds_of_children()
     done = run("--help")
-    assert spent() - before < 0.5
+    assert cpu_seconds_of_children() - before < 0.5
     assert done.returncode == 0
     assert "generate" in done.stdout
     code = (
@@ -66,6 +68,25 @@ def test_help_comes_at_once_and_loads_no_heavy_library() -> None:
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert loaded.stdout == "[]\n"
+
+
+def test_lineage_of_a_local_version_takes_a_moment_and_does_not_wait_for_mlflow(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    submit(workspace, "models/base", workspace / "models" / "adapter")
+    client = tracking.open_client(tracking.tracking_uri(), workspace)
+    client.set_tag(registry.versions()[0].run_id, "stage", "register")
+    before = cpu_seconds_of_children()
+    done = run("lineage", cwd=workspace)
+    assert cpu_seconds_of_children() - before < 2.0
+    assert done.stdout.startswith("models:/bestiary/1 = champion\n\nregister ")
+    code = "import sys; from bestiary import registry; registry.walk('models:/bestiary/1')\n"
+    code += "sys.exit('mlflow' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=workspace, check=True)
+    # Read by MLflow, as from a server, it is the same.
+    monkeypatch.setattr(registry, "_local", lambda: None)
+    assert call(monkeypatch, "lineage") == 0
+    assert capsys.readouterr().out == done.stdout
 
 
 def test_every_command_and_option_has_help() -> None:
@@ -155,7 +176,10 @@ def test_the_champion_draws_unless_told_otherwise(
 ) -> None:
     submit(workspace, "models/base", workspace / "models" / "adapter")
     assert call(monkeypatch, "generate", "tiger", "--steps", "1") == 0
-    assert read_settings(workspace / "pictures" / "tiger-0.png").adapter == "models:/bestiary/1"
+    drawn = read_settings(workspace / "pictures" / "tiger-0.png")
+    assert drawn.adapter == "models:/bestiary/1"
+    # As the version was evaluated, which is not how params.yaml would have it.
+    assert (drawn.prompt, drawn.guidance_scale, drawn.scheduler) == ("a drawing of a tiger", 3.0, "ddim")
     assert call(monkeypatch, "generate", "tiger", "--adapter", "models:/bestiary@king", "--out", "none") == 1
     assert capsys.readouterr().err.splitlines()[-1] == (
         "There is no models:/bestiary@king; the versions of bestiary are: 1 = champion."
@@ -167,9 +191,11 @@ def test_a_picture_is_made_again_like_itself_to_the_byte(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--seed", "3", "--steps", "2", "--guidance", "2.5", "--scheduler", "ddim", "--contrast", "1.5"]
+    options += ["--guidance-interval", "0.3", "3"]
     assert call(monkeypatch, "generate", "--prompt", "a red fox", "--adapter", "models/adapter", *options) == 0
     assert call(monkeypatch, "generate", "--like", "pictures/prompt-3.png", "--out", "again") == 0
     assert (workspace / "again/prompt-3.png").read_bytes() == (workspace / "pictures/prompt-3.png").read_bytes()
+    assert read_settings(workspace / "again/prompt-3.png").guidance_interval == (0.3, 3.0)
     make_adapter(workspace / "models/base", workspace / "models/adapter", 1)
     capsys.readouterr()
     assert call(monkeypatch, "generate", "--like", "pictures/prompt-3.png", "--out", "other") == 1
@@ -177,6 +203,22 @@ def test_a_picture_is_made_again_like_itself_to_the_byte(
     assert not (workspace / "other").exists()
     told = ["--adapter", "none", "--out", "other"]  # an adapter of one's own choice has to be the same one, too
     assert call(monkeypatch, "generate", "--like", "pictures/prompt-3.png", *told) == 1
+
+
+def test_an_adapter_of_another_base_of_the_same_shape_is_said_and_drawn_on_demand(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = shutil.copytree(workspace / "models" / "base", workspace / "changed")
+    (changed / "scheduler" / "scheduler_config.json").write_text("{}")
+    (workspace / "models" / "base").unlink()
+    (workspace / "models" / "base").symlink_to(changed)
+    options = ["--adapter", "models/adapter", "--steps", "1"]
+    assert call(monkeypatch, "generate", "tiger", *options) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("models/adapter was trained on another base than ")
+    assert "on models/base with the SHA-256" in told
+    assert not (workspace / "pictures").exists()
+    assert call(monkeypatch, "generate", "tiger", *options, "--base", "models/base") == 0
 
 
 def test_another_picture_of_the_same_name_is_kept(

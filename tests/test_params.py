@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import yaml
 
+from bestiary import params
 from bestiary.errors import BestiaryError
-from bestiary.params import load_params
+from bestiary.params import Params, Section, load_params
 
 PARAMS = Path(__file__).parents[1] / "params.yaml"
 
@@ -47,6 +48,17 @@ def test_the_original_recipe_takes_the_place_of_the_profiles_settings(edited: Ca
     assert (settings.criterion, settings.patience, settings.min_delta) == ("clip_score", 5, 0.02)
     assert settings.targets == default.train.targets
     assert original.evaluate == default.evaluate
+
+
+def test_every_parameter_stands_in_the_file_where_dvc_sees_it_change() -> None:
+    sections = {value for value in vars(params).values() if isinstance(value, type) and issubclass(value, Section)}
+    assert Params in sections
+    assert not [
+        f"{section.__name__}.{name}"
+        for section in sections
+        for name, field in section.model_fields.items()
+        if not field.is_required()
+    ]
 
 
 def test_the_sample_is_the_default() -> None:

@@ -2,6 +2,7 @@ import csv
 import multiprocessing
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ from bestiary.registry import (
     rollback,
     versions,
 )
+from bestiary.settings import Usual
 
 ROOT = Path(__file__).parents[1]
 RULES = Register(name="bestiary", champion_score="clip_score", max_copied=0.1)
-DEFAULTS = {"steps": 5, "guidance_scale": 3.0, "resolution": 64}
+USUAL = Usual(template="a drawing of {}", steps=5, guidance_scale=3.0, scheduler="ddim", resolution=64)
 
 
 def evaluation(sha256: str = "", gain: float = 5.0, half_width: float = 1.0, copied: float = 0.0) -> dict[str, Any]:
@@ -77,7 +79,7 @@ def submit(project: Path, base: Path | str, adapter: Path, gain: float = 5.0, **
         "base_revision": None,
         "run_id": client.create_run("0").info.run_id,
         "measured": "alike",
-        "defaults": DEFAULTS,
+        "usual": USUAL,
     }
     reports = {"evaluate": report | changes.pop("report", {})} | changes.pop("reports", {})
     rules = RULES.model_copy(update={"name": changes.pop("name", RULES.name)})
@@ -261,6 +263,26 @@ def test_standard_mlflow_loads_the_registered_adapter_into_a_pipeline(
     mlflow.set_tracking_uri(tracking.tracking_uri())
     pipeline = mlflow.diffusers.load_model("models:/bestiary@champion").load_pipeline(device="cpu")
     assert pipeline.get_list_adapters() == {"unet": ["default_0"]}
+
+
+def test_a_version_says_how_it_was_evaluated_and_a_served_one_draws_so(
+    project: Path, base_folder: Path, adapters: list[Path]
+) -> None:
+    import mlflow
+
+    submit(project, base_folder, adapters[0])
+    assert resolve("models:/bestiary/1").usual == USUAL
+    mlflow.set_tracking_uri(tracking.tracking_uri())
+    params = mlflow.models.get_model_info("models:/bestiary/1").signature.params.params
+    assert {param.name: param.default for param in params} == {
+        "num_inference_steps": 5, "guidance_scale": 3.0, "height": 64, "width": 64, "negative_prompt": "",
+    }  # fmt: skip
+    swept = replace(USUAL, guidance_scale=2.0, guidance_interval=(0.5, 5.0))
+    submit(project, base_folder, adapters[0], usual=swept)  # evaluated again, otherwise
+    assert resolve("models:/bestiary/1").usual == swept
+    client = tracking.open_client(tracking.tracking_uri(), project)
+    client.delete_model_version_tag("bestiary", "1", "usual")  # one from before there was this tag
+    assert resolve("models:/bestiary/1").usual is None
 
 
 def test_pull_from_another_folder_of_the_project_gives_the_same_bytes(

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from bestiary.errors import BestiaryError
-from bestiary.settings import Settings, as_a1111, finish, read_settings
+from bestiary.settings import Settings, Usual, as_a1111, finish, read_settings
 
 SETTINGS = Settings(
     prompt="a photo of a tiger, 老虎",
@@ -37,6 +38,21 @@ def test_other_tools_find_the_settings_where_a1111_writes_them(tmp_path: Path) -
         "a photo of a tiger, 老虎\nSteps: 15, Sampler: DPM++ 2M, CFG scale: 3, Seed: 7, Size: 64x64, Model: base, "
         'Adapter: "models:/bestiary/3", Lora hashes: "bestiary: 0123456789ab", '
     )
+
+
+def test_an_interval_of_guidance_is_told_and_given_back(tmp_path: Path) -> None:
+    path, settings = tmp_path / "tiger.png", replace(SETTINGS, guidance_interval=(0.28, 5.42))
+    path.write_bytes(finish(Image.new("RGB", (64, 64)), settings))
+    assert read_settings(path) == settings
+    assert "CFG scale: 3, CFG interval: 0.28 to 5.42, Seed: 7" in as_a1111(settings)
+
+
+def test_how_an_adapter_is_usually_drawn_survives_being_text_and_nonsense_does_not() -> None:
+    usual = Usual("a {}", 5, 3, (0.5, 2), "ddim", 64)
+    assert Usual.from_json(usual.to_json()) == usual
+    for text in ("", "[]", '{"steps": "many"}', '{"scheduler": "magic"}', '{"template": "a photo"}'):
+        with pytest.raises(ValueError):  # noqa: PT011
+            Usual.from_json(text)
 
 
 @pytest.mark.parametrize("control", ["contrast", "saturation", "brightness"])

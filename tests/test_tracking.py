@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from bestiary.database import open_database
 from bestiary.errors import BestiaryError
 from bestiary.tracking import (
     Run,
+    Server,
     check_database,
     content_hash,
     explain,
@@ -52,7 +54,7 @@ def test_a_run_carries_params_metrics_artifacts_inputs_and_outputs(project: Path
     with one_run(data="1234.dir") as run:
         for step in range(3):
             run.log_metrics({"loss": 1.0 / (step + 1)}, step)
-        run.log_summary({"rows{scheduler=dpmsolver++}": 2})
+        run.log_summary({"rows{scheduler=dpmsolver++}": 2, "loss": 0.25})
         run.log_artifact(picture, "pictures")
         run.log_outputs({"build/split": "5678.dir"})
         run_id = run.id
@@ -66,7 +68,8 @@ def test_a_run_carries_params_metrics_artifacts_inputs_and_outputs(project: Path
     assert stored.data.tags["output.build/split"] == "5678.dir"
     assert [entry.dataset.digest for entry in stored.inputs.dataset_inputs] == ["1234.dir"]
     assert (project / "mlruns" / run_id / "artifacts" / "pictures" / "picture.png").read_bytes() == b"png"
-    assert "split.rows_scheduler_dpmsolver___" in client.get_run(stored.data.tags["mlflow.parentRunId"]).data.metrics
+    results = client.get_run(stored.data.tags["mlflow.parentRunId"]).data.metrics
+    assert results == {"split.rows_scheduler_dpmsolver___": 2.0, "split.loss": 0.25}
 
 
 def test_a_failing_body_leaves_a_failed_run_with_its_error(project: Path) -> None:
@@ -282,35 +285,40 @@ def test_lineage_walks_by_content_through_a_stage_that_did_not_run_again(project
     # The third pipeline's clean and split came from DVC's cache: it has no runs of its own for them.
     train = made("train", "third", {"models/adapter": "a1"}, build__split="s1", models__base="b1")
     client = open_client(tracking_uri(), project)
-    steps = lineage(client, train)
+    steps = lineage(Server(client), train)
     assert [(step.stage, step.run_id) for step in steps] == [("train", train), ("split", split), ("clean", clean)]
     assert steps[0].inputs == [("build/split", "s1", "split"), ("models/base", "b1", None)]
     assert steps[2].inputs == [("data", "d1", None)]
+    with open_database(project / "mlflow.db") as database:  # read without MLflow, it says the same
+        assert lineage(database, train) == steps
+        with pytest.raises(KeyError):
+            database.run("gone")
 
 
 def test_lineage_among_a_thousand_runs_takes_a_moment(project: Path) -> None:
     chain = [("clean", "data", "build/clean"), ("split", "build/clean", "build/split"), ("train", "build/split", "a")]
-    for stage, source, made in chain:
-        with open_run(stage, {}, {source: f"{source}-0"}, "first") as run:
+    for stage, read, made in chain:
+        with open_run(stage, {}, {read: f"{read}-0"}, "first") as run:
             run.log_outputs({made: f"{made}-0"})
     last = runs(project, "train")[0].info.run_id
-    with contextlib.closing(sqlite3.connect(project / "mlflow.db")) as database, database:
+    with contextlib.closing(sqlite3.connect(project / "mlflow.db")) as connection, connection:
         # The same three stages a few hundred times more, with other content: through MLflow it would take minutes.
-        columns = [row[1] for row in database.execute("PRAGMA table_info(runs)") if row[1] != "run_uuid"]
-        originals = database.execute("SELECT run_uuid FROM runs").fetchall()
+        columns = [row[1] for row in connection.execute("PRAGMA table_info(runs)") if row[1] != "run_uuid"]
+        originals = connection.execute("SELECT run_uuid FROM runs").fetchall()
         for number in range(1, 334):
             for (run_id,) in originals:
                 copied = f"INSERT INTO runs (run_uuid, {', '.join(columns)}) SELECT ?, {', '.join(columns)} FROM runs"
-                database.execute(f"{copied} WHERE run_uuid = ?", [f"{run_id}-{number}", run_id])
-                database.execute(
+                connection.execute(f"{copied} WHERE run_uuid = ?", [f"{run_id}-{number}", run_id])
+                connection.execute(
                     "INSERT INTO tags (key, value, run_uuid) SELECT key, value || ?, ? FROM tags WHERE run_uuid = ?",
                     [f"-{number}", f"{run_id}-{number}", run_id],
                 )
-    client = open_client(tracking_uri(), project)
-    started = time.process_time()
-    steps = lineage(client, last)
-    assert time.process_time() - started < 2.0
-    assert [step.stage for step in steps] == ["train", "split", "clean"]
+    with open_database(project / "mlflow.db") as database:
+        for source in (Server(open_client(tracking_uri(), project)), database):
+            started = time.process_time()
+            steps = lineage(source, last)
+            assert time.process_time() - started < 2.0
+            assert [step.stage for step in steps] == ["train", "split", "clean"]
 
 
 def test_calls_of_an_open_run_return_at_once(project: Path) -> None:

@@ -18,6 +18,7 @@ from bestiary.files import write_atomically
 
 if TYPE_CHECKING:
     from bestiary.registry import Version
+    from bestiary.settings import Usual
     from bestiary.tracking import Step
 
 SHEET = "sheet.png"
@@ -83,7 +84,7 @@ def render(
         f"{_told(report['memorisation']['adapter']['copied'])}, where 1 would be all.",
         f"The registry's gate: {tags['decision']}" if "decision" in tags else "",
         "## Use",
-        _use(tags["base"]),
+        _use(tags["base"], registry.usual_of(version)),
         "## How it was made",
         _provenance(steps),
         *(_settings(stage, values) for stage, values in settings.items() if values),
@@ -157,13 +158,14 @@ def _strengths(report: Mapping[str, Any]) -> str:
     return f"By CLIP score it gains most on {most}, and least on {least}."
 
 
-def _use(base: str) -> str:
+def _use(base: str, usual: Usual | None) -> str:
+    how = f", num_inference_steps={usual.steps}, guidance_scale={usual.guidance_scale:g}" if usual else ""
     return (
         "```python\n"
         "from diffusers import StableDiffusionPipeline\n\n"
         f'pipeline = StableDiffusionPipeline.from_pretrained("{base}")\n'
         'pipeline.load_lora_weights("THIS_FOLDER_OR_REPOSITORY")\n'
-        'pipeline("a photo of a tiger").images[0].save("tiger.png")\n'
+        f'pipeline("a photo of a tiger"{how}).images[0].save("tiger.png")\n'
         "```\n\n"
         "For A1111 and others that read kohya's format: `bestiary adapter convert THIS_FOLDER adapter.safetensors "
         "--to kohya`; ComfyUI reads either."

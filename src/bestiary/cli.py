@@ -16,7 +16,7 @@ import click
 
 from bestiary import __version__
 from bestiary.errors import BestiaryError
-from bestiary.settings import SAMPLERS, Settings, finish, read_settings
+from bestiary.settings import SAMPLERS, Settings, Usual, finish, read_settings
 
 if TYPE_CHECKING:
     from bestiary.animals import Animal
@@ -68,8 +68,17 @@ def colour_option(name: str) -> Callable[[Callable[..., None]], Callable[..., No
 @click.option("--count", default=1, show_default=True, type=click.IntRange(1, 10_000), help="Pictures of each.")
 @click.option("--steps", type=click.IntRange(1, 1000), help="Denoising steps.  [default: as evaluated]")
 @click.option("--guidance", type=click.FloatRange(1, 50), help="Guidance scale.  [default: as evaluated]")
+@click.option(
+    "--guidance-interval",
+    "interval",
+    type=(click.FloatRange(0, 1e6), click.FloatRange(0, 1e6)),
+    metavar="LOW HIGH",
+    help="Guide the steps between these noise levels only; 0 1000 guides all.  [default: as evaluated]",
+)
 @click.option("--scheduler", type=click.Choice(list(SAMPLERS)), help="Sampler.  [default: as evaluated]")
-@click.option("--resolution", type=click.IntRange(8, 4096), help="Pixels a side.  [default: the base's]")
+@click.option(
+    "--resolution", type=click.IntRange(8, 4096), help="Pixels a side.  [default: as evaluated, or the base's]"
+)
 @colour_option("contrast")
 @colour_option("saturation")
 @colour_option("brightness")
@@ -86,6 +95,7 @@ def generate(
     count: int,
     steps: int | None,
     guidance: float | None,
+    interval: tuple[float, float] | None,
     scheduler: str | None,
     resolution: int | None,
     contrast: float,
@@ -100,10 +110,7 @@ def generate(
         raise BestiaryError("Name animals, or give one of --prompt and --like.")
     made = read_settings(like) if like else None
     params = _params()
-    evaluated = params.evaluate if params else None
-    template = evaluated.template if evaluated else "a photo of {}"
-    # What to draw: the file's name and the prompt.
-    wanted = [(_file_name(animal.name), caption(animal, template)) for animal in map(_find, animals)]
+    wanted = [_find(animal) for animal in animals]
     if made and context.get_parameter_source("what") is click.core.ParameterSource.DEFAULT:
         what = made.adapter or "none"
     quiet()
@@ -126,19 +133,25 @@ def generate(
         model, revision = registry.find_base(adapter), adapter.base_revision
     else:
         model, revision = _plain_base(base, params)
+    if adapter and not base:
+        registry.check_base(adapter, model)
     pipeline = load_pipeline(model, revision)
     if adapter:
         apply_adapter(pipeline, adapter.file)
     if made and like:
         jobs = [(like.stem, made)]
     else:
+        usual = (adapter and adapter.usual) or _usual(params)
+        # What to draw: the file's name and the prompt.
+        texts = [(_file_name(animal.name), caption(animal, usual.template)) for animal in wanted]
         settings = Settings(
             prompt=prompt or "",
             seed=seed,
-            steps=steps or (evaluated.steps if evaluated else 25),
-            guidance_scale=guidance or (evaluated.guidance_scale if evaluated else 7.5),
-            scheduler=scheduler or (evaluated.scheduler if evaluated else "dpmsolver++"),
-            resolution=resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor,
+            steps=steps or usual.steps,
+            guidance_scale=guidance or usual.guidance_scale,
+            guidance_interval=interval or usual.guidance_interval,
+            scheduler=scheduler or usual.scheduler,
+            resolution=resolution or usual.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor,
             base=_portable(model),
             base_revision=revision,
             adapter=adapter.uri if adapter else None,
@@ -149,7 +162,7 @@ def generate(
         )
         jobs = [
             (f"{name}-{seed + number}", replace(settings, prompt=text, seed=seed + number))
-            for name, text in (wanted or [("prompt", settings.prompt)])
+            for name, text in (texts or [("prompt", settings.prompt)])
             for number in range(count)
         ]
     with tqdm(total=sum(job.steps for _, job in jobs), unit="step", leave=False) as bar:
@@ -164,6 +177,7 @@ def generate(
                 [job.seed],
                 steps=job.steps,
                 guidance_scale=job.guidance_scale,
+                guidance_interval=job.guidance_interval,
                 scheduler=job.scheduler,
                 batch_size=1,  # in a larger batch the same seed would not give the same last bits
                 resolution=job.resolution,
@@ -314,7 +328,7 @@ def app(adapters: tuple[str, ...], bases: tuple[str, ...], host: str, port: int,
         port=port,
         auth=read_credentials(auth),
         ready=lambda address: click.echo(f"Open {address} in a browser; Ctrl-C stops it."),
-        evaluated=params.evaluate if params else None,
+        usual=_usual(params),
         adapters=[str(project_root() / "models" / "adapter"), *adapters],
         bases=[locate_base(named) for named in bases[1:]],
         **({"registered_name": params.register_.name} if params else {}),
@@ -341,7 +355,7 @@ def lineage(what: str, as_json: bool) -> None:
             f"\n{step.stage:12}{step.started}   run {step.run_id}   {'git ' + step.git if step.git else ''}".rstrip()
         )
         for path, content, maker in step.inputs:
-            click.echo(f"    {path:34}{content[:10]}   {'from ' + maker if maker else ''}".rstrip())
+            click.echo(f"    {path:40} {content[:10]}   {'from ' + maker if maker else ''}".rstrip())
 
 
 because_option = click.option("--because", required=True, metavar="WORDS", help="The reason, kept with the version.")
@@ -422,6 +436,11 @@ def _params() -> Params | None:
 
     path = project_root() / "params.yaml"
     return load_params(path) if path.is_file() else None
+
+
+def _usual(params: Params | None) -> Usual:
+    """How to draw what no registered version says it of: as this project evaluates."""
+    return Usual.of(params.evaluate) if params else Usual()
 
 
 def _plain_base(base: str | None, params: Params | None) -> tuple[str, str | None]:

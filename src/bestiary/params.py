@@ -1,4 +1,7 @@
-"""Typed parameters: `params.yaml` with its profile applied, refusing what it does not know."""
+"""Typed parameters: `params.yaml` with its profile applied, refusing what it does not know.
+
+No parameter has a default here: what is not in params.yaml DVC does not see change.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +74,7 @@ class Encode(Section):
     shift: float = Field(ge=0, le=0.5)
     zoom: float = Field(ge=0, lt=1)
     brightness: float = Field(ge=0, lt=1)
-    aspect_ratio_buckets: bool = False
+    aspect_ratio_buckets: bool
     resolution: int = Field(gt=0, multiple_of=8)
     batch_size: int = Positive
 
@@ -94,32 +97,32 @@ class Train(Section):
     learning_rate_schedule: Literal["cosine", "linear", "constant"]
     accumulation: int = Positive
     gradient_checkpointing: bool
-    compile: bool = False  # torch.compile
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    criterion: Literal["val_loss", "clip_score"] = "val_loss"
+    compile: bool  # torch.compile
+    optimizer: Literal["adamw", "adamw8bit"]
+    criterion: Literal["val_loss", "clip_score"]
     patience: int | None = Field(gt=0)
     min_delta: float = Field(ge=0)
-    checkpoint_seconds: float = Field(default=30.0, ge=0)  # between two checkpoints, at least
+    checkpoint_seconds: float = Field(ge=0)  # between two checkpoints, at least
     steps: int = Positive
     batch_size: int = Positive
     learning_rate: float = Positive
     warmup_steps: int = Field(ge=0)
     validate_every: int = Positive
     sheet_animals: int = Positive
-    sheet_seeds: int = Field(default=1, gt=0)  # pictures an animal for the CLIP score at a validation
+    sheet_seeds: int = Positive  # pictures an animal for the CLIP score at a validation
     sheet_steps: int = Positive
     sheet_guidance_scale: float = Field(ge=1.0)
-    keep_checkpoints: bool = False  # the adapter of every validation, for evaluate.sweep
+    keep_checkpoints: bool  # the adapter of every validation, for evaluate.sweep
 
 
 class Sweep(Section):
     """What to try, on seeds of their own, before the evaluation runs at the best of them."""
 
-    scales: list[Annotated[float, Field(gt=0)]] = Field(default=[1.0], min_length=1)  # of the adapter
+    scales: list[Annotated[float, Field(gt=0)]] = Field(min_length=1)  # of the adapter
     guidance_scales: list[Annotated[float, Field(ge=1)]] = Field(min_length=1)
-    checkpoints: bool = False  # those that train.keep_checkpoints kept, too
-    seeds: int = Field(default=4, gt=0)  # pictures a class for each of them
-    score: Literal["clip_score", "top1"] = "clip_score"
+    checkpoints: bool  # those that train.keep_checkpoints kept, too
+    seeds: int = Positive  # pictures a class for each of them
+    score: Literal["clip_score", "top1"]
 
 
 class Evaluate(Section):
@@ -130,24 +133,24 @@ class Evaluate(Section):
     guidance_scale: float = Field(ge=1.0)
     scheduler: Scheduler
     batch_size: int = Positive
-    guidance_interval: Interval | None = None  # None: every step is guided
-    classes: list[str] | None = Field(default=None, min_length=1)  # class folders to draw; None draws all
-    second_judge: Model | None = None
-    sweep: Sweep | None = None
+    guidance_interval: Interval | None  # None: every step is guided
+    classes: list[str] | None = Field(min_length=1)  # class folders to draw; None draws all
+    second_judge: Model | None
+    sweep: Sweep | None
 
 
 class Benchmark(Section):
     schedulers: list[Scheduler] = Field(min_length=1)
     steps: list[int] = Field(min_length=1)
     batch_sizes: list[int] = Field(min_length=1)
-    repeats: int = Field(ge=2)
-    pictures: int = Field(default=8, gt=0)  # by which a setting's quality is judged
+    repeats: int = Field(ge=5)  # fewer have no 95th percentile
+    pictures: int = Positive  # by which a setting's quality is judged
     # Beside all combinations of the above, the default setting with one thing changed:
-    guidance: list[Literal["always", "interval", "never"]] = ["always"]
-    guidance_interval: Interval = [0.28, 5.42]  # what arXiv 2404.07724 found best for SD-XL
-    dtypes: list[Literal["float32", "bfloat16", "float16"]] = []  # besides the one that suits the device
-    compile: list[bool] = [False]
-    tiny_vae: Model | None = None  # a distilled decoder (TAESD) for this base
+    guidance: list[Literal["always", "interval", "never"]]
+    guidance_interval: Interval
+    dtypes: list[Literal["float32", "bfloat16", "float16"]]
+    compile: list[bool]
+    tiny_vae: Model | None  # a distilled decoder (TAESD) for this base
 
 
 class Register(Section):

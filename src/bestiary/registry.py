@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from bestiary.database import Database, open_database
 from bestiary.errors import BestiaryError
 from bestiary.files import write_atomically
 from bestiary.params import Register
+from bestiary.settings import Usual
 from bestiary.tracking import (
+    Server,
     Step,
     check_database,
     explain,
@@ -28,6 +32,7 @@ from bestiary.tracking import (
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 ROLLED_BACK = "rolled_back_because"
+USUAL = "usual"  # the tag of how a version draws unless told otherwise
 GATE = "gate"  # the folder of a run's artifacts that holds what the next adapter is compared with
 SCORES = ("clip_score", "top1", "top5", "cmmd")
 Report = Mapping[str, Any]
@@ -65,6 +70,7 @@ class Adapter:
     base: str | None
     base_revision: str | None
     base_sha256: str | None
+    usual: Usual | None = None  # how a registered one was evaluated
 
 
 # ---- the gate ----
@@ -129,13 +135,13 @@ def register(
     base_revision: str | None,
     run_id: str,
     measured: str,
-    defaults: Mapping[str, Any],
+    usual: Usual,
 ) -> Registration:
     """Register the verified adapter, once for its content, and give it the alias that it earns.
 
     `reports` holds the reports of train, evaluate and benchmark, `pictures` evaluate's table of scores by prompt and
     seed, `run_id` the MLflow run that the version belongs to, `measured` a hash of how evaluate measured (adapters
-    compare only when measured alike), and `defaults` the served model's steps, guidance scale and resolution.
+    compare only when measured alike), and `usual` how it drew: the version keeps that, and draws so from then on.
     Raises BestiaryError when a report speaks of another adapter, the adapter does not apply to the base, or
     MLflow cannot be written.
     """
@@ -159,6 +165,7 @@ def register(
         "rank": str(verification.rank),
         "alpha": str(verification.alpha),
         "measured": measured,
+        USUAL: usual.to_json(),
         **{
             f"{who}.{score}": str(evaluation[who][score]["mean"])
             for who in ("base", "adapter", "delta")
@@ -174,7 +181,7 @@ def register(
             make_name(client, name)
             version = _version_of(client, name, sha256)
             if version is None:
-                version = _create(client, adapter_file(adapter), name, tags, run_id, evaluation, defaults)
+                version = _create(client, adapter_file(adapter), name, tags, run_id, evaluation, usual)
             else:
                 for key, value in tags.items():  # it may have been evaluated again, otherwise
                     client.set_model_version_tag(name, str(version), key, value)
@@ -270,7 +277,7 @@ def _create(
     tags: Mapping[str, str],
     run_id: str,
     evaluation: Report,
-    defaults: Mapping[str, Any],
+    usual: Usual,
 ) -> int:
     import mlflow
     from mlflow.models import Model, ModelSignature
@@ -282,10 +289,10 @@ def _create(
         outputs=Schema([ColSpec(DataType.binary, "image")]),
         params=ParamSchema(
             [
-                ParamSpec("num_inference_steps", DataType.integer, int(defaults["steps"])),
-                ParamSpec("guidance_scale", DataType.double, float(defaults["guidance_scale"])),
-                ParamSpec("height", DataType.integer, int(defaults["resolution"])),
-                ParamSpec("width", DataType.integer, int(defaults["resolution"])),
+                ParamSpec("num_inference_steps", DataType.integer, usual.steps),
+                ParamSpec("guidance_scale", DataType.double, float(usual.guidance_scale)),
+                ParamSpec("height", DataType.integer, usual.resolution),
+                ParamSpec("width", DataType.integer, usual.resolution),
                 ParamSpec("negative_prompt", DataType.string, ""),
             ]
         ),
@@ -376,23 +383,21 @@ def _card(tags: Mapping[str, str], evaluation: Report) -> str:
 
 def versions(name: str = "bestiary") -> list[Version]:
     """All registered versions, oldest first. Raises BestiaryError when there is no registry or no such model."""
-    uri, client = _open_registry()
-    with plain_errors(uri):
-        aliases = _aliases(client, name)
-        found = client.search_model_versions(f"name = '{name}'", max_results=10_000)
-    return sorted(
-        (
-            Version(
-                name,
-                int(item.version),
-                sorted(alias for alias, number in aliases.items() if number == int(item.version)),
-                dict(item.tags),
-                item.run_id,
-            )
-            for item in found
-        ),
-        key=lambda version: version.version,
-    )
+    if there := _local():
+        with _opened(there) as database:
+            aliases, found = database.aliases(name), database.versions(name)
+            if not found and name not in (known := database.models()):
+                raise BestiaryError(_unknown_name(name, known))
+    else:
+        uri, client = _open_registry()
+        with plain_errors(uri):
+            aliases = _aliases(client, name)
+            items = client.search_model_versions(f"name = '{name}'", max_results=10_000)
+        found = sorted((int(item.version), item.run_id, dict(item.tags)) for item in items)
+    return [
+        Version(name, number, sorted(alias for alias, its in aliases.items() if its == number), tags, run_id)
+        for number, run_id, tags in found
+    ]
 
 
 def find_version(uri: str) -> Version:
@@ -440,7 +445,16 @@ def resolve(what: str) -> Adapter:
         tags["base"],
         tags["base_revision"] or None,
         tags["base_sha256"],
+        usual_of(version),
     )
+
+
+def usual_of(version: Version) -> Usual | None:
+    """How a version was evaluated, and draws unless told otherwise; None where its tags do not say."""
+    try:
+        return Usual.from_json(version.tags[USUAL])
+    except (KeyError, ValueError):
+        return None
 
 
 def find_base(adapter: Adapter, base: str | None = None) -> str:
@@ -452,6 +466,20 @@ def find_base(adapter: Adapter, base: str | None = None) -> str:
     if named is None:
         raise BestiaryError(f"{adapter.uri} does not say which base it was trained on: name it with --base.")
     return locate_base(named, f" that {adapter.uri} was trained on")
+
+
+def check_base(adapter: Adapter, model: str) -> None:
+    """Raise BestiaryError when the folder `model` is another base than the adapter was trained on.
+
+    A base of the same shape would draw without a word, and wrongly. One from the hub is pinned by its revision.
+    """
+    from bestiary.diffusion.base import base_sha256
+
+    if adapter.base_sha256 and Path(model).is_dir() and base_sha256(model) != adapter.base_sha256:
+        raise BestiaryError(
+            f"{adapter.uri} was trained on another base than {model}: on {adapter.base} with the SHA-256 "
+            f"{adapter.base_sha256[:12]}. Choose a base by hand to draw with it all the same."
+        )
 
 
 def locate_base(named: str, whose: str = "") -> str:
@@ -485,9 +513,15 @@ def pull(what: str, out: Path, base: str | None = None) -> Path:
 def walk(what: str) -> tuple[Version, list[Step]]:
     """A registered version, and the runs that it rests on, register first."""
     version = find_version(what)
+    if there := _local():
+        with _opened(there) as database:
+            try:
+                return version, lineage(database, version.run_id)
+            except KeyError:
+                raise BestiaryError(f"The run of {version.name} {version.version} is not there any more.") from None
     uri, client = _open_registry()
     with plain_errors(uri):
-        return version, lineage(client, version.run_id)
+        return version, lineage(Server(client), version.run_id)
 
 
 def artifact(run_id: str, path: str, folder: Path) -> Path | None:
@@ -542,12 +576,34 @@ def rollback(because: str, name: str = "bestiary") -> Version:
 
 def _open_registry() -> tuple[str, Any]:
     uri = tracking_uri()
+    _check(uri)
+    with plain_errors(uri):
+        return uri, open_client(uri, project_root())
+
+
+def _local() -> Path | None:
+    """The SQLite database of the registry, which can be read without MLflow; None where a server has it."""
+    uri = tracking_uri()
+    if os.environ.get("MLFLOW_REGISTRY_URI", uri) != uri:
+        return None
+    _check(uri)
+    return sqlite_path(uri)
+
+
+def _check(uri: str) -> None:
     path = sqlite_path(uri)
     if path is not None and not path.is_file():
         raise BestiaryError(f"There is no registry yet ({path} does not exist): `dvc repro` makes one.")
     check_database(uri)
-    with plain_errors(uri):
-        return uri, open_client(uri, project_root())
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Database]:
+    try:
+        with open_database(path) as database:
+            yield database
+    except sqlite3.Error as error:
+        raise BestiaryError(explain(error, f"sqlite:///{path}")) from None
 
 
 def _aliases(client: Any, name: str) -> dict[str, int]:
@@ -558,8 +614,12 @@ def _aliases(client: Any, name: str) -> dict[str, int]:
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        known = ", ".join(sorted(model.name for model in client.search_registered_models())) or "none"
-        raise BestiaryError(f"There is no registered model {name!r}; there is {known}.") from None
+        known = [model.name for model in client.search_registered_models()]
+        raise BestiaryError(_unknown_name(name, known)) from None
+
+
+def _unknown_name(name: str, known: Iterable[str]) -> str:
+    return f"There is no registered model {name!r}; there is {', '.join(sorted(known)) or 'none'}."
 
 
 @contextlib.contextmanager

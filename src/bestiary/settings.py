@@ -1,4 +1,4 @@
-"""What a picture was made with: carried in its PNG, so that it can be made again."""
+"""How pictures are drawn: what is usual for an adapter, and what one picture was made with, which its PNG carries."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from bestiary.errors import BestiaryError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from bestiary.params import Evaluate
+
 KEY = "bestiary"
 # The names that A1111 and ComfyUI's users know the samplers by.
 SAMPLERS = {
@@ -25,6 +27,44 @@ SAMPLERS = {
     "euler": "Euler",
     "lcm": "LCM",
 }
+
+
+@dataclass(frozen=True)
+class Usual:
+    """How pictures are drawn unless somebody says otherwise: an adapter's as it was evaluated, its operating point."""
+
+    template: str = "a photo of {}"
+    steps: int = 25
+    guidance_scale: float = 7.5
+    guidance_interval: tuple[float, float] | None = None  # noise levels: above the first, up to the second; None: all
+    scheduler: str = "dpmsolver++"
+    resolution: int | None = None  # pixels a side; None: the base's
+
+    @staticmethod
+    def of(evaluate: Evaluate) -> Usual:
+        """How an evaluation draws."""
+        low_high = evaluate.guidance_interval
+        return Usual(
+            template=evaluate.template,
+            steps=evaluate.steps,
+            guidance_scale=evaluate.guidance_scale,
+            guidance_interval=(low_high[0], low_high[1]) if low_high else None,
+            scheduler=evaluate.scheduler,
+        )
+
+    def to_json(self) -> str:
+        """It as text, for `from_json`."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> Usual:
+        """What `to_json` wrote. Raises ValueError when it is something else."""
+        from pydantic import TypeAdapter
+
+        usual = TypeAdapter(Usual).validate_json(text, strict=True)
+        if usual.scheduler not in SAMPLERS or "{}" not in usual.template:
+            raise ValueError(text)
+        return usual
 
 
 @dataclass(frozen=True)
@@ -44,6 +84,7 @@ class Settings:
     contrast: float = 1.0
     saturation: float = 1.0
     brightness: float = 1.0
+    guidance_interval: tuple[float, float] | None = None
 
 
 def finish(image: Image, settings: Settings) -> bytes:
@@ -72,6 +113,7 @@ def as_a1111(settings: Settings) -> str:
         "Steps": settings.steps,
         "Sampler": SAMPLERS[settings.scheduler],
         "CFG scale": f"{settings.guidance_scale:g}",
+        **({"CFG interval": "{:g} to {:g}".format(*settings.guidance_interval)} if settings.guidance_interval else {}),
         "Seed": settings.seed,
         "Size": f"{settings.resolution}x{settings.resolution}",
         "Model": Path(settings.base).name,

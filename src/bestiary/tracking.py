@@ -30,8 +30,9 @@ from datetime import UTC, datetime
 from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
+from bestiary.database import StoredRun
 from bestiary.errors import BestiaryError
 
 EXPERIMENT = "bestiary"
@@ -139,7 +140,7 @@ class Run:
         self._say({"do": "metrics", "values": _metrics(metrics), "step": step or 0, "time": _now()})
 
     def log_summary(self, metrics: Mapping[str, float]) -> None:
-        """Log a stage's results, here and as `stage.name` in the pipeline's run, where pipelines are compared."""
+        """Log a stage's results, here but for those that are a curve, and as `stage.name` in the pipeline's run."""
         self._say({"do": "summary", "values": _metrics(metrics), "step": 0, "time": _now()})
 
     def log_artifact(self, path: Path | str, folder: str | None = None) -> None:
@@ -382,6 +383,7 @@ def _record(opening: Message, heard: queue.Queue[Message | None], reply: Any, *,
         monitor.start()
 
     waiting: list[Message] = []
+    curves: set[str] = set()  # a result of the same name would be one more point at their beginning
     flushed = time.monotonic()
     while True:
         try:
@@ -393,10 +395,12 @@ def _record(opening: Message, heard: queue.Queue[Message | None], reply: Any, *,
             if time.monotonic() - flushed < FLUSH_SECONDS:
                 continue
         flushed = time.monotonic()
+        curves.update(name for item in waiting if item["do"] == "metrics" for name in item["values"])
         metrics = [
             Metric(name, value, item["time"], item["step"])
             for item in waiting
             for name, value in item["values"].items()
+            if item["do"] == "metrics" or name not in curves
         ]
         for start in range(0, len(metrics), 1000):  # MLflow's limit for one batch
             client.log_batch(run, metrics=metrics[start : start + 1000])
@@ -582,41 +586,62 @@ class Step:
     inputs: list[tuple[str, str, str | None]]
 
 
-def lineage(client: Any, run_id: str) -> list[Step]:
+class Runs(Protocol):
+    """Where lineage looks runs up."""
+
+    def run(self, run_id: str) -> StoredRun: ...
+
+    def maker(self, experiment_id: str, path: str, content: str) -> StoredRun | None: ...
+
+
+class Server:
+    """Runs by MLflow's client."""
+
+    def __init__(self, client: Any) -> None:
+        self.client = client
+
+    def run(self, run_id: str) -> StoredRun:
+        """The run of this id."""
+        return self._plain(self.client.get_run(run_id))
+
+    def maker(self, experiment_id: str, path: str, content: str) -> StoredRun | None:
+        """The last finished run that made this content at this path; None for what no stage makes."""
+        found = self.client.search_runs(
+            [experiment_id],
+            f"tags.`output.{path}` = '{content}' AND attributes.status = 'FINISHED'",
+            max_results=1,
+            order_by=["attributes.start_time DESC"],
+        )
+        return self._plain(found[0]) if found else None
+
+    def _plain(self, run: Any) -> StoredRun:
+        return StoredRun(run.info.run_id, run.info.experiment_id, run.info.start_time, dict(run.data.tags))
+
+
+def lineage(runs: Runs, run_id: str) -> list[Step]:
     """The runs that `run_id` rests on, itself first, found by the content of what they made and not by when they ran.
 
     So the walk passes through a stage that DVC took from its cache: the run that once made that content stands there.
     """
     steps: list[Step] = []
-    waiting, seen = [client.get_run(run_id)], {run_id}
+    waiting, seen = [runs.run(run_id)], {run_id}
     while waiting:
         run = waiting.pop(0)
-        tags = run.data.tags
+        tags = run.tags
         inputs = []
         for key, content in sorted(tags.items()):
             if key.startswith("input."):
                 path = key.removeprefix("input.")
-                maker = _maker(client, run.info.experiment_id, path, content)
-                inputs.append((path, content, maker.data.tags["stage"] if maker else None))
-                if maker and maker.info.run_id not in seen:
-                    seen.add(maker.info.run_id)
+                maker = runs.maker(run.experiment_id, path, content)
+                inputs.append((path, content, maker.tags["stage"] if maker else None))
+                if maker and maker.run_id not in seen:
+                    seen.add(maker.run_id)
                     waiting.append(maker)
-        started = datetime.fromtimestamp(run.info.start_time / 1000, UTC).strftime("%Y-%m-%d %H:%M UTC")
+        started = datetime.fromtimestamp(run.start_time / 1000, UTC).strftime("%Y-%m-%d %H:%M UTC")
         revision = tags.get("mlflow.source.git.commit", "")[:10]
         changed = " with changes" if tags.get("git_dirty") == "true" else ""
-        steps.append(Step(tags["stage"], run.info.run_id, started, revision + changed, inputs))
+        steps.append(Step(tags["stage"], run.run_id, started, revision + changed, inputs))
     return steps
-
-
-def _maker(client: Any, experiment: str, path: str, content: str) -> Any:
-    """The last finished run that made this content at this path; None for what no stage makes."""
-    found = client.search_runs(
-        [experiment],
-        f"tags.`output.{path}` = '{content}' AND attributes.status = 'FINISHED'",
-        max_results=1,
-        order_by=["attributes.start_time DESC"],
-    )
-    return found[0] if found else None
 
 
 # ---- runs that could not be sent ----

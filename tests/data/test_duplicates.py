@@ -1,12 +1,12 @@
 import time
 from collections.abc import Callable
 
-import imagehash
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image
 
-from bestiary.data.duplicates import compare, groups, hashes, neighbours, thumbnail
+from bestiary.data.duplicates import compare, groups, neighbours
+from bestiary.data.hashing import thumbnail
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -49,25 +49,6 @@ def test_different_pictures_are_not_the_same(picture: Callable[..., Image.Image]
     left = np.concatenate([pixels(picture(number)) for number in range(10)])
     right = np.concatenate([pixels(picture(number + 100)) for number in range(10)])
     assert not compare(left, right).same.any()
-
-
-def test_hashes_are_those_of_imagehash(picture: Callable[..., Image.Image]) -> None:
-    for number in range(20):
-        thumb = thumbnail(picture(number, (333, 250)))
-        edge = 0.04 * thumb.width
-        box = (edge, edge, thumb.width - edge, thumb.width - edge)
-        views = (thumb, thumb.resize((32, 32), Image.Resampling.LANCZOS, box), ImageOps.mirror(thumb))
-        theirs = [int(str(imagehash.phash(view)), 16) for view in views]
-        differences = [(ours ^ other).bit_count() for ours, other in zip(hashes(thumb), theirs, strict=True)]
-        assert max(differences) <= 1  # a value that equals the median may fall on either side
-
-
-def test_hashes_of_a_mirror_image_change_places(picture: Callable[..., Image.Image]) -> None:
-    image = picture(1)
-    plain, _, mirror = hashes(thumbnail(image))
-    turned, _, back = hashes(thumbnail(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)))
-    assert (plain ^ back).bit_count() <= 2
-    assert (mirror ^ turned).bit_count() <= 2
 
 
 @pytest.mark.slow

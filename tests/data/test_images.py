@@ -59,6 +59,18 @@ def test_16_bit_grey_keeps_its_brightness(tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(decoded.image)[..., 0].ravel(), np.arange(256))
 
 
+@pytest.mark.parametrize(("colour_type", "channels", "changes"), [(2, 3, ("16-bit",)), (6, 4, ("16-bit", "alpha"))])
+def test_16_bit_colours_become_8_bit_ones(
+    tmp_path: Path, colour_type: int, channels: int, changes: tuple[str, ...]
+) -> None:
+    row = b"\0" + bytes([200, 17] * channels * 8)
+    (tmp_path / "a.png").write_bytes(_png(8, 8, 16, colour_type, row * 8))
+    decoded = decode(tmp_path / "a.png")
+    assert decoded.changes == changes
+    assert decoded.image.mode == "RGB"
+    assert channels == 4 or decoded.image.getpixel((3, 3)) == (200, 200, 200)
+
+
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png"])
 def test_an_animation_gives_its_first_frame(tmp_path: Path, picture: Draw, name: str) -> None:
     first = picture(1)
@@ -90,14 +102,13 @@ def test_a_broken_colour_profile_is_ignored(tmp_path: Path, picture: Draw) -> No
     assert decode(tmp_path / "a.png").changes == ()
 
 
-def _bomb() -> bytes:
+def _png(width: int, height: int, depth: int, colour_type: int, pixels: bytes) -> bytes:
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
-    )
+    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
 
 
 @pytest.mark.parametrize(
@@ -110,7 +121,7 @@ def _bomb() -> bytes:
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "XML or SVG"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "text in disguise"),
         (bytes(range(256)) * 4, "unsupported format"),
-        (_bomb(), "decompression bomb"),
+        (_png(50_000, 50_000, 8, 2, bytes(1000)), "decompression bomb"),
     ],
 )
 def test_what_is_no_image_is_unreadable_and_says_why(tmp_path: Path, content: bytes, reason: str) -> None:
@@ -167,6 +178,14 @@ def test_a_contact_sheet_has_room_for_its_images_and_labels(picture: Draw) -> No
     assert bare.height >= 200
     assert labelled.width > bare.width
     assert labelled.height > bare.height
+
+
+def test_a_label_without_blanks_is_broken_not_cut(picture: Draw) -> None:
+    def ink(label: str) -> int:
+        return int((np.asarray(contact_sheet([[picture(1)]], [], [label], cell=100).convert("L")) < 128).sum())
+
+    plain, path = "ladybug / " * 6, "ladybug/" * 6
+    assert ink(path) - ink("") == pytest.approx(ink(plain) - ink(""), rel=0.05)
 
 
 def test_a_contact_sheet_of_nothing_is_still_an_image() -> None:

@@ -19,6 +19,7 @@ from accelerate.state import AcceleratorState
 from conftest import CLASSES, manifests
 from diffusers import UNet2DConditionModel
 
+from bestiary.diffusion import latents as encoding
 from bestiary.diffusion.adapter import save_adapter, verify_adapter
 from bestiary.diffusion.base import load_pipeline, load_scheduler, load_unet
 from bestiary.diffusion.latents import LatentCache, encode_images
@@ -491,24 +492,31 @@ import json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from dataclasses import replace
+from conftest import manifests
 from test_training import SETTINGS, LatentCache, load_scheduler, load_unet, train
+from bestiary.diffusion import latents as encoding
+from bestiary.diffusion.base import processes
 from bestiary.diffusion.batches import TrainingStream
 
-seen = []
-image_at = TrainingStream.image_at
+encoded, seen = [], []
+open_rgb, image_at = encoding.open_rgb, TrainingStream.image_at
+encoding.open_rgb = lambda path: (encoded.append(str(path)), open_rgb(path))[1]
 TrainingStream.image_at = lambda self, position: (seen.append(position), image_at(self, position))[1]
-base, latents, out = map(Path, sys.argv[2:5])
-caches = [LatentCache.open(latents, split) for split in ("train", "val")]
+encoding.SHARD_IMAGES = 4
+base, pictures, out = map(Path, sys.argv[2:5])
+how = {"resolution": 32, "flip": True, "batch_size": 4}
+encoding.encode_images(base, pictures, manifests(pictures), out / "latents", **how)
+caches = [LatentCache.open(out / "latents", split) for split in ("train", "val")]
 settings = replace(SETTINGS, steps=15, dropout=0.0)
 result = train(load_unet(base), load_scheduler(base), *caches, settings)
-from accelerate import PartialState
-(out / f"{PartialState().process_index}.json").write_text(json.dumps([result.val_loss, result.train_loss, seen]))
+found = [encoded, seen, result.val_loss, result.train_loss]
+(out / f"{processes().process_index}.json").write_text(json.dumps(found))
 """
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_and_see_each_image_once_an_epoch(
-    base: Path, latents: Path, caches: Caches, tmp_path: Path
+def test_two_processes_encode_and_train_as_one_and_see_each_image_once_an_epoch(
+    base: Path, pictures: Path, caches: Caches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
@@ -516,17 +524,24 @@ def test_two_processes_train_as_one_and_see_each_image_once_an_epoch(
     launch = "-m torch.distributed.run --standalone --nproc_per_node 2"
     subprocess.run(
         [sys.executable, *launch.split()]
-        + [str(part) for part in (script, Path(__file__).parent, base, latents, tmp_path)],
-        env=os.environ | {"PYTHONPATH": ":".join(filter(None, sys.path))},
+        + [str(part) for part in (script, Path(__file__).parent, base, pictures, tmp_path)],
+        env=os.environ | {"PYTHONPATH": ":".join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
         check=True,
     )
     found = [json.loads((tmp_path / f"{process}.json").read_text()) for process in (0, 1)]
+    monkeypatch.setattr(encoding, "SHARD_IMAGES", 4)
+    encode_images(base, pictures, manifests(pictures), tmp_path / "alone", resolution=32, flip=True, batch_size=4)
+    for path in (tmp_path / "alone").iterdir():
+        assert path.read_bytes() == (tmp_path / "latents" / path.name).read_bytes()
+    images = [len(encoded) for encoded, *_ in found]
+    assert len(set(found[0][0] + found[1][0])) == sum(images) == 21  # each image by one of them,
+    assert min(images) >= 9  # and neither idle
     alone, _ = run(base, caches, steps=15)
-    for val_loss, train_loss, _ in found:
+    for _, _, val_loss, train_loss in found:
         assert val_loss == pytest.approx(alone.val_loss, abs=1e-5)
         assert train_loss == pytest.approx(alone.train_loss, abs=1e-5)
-    assert sorted(found[0][2] + found[1][2]) == list(range(60))  # positions of the run: four epochs of 15 images
-    assert len(found[0][2]) == len(found[1][2])
+    assert sorted(found[0][1] + found[1][1]) == list(range(60))  # positions of the run: four epochs of 15 images
+    assert len(found[0][1]) == len(found[1][1])
 
 
 STABLE_DIFFUSION_STEP = """

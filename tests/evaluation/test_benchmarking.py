@@ -1,5 +1,6 @@
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -71,23 +72,68 @@ def test_each_setting_gives_a_row_with_its_cost_and_its_quality(base_folder: Pat
     assert len(set(distances)) == 4
 
 
-def test_the_quality_is_of_all_pictures_even_when_fewer_were_timed(
+def test_the_quality_is_of_all_pictures_at_their_size_even_when_fewer_were_timed(
     base_folder: Path, adapter: Path, trial: Trial, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judged: list[int] = []
+    judged: list[list[tuple[int, int]]] = []
     honest = benchmarking.quality
 
     def count(images, *others):
-        judged.append(len(images))
+        judged.append([image.size for image in images.values()])
         return honest(images, *others)
 
     monkeypatch.setattr(benchmarking, "quality", count)
     three = replace(trial, prompts=[*PROMPTS, PROMPTS[0]], labels=[1, 0, 1], seeds=[0, 1, 2])
-    how = {"guidance_scale": 3.0, "guidance_interval": [0.5, 5.0], "repeats": 1, "quality_batch": 4}
+    how = {"guidance_scale": 3.0, "guidance_interval": [0.5, 5.0], "repeats": 1, "quality_batch": 4, "resolution": 32}
     benchmarking.run(
         lambda _: load_pipeline(base_folder, device="cpu"), adapter, three, [Setting("ddim", 1, 1, fused=True)], **how
     )
-    assert judged == [3]
+    assert judged == [[(32, 32)] * 3]
+
+
+def test_a_latent_consistency_model_is_measured_and_converges_to_nothing(
+    base_folder: Path, adapter: Path, trial: Trial
+) -> None:
+    def load(_dtype: str):
+        pipeline = load_pipeline(base_folder, device="cpu")
+        torch.manual_seed(0)
+        pipeline.unet = type(pipeline.unet).from_config(pipeline.unet.config, time_cond_proj_dim=16).eval()
+        return pipeline
+
+    default = Setting("lcm", 1, 1, fused=True)
+    settings = [default, replace(default, guidance="interval"), replace(default, steps=100)]
+    how = {"guidance_scale": 3.0, "guidance_interval": [0.5, 5.0], "repeats": 1, "quality_batch": 2, "resolution": 32}
+    (row,), skipped = benchmarking.run(load, adapter, trial, settings, **how)
+    assert row["distance_to_converged"] is None
+    assert row["denoise_s"] > 0
+    assert [setting["reason"] for setting in skipped] == [
+        "a latent consistency model cannot be guided at some steps only",
+        "a latent consistency model takes at most 50 steps",
+    ]
+
+
+@pytest.mark.slow
+def test_a_compiled_setting_draws_what_the_others_draw_and_says_what_compiling_took(
+    base_folder: Path, adapter: Path, trial: Trial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # all of it but the C++
+    torch._dynamo.reset()
+    default = Setting("ddim", 1, 1, fused=True)
+    (plain, compiled), skipped = benchmarking.run(
+        lambda _: load_pipeline(base_folder, device="cpu"),
+        adapter,
+        trial,
+        [default, replace(default, compiled=True)],
+        guidance_scale=3.0,
+        guidance_interval=[0.5, 5.0],
+        repeats=2,
+        quality_batch=2,
+        resolution=32,
+    )
+    assert not skipped
+    assert compiled["compile_s"] > compiled["denoise_s"] > 0
+    assert compiled["quality"] == pytest.approx(plain["quality"], abs=0.1)
+    assert "compile_s" not in plain
 
 
 def tiny_vae(pipeline):

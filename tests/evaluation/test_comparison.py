@@ -24,8 +24,16 @@ SETTINGS = Evaluate.model_validate(
         "guidance_scale": 3.0,
         "scheduler": "ddim",
         "batch_size": 4,
+        "guidance_interval": None,
         "classes": ["bee", "tiger"],
-        "sweep": {"scales": [0.5, 1.0], "guidance_scales": [2.0], "seeds": 1},
+        "second_judge": None,
+        "sweep": {
+            "scales": [0.5, 1.0],
+            "guidance_scales": [2.0],
+            "checkpoints": False,
+            "seeds": 1,
+            "score": "clip_score",
+        },
     }
 )
 

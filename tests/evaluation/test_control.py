@@ -1,4 +1,4 @@
-"""The report must tell an adapter that learned from one that could not: its captions were shuffled."""
+"""The report must tell an adapter that learned its animals from one that could not: its captions were shuffled."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from bestiary.animals import by_folder, caption
 from bestiary.diffusion.base import load_pipeline, load_scheduler
@@ -18,32 +17,40 @@ from bestiary.evaluation.judge import Judge
 from bestiary.evaluation.scoring import Pictures, bootstrap_mean, resample_counts, score
 
 ROOT = Path(__file__).parents[2]
-CLASSES = ["ladybugs", "panda", "tiger"]  # which the base does not know
-SEEDS = 8
+CLASSES = ["bee", "giraffe", "owl"]  # which the base can half draw
+IMAGES, SEEDS = 12, 12  # of each class: to train on, and drawn
 SETTINGS = TrainingSettings(
-    steps=24,
+    steps=50,
     batch_size=12,
-    learning_rate=2e-3,
-    warmup_steps=2,
-    validate_every=24,
+    learning_rate=5e-3,
+    warmup_steps=5,
+    validate_every=50,
     seed=0,
     rank=4,
     alpha=8,
+    ema_decay=0.9,
     targets=["to_q", "to_k", "to_v", "to_out.0"],
 )
 
 
 def encoded(base: Path, folder: Path) -> tuple[LatentCache, LatentCache]:
-    """Twenty pictures a class to train on, one to validate with."""
-    for name, chosen in (("train", slice(20)), ("val", slice(20, 21))):
+    """The first images of each class to train on, the next one to validate with."""
+    for name, chosen in (("train", slice(IMAGES)), ("val", slice(IMAGES, IMAGES + 1))):
         images = [
             (animal, path) for animal in CLASSES for path in sorted((ROOT / "samples" / animal).iterdir())[chosen]
         ]
         rows = [{"path": f"{animal}/{path.name}", "class": animal, "sha256": path.name} for animal, path in images]
         pd.DataFrame(rows).to_csv(folder / f"{name}.csv", index=False)
     manifests = {name: folder / f"{name}.csv" for name in ("train", "val")}
-    encode_images(base, ROOT / "samples", manifests, folder / "latents", resolution=64, flip=False, batch_size=20)
+    encode_images(base, ROOT / "samples", manifests, folder / "latents", resolution=64, flip=False, batch_size=12)
     return LatentCache.open(folder / "latents", "train"), LatentCache.open(folder / "latents", "val")
+
+
+def without_meaning(cache: LatentCache) -> LatentCache:
+    """The same images, each class's captioned as every class equally often: nothing in them tells one from another."""
+    dealt = [CLASSES[number % len(CLASSES)] for number in range(len(cache))]
+    assert set(pd.crosstab(cache.images["class"], pd.Series(dealt)).to_numpy().flat) == {IMAGES // len(CLASSES)}
+    return replace(cache, images=cache.images.assign(**{"class": dealt}))
 
 
 @pytest.mark.slow
@@ -51,10 +58,11 @@ def test_an_adapter_that_learned_from_shuffled_captions_is_not_taken_for_a_bette
     base_folder: Path, judge: Judge, tmp_path: Path
 ) -> None:
     training, validation = encoded(base_folder, tmp_path)
-    labels = np.repeat(np.arange(len(CLASSES)), SEEDS)
-    prompts = [caption(by_folder(CLASSES[label]), "a photo of {}") for label in labels]
-    words = pictures.read_words(judge, CLASSES, "a photo of {}")
-    how = {"steps": 5, "guidance_scale": 5.0, "scheduler": "dpmsolver++", "batch_size": len(labels)}
+    animals = sorted(path.name for path in (ROOT / "samples").iterdir() if path.is_dir())
+    labels = np.repeat([animals.index(name) for name in CLASSES], SEEDS)
+    prompts = [caption(by_folder(animals[label]), "a photo of {}") for label in labels]
+    words = pictures.read_words(judge, animals, "a photo of {}")
+    how = {"steps": 5, "guidance_scale": 5.0, "scheduler": "dpmsolver++", "batch_size": 24}
 
     def look(pipeline) -> Pictures:
         return pictures.view(judge, generate(pipeline, prompts, range(len(prompts)), **how), labels)
@@ -71,10 +79,7 @@ def test_an_adapter_that_learned_from_shuffled_captions_is_not_taken_for_a_bette
 
     counts = resample_counts(len(labels), 2000, seed=0)
     base = score(look(load_pipeline(base_folder, device="cpu")), words)
-    order = torch.randperm(len(training), generator=torch.Generator().manual_seed(0)).numpy()
-    wrong = training.images.assign(**{"class": training.images["class"].to_numpy()[order]})
-    learned, control = delta(training), delta(replace(training, images=wrong))
-    assert learned["clip_score"][0] > 0
-    # Photographs instead of drawings lift the CLIP score whatever the captions say: what is left tells of the animal.
-    for key in ("margin", "top1"):
-        assert control[key][0] <= 0 <= control[key][1], control
+    learned, control = delta(training), delta(without_meaning(training))
+    for key in ("clip_score", "margin", "top1"):
+        assert learned[key][0] > 0, learned
+        assert control[key][0] <= 0, control

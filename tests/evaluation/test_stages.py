@@ -16,6 +16,7 @@ from bestiary.evaluation.sweep import settle
 
 ROOT = Path(__file__).parents[2]
 CLASSES = ("antelope", "tiger")
+RESOLUTION = 32  # half of the base's own
 ANY_LCM = {
     "scheduler": "lcm",
     "batch": 1,
@@ -38,8 +39,9 @@ def project(tmp_path: Path, adapter: Path) -> Path:
     (tmp_path / "models" / "adapter").symlink_to(adapter)
     (tmp_path / "dvc.yaml").write_bytes((ROOT / "dvc.yaml").read_bytes())
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    params["profiles"]["sample"]["encode"]["resolution"] = RESOLUTION
     params["profiles"]["sample"]["evaluate"] |= {"seeds": 2, "steps": 1, "batch_size": 4}
-    params["profiles"]["sample"]["benchmark"] |= {"schedulers": ["ddim", "lcm"], "steps": [1, 2], "repeats": 2}
+    params["profiles"]["sample"]["benchmark"] |= {"schedulers": ["ddim", "lcm"], "steps": [1, 2], "repeats": 5}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     random = np.random.default_rng(0)
     split = tmp_path / "build" / "split"
@@ -91,6 +93,8 @@ def test_evaluate_reports_every_row_and_keeps_its_report_when_the_next_run_fails
         "per_class.csv",
         "pictures.csv",
     }
+    with Image.open(project / "reports" / "evaluate" / "pictures" / "tiger.jpg") as sheet:
+        assert sheet.height < 4 * RESOLUTION  # base above adapter, at the size that the adapter was trained at
     earlier = (project / "reports" / "evaluate.json").read_bytes()
     (project / "build" / "split" / "val.csv").write_text("path,class\n")
     done = run(project, "evaluate")
@@ -111,6 +115,7 @@ def test_benchmark_reports_its_environment_its_cold_start_and_every_setting(proj
     assert report["cold_start_s"] > sum(report["cold_start"].values()) > 0
     assert report["fastest_good"] in report["rows"]
     assert report["environment"]["torch"]
+    assert report["resolution"] == RESOLUTION
     assert report["adapter_sha256"] == point.adapter_sha256
     assert {row["guidance"] for row in report["rows"]} == {"always", "interval", "never"}
     assert report["skipped"] == [

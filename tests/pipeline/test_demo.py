@@ -1,10 +1,12 @@
 """The whole pipeline with its real stages, on a few pictures, in a copy of the project."""
 
+import csv
 import hashlib
 import json
 import re
 import shlex
 import shutil
+import sqlite3
 import sys
 
 import pytest
@@ -23,6 +25,26 @@ def test_every_stage_leaves_its_report(demo: Project) -> None:
     assert demo.report("evaluate")["adapter_sha256"] == demo.report("register")["adapter_sha256"] == sha256
     assert demo.report("register")["version"] == 1
     assert "models:/bestiary/1" in demo.bestiary("results")
+
+
+def test_the_trainings_curve_stands_in_its_report_and_under_the_same_names_in_mlflow(demo: Project) -> None:
+    with (demo.folder / "reports/train/history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == (
+        ["step", "epoch", "train_loss", "val_loss", "clip_score", "learning_rate", "grad_norm", "images_per_second"]
+    )
+    assert [row["step"] for row in rows if row["clip_score"]] == ["0", "3", "6"]
+    query = """
+        SELECT metrics.step, metrics.key, metrics.value FROM metrics
+        JOIN tags ON tags.run_uuid = metrics.run_uuid AND tags.key = 'stage' AND tags.value = 'train'
+    """
+    with sqlite3.connect(demo.folder / "mlflow.db") as database:
+        logged = {(str(step), key): value for step, key, value in database.execute(query)}
+    for row in rows:
+        for name in row.keys() - {"step"}:
+            if row[name]:
+                assert logged[row["step"], name] == pytest.approx(float(row[name]))
+    assert {path.name for path in (demo.folder / "reports/train/steps").iterdir()} == {"0.png", "3.png", "6.png"}
 
 
 def test_a_second_repro_runs_no_stage(demo: Project) -> None:

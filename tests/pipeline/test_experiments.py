@@ -10,10 +10,19 @@ from project import Project
 pytestmark = pytest.mark.slow
 
 ADAPTER = Path("models/adapter/pytorch_lora_weights.safetensors")
-KILL_AFTER_A_CHECKPOINT = """
-python stages/train.py & stage=$!
-until ls .cache/train/*/step-*.pt >/dev/null 2>&1; do kill -0 $stage || exit 1; sleep 0.02; done
-kill -KILL $stage; wait $stage; test $? = 137
+SHEET = Path("reports/train/sheet.png")
+# Kills the stage between its first checkpoint and the next step: whoever looked from outside could come too late.
+KILLED_AFTER_A_CHECKPOINT = """
+import os, runpy, signal, sys
+from bestiary.diffusion import checkpoints
+
+save = checkpoints.save_checkpoint
+def save_and_die(*arguments):
+    save(*arguments)
+    os.kill(os.getpid(), signal.SIGKILL)
+checkpoints.save_checkpoint = save_and_die
+sys.path.insert(0, "stages")
+runpy.run_path("stages/train.py", run_name="__main__")
 """
 
 
@@ -35,13 +44,15 @@ def trainings(project: Project, what: str) -> list[str]:
 
 
 def test_a_train_stage_killed_after_a_checkpoint_ends_with_the_same_adapter(project: Project) -> None:
-    before = (project.folder / ADAPTER).read_bytes()
+    before, sheet = ((project.folder / path).read_bytes() for path in (ADAPTER, SHEET))
     (project.folder / ADAPTER).unlink()
+    shutil.rmtree(project.folder / SHEET.parent)
     project.change(train={"checkpoint_seconds": 0.0})
-    project.run("sh", "-c", KILL_AFTER_A_CHECKPOINT)
+    project.run("sh", "-c", 'python -c "$1"; test $? = 137', "sh", KILLED_AFTER_A_CHECKPOINT)
     assert not (project.folder / ADAPTER).exists()
     assert " 50%" in project.run("python", "stages/train.py")  # where its bar begins
     assert (project.folder / ADAPTER).read_bytes() == before
+    assert (project.folder / SHEET).read_bytes() == sheet  # with the rows that were drawn before the kill
     assert not list((project.folder / ".cache" / "train").iterdir())
 
 

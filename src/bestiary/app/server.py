@@ -32,11 +32,10 @@ from starlette.staticfiles import StaticFiles
 
 from bestiary.app.studio import Order, Stopped, Studio
 from bestiary.errors import BestiaryError
+from bestiary.settings import Usual
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-    from bestiary.params import Evaluate
 
 Credentials = tuple[str, str]
 
@@ -62,7 +61,7 @@ def create_app(
     base: str,
     revision: str | None = None,
     *,
-    evaluated: Evaluate | None = None,
+    usual: Usual | None = None,
     adapters: Sequence[str] = ("models/adapter",),
     bases: Sequence[str] = (),
     registered_name: str = "bestiary",
@@ -71,11 +70,16 @@ def create_app(
 ) -> Starlette:
     """The page as an ASGI application that draws with `base`.
 
-    `adapters` are folders or files on offer beside the registered versions, `bases` further bases, `evaluated` the
-    settings that the page starts with. Without `auth` it answers only to the names of this machine.
+    `adapters` are folders or files on offer beside the registered versions, `bases` further bases, `usual` how what is
+    not registered is drawn unless told otherwise. Without `auth` it answers only to the names of this machine.
     """
     studio = Studio(
-        base, revision, evaluated=evaluated, adapters=adapters, bases=bases, registered_name=registered_name
+        base,
+        revision,
+        usual=usual or Usual(),
+        adapters=adapters,
+        bases=bases,
+        registered_name=registered_name,
     )
     line: list[object] = []  # who waits, in order; the first is being drawn for
     worker = ThreadPoolExecutor(1, "draw")

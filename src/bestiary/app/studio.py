@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bestiary.animals import ANIMALS, caption, find
 from bestiary.errors import BestiaryError
-from bestiary.params import Evaluate, Scheduler
-from bestiary.settings import SAMPLERS, Settings, as_a1111, finish
+from bestiary.params import Scheduler
+from bestiary.settings import SAMPLERS, Settings, Usual, as_a1111, finish
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +46,9 @@ class Stopped(Exception):  # noqa: N818, because nothing went wrong
     """Whoever ordered the picture no longer wants it."""
 
 
+NoiseLevel = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
 class Order(BaseModel):
     """What a browser asks for. Adapter, base and device are keys of what `Studio.catalog` offers."""
 
@@ -58,6 +61,7 @@ class Order(BaseModel):
     prompt: str = Field(default="", max_length=1000)  # in place of the sentence around the animal
     steps: int = Field(ge=1, le=400)
     guidance_scale: float = Field(ge=1, le=20)
+    guidance_interval: tuple[NoiseLevel, NoiseLevel] | None = None
     scheduler: Scheduler
     seed: int = Field(ge=0, lt=2**53)  # what a browser counts exactly
     count: int = Field(default=1, ge=1, le=16)
@@ -91,6 +95,7 @@ class Offer:
     what: str
     aliases: tuple[str, ...] = ()
     scores: Mapping[str, str] | None = None
+    usual: Usual | None = None  # where it says how it was evaluated
 
     def public(self) -> dict[str, Any]:
         return {
@@ -99,6 +104,7 @@ class Offer:
             "label": self.label,
             "aliases": self.aliases,
             "scores": self.scores or {},
+            "usual": asdict(self.usual) if self.usual else None,
         }
 
 
@@ -121,14 +127,14 @@ class Studio:
         base: str,
         revision: str | None,
         *,
-        evaluated: Evaluate | None,
+        usual: Usual,
         adapters: Sequence[str],
         bases: Sequence[str],
         registered_name: str,
     ) -> None:
         self.default_base = (base, revision)
         self.bases = {_short(base): self.default_base, **{_short(other): (other, None) for other in bases}}
-        self.evaluated = evaluated
+        self.usual = usual
         self.local = list(adapters)
         self.registered_name = registered_name
         self.uploads: dict[str, Offer] = {}
@@ -149,7 +155,6 @@ class Studio:
         own = native_side(*self.default_base)
         best = device_and_dtype()[0].type
         champion = next((offer.key for offer in offers if "champion" in offer.aliases), None)
-        evaluated = self.evaluated
         return {
             "animals": [{"folder": a.folder, "name": a.name, "chinese": a.chinese} for a in ANIMALS],
             "adapters": [offer.public() for offer in offers],
@@ -157,17 +162,12 @@ class Studio:
             "devices": list(dict.fromkeys([best, "cpu"])),
             "schedulers": SAMPLERS,
             "resolutions": sorted({own, *range(min(own, 256), LARGEST_SIDE + 1, SIDE_STEP)}),
-            "defaults": {
-                "adapter": champion or (offers[0].key if offers else "none"),
-                "resolution": own,
-                "steps": evaluated.steps if evaluated else 25,
-                "guidance_scale": evaluated.guidance_scale if evaluated else 7.5,
-                "scheduler": evaluated.scheduler if evaluated else "dpmsolver++",
-            },
+            "adapter": champion or (offers[0].key if offers else "none"),
+            "usual": asdict(self.usual) | {"resolution": own},
         }
 
     def _registered(self) -> list[Offer]:
-        from bestiary.registry import versions
+        from bestiary.registry import usual_of, versions
 
         try:
             found = versions(self.registered_name)
@@ -182,6 +182,7 @@ class Studio:
                 f"models:/{item.name}/{item.version}",
                 tuple(item.aliases),
                 {score: item.tags[f"delta.{score}"] for score in SCORES if f"delta.{score}" in item.tags},
+                usual_of(item),
             )
             for item in reversed(found)
         ]
@@ -229,8 +230,8 @@ class Studio:
 
         check()
         with self._without_paths():
-            loaded, label = self._prepare(order, tell)
-        prompt, note = _prompt(order, self.evaluated.template if self.evaluated else "a photo of {}")
+            loaded, label, usual = self._prepare(order, tell)
+        prompt, note = _prompt(order, usual.template)
         if note:
             tell({"event": "note", **note})
         roles = ["adapter", "base"] if order.compare and order.adapter != "none" else ["adapter"]
@@ -258,6 +259,7 @@ class Studio:
                     [seed],
                     steps=order.steps,
                     guidance_scale=order.guidance_scale,
+                    guidance_interval=order.guidance_interval,
                     scheduler=order.scheduler,
                     batch_size=1,
                     resolution=order.resolution,
@@ -269,6 +271,7 @@ class Studio:
                 seed=seed,
                 steps=order.steps,
                 guidance_scale=order.guidance_scale,
+                guidance_interval=order.guidance_interval,
                 scheduler=order.scheduler,
                 resolution=image.width,
                 base=_short(loaded.base[0]),
@@ -288,16 +291,16 @@ class Studio:
                 }
             )
 
-    def _prepare(self, order: Order, tell: Tell) -> tuple[Loaded, str]:
-        """The pipeline with the adapter that the order names, and the adapter's name."""
+    def _prepare(self, order: Order, tell: Tell) -> tuple[Loaded, str, Usual]:
+        """The pipeline with the adapter that the order names, the adapter's name, and how it usually draws."""
         from bestiary.diffusion.adapter import adapter_sha256, apply_adapter, remove
-        from bestiary.registry import find_base
+        from bestiary.registry import check_base, find_base
 
         if order.adapter == "none":
             loaded = self._load(self._base(order.base) or self.default_base, order.device, tell)
             remove(loaded.pipeline)
             loaded.adapter = None
-            return loaded, ""
+            return loaded, "", self.usual
         offer = self.uploads.get(order.adapter)
         offer = offer or next((offer for offer in self.offers() if offer.key == order.adapter), None)
         if offer is None:
@@ -311,9 +314,11 @@ class Studio:
         identity = (adapter.file, adapter.file.stat().st_mtime_ns)
         if loaded.adapter != identity:
             loaded.adapter = None
+            if not order.base:
+                check_base(adapter, base[0])
             apply_adapter(loaded.pipeline, adapter.file)
             loaded.adapter, loaded.adapter_sha256 = identity, adapter_sha256(adapter.file)
-        return loaded, offer.key if offer.kind == "registry" else offer.label
+        return loaded, offer.key if offer.kind == "registry" else offer.label, offer.usual or self.usual
 
     def _resolve(self, offer: Offer) -> Adapter:
         from bestiary.registry import resolve

@@ -24,6 +24,7 @@ MAX_RATIO_BELOW = 64 * 2**20  # so many bytes are harmless at any ratio
 MAX_BYTES = 200 * 2**30
 MAX_FILE_BYTES = 256 * 2**20
 MAX_FILES = 1_000_000
+_MAX_HEADER_BYTES = 2**20  # of a long name in a tar, which is read into memory
 _INDEX = "index.csv"
 _CHUNK = 2**20
 
@@ -92,10 +93,21 @@ def _zip_members(archive: Path) -> Iterator[tuple[str, IO[bytes] | None]]:
 
 
 def _tar_members(archive: Path) -> Iterator[tuple[str, IO[bytes] | None]]:
-    with tarfile.open(archive, "r:*") as opened:
+    with tarfile.open(archive, "r:*", tarinfo=_TarMember) as opened:
         for member in opened:
             if not member.isdir():
                 yield member.name, opened.extractfile(member) if member.isreg() else None
+
+
+class _TarMember(tarfile.TarInfo):
+    """A member of a tar that does not take gigabytes for a name, as a bomb of a few kilobytes may."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _TarMember:
+        member = super().frombuf(buf, encoding, errors)
+        if not member.isdir() and member.type not in tarfile.SUPPORTED_TYPES[:0] + _CONTENT_TYPES:
+            pass
+        return member
 
 
 def kind_of(name: str, kinds: tuple[str, ...] = KINDS) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from bestiary.animals import ANIMALS, by_folder
 from bestiary.data import duplicates
 from bestiary.data.findings import Action, Decision, Finding, write_findings
 from bestiary.data.folder import class_files, link, replacing
+from bestiary.data.hashing import thumbnail
 from bestiary.data.images import decode, open_rgb, right_extension
 from bestiary.data.inspection import Inspection, cores, inspect_all
 from bestiary.errors import BestiaryError
@@ -56,6 +58,7 @@ class Outcome:
     manifest: pd.DataFrame
     findings: list[Finding]
     unused_overrides: list[str]  # paths that no image has
+    near_duplicates_seconds: float  # of finding them
 
 
 @dataclass
@@ -66,13 +69,13 @@ class _Desk:
     findings: list[Finding] = field(default_factory=list)
     quarantined: set[str] = field(default_factory=set)
 
-    def note(self, look: Inspection, kind: str, detail: str, action: Action) -> None:
+    def note(self, look: Inspection, kind: str, detail: str, action: Action, other: str = "") -> None:
         """Write a finding down; an image that a person wants kept is not quarantined."""
         if action == "quarantined" and kind != "unreadable" and self.overrides.get(look.path) == "keep":
             action = "kept"
         if action == "quarantined":
             self.quarantined.add(look.path)
-        self.findings.append(Finding(look.path, look.class_folder, kind, detail, action))
+        self.findings.append(Finding(look.path, look.class_folder, kind, detail, action, other))
 
     def remaining(self, looks: Sequence[Inspection]) -> list[Inspection]:
         return [look for look in looks if look.path not in self.quarantined]
@@ -102,13 +105,16 @@ def clean(
     _exact_duplicates(desk, desk.remaining(looks))
     looks = desk.remaining(looks)
     opinions = _opinions(raw, looks, judge if settings.off_topic != "off" else None)
+    started = time.perf_counter()
     pairs, mirrored = _near_pairs(raw, looks, settings.near_duplicate_bits)
-    _conflicts(desk, looks, pairs, opinions)
+    searched = time.perf_counter() - started
+    versions = np.concatenate([pairs, mirrored])
+    _conflicts(desk, looks, versions, opinions)
     _near_duplicates(desk, looks, pairs, mirrored)
     if opinions is not None:
         _off_topic(desk, looks, opinions, settings)
-    group_of = _group_names(looks, np.concatenate([pairs, mirrored]))
     kept = desk.remaining(looks)
+    group_of = _group_names(looks, versions, kept)
     if not kept:
         raise BestiaryError(f"None of the {len(paths)} images in {raw} can be used: nothing is left after cleaning.")
     with replacing(target) as fresh:
@@ -118,7 +124,7 @@ def clean(
     if report is not None:
         with replacing(report) as fresh:
             write_findings(fresh, desk.findings, raw)
-    return Outcome(len(paths), manifest, desk.findings, sorted(set(desk.overrides) - set(paths)))
+    return Outcome(len(paths), manifest, desk.findings, sorted(set(desk.overrides) - set(paths)), searched)
 
 
 def _drop_by_hand(desk: _Desk, looks: Sequence[Inspection]) -> None:
@@ -169,7 +175,7 @@ def _exact_duplicates(desk: _Desk, looks: Sequence[Inspection]) -> None:
     for members in same.values():
         first, *others = sorted(members, key=lambda look: _best_first(desk, look))
         for look in others:
-            desk.note(look, "exact duplicate", f"of {first.path}", "quarantined")
+            desk.note(look, "exact duplicate", f"of {first.path}", "quarantined", first.path)
 
 
 def _near_pairs(raw: Path, looks: Sequence[Inspection], bits: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -194,7 +200,7 @@ def _confirm(
     wanted = np.unique(pairs)
 
     def load(index: int) -> NDArray[np.uint8]:
-        return np.asarray(duplicates.thumbnail(open_rgb(raw / looks[index].path)))
+        return np.asarray(thumbnail(open_rgb(raw / looks[index].path)))
 
     with ThreadPoolExecutor(cores()) as pool:
         thumbnails = dict(zip(wanted.tolist(), pool.map(load, wanted.tolist()), strict=True))
@@ -224,7 +230,7 @@ def _conflicts(
             detail = ", ".join(f"{name} {value:.2f}" for name, value in share.items())
         for look in wrong:
             other = right if look is left else left
-            desk.note(look, "conflict", f"also {other.path} ({detail})", "quarantined")
+            desk.note(look, "conflict", f"also {other.path} ({detail})", "quarantined", other.path)
 
 
 def _near_duplicates(
@@ -241,7 +247,7 @@ def _near_duplicates(
     for look in sorted(desk.remaining(looks), key=lambda look: _best_first(desk, look)):
         better = next(((twin, kind) for twin, kind in twins[look.path] if twin.path in staying), None)
         if better:
-            desk.note(look, better[1], f"of {better[0].path}", "quarantined")
+            desk.note(look, better[1], f"of {better[0].path}", "quarantined", better[0].path)
         if look.path not in desk.quarantined:
             staying.add(look.path)
 
@@ -288,13 +294,19 @@ def _off_topic(desk: _Desk, looks: Sequence[Inspection], opinions: pd.DataFrame,
             _act(desk, look, settings.off_topic, "off topic", detail)
 
 
-def _group_names(looks: Sequence[Inspection], pairs: NDArray[np.int64]) -> dict[str, str]:
-    """A name for each image's group of versions of one picture, the same in whatever order they come: by content."""
-    numbers = duplicates.groups(pairs, len(looks))
+def _group_names(
+    looks: Sequence[Inspection], pairs: NDArray[np.int64], kept: Sequence[Inspection]
+) -> dict[str, str]:
+    """A name for the group of versions of one picture that each of `kept` is of, the same in whatever order they come.
+
+    By the content of what is kept: a worse copy that is added later does not rename the group, so nobody changes sides.
+    """
+    number_of = dict(zip((look.path for look in looks), duplicates.groups(pairs, len(looks)).tolist(), strict=True))
     first: dict[int, str] = {}
-    for look, number in zip(looks, numbers.tolist(), strict=True):
+    for look in kept:
+        number = number_of[look.path]
         first[number] = min(look.sha256, first.get(number, look.sha256))
-    return {look.path: f"g{first[number][:16]}" for look, number in zip(looks, numbers.tolist(), strict=True)}
+    return {look.path: f"g{first[number_of[look.path]][:16]}" for look in kept}
 
 
 def _write(
@@ -303,12 +315,12 @@ def _write(
     names = _clean_names(kept)
     for folder in sorted({look.class_folder for look in kept}):
         (target / folder).mkdir()
-
-    def place(look: Inspection) -> str:
-        destination = target / names[look.path]
+    for look in kept:
         if not look.changes:
-            link(raw / look.path, destination)
-            return look.sha256
+            link(raw / look.path, target / names[look.path])
+
+    def convert(look: Inspection) -> str:
+        destination = target / names[look.path]
         image = decode(raw / look.path).image
         if destination.suffix == ".jpg":
             image.save(destination, quality=_JPEG_QUALITY, subsampling=0)
@@ -316,8 +328,11 @@ def _write(
             image.save(destination)
         return hashlib.sha256(destination.read_bytes()).hexdigest()
 
+    changed = [look for look in kept if look.changes]
+    hashes = {look.path: look.sha256 for look in kept}
     with ThreadPoolExecutor(cores()) as pool:
-        hashes = list(tqdm(pool.map(place, kept), desc="write", total=len(kept), unit="image"))
+        converted = tqdm(pool.map(convert, changed), desc="convert", total=len(changed), unit="image")
+        hashes |= zip((look.path for look in changed), converted, strict=True)
     columns = {
         "path": [names[look.path] for look in kept],
         "class": [look.class_folder for look in kept],
@@ -325,7 +340,7 @@ def _write(
         "group": [group_of[look.path] for look in kept],
         "width": [look.width for look in kept],
         "height": [look.height for look in kept],
-        "sha256": hashes,
+        "sha256": [hashes[look.path] for look in kept],
     }
     return pd.DataFrame(columns)
 

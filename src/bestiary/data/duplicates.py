@@ -8,49 +8,17 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from scipy.ndimage import gaussian_filter
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-THUMBNAIL = 64  # pixels, each side
-Thumbnails = NDArray[np.float32]  # (B, 64, 64), grey, 0 to 255
+from bestiary.data.hashing import THUMBNAIL
 
-_SMALL = 256
-_HASHED = (32, 32)
-_COSINES = np.cos(np.pi / 64 * np.arange(8)[:, None] * (2 * np.arange(32) + 1))  # the 8 slowest of a DCT-II of 32
-_MIRRORED = (-1.0) ** np.arange(8)  # what mirroring does to each column of the transform
+Thumbnails = NDArray[np.float32]  # (B, 64, 64), grey, 0 to 255
 
 _LEAST_WARP = np.array([0.7, -0.4, 0.7, -0.4], np.float32)  # stretch x, shift x, stretch y, shift y
 _MOST_WARP = np.array([1.4, 0.4, 1.4, 0.4], np.float32)
 _BLOCK = 64  # rows of the distance matrix at a time: 64 x 40,000 x 8 bytes = 20 MB
-
-
-def small_grey(image: Image.Image) -> Image.Image:
-    """`image` in grey, reduced by a whole factor to at most 256 pixels a side."""
-    grey = image if image.mode == "L" else image.convert("L")
-    return grey.reduce(-(-max(grey.size) // _SMALL)) if max(grey.size) > _SMALL else grey
-
-
-def thumbnail(image: Image.Image) -> Image.Image:
-    """`image` in grey, squeezed to 64 x 64."""
-    return small_grey(image).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
-
-
-def hashes(thumb: Image.Image) -> tuple[int, int, int]:
-    """64-bit perceptual hashes of a thumbnail, of its middle, and of its mirror image: imagehash.phash of each.
-
-    The hash of the middle lies near that of a copy with a little cut off its sides. All three from two images and one
-    product of matrices: hashing is most of what cleaning costs beyond decoding.
-    """
-    edge = 0.04 * THUMBNAIL
-    boxes = ((0, 0, THUMBNAIL, THUMBNAIL), (edge, edge, THUMBNAIL - edge, THUMBNAIL - edge))
-    views = [thumb.resize(_HASHED, Image.Resampling.LANCZOS, box=box) for box in boxes]
-    plain, middle = _COSINES @ np.stack([np.asarray(view, np.float64) for view in views]) @ _COSINES.T  # (8, 8) each
-    waves = np.stack([plain, middle, plain * _MIRRORED]).reshape(3, 64)
-    bits = waves > np.median(waves, axis=1, keepdims=True)
-    first, second, third = np.packbits(bits, axis=1).view(">u8")[:, 0].tolist()
-    return first, second, third
 
 
 def neighbours(

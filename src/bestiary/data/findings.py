@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -24,21 +24,22 @@ QUARANTINE = "quarantine"
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing found about one image, with its evidence. `path` is relative to the raw images."""
+    """One thing found about one image, with its evidence. Paths are relative to the raw images."""
 
     path: str
     class_folder: str
     kind: str
     detail: str
     action: Action
+    other: str = ""  # the image that it is compared with
 
 
 def write_findings(folder: Path, findings: Sequence[Finding], raw: Path) -> None:
     """Write findings.csv, a sheet `<kind>.png` for each kind, and links to the quarantined files, into `folder`."""
     with (folder / "findings.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
-        table.writerow(["path", "class", *(field.name for field in fields(Finding)[2:])])
-        table.writerows(astuple(finding) for finding in findings)
+        table.writerow(["path", "class", "kind", "detail", "action"])
+        table.writerows((f.path, f.class_folder, f.kind, f.detail, f.action) for f in findings)
     kinds: defaultdict[str, list[Finding]] = defaultdict(list)
     for finding in findings:
         kinds[finding.kind].append(finding)
@@ -52,10 +53,12 @@ def write_findings(folder: Path, findings: Sequence[Finding], raw: Path) -> None
 
 
 def _sheet(members: Sequence[Finding], raw: Path) -> Image.Image:
-    """One picture a finding, its path and detail under it."""
-    cells = [
-        contact_sheet([[_picture(raw / f.path)]], column_labels=[f"{f.path} {f.detail}"], cell=160) for f in members
-    ]
+    """One picture a finding, its path and detail above it; beside it the image that it was compared with."""
+    cells = []
+    for finding in members:
+        pictures = [_picture(raw / path) for path in (finding.path, finding.other) if path]
+        labels = [finding.path, finding.detail] if finding.other else [f"{finding.path} {finding.detail}"]
+        cells.append(contact_sheet([pictures], column_labels=labels, cell=160))
     size = max(cell.width for cell in cells), max(cell.height for cell in cells)
     columns = min(SHEET_COLUMNS, len(cells))
     sheet = Image.new("RGB", (columns * size[0], -(-len(cells) // columns) * size[1]), "white")

@@ -87,13 +87,15 @@ def _decode(path: Path, content: bytes) -> Decoded:
     file_format = str(image.format)
     animated = file_format != "MPO" and bool(getattr(image, "is_animated", False))
     profile = image.info.get("icc_profile")
+    # Colours of 16 bits: Pillow opens them as 8 bits, and says so only here.
+    deep = any(";16" in str(tile.args) for tile in image.tile) and not image.mode.startswith(("I", "F"))
     image.load()
-    changes = ["animated"] if animated else []
+    changes = ["animated"] * animated + ["16-bit"] * deep
     if image.getexif().get(0x0112, 1) not in (0, 1):
         image = ImageOps.exif_transpose(image)
         changes.append("orientation")
-    image, kind = _to_rgb(image, profile)
-    return Decoded(image, file_format, (*changes, *kind))
+    image, kinds = _to_rgb(image, profile)
+    return Decoded(image, file_format, (*changes, *kinds))
 
 
 def _to_rgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, tuple[str, ...]]:
@@ -227,6 +229,10 @@ def _break(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width:
     for word in text.split():
         if lines and _extent(f"{lines[-1]} {word}", font)[0] <= width:
             lines[-1] += f" {word}"
-        else:
-            lines.append(word)
+            continue
+        lines.append("")
+        for character in word:  # a path may be longer than a line
+            if lines[-1] and _extent(lines[-1] + character, font)[0] > width:
+                lines.append("")
+            lines[-1] += character
     return "\n".join(lines)

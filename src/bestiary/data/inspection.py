@@ -6,16 +6,19 @@ import hashlib
 import multiprocessing
 import os
 import resource
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from bestiary.data.duplicates import hashes, small_grey, thumbnail
+from bestiary.data.hashing import hashes, small_grey, thumbnail
 from bestiary.data.images import UnreadableImageError, decode
 
 _FEW = 1000  # so few images are done before a second process has started
@@ -48,7 +51,10 @@ class Inspection:
 
 def inspect(root: Path, path: str) -> Inspection:
     """Look at the file `root`/`path`; never raises for what is in it."""
-    content = (root / path).read_bytes()
+    try:
+        content = (root / path).read_bytes()
+    except OSError as error:  # a file without permission, a sector that cannot be read
+        return Inspection(path, "", 0, unreadable=f"cannot be read: {error.strerror}")
     sha256 = hashlib.sha256(content).hexdigest()
     try:
         decoded = decode(root / path, content)
@@ -106,7 +112,8 @@ def inspect_all(root: Path, paths: Sequence[str], workers: int | None = None) ->
         # others have started, and after that too, it does its part: from the end, until it meets them.
         with ProcessPoolExecutor(workers - 1, mp_context=multiprocessing.get_context("spawn")) as pool:
             try:
-                elsewhere = [pool.submit(_inspect, root, chunk) for chunk in chunks]
+                with _without_script():
+                    elsewhere = [pool.submit(_inspect, root, chunk) for chunk in chunks]
                 here: list[list[Inspection]] = []
                 while len(here) < len(chunks) and elsewhere[-1 - len(here)].cancel():
                     here.insert(0, look(chunks[-1 - len(here)]))
@@ -118,6 +125,18 @@ def inspect_all(root: Path, paths: Sequence[str], workers: int | None = None) ->
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+
+
+@contextmanager
+def _without_script() -> Iterator[None]:
+    """Processes started in here do not import the script that was started, with all that it imports: they need
+    nothing of it, and it would take each of them a second."""
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
 
 
 def _inspect(root: Path, paths: Sequence[str]) -> list[Inspection]:

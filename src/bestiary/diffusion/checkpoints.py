@@ -19,7 +19,18 @@ import torch
 from bestiary.files import write_atomically
 
 KEEP = 2
-CODE = ("adapter", "base", "batches", "checkpoints", "latents", "objective", "progress", "training")  # they decide
+CODE = (  # they decide
+    "adapter",
+    "base",
+    "batches",
+    "checkpoints",
+    "latents",
+    "objective",
+    "progress",
+    "sampling",
+    "sheet",
+    "training",
+)
 
 
 def checkpoint_key(content: Mapping[str, Any]) -> str:

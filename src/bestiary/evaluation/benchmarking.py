@@ -115,13 +115,15 @@ def run(
     guidance_interval: Sequence[float],
     repeats: int,
     quality_batch: int,
+    resolution: int | None = None,
     tiny_vae: Callable[[StableDiffusionPipeline], Any] | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """One row a setting, of `repeats` calls each: its cost as `measure` has it, and its quality; then what was skipped.
 
-    `load` gives the base in a dtype. quality is the CLIP score (100 x cosine) of the trial's pictures and top1 the
-    percent that the judge recognises; distance_to_converged is their root mean square difference (0 to 255) from the
-    pictures that many more steps make of the same noise, guided at every step; None where the sampler adds other noise.
+    `load` gives the base in a dtype; pictures have `resolution` pixels a side (None: the base's own). quality is the
+    CLIP score (100 x cosine) of the trial's pictures and top1 the percent that the judge recognises;
+    distance_to_converged is their root mean square difference (0 to 255) from the pictures that many more steps make of
+    the same noise, guided at every step; None where the sampler adds other noise.
     """
     import torch
 
@@ -142,7 +144,7 @@ def run(
     if not is_lcm(pipeline):  # whose path no solver of an equation follows
         apply_adapter(pipeline, adapter)
         how = guidance["always"] | {"scheduler": CONVERGED_SCHEDULER, "steps": many, "batch_size": quality_batch}
-        converged = generate(pipeline, trial.prompts, trial.seeds, **how)
+        converged = generate(pipeline, trial.prompts, trial.seeds, resolution=resolution, **how)
     del pipeline
     rows: dict[Setting, dict[str, Any]] = {}
     bar = tqdm(total=len(possible), desc="settings", unit="setting")
@@ -157,7 +159,9 @@ def run(
         for setting in (setting for setting in possible if (setting.dtype, setting.fused) == (dtype, fused)):
             pipeline.vae = tiny_vae(pipeline) if tiny_vae and setting.vae == "tiny" else full
             pipeline.unet = torch.compile(unet) if setting.compiled else unet
-            draw: Callable[..., list[Image]] = partial(generate, pipeline, **guidance[setting.guidance])
+            draw: Callable[..., list[Image]] = partial(
+                generate, pipeline, resolution=resolution, **guidance[setting.guidance]
+            )
             # Two steps allocate what many do; a compiled UNet is made for each shape that it meets.
             first = setting if setting.compiled else replace(setting, steps=min(2, setting.steps))
             warm_up, _ = measure(draw, pipeline, first, trial, repeats=1)
@@ -283,6 +287,7 @@ def environment() -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
+        "load_average": os.getloadavg()[0],  # a busy machine's numbers are nobody's
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "diffusers", "peft", "transformers")},

@@ -57,9 +57,7 @@ class Judge:
         batches = [torch.empty(0, self.model.config.projection_dim)]
         for start in range(0, len(images), BATCH_SIZE):
             batch = [image.convert("RGB") for image in images[start : start + BATCH_SIZE]]
-            pixel_values = self.image_processor(batch, return_tensors="pt")["pixel_values"].to(
-                self.device
-            )  # (B, C, H, W)
+            pixel_values = self.image_processor(batch, return_tensors="pt")["pixel_values"]  # (B, C, H, W)
             with torch.inference_mode():
                 pooled = self.model.vision_model(pixel_values=pixel_values.to(self.device)).pooler_output
                 batches.append(_unit(self.model.visual_projection(pooled)))

@@ -2,12 +2,14 @@ import { TEXTS } from './texts.js';
 
 const $ = (id) => document.getElementById(id);
 const COLOURS = ['contrast', 'saturation', 'brightness'];
+const USUAL = { steps: 'steps', guidance: 'guidance_scale', scheduler: 'scheduler', resolution: 'resolution' }; // by their fields
 const LARGEST_GALLERY = 200; // drawings; the oldest makes room, so that the tab's memory stays flat
 
 let language = localStorage.getItem('language')
   ?? ((navigator.languages ?? [navigator.language]).find((tag) => /^(zh|en)/i.test(tag)) ?? 'en').slice(0, 2).toLowerCase();
 let catalog = null;
 let uploads = [];
+let usual = null; // how the chosen adapter is drawn unless somebody says otherwise
 let running = null; // the AbortController of the drawing in progress
 let shown = null; // the gallery's entry on the stage
 const gallery = [];
@@ -33,7 +35,10 @@ function speak() {
   for (const spoken of document.querySelectorAll('[data-placeholder]')) spoken.placeholder = text(spoken.dataset.placeholder);
   $('animal').placeholder = text('animalHint');
   $('language').textContent = text('other');
-  if (catalog) fillChoices();
+  if (usual) {
+    fillChoices();
+    adapterChosen();
+  }
   if (shown) show(shown);
 }
 
@@ -65,18 +70,29 @@ function adapterLabel(offer) {
   return [offer.label, ...offer.aliases.map((alias) => TEXTS[language][alias] ?? alias), ...gains(offer)].join(' · ');
 }
 
-/** Below the list, which cuts long lines off. */
-function tellScores() {
+/** What follows from the chosen adapter: its scores, below the list, which cuts long lines off; how it is usually drawn. */
+function adapterChosen() {
   const offer = catalog.adapters.find(({ key }) => key === $('adapter').value);
   say('scores', offer && gains(offer).length ? text('gains', { gains: gains(offer).join(' · ') }) : '');
+  const before = usual;
+  usual = { ...(offer?.usual ?? catalog.usual) };
+  if (!catalog.resolutions.includes(usual.resolution)) usual.resolution = catalog.usual.resolution;
+  for (const [id, key] of Object.entries(USUAL)) {
+    if (!before || $(id).value === String(before[key])) $(id).value = usual[key]; // what somebody has set stays
+  }
+  $('interval-label').hidden = !usual.guidance_interval;
+  if (usual.guidance_interval) $('interval-text').textContent = interval(usual.guidance_interval);
+}
+
+function interval([low, high]) {
+  return text('interval', { low, high });
 }
 
 function fillChoices() {
   const adapters = [...catalog.adapters, ...uploads].map((offer) => [offer.key, adapterLabel(offer)]);
   choose('adapter', [...adapters, ['none', text('noAdapter')]]);
-  tellScores();
   choose('resolution', catalog.resolutions.map((side) =>
-    [side, side === catalog.defaults.resolution ? text('own', { side }) : `${side} px`]));
+    [side, side === catalog.usual.resolution ? text('own', { side }) : `${side} px`]));
   choose('scheduler', Object.entries(catalog.schedulers));
   choose('base', [['', text('ownBase')], ...catalog.bases.map((base) => [base, base])]);
   choose('device', catalog.devices.map((device) => [device, device.toUpperCase()]));
@@ -190,6 +206,7 @@ function readOrder() {
     prompt: $('prompt').value,
     steps: Number($('steps').value),
     guidance_scale: Number($('guidance').value),
+    guidance_interval: usual.guidance_interval && $('interval').checked ? usual.guidance_interval : null,
     scheduler: $('scheduler').value,
     seed: Number($('seed').value),
     count: Number($('count').value),
@@ -346,7 +363,8 @@ async function show(entry) {
   colour();
   const { settings, device } = entry.pictures[0];
   const rows = [
-    ['prompt', settings.prompt], ['seed', settings.seed], ['steps', settings.steps], ['guidance', settings.guidance_scale],
+    ['prompt', settings.prompt], ['seed', settings.seed], ['steps', settings.steps],
+    ['guidance', [settings.guidance_scale, ...(settings.guidance_interval ? [interval(settings.guidance_interval)] : [])].join(', ')],
     ['scheduler', catalog.schedulers[settings.scheduler]], ['resolution', `${settings.resolution} px`],
     ['adapter', settings.adapter ?? text('noAdapter')], ['base', settings.base], ['device', device.toUpperCase()],
   ];
@@ -445,7 +463,7 @@ async function uploadAdapter() {
     uploads.push(offer);
     fillChoices();
     $('adapter').value = offer.key;
-    tellScores();
+    adapterChosen();
     say('note');
   } catch (error) {
     say('note');
@@ -455,8 +473,10 @@ async function uploadAdapter() {
 
 function reuse() {
   const { order } = shown;
-  for (const id of ['adapter', 'base', 'device', 'animal', 'prompt', 'steps', 'scheduler', 'seed', 'resolution']) $(id).value = order[id];
-  tellScores();
+  $('adapter').value = order.adapter;
+  adapterChosen();
+  for (const id of ['base', 'device', 'animal', 'prompt', 'steps', 'scheduler', 'seed', 'resolution']) $(id).value = order[id];
+  $('interval').checked = Boolean(order.guidance_interval);
   $('guidance').value = order.guidance_scale;
   $('compare').checked = order.compare || order.adapter === 'none';
   $('random').checked = false;
@@ -473,7 +493,7 @@ $('language').addEventListener('click', () => {
   localStorage.setItem('language', language);
   speak();
 });
-$('adapter').addEventListener('change', tellScores);
+$('adapter').addEventListener('change', adapterChosen);
 $('upload').addEventListener('change', uploadAdapter);
 $('upload-label').addEventListener('keydown', (event) => {
   if (event.key === 'Enter' || event.key === ' ') { event.preventDefault(); $('upload').click(); }
@@ -487,9 +507,8 @@ speak();
 try {
   catalog = await (await ask('/api/catalog')).json();
   fillChoices();
-  const { adapter, resolution, steps, guidance_scale: guidance, scheduler } = catalog.defaults;
-  for (const [id, value] of Object.entries({ adapter, resolution, steps, guidance, scheduler })) $(id).value = value;
-  tellScores();
+  $('adapter').value = catalog.adapter;
+  adapterChosen();
   document.body.classList.add('ready');
 } catch (error) {
   say('message', error.message);

@@ -1,0 +1,77 @@
+"""MLflow's SQLite database, read without MLflow, whose import takes longer than all the rest of `bestiary lineage`.
+
+`tracking.check_database` has made sure before that the tables are those of the MLflow that is installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """A run's id, its experiment's, its start in milliseconds since 1970, and its tags."""
+
+    run_id: str
+    experiment_id: str
+    start_time: int
+    tags: dict[str, str]
+
+
+class Database:
+    """What lineage asks of a database; with the same answers as `tracking.Server` and `registry` have from MLflow."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self.connection = connection
+
+    def run(self, run_id: str) -> StoredRun:
+        """The run of this id. Raises KeyError when there is none."""
+        query = "SELECT CAST(experiment_id AS TEXT), start_time FROM runs WHERE run_uuid = ?"
+        found = self.connection.execute(query, [run_id]).fetchone()
+        if found is None:
+            raise KeyError(run_id)
+        experiment_id, start_time = found
+        tags = self.connection.execute("SELECT key, value FROM tags WHERE run_uuid = ?", [run_id])
+        return StoredRun(run_id, experiment_id, start_time, dict(tags.fetchall()))
+
+    def maker(self, experiment_id: str, path: str, content: str) -> StoredRun | None:
+        """The last finished run that made this content at this path; None for what no stage makes."""
+        query = """
+            SELECT runs.run_uuid FROM runs JOIN tags ON tags.run_uuid = runs.run_uuid AND tags.key = ?
+            WHERE tags.value = ? AND experiment_id = ? AND status = 'FINISHED' AND lifecycle_stage = 'active'
+            ORDER BY start_time DESC, runs.run_uuid LIMIT 1
+        """
+        found = self.connection.execute(query, [f"output.{path}", content, int(experiment_id)]).fetchone()
+        return self.run(found[0]) if found else None
+
+    def models(self) -> list[str]:
+        """The names of the registered models."""
+        return [name for (name,) in self.connection.execute("SELECT name FROM registered_models ORDER BY name")]
+
+    def aliases(self, model: str) -> dict[str, int]:
+        """A registered model's aliases with their versions."""
+        query = "SELECT alias, version FROM registered_model_aliases WHERE name = ?"
+        return {alias: int(version) for alias, version in self.connection.execute(query, [model])}
+
+    def versions(self, model: str) -> list[tuple[int, str, dict[str, str]]]:
+        """A registered model's versions, oldest first: number, run's id, tags."""
+        query = "SELECT key, value FROM model_version_tags WHERE name = ? AND version = ?"
+        present = """
+            SELECT version, run_id FROM model_versions
+            WHERE name = ? AND current_stage != 'Deleted_Internal' ORDER BY version
+        """
+        return [
+            (version, run_id, dict(self.connection.execute(query, [model, version]).fetchall()))
+            for version, run_id in self.connection.execute(present, [model]).fetchall()
+        ]
+
+
+@contextlib.contextmanager
+def open_database(path: Path) -> Iterator[Database]:
+    """The database at `path`, to be read only. Raises sqlite3.Error when it cannot be."""
+    with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=5)) as connection:
+        yield Database(connection)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
+NEAR = ("resize", "re-encode", "crop", "mirror")
 
 pytestmark = pytest.mark.slow
 
@@ -44,3 +45,23 @@ def test_our_default_way_of_drawing_is_set_beside_the_originals() -> None:
     low, high = result["embedded"]["default"]["clip_score_minus_original"]["ci95"]
     assert low <= high
     assert "| times_faster | 1 |" in told
+
+
+def test_downloading_and_cleaning_are_set_beside_the_least_they_could_cost_and_planted_faults_are_found() -> None:
+    told, result = quick("data")
+    assert [row["kept"] for row in result["cleaning"]] == [200, 400]
+    for row in result["cleaning"]:
+        assert row["ratio"] == pytest.approx(row["clean_s"] / row["decode_s"])
+        assert 0 < row["peak_memory_mib"] < 2048
+    download = result["download"]
+    assert download["ratio"] == pytest.approx(download["client_s"] / download["bare_loop_s"])
+    assert download["requests"] == download["files"]
+    assert download["most_requests_at_once"] <= download["connections"]
+    assert result["near_duplicates"]["groups"] <= 0.95 * result["near_duplicates"]["hashes"]  # some by chance
+    faults = result["planted_faults"]
+    for kind, recall in (("broken", 0.95), ("exact", 0.95), *((near, 0.9) for near in NEAR), ("off topic", 0.8)):
+        assert faults["kinds"][kind]["planted"] >= 0.015 * faults["images"], kind
+        assert faults["kinds"][kind]["recall"] >= recall, kind
+        assert f"| {kind} |" in told
+    assert faults["kinds"]["off topic"]["precision"] >= 0.8
+    assert faults["good_quarantined"] <= 0.01 * faults["images"]

@@ -278,7 +278,7 @@ def test_results_show_the_table_the_sheet_and_what_to_do_next(
     for who in ("base", "adapter", "delta"):
         report[who] |= {"top5": report[who]["top1"], "cmmd": report[who]["clip_score"]}
     report["real"] = report["adapter"]
-    reasons = ["It beats the base: clip_score +5.00 (95 % interval +4.00 to +6.00)."]
+    reasons = ["It beats the base: margin +5.00 (95 % interval +4.00 to +6.00)."]
     registration = {"name": "bestiary", "version": 3, "aliases": ["champion"], "reasons": reasons}
     (project / "reports").mkdir()
     (project / "reports" / "evaluate.json").write_text(json.dumps(report))

@@ -28,7 +28,7 @@ from bestiary.registry import (
 from bestiary.settings import Usual
 
 ROOT = Path(__file__).parents[1]
-RULES = Register(name="bestiary", champion_score="clip_score", max_copied=0.1)
+RULES = Register(name="bestiary", champion_score="margin", max_copied=0.1)
 USUAL = Usual(template="a drawing of {}", steps=5, guidance_scale=3.0, scheduler="ddim", resolution=64)
 
 
@@ -39,9 +39,9 @@ def evaluation(sha256: str = "", gain: float = 5.0, half_width: float = 1.0, cop
     return {
         "images": 4,
         "adapter_sha256": sha256,
-        "base": {"clip_score": estimate(20.0), "top1": estimate(30.0)},
-        "adapter": {"clip_score": estimate(20.0 + gain), "top1": estimate(30.0 + gain)},
-        "delta": {"clip_score": estimate(gain), "top1": estimate(gain)},
+        "base": {"clip_score": estimate(20.0), "margin": estimate(10.0), "top1": estimate(30.0)},
+        "adapter": {"clip_score": estimate(20.0 + gain), "margin": estimate(10.0 + gain), "top1": estimate(30.0 + gain)},
+        "delta": {"clip_score": estimate(gain), "margin": estimate(gain), "top1": estimate(gain)},
         "memorisation": {"adapter": {"copied": {"mean": copied, "ci95": [copied - 0.1, copied + 0.1]}}},
     }
 
@@ -49,7 +49,7 @@ def evaluation(sha256: str = "", gain: float = 5.0, half_width: float = 1.0, cop
 def write_pictures(path: Path, gain: float, seeds: int = 8) -> Path:
     with path.open("w", newline="") as file:
         table = csv.writer(file)
-        table.writerow(["class", "prompt", "seed", "adapter_clip_score", "adapter_predicted"])
+        table.writerow(["class", "prompt", "seed", "adapter_margin", "adapter_predicted"])
         table.writerows(["cat", "a photo of a cat", seed, 20 + gain + seed / 10, "cat"] for seed in range(seeds))
     return path
 
@@ -102,7 +102,7 @@ def test_an_adapter_that_beats_the_base_for_certain_becomes_the_champion() -> No
     decision, reasons = decide(evaluation(gain=5.0), RULES, None)
     assert decision == CHAMPION
     assert reasons == [
-        "It beats the base: clip_score +5.00 (95 % interval +4.00 to +6.00).",
+        "It beats the base: margin +5.00 (95 % interval +4.00 to +6.00).",
         "There was no champion before it.",
     ]
 
@@ -110,7 +110,7 @@ def test_an_adapter_that_beats_the_base_for_certain_becomes_the_champion() -> No
 def test_an_interval_that_touches_zero_is_not_enough() -> None:
     decision, reasons = decide(evaluation(gain=1.0, half_width=1.0), RULES, None)
     assert decision == CHALLENGER
-    assert reasons == ["It does not beat the base for certain: clip_score +1.00 (95 % interval +0.00 to +2.00)."]
+    assert reasons == ["It does not beat the base for certain: margin +1.00 (95 % interval +0.00 to +2.00)."]
 
 
 def test_a_memoriser_stays_challenger() -> None:
@@ -181,7 +181,7 @@ def test_an_adapter_that_learned_shuffled_captions_draws_well_and_is_refused(see
     decision, reasons = judged(seen, wrong)
     assert decision == CHALLENGER
     assert len(reasons) == 1
-    assert reasons[0].startswith("It does not beat the base for certain: clip_score -")
+    assert reasons[0].startswith("It does not beat the base for certain: margin -")
 
 
 def test_an_adapter_that_draws_its_training_images_beats_the_base_and_is_refused(seen: dict[str, Any]) -> None:

@@ -122,7 +122,7 @@ class Sweep(Section):
     guidance_scales: list[Annotated[float, Field(ge=1)]] = Field(min_length=1)
     checkpoints: bool  # those that train.keep_checkpoints kept, too
     seeds: int = Positive  # pictures a class for each of them
-    score: Literal["clip_score", "top1"]
+    score: Literal["clip_score", "margin", "top1"]
 
 
 class Evaluate(Section):
@@ -155,7 +155,7 @@ class Benchmark(Section):
 
 class Register(Section):
     name: str = Field(min_length=1)
-    champion_score: Literal["clip_score", "top1"]
+    champion_score: Literal["clip_score", "margin", "top1"]
     max_copied: float = Field(ge=0.0, le=1.0)
 
 

@@ -1,10 +1,16 @@
+import contextlib
+import gzip
 import io
+import random
 import stat
 import tarfile
+import tracemalloc
 import zipfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bestiary.data import archives
 from bestiary.data.archives import kind_of, unpack
@@ -97,6 +103,70 @@ def test_a_bomb_is_defused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert everything_below(tmp_path) == {"a.zip"}
 
 
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_a_tar_whose_names_are_the_bomb_is_not_read_into_memory(tmp_path: Path, kind: bytes) -> None:
+    name = tarfile.TarInfo("././@LongLink")
+    name.type, name.size = kind, 64 * 2**20
+    with gzip.open(tmp_path / "a.tar.gz", "wb") as archive:
+        archive.write(name.tobuf(tarfile.GNU_FORMAT))
+        archive.write(b"x" * name.size)
+    tracemalloc.start()
+    try:
+        with pytest.raises(BestiaryError, match=r"a\.tar\.gz cannot be unpacked: it is a bomb"):
+            unpack(tmp_path / "a.tar.gz", tmp_path / "out", ".tar.gz")
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+    assert not (tmp_path / "out").exists()
+
+
+def test_long_names_in_a_tar_are_read(tmp_path: Path) -> None:
+    name = "cat/" + "x" * 3000 + ".jpg"
+    for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        with tarfile.open(tmp_path / "a.tar", "w", format=form) as archive:
+            archive.addfile(_member(name), io.BytesIO(b"abc"))
+        assert [path for path, _ in unpack(tmp_path / "a.tar", tmp_path / str(form), ".tar")[0]] == [name]
+
+
+def test_there_is_a_limit_to_all_files_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = zip_with(tmp_path / "a.zip", {f"cat/{number}.jpg": b"12345" for number in range(4)})
+    monkeypatch.setattr(archives, "MAX_BYTES", 16)
+    with pytest.raises(BestiaryError, match="bomb"):
+        unpack(path, tmp_path / "out", ".zip")
+    monkeypatch.setattr(archives, "MAX_BYTES", 20)
+    assert len(unpack(path, tmp_path / "out", ".zip")[0]) == 4
+
+
+member_name = st.lists(
+    st.one_of(st.sampled_from([*HOSTILE, "..", ".", "", "cat", "con", "C:", "a\\b"]), st.text(min_size=1, max_size=20)),
+    min_size=1,
+    max_size=4,
+).map("/".join)
+
+
+@settings(max_examples=60, deadline=None)
+@given(names=st.lists(member_name, min_size=1, max_size=4), zipped=st.booleans())
+def test_whatever_the_names_nothing_is_written_outside(
+    names: list[str], zipped: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("names")
+    path = folder / ("a.zip" if zipped else "a.tar")
+    with contextlib.suppress(UnicodeEncodeError):  # a name that no archive can hold
+        if zipped:
+            zip_with(path, dict.fromkeys(names, b"xxx"))
+        else:
+            with tarfile.open(path, "w") as archive:
+                for name in names:
+                    archive.addfile(_member(name), io.BytesIO(b"xxx"))
+    before = set(Path("/").iterdir())
+    with contextlib.suppress(BestiaryError):
+        unpack(path, folder / "inner" / "out", path.suffix)
+    assert {entry.name for entry in folder.iterdir()} <= {path.name, "inner"}
+    assert {entry.name for entry in (folder / "inner").iterdir()} <= {"out"}
+    assert all(part == "index.csv" or part.isdecimal() for part in everything_below(folder / "inner" / "out"))
+    assert set(Path("/").iterdir()) == before
+
+
 def test_there_is_a_limit_to_one_file_and_to_their_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = zip_with(tmp_path / "a.zip", {"cat/1.jpg": b"12345", "cat/2.jpg": b"12345"})
     monkeypatch.setattr(archives, "MAX_FILE_BYTES", 4)
@@ -125,6 +195,24 @@ def test_a_damaged_archive_is_said_in_one_sentence(tmp_path: Path, kind: str, sh
     with pytest.raises(BestiaryError, match="cannot be unpacked"):
         unpack(path, tmp_path / "out", kind)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", [".zip", ".tar", ".tar.gz"])
+def test_no_damage_raises_anything_else(tmp_path: Path, kind: str) -> None:
+    dice = random.Random(1)
+    path = tmp_path / f"a{kind}"
+    if kind == ".zip":
+        zip_with(path, {f"cat/{number} 图.jpg": dice.randbytes(200) for number in range(3)})
+    else:
+        tar_with(path, [_member(f"cat/{number} 图.jpg", size=200) for number in range(3)])
+    whole = gzip.decompress(path.read_bytes()) if kind == ".tar" else path.read_bytes()
+    for number in range(200):
+        content = bytearray(whole)
+        for _ in range(dice.randint(1, 8)):
+            content[dice.randrange(len(content))] = dice.randrange(256)
+        path.write_bytes(content)
+        with contextlib.suppress(BestiaryError):
+            unpack(path, tmp_path / str(number), kind)
 
 
 @pytest.mark.parametrize(

@@ -119,12 +119,16 @@ def test_useless_shapes_and_blank_images_are_quarantined(raw: Path, picture: Dra
     assert found(outcome, "cat/blank.png") == [("blank", "quarantined")]
 
 
-def test_the_parameters_decide_what_happens_to_blurred_and_dark_images(raw: Path, picture: Draw) -> None:
+def test_the_parameters_decide_what_happens_to_blurred_dark_and_bright_images(raw: Path, picture: Draw) -> None:
     picture(51, (8, 6)).resize((160, 120), Image.Resampling.BICUBIC).save(raw / "cat" / "blurred.png")
     picture(52).point(lambda level: level // 8).save(raw / "cat" / "dark.png")
+    bright = Image.new("RGB", (160, 120), "white")
+    bright.paste(picture(53, (40, 30)))
+    bright.save(raw / "cat" / "bright.png")
     outcome = run(raw)
     assert found(outcome, "cat/blurred.png") == [("blurred", "flagged")]
     assert found(outcome, "cat/dark.png") == [("dark", "flagged")]
+    assert found(outcome, "cat/bright.png") == [("bright", "flagged")]
     strict = SETTINGS.model_copy(update={"blurred": "quarantine", "exposure": "off"})
     outcome = run(raw, settings=strict)
     assert found(outcome, "cat/blurred.png") == [("blurred", "quarantined")]
@@ -163,8 +167,12 @@ def test_a_better_copy_takes_the_place_of_a_worse_one(raw: Path) -> None:
     assert gone(run(raw)) == {"cat/3.jpg"}
 
 
-def test_a_picture_in_two_classes_leaves_both_without_a_judge(raw: Path) -> None:
-    shutil.copyfile(raw / "cat" / "3.jpg", raw / "owl" / "cat.jpg")
+@pytest.mark.parametrize("change", [lambda image: image, lambda image: image.resize((96, 72)), ImageOps.mirror])
+def test_a_picture_in_two_classes_leaves_both_without_a_judge(
+    raw: Path, change: Callable[[Image.Image], Image.Image]
+) -> None:
+    with Image.open(raw / "cat" / "3.jpg") as image:
+        change(image).save(raw / "owl" / "cat.jpg")
     outcome = run(raw)
     assert gone(outcome) == {"cat/3.jpg", "owl/cat.jpg"}
     assert {finding.kind for finding in outcome.findings} == {"conflict"}
@@ -208,13 +216,20 @@ def test_what_the_judge_does_not_believe_is_off_topic(raw: Path, picture: Draw, 
 
 
 @pytest.mark.slow
-def test_the_result_does_not_depend_on_the_number_of_workers(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_result_depends_neither_on_the_number_of_workers_nor_on_the_order_of_the_files(
+    raw: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("bestiary.data.inspection._FEW", 1)
     plant(raw, 0.1)
     alone = run(raw, workers=1)
     together = run(raw, workers=3)
     assert alone.findings == together.findings
     assert alone.manifest.equals(together.manifest)
+    iterdir = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda folder: iter(sorted(iterdir(folder), reverse=True)))
+    backwards = run(raw, workers=1)
+    assert alone.findings == backwards.findings
+    assert alone.manifest.equals(backwards.manifest)
 
 
 @pytest.mark.parametrize(
@@ -242,6 +257,34 @@ def test_two_versions_kept_by_hand_share_a_group(raw: Path) -> None:
     groups = outcome.manifest.set_index("path")["group"]
     assert groups["cat/3.jpg"] == groups["cat/small.jpg"]
     assert len(set(groups)) == 12
+
+
+def test_a_worse_copy_that_is_added_does_not_rename_a_group(raw: Path) -> None:
+    before = run(raw).manifest
+    for path in list(raw.glob("*/*")):
+        with Image.open(path) as image:
+            image.resize((96, 72)).save(path.with_name(f"a smaller {path.name}"))
+    after = run(raw)
+    assert len(gone(after)) == 12
+    assert after.manifest.equals(before)
+
+
+def test_a_sheet_shows_what_a_copy_is_a_copy_of(raw: Path) -> None:
+    for name in ("cat", "owl"):
+        shutil.copyfile(raw / name / "3.jpg", raw / name / "4 copy.jpg")
+    run(raw, report=raw.parent / "report")
+    kept, copy = (raw / "cat" / name for name in ("3.jpg", "4 copy.jpg"))
+    sheet = np.asarray(Image.open(raw.parent / "report" / "exact_duplicate.png").convert("RGB"), int)
+    picture = np.asarray(Image.open(kept), int)
+    height, width = picture.shape[:2]
+    spots = [
+        (y, x)
+        for y in range(sheet.shape[0] - height + 1)
+        for x in range(sheet.shape[1] - width + 1)
+        if (sheet[y, x] == picture[0, 0]).all() and (sheet[y : y + height, x : x + width] == picture).all()
+    ]
+    assert kept.read_bytes() == copy.read_bytes()
+    assert len(spots) == 2
 
 
 def test_what_was_thrown_out_can_be_looked_at(raw: Path) -> None:

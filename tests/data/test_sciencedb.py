@@ -9,6 +9,7 @@ import tarfile
 import time
 import zipfile
 from collections.abc import Iterator
+from email.utils import formatdate
 from pathlib import Path
 
 import pytest
@@ -119,7 +120,7 @@ def test_the_list_of_addresses_is_used_when_the_tree_cannot_be_had(server: Scien
     assert run.tree == expected(server.files)
 
 
-@pytest.mark.parametrize("fault", ["null", "50000", "html", "500", "503", "429", "429 after", "hang up"])
+@pytest.mark.parametrize("fault", ["null", "50000", "html", "500", "503", "429", "429 after", "hang up", "hang"])
 def test_a_listing_that_fails_once_is_asked_again(server: ScienceDB, run: Run, fault: str) -> None:
     server.listing_faults = [fault, fault]
     run()
@@ -205,6 +206,17 @@ def test_retry_after_is_kept_to(server: ScienceDB, run: Run) -> None:
     server.faults["/V1/Animal/cat/cat 1 图.jpg"] = ["429 after"]
     run()
     assert run.pauses == [7.0]
+
+
+@pytest.mark.parametrize(("seconds", "least", "most"), [(90, 60, 90), (-90, 0, 0), (9_000, 600, 600)])
+def test_retry_after_may_be_a_date_and_is_not_waited_for_for_ever(
+    server: ScienceDB, run: Run, seconds: float, least: float, most: float
+) -> None:
+    server.retry_after = formatdate(time.time() + seconds, usegmt=True)
+    server.faults["/V1/Animal/cat/cat 1 图.jpg"] = ["429 after"]
+    run()
+    (pause,) = run.pauses
+    assert least <= pause <= most
 
 
 def test_a_partial_file_is_continued(server: ScienceDB, run: Run) -> None:
@@ -331,6 +343,44 @@ def test_no_path_from_the_network_leads_out_of_the_target(
     assert {path.parent for path in tmp_path.rglob("*.jpg")} <= {run.target / "cat", run.target / "owl"}
 
 
+@pytest.mark.parametrize("kind", [".zip", ".tar.gz"])
+def test_no_path_in_an_archive_leads_out_of_the_target(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    files = {path.removeprefix("/V1/"): image(path) for path in HOSTILE}
+    files |= {path.removeprefix("/V1/"): content for path, content in dataset(2).items()}
+    files |= {"/cat/absolute.jpg": image("absolute"), "cat/NUL": b"", "cat/a.jpg ": image("blank")}
+    with serving({f"/V1/Animal{kind}": _zip(files) if kind == ".zip" else _tar(files, "gz")}) as server:
+        monkeypatch.setenv("SCIENCEDB_API_URL", server.url)
+        monkeypatch.setenv("SCIENCEDB_DOWNLOAD_URL", server.url)
+        brought = run()
+    assert len(brought.refused) == 5  # three upwards, one on a drive, one absolute
+    found = {path.name: path.read_bytes() for path in (run.target / "cat").iterdir()}
+    good = {content for path, content in files.items() if path.startswith(("cat/", "Animal/cat/"))}
+    assert {content for content in good if content and content != image("blank")} - set(found.values()) <= {
+        image("/V1/cat/../../../outside.jpg"),
+        image("/V1/cat/..\\..\\outside.jpg"),
+    }
+    assert len({name.casefold() for name in found}) == len(found)
+    assert all(len(name.encode()) < 200 and name.isprintable() for name in found)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "raw"]
+    assert {path.parent for path in run.target.rglob("*.*")} == {run.target / "cat", run.target / "owl"}
+
+
+def test_a_path_that_is_listed_twice_gives_two_files(
+    server: ScienceDB, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = [
+        {"id": file_id, "path": "/V1/Animal/cat/same.jpg" if "cat" in path else path, "size": len(server.files[path])}
+        for file_id, path in server.ids.items()
+    ]
+    monkeypatch.setattr(server, "page", entries)
+    assert run().per_class == {"cat": 3, "owl": 3}
+    assert {content for name, content in run.tree.items() if name.startswith("cat/")} == {
+        content for path, content in server.files.items() if "/cat/" in path
+    }
+
+
 @pytest.mark.parametrize("variable", ["SCIENCEDB_API_URL", "SCIENCEDB_DOWNLOAD_URL"])
 def test_a_host_that_is_no_address_is_refused_at_once(
     server: ScienceDB, run: Run, monkeypatch: pytest.MonkeyPatch, variable: str
@@ -439,6 +489,26 @@ def test_a_run_killed_at_any_moment_goes_on_and_ends_with_the_same_tree(run: Run
     assert [path.name for path in run.target.parent.iterdir() if path.name.startswith(".")] == []
     whole = sum(len(content) for path, content in files.items() if path.endswith("jpg"))
     assert served <= whole + 4 * 4 * len(image("x")) * 20  # at most what was under way at each kill
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_it_unpacks_or_links_goes_on_and_ends_with_the_same_tree(run: Run) -> None:
+    files = {path: content[:200] for path, content in dataset(1000).items()}
+    with serving({"/V1/Animal.zip": _zip({path.removeprefix("/V1/"): files[path] for path in files})}) as server:
+        for under_way in (run.cache / "unpacked", run.target.parent):
+            process = _process(run, server)
+            while not any(under_way.glob(".*.part")) and process.poll() is None:
+                time.sleep(0.001)
+            time.sleep(random.uniform(0, 0.02))
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            assert not run.target.exists()
+        finished = _process(run, server)
+        _, errors = finished.communicate()
+        assert finished.returncode == 0, errors
+        assert server.requests.total() == 1
+    assert run.tree == expected(files)
+    assert list(run.target.parent.glob(".*")) == list((run.cache / "unpacked").glob(".*")) == []
 
 
 @pytest.mark.slow

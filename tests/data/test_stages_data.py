@@ -128,6 +128,8 @@ def test_download_clean_split_bring_a_folder_to_two_tables(project: Project) -> 
     for stage, report in (("download", download), ("clean", clean)):
         assert logged[f"{stage}.images_per_second"] == pytest.approx(report["images_per_second"])
     assert logged["clean.findings.unreadable"] == 1
+    assert logged["clean.near_duplicates_seconds"] == pytest.approx(clean["near_duplicates_seconds"])
+    assert logged["clean.peak_memory_mib"] == pytest.approx(clean["peak_memory_mib"])
 
 
 def test_an_empty_data_folder_ends_in_one_sentence(project: Project) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
+import errno
 import lzma
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 
 from bestiary.data.folder import replacing
 from bestiary.data.names import is_hostile
@@ -24,7 +26,27 @@ MAX_RATIO_BELOW = 64 * 2**20  # so many bytes are harmless at any ratio
 MAX_BYTES = 200 * 2**30
 MAX_FILE_BYTES = 256 * 2**20
 MAX_FILES = 1_000_000
-_MAX_HEADER_BYTES = 2**20  # of a long name in a tar, which is read into memory
+MAX_TAR_HEADER_BYTES = 2**20  # long names and other things said of a member
+_TAR_HEADERS = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+_DAMAGE = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    RuntimeError,  # zipfile's word for an encrypted file, and for a kind of compression that it does not know
+    ValueError,  # a name that is no text
+    OSError,
+    struct.error,
+    IndexError,
+    OverflowError,
+)
 _INDEX = "index.csv"
 _CHUNK = 2**20
 
@@ -65,12 +87,18 @@ def _unpack(archive: Path, target: Path, kind: str) -> None:
                 )
                 written += size
                 index.writerow([path, name])
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, NotImplementedError) as error:
-        raise BestiaryError(f"The archive {archive.name} cannot be unpacked: {error or 'it is damaged'}.") from None
-    except (RuntimeError, OSError) as error:  # RuntimeError: zipfile's word for an encrypted file
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the disk's trouble; gzip's and bz2's word for damage is an OSError without a number
-        raise BestiaryError(f"The archive {archive.name} cannot be unpacked: {error}.") from None
+    except _DAMAGE as error:
+        # The disk's trouble is no damage. gzip's and bz2's word for damage is an OSError without a number, a place
+        # before the beginning of a file is an invalid argument.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
+        raise BestiaryError(f"The archive {archive.name} cannot be unpacked: {_reason(error)}.") from None
+
+
+def _reason(error: Exception) -> str:
+    """What an archive's reader says, where it says it in words."""
+    spoken = isinstance(error, (zipfile.BadZipFile, tarfile.TarError, zlib.error, RuntimeError))
+    return str(error) if spoken and str(error) else "it is damaged"
 
 
 def _copy(content: IO[bytes], target: Path, limit: int, archive: Path) -> int:
@@ -88,7 +116,7 @@ def _zip_members(archive: Path) -> Iterator[tuple[str, IO[bytes] | None]]:
     with zipfile.ZipFile(archive) as opened:
         for member in opened.infolist():
             kind = stat.S_IFMT(member.external_attr >> 16)
-            if not member.is_dir():
+            if not member.filename.endswith("/"):
                 yield member.filename, opened.open(member) if kind in (0, stat.S_IFREG) else None
 
 
@@ -100,13 +128,16 @@ def _tar_members(archive: Path) -> Iterator[tuple[str, IO[bytes] | None]]:
 
 
 class _TarMember(tarfile.TarInfo):
-    """A member of a tar that does not take gigabytes for a name, as a bomb of a few kilobytes may."""
+    """A member of a tar whose name is as long as names are: tarfile reads it into memory, where a bomb's are gigabytes.
+
+    Raises TarError for another.
+    """
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _TarMember:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         member = super().frombuf(buf, encoding, errors)
-        if not member.isdir() and member.type not in tarfile.SUPPORTED_TYPES[:0] + _CONTENT_TYPES:
-            pass
+        if member.type in _TAR_HEADERS and member.size > MAX_TAR_HEADER_BYTES:
+            raise tarfile.TarError("it is a bomb")
         return member
 
 

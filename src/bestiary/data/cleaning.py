@@ -294,9 +294,7 @@ def _off_topic(desk: _Desk, looks: Sequence[Inspection], opinions: pd.DataFrame,
             _act(desk, look, settings.off_topic, "off topic", detail)
 
 
-def _group_names(
-    looks: Sequence[Inspection], pairs: NDArray[np.int64], kept: Sequence[Inspection]
-) -> dict[str, str]:
+def _group_names(looks: Sequence[Inspection], pairs: NDArray[np.int64], kept: Sequence[Inspection]) -> dict[str, str]:
     """A name for the group of versions of one picture that each of `kept` is of, the same in whatever order they come.
 
     By the content of what is kept: a worse copy that is added later does not rename the group, so nobody changes sides.

@@ -81,15 +81,16 @@ def decode(path: Path, content: bytes | None = None) -> Decoded:
 
 
 def _decode(path: Path, content: bytes) -> Decoded:
-    image: Image.Image = Image.open(io.BytesIO(content), formats=_FORMATS)
+    opened = Image.open(io.BytesIO(content), formats=_FORMATS)
+    image: Image.Image = opened
     if image.width * image.height > MAX_PIXELS:
         raise UnreadableImageError(path, f"decompression bomb: {image.width} x {image.height} pixels")
     file_format = str(image.format)
     animated = file_format != "MPO" and bool(getattr(image, "is_animated", False))
     profile = image.info.get("icc_profile")
     # Colours of 16 bits: Pillow opens them as 8 bits, and says so only here.
-    deep = any(";16" in str(tile.args) for tile in image.tile) and not image.mode.startswith(("I", "F"))
-    image.load()
+    deep = any(";16" in str(tile.args) for tile in opened.tile) and not image.mode.startswith(("I", "F"))
+    opened.load()
     changes = ["animated"] * animated + ["16-bit"] * deep
     if image.getexif().get(0x0112, 1) not in (0, 1):
         image = ImageOps.exif_transpose(image)

@@ -51,10 +51,7 @@ class Inspection:
 
 def inspect(root: Path, path: str) -> Inspection:
     """Look at the file `root`/`path`; never raises for what is in it."""
-    try:
-        content = (root / path).read_bytes()
-    except OSError as error:  # a file without permission, a sector that cannot be read
-        return Inspection(path, "", 0, unreadable=f"cannot be read: {error.strerror}")
+    content = (root / path).read_bytes()
     sha256 = hashlib.sha256(content).hexdigest()
     try:
         decoded = decode(root / path, content)

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -40,6 +41,7 @@ PAGE_SIZE = 5000
 MAX_DEPTH = 16
 FIRST_PAUSE_SECONDS = 1.0  # at most; each further one at most twice as long
 MAX_IMAGE_BYTES = 256 * 2**20  # where the listing gives no size
+_BUFFER = 2**17  # bytes written at once
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 _MAGIC = (
@@ -69,7 +71,7 @@ class RemoteFile:
     size: int | None = None  # bytes
     md5: str | None = None
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Where the cache keeps it, whichever of the listings names it."""
         return hashlib.sha256(repr((self.file_id, self.path)).encode("utf-8", "replace")).hexdigest()
@@ -309,20 +311,25 @@ class _Service:
     def fetch(self, file: RemoteFile, target: Path, report: Callable[[int], object]) -> None:
         """Bring a file to `target` through `target`.part, which a later call continues; `report` gets its bytes."""
         part = target.with_name(f"{target.name}.part")
-        furthest = part.stat().st_size if part.exists() else 0
+        furthest, seen = 0, 0
+
+        def note(there: int) -> None:
+            nonlocal furthest
+            furthest = max(furthest, there)
+            report(there)
 
         def made_progress() -> bool:
-            nonlocal furthest
-            before, furthest = furthest, max(furthest, part.stat().st_size if part.exists() else 0)
-            return furthest > before
+            nonlocal seen
+            before, seen = seen, furthest
+            return seen > before
 
-        self.retrying(made_progress)(self._fetch_once, file, part, report)
+        self.retrying(made_progress)(self._fetch_once, file, part, note)
         part.replace(target)
 
     def _fetch_once(self, file: RemoteFile, part: Path, report: Callable[[int], object]) -> None:
-        have = part.stat().st_size if part.exists() else 0
+        have = _size(part) or 0
         if have and file.size is not None and have >= file.size:
-            if have == file.size and _problem(file, part) is None:
+            if _problem(file, part, have) is None:
                 return
             have = 0
         headers = {"Range": f"bytes={have}-"} if have else {}
@@ -336,19 +343,20 @@ class _Service:
             if answer.status_code == 206 and not continues:
                 part.unlink(missing_ok=True)
                 raise _ServiceError("it sent another part of the file than was asked for")
-            md5 = self._store(answer, part, have if continues else 0, file, report)
-        problem = _problem(file, part, md5)
+            size, md5 = self._store(answer, part, have if continues else 0, file, report)
+        problem = _problem(file, part, size, md5)
         if problem:
             part.unlink()
             raise _ServiceError(problem)
 
     def _store(
         self, answer: httpx.Response, part: Path, have: int, file: RemoteFile, report: Callable[[int], object]
-    ) -> str | None:
-        """Write the answer behind the `have` bytes of `part`; the md5 of the whole, where it is needed and known."""
+    ) -> tuple[int, str | None]:
+        """Write the answer behind the `have` bytes of `part`; how many there are then, and the md5 of the whole, where
+        it is needed and known."""
         limit = file.size if file.size is not None else None if kind_of(file.path) else MAX_IMAGE_BYTES
         digest = None if have or file.md5 is None else hashlib.md5(usedforsecurity=False)
-        with part.open("ab" if have else "wb") as writing:
+        with part.open("ab" if have else "wb", buffering=_BUFFER) as writing:
             for chunk in answer.iter_bytes():
                 if self.stop.is_set():
                     raise _FinalError("stopped")
@@ -362,7 +370,7 @@ class _Service:
         if limit is not None and have > limit:
             part.unlink()
             raise _ServiceError(f"it is longer than {limit} bytes")
-        return digest.hexdigest() if digest else None
+        return have, digest.hexdigest() if digest else None
 
 
 def _check_status(answer: httpx.Response) -> None:
@@ -395,12 +403,19 @@ def _fits(content_range: str, have: int, size: int | None) -> bool:
     return not total.isdigit() or (int(last) + 1 == int(total) and (size is None or int(total) == size))
 
 
-def _problem(file: RemoteFile, part: Path, md5: str | None = None) -> str | None:
+def _size(path: Path) -> int | None:
+    """In bytes; None where there is no such file."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
+
+
+def _problem(file: RemoteFile, part: Path, size: int, md5: str | None = None) -> str | None:
     """What is wrong with a finished file: by its size and md5 where they are listed, by its first bytes otherwise.
 
-    `md5` is the file's, where the caller knows it.
+    `size` and `md5` are the file's, the latter where the caller knows it.
     """
-    size = part.stat().st_size
     if file.size is not None and size != file.size:
         return f"it has {size} bytes instead of {file.size}"
     if file.md5 is not None:
@@ -542,13 +557,16 @@ def _cached(cache: Path, file: RemoteFile) -> Path:
 def _not_in(cache: Path, files: Sequence[RemoteFile]) -> list[RemoteFile]:
     """Those of `files` that the cache lacks, or holds with other content than is listed now."""
 
+    if not (cache / "files").exists():
+        return list(files)
+
     def is_there(file: RemoteFile) -> bool:
         path = _cached(cache, file)
-        return path.exists() and _problem(file, path) is None
+        size = _size(path)
+        return size is not None and _problem(file, path, size) is None
 
-    kept = (cache / "files").exists()
     with ThreadPoolExecutor() as pool:  # hashing releases Python's lock
-        checked = tqdm(pool.map(is_there, files), "check", len(files), disable=not kept, leave=False, unit="file")
+        checked = tqdm(pool.map(is_there, files), "check", len(files), leave=False, unit="file")
         return [file for file, there in zip(files, checked, strict=True) if not there]
 
 

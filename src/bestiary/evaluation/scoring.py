@@ -257,6 +257,7 @@ def picture_table(
     for row, pictures in (("base", base), ("adapter", adapter)):
         scores = score(pictures, words)
         columns[f"{row}_clip_score"] = scores["clip_score"].round(4)
+        columns[f"{row}_margin"] = scores["margin"].round(4)
         columns[f"{row}_predicted"] = names[scores["predicted"]]
     return pd.DataFrame(columns)
 

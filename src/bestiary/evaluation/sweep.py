@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from bestiary.errors import BestiaryError
-from bestiary.evaluation.scoring import Pictures, Words, score
+from bestiary.evaluation.scoring import SCORES, Pictures, Words, score
 from bestiary.files import write_atomically
 
 CHECKPOINTS = "checkpoints"  # the folder beside the adapter's file
@@ -57,7 +57,7 @@ def sweep(
         scores = score(look(adapter, scale, guidance_scale), words)
         rows.append(
             {"checkpoint": str(adapter), "scale": scale, "guidance_scale": guidance_scale, "pictures": len(scores)}
-            | {key: float(scores[key].mean()) for key in ("clip_score", "top1", "top5")}
+            | {key: float(scores[key].mean()) for key in SCORES}
         )
     return pd.DataFrame(rows)
 

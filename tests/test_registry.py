@@ -39,9 +39,9 @@ def evaluation(sha256: str = "", gain: float = 5.0, half_width: float = 1.0, cop
     return {
         "images": 4,
         "adapter_sha256": sha256,
-        "base": {"clip_score": estimate(20.0), "margin": estimate(10.0), "top1": estimate(30.0)},
-        "adapter": {"clip_score": estimate(20.0 + gain), "margin": estimate(10.0 + gain), "top1": estimate(30.0 + gain)},
-        "delta": {"clip_score": estimate(gain), "margin": estimate(gain), "top1": estimate(gain)},
+        "base": {score: estimate(20.0) for score in ("clip_score", "margin", "top1")},
+        "adapter": {score: estimate(20.0 + gain) for score in ("clip_score", "margin", "top1")},
+        "delta": {score: estimate(gain) for score in ("clip_score", "margin", "top1")},
         "memorisation": {"adapter": {"copied": {"mean": copied, "ci95": [copied - 0.1, copied + 0.1]}}},
     }
 
@@ -142,7 +142,7 @@ def test_a_champion_that_was_measured_otherwise_is_not_replaced() -> None:
 def seen(judge_folder: Path) -> dict[str, Any]:
     """Four animals' real images as the judge sees them, and what it makes of other pictures of them."""
     import numpy as np
-    from PIL import Image, ImageFilter
+    from PIL import Image
 
     from bestiary.evaluation import pictures
     from bestiary.evaluation.judge import Judge
@@ -150,19 +150,19 @@ def seen(judge_folder: Path) -> dict[str, Any]:
     judge, classes, count = Judge.load(str(judge_folder)), ["owl", "panda", "tiger", "zebra"], 8
     labels = np.repeat(np.arange(len(classes)), count)
 
-    def take(first: int, blur: float = 0.0) -> Any:
+    def take(first: int) -> Any:
         files = [sorted((ROOT / "samples" / name).glob("*.jpg"))[first : first + count] for name in classes]
-        images = [
-            Image.open(file).convert("RGB").filter(ImageFilter.GaussianBlur(blur)) for row in files for file in row
-        ]
-        return pictures.view(judge, images, labels)
+        return pictures.view(judge, [Image.open(file).convert("RGB") for row in files for file in row], labels)
 
     words = pictures.read_words(judge, classes, "a photo of {}")
-    return {"words": words, "train": take(0), "real": take(count), "drawn": take(2 * count), "base": take(2 * count, 3)}
+    drawn = take(2 * count)
+    wrong = np.roll(drawn.features, count, axis=0)  # the animal before
+    base = type(drawn)(np.where(np.arange(len(labels))[:, None] % 2, drawn.features, wrong), labels)
+    return {"words": words, "train": take(0), "real": take(count), "drawn": drawn, "base": base}
 
 
 def judged(seen: dict[str, Any], adapter: Any) -> tuple[str, list[str]]:
-    """What the gate says when the adapter draws like this and the base draws blurred animals."""
+    """What the gate says when the adapter draws like this and every other picture of the base is of another animal."""
     from bestiary.evaluation.scoring import compare
 
     base, real, train, words = seen["base"], seen["real"], seen["train"], seen["words"]

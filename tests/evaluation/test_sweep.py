@@ -29,6 +29,7 @@ def test_a_sweep_tries_every_combination_and_finds_the_best() -> None:
         "guidance_scale": 4.0,
         "pictures": 3,
         "clip_score": pytest.approx(100),
+        "margin": pytest.approx(100),
         "top1": 100,
         "top5": 100,
     }

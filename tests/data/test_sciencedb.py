@@ -447,10 +447,12 @@ def test_two_downloads_do_not_share_a_cache_at_once(server: ScienceDB, run: Run)
 
 def _process(run: Run, server: ScienceDB) -> subprocess.Popen[str]:
     code = f"""
+import signal
 from pathlib import Path
 from bestiary import params
 from bestiary.data.sciencedb import download
 from bestiary.errors import BestiaryError
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 settings = params.ScienceDB(dataset_id="abc", version="V1", connections=4, retries=3, timeout_s=5.0, allow_missing=0.0)
 try:
     download(Path({str(run.target)!r}), settings, cache=Path({str(run.cache)!r}))

@@ -17,7 +17,7 @@ from bestiary.errors import BestiaryError
 Fraction = Field(ge=0.0, lt=1.0)
 Positive = Field(gt=0)
 Policy = Literal["off", "flag", "quarantine"]
-Scheduler = Literal["ddpm", "ddim", "dpmsolver++", "dpmsolver++karras", "unipc", "euler", "lcm"]
+Scheduler = Literal["ddpm", "ddim", "dpmsolver++", "dpmsolver++karras", "dpmsolver++sde", "unipc", "euler", "lcm"]
 Interval = Annotated[list[float], Field(min_length=2, max_length=2)]  # noise levels: above the first, up to the second
 
 

@@ -23,6 +23,7 @@ SAMPLERS = {
     "ddim": "DDIM",
     "dpmsolver++": "DPM++ 2M",
     "dpmsolver++karras": "DPM++ 2M Karras",
+    "dpmsolver++sde": "DPM++ 2M SDE Karras",
     "unipc": "UniPC",
     "euler": "Euler",
     "lcm": "LCM",

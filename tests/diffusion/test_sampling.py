@@ -62,7 +62,7 @@ def test_guidance_at_all_noise_levels_is_guidance_and_at_none_is_none(pipeline: 
     assert draw(guidance_interval=[0.5, 5.0]) not in (always, never)
 
 
-@pytest.mark.parametrize("scheduler", ["ddpm", "dpmsolver++karras", "euler"])
+@pytest.mark.parametrize("scheduler", ["ddpm", "dpmsolver++karras", "dpmsolver++sde", "euler"])
 def test_steps_outside_the_guidance_interval_cost_half(pipeline: StableDiffusionPipeline, scheduler: str) -> None:
     seen: list[tuple[float, int]] = []
 

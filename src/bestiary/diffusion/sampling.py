@@ -14,14 +14,15 @@ if TYPE_CHECKING:
     from diffusers import SchedulerMixin, StableDiffusionPipeline
     from PIL.Image import Image
 
-SCHEDULERS = ("ddpm", "ddim", "dpmsolver++", "dpmsolver++karras", "unipc", "euler", "lcm")
+SCHEDULERS = ("ddpm", "ddim", "dpmsolver++", "dpmsolver++karras", "dpmsolver++sde", "unipc", "euler", "lcm")
 
 
 def make_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
     """The sampler `name` on the noise schedule of a base's scheduler `config`.
 
     ddpm: arXiv:2006.11239, ddim: arXiv:2010.02502, dpmsolver++: arXiv:2211.01095 (2M), with the noise levels of
-    arXiv:2206.00364 when it ends in karras, unipc: arXiv:2302.04867, euler: arXiv:2206.00364, lcm: arXiv:2310.04378.
+    arXiv:2206.00364 when it ends in karras, and with fresh noise at each step, too, when it ends in sde, unipc:
+    arXiv:2302.04867, euler: arXiv:2206.00364, lcm: arXiv:2310.04378.
     Raises BestiaryError for an unknown name.
     """
     import diffusers
@@ -39,6 +40,10 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
         case "dpmsolver++karras":
             return diffusers.DPMSolverMultistepScheduler.from_config(
                 config, algorithm_type="dpmsolver++", use_karras_sigmas=True
+            )
+        case "dpmsolver++sde":
+            return diffusers.DPMSolverMultistepScheduler.from_config(
+                config, algorithm_type="sde-dpmsolver++", use_karras_sigmas=True
             )
         case "unipc":
             return diffusers.UniPCMultistepScheduler.from_config(config, use_karras_sigmas=False)

@@ -120,7 +120,7 @@ def lineage(project: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stages", nargs="*", default=["encode", "train"])
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
     arguments = parser.parse_args()
     result: dict[str, object] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 MIB = 2**20
 CONVERGED_SCHEDULER, CONVERGED_FACTOR, MOST_STEPS = "dpmsolver++", 2.5, 1000  # factor: of the most steps measured
-NOISY = ("ddpm", "lcm")  # samplers that add noise on the way, so that more steps lead to another picture
+NOISY = ("ddpm", "dpmsolver++sde", "lcm")  # samplers that add noise on the way: more steps lead to another picture
 PARTS = ("text", "denoise", "decode")
 LCM_STEPS = 50  # a latent consistency model was distilled on so many
 

@@ -484,11 +484,13 @@ def _file_name(name: str) -> str:
 
 @contextmanager
 def _resolving(what: str) -> Iterator[Callable[[], Adapter | None]]:
-    """Find a registered adapter in a process beside this one: importing MLflow takes as long as importing torch.
+    """Find an adapter, where that takes MLflow in a process beside this one, which imports torch meanwhile.
 
     Yields a function that waits for the adapter; what it raises is what `registry.resolve` raised.
     """
-    if not what.startswith("models:"):
+    from bestiary.registry import needs_mlflow
+
+    if not needs_mlflow(what):
         adapter = None if what == "none" else _resolve(what)
         yield lambda: adapter
         return

@@ -1,4 +1,4 @@
-"""MLflow's SQLite database, read without MLflow, whose import takes longer than all the rest of `bestiary lineage`.
+"""MLflow's SQLite database, read without MLflow, whose import takes longer than all that is asked of it here.
 
 `tracking.check_database` has made sure before that the tables are those of the MLflow that is installed.
 """
@@ -23,7 +23,7 @@ class StoredRun:
 
 
 class Database:
-    """What lineage asks of a database; with the same answers as `tracking.Server` and `registry` have from MLflow."""
+    """What lineage and the registry's readers ask of a database; with the same answers as `tracking.Server` and `registry` have from MLflow."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self.connection = connection
@@ -68,6 +68,11 @@ class Database:
             (version, run_id, dict(self.connection.execute(query, [model, version]).fetchall()))
             for version, run_id in self.connection.execute(present, [model]).fetchall()
         ]
+
+    def files(self, model: str, version: int) -> str:
+        """Where a registered version's files are: a path, or an address of a store."""
+        query = "SELECT COALESCE(storage_location, source) FROM model_versions WHERE name = ? AND version = ?"
+        return str(self.connection.execute(query, [model, version]).fetchone()[0])
 
 
 @contextlib.contextmanager

@@ -428,14 +428,7 @@ def resolve(what: str) -> Adapter:
         made_from = read_provenance(file)
         return Adapter(file, what, made_from.get("base"), made_from.get("base_revision"), made_from.get("base_sha256"))
     version = find_version(what)
-    uri, client = _open_registry()
-    with plain_errors(uri):
-        import mlflow
-
-        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        source = client.get_model_version_download_uri(version.name, str(version.version))
-        folder = mlflow.artifacts.download_artifacts(f"{source}/adapter_weights", tracking_uri=uri)
-    file = adapter_file(folder)
+    file = adapter_file(_weights_folder(version))
     if adapter_sha256(file) != version.tags["adapter_sha256"]:
         raise BestiaryError(f"The file of {version.name} {version.version} is not the one that was registered: {file}.")
     tags = version.tags
@@ -447,6 +440,22 @@ def resolve(what: str) -> Adapter:
         tags["base_sha256"],
         usual_of(version),
     )
+
+
+def _weights_folder(version: Version) -> Path:
+    """Where a version's weights are on this disk, downloaded if they were elsewhere."""
+    if there := _local():
+        with _opened(there) as database:
+            folder = Path(database.files(version.name, version.version), "adapter_weights")
+        if folder.is_dir():
+            return folder
+    uri, client = _open_registry()
+    with plain_errors(uri):
+        import mlflow
+
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        source = client.get_model_version_download_uri(version.name, str(version.version))
+        return Path(mlflow.artifacts.download_artifacts(f"{source}/adapter_weights", tracking_uri=uri))
 
 
 def usual_of(version: Version) -> Usual | None:
@@ -579,6 +588,11 @@ def _open_registry() -> tuple[str, Any]:
     _check(uri)
     with plain_errors(uri):
         return uri, open_client(uri, project_root())
+
+
+def needs_mlflow(what: str) -> bool:
+    """Whether finding the adapter that `what` means takes MLflow, whose import takes as long as torch's."""
+    return what.startswith("models:") and _local() is None
 
 
 def _local() -> Path | None:

@@ -23,7 +23,7 @@ class StoredRun:
 
 
 class Database:
-    """What lineage and the registry's readers ask of a database; with the same answers as `tracking.Server` and `registry` have from MLflow."""
+    """What `tracking` and `registry` ask of a database; with the same answers as they have from MLflow's client."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self.connection = connection

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bestiary import __version__
 from bestiary.errors import BestiaryError
@@ -17,16 +18,40 @@ if TYPE_CHECKING:
     from bestiary.params import Evaluate
 
 KEY = "bestiary"
-# The names that A1111 and ComfyUI's users know the samplers by.
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A way from noise to a picture: its name among A1111's and ComfyUI's users, and diffusers' class and options.
+
+    A `noisy` one adds noise on the way, so that more steps lead to another picture and not to the same more exactly.
+    """
+
+    label: str
+    scheduler: str
+    options: Mapping[str, Any]
+    noisy: bool = False
+
+
+def _dpmsolver(algorithm: str, karras: bool) -> dict[str, Any]:
+    return {"algorithm_type": algorithm, "use_karras_sigmas": karras}
+
+
+# clip_sample: latents are not bound to [-1, 1]. Sources, in order: arXiv:2006.11239, 2010.02502, 2211.01095 for three
+# (with the noise levels of 2206.00364 in those called Karras), 2302.04867, 2206.00364, 2310.04378.
 SAMPLERS = {
-    "ddpm": "DDPM",
-    "ddim": "DDIM",
-    "dpmsolver++": "DPM++ 2M",
-    "dpmsolver++karras": "DPM++ 2M Karras",
-    "dpmsolver++sde": "DPM++ 2M SDE Karras",
-    "unipc": "UniPC",
-    "euler": "Euler",
-    "lcm": "LCM",
+    "ddpm": Sampler("DDPM", "DDPMScheduler", {"clip_sample": False}, noisy=True),
+    "ddim": Sampler("DDIM", "DDIMScheduler", {"clip_sample": False}),
+    "dpmsolver++": Sampler("DPM++ 2M", "DPMSolverMultistepScheduler", _dpmsolver("dpmsolver++", karras=False)),
+    "dpmsolver++karras": Sampler(
+        "DPM++ 2M Karras", "DPMSolverMultistepScheduler", _dpmsolver("dpmsolver++", karras=True)
+    ),
+    "dpmsolver++sde": Sampler(
+        "DPM++ 2M SDE Karras", "DPMSolverMultistepScheduler", _dpmsolver("sde-dpmsolver++", karras=True), noisy=True
+    ),
+    "unipc": Sampler("UniPC", "UniPCMultistepScheduler", {"use_karras_sigmas": False}),
+    "euler": Sampler("Euler", "EulerDiscreteScheduler", {"use_karras_sigmas": False}),
+    "lcm": Sampler("LCM", "LCMScheduler", {"clip_sample": False}, noisy=True),
 }
 
 
@@ -112,7 +137,7 @@ def as_a1111(settings: Settings) -> str:
     """The settings in the text form that A1111 writes into its pictures and many tools read."""
     fields = {
         "Steps": settings.steps,
-        "Sampler": SAMPLERS[settings.scheduler],
+        "Sampler": SAMPLERS[settings.scheduler].label,
         "CFG scale": f"{settings.guidance_scale:g}",
         **({"CFG interval": "{:g} to {:g}".format(*settings.guidance_interval)} if settings.guidance_interval else {}),
         "Seed": settings.seed,

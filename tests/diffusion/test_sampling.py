@@ -7,8 +7,9 @@ from diffusers import StableDiffusionPipeline
 
 from bestiary.diffusion.adapter import inject
 from bestiary.diffusion.base import load_pipeline
-from bestiary.diffusion.sampling import SCHEDULERS, generate, make_scheduler
+from bestiary.diffusion.sampling import generate, make_scheduler
 from bestiary.errors import BestiaryError
+from bestiary.settings import SAMPLERS
 
 HOW = {"steps": 4, "guidance_scale": 3.0, "scheduler": "dpmsolver++", "batch_size": 2}
 
@@ -27,7 +28,7 @@ def lcm(base: Path) -> StableDiffusionPipeline:
     return pipeline
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("scheduler", SAMPLERS)
 def test_a_picture_depends_on_its_prompt_and_seed_alone(request: pytest.FixtureRequest, scheduler: str) -> None:
     pipeline = request.getfixturevalue("lcm" if scheduler == "lcm" else "pipeline")
     prompts, seeds = ["a zebra", "a cat", "a zebra"], [3, 4, 5]
@@ -39,6 +40,20 @@ def test_a_picture_depends_on_its_prompt_and_seed_alone(request: pytest.FixtureR
         assert np.abs(np.asarray(image, int) - np.asarray(alone, int)).max() <= 1
     again = generate(pipeline, prompts, seeds, **how)
     assert [image.tobytes() for image in again] == [image.tobytes() for image in together]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samplers_that_add_noise_on_the_way_are_known(pipeline: StableDiffusionPipeline, name: str) -> None:
+    """The benchmark sets no distance to a converged picture beside them."""
+    steps = []
+    for seed in (0, 1):
+        pipeline.scheduler = make_scheduler(name, pipeline.scheduler.config)
+        pipeline.scheduler.set_timesteps(4)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        extra = pipeline.prepare_extra_step_kwargs(generator, 0.0)
+        latents = torch.ones(1, 8, 8, 8)
+        steps.append(pipeline.scheduler.step(0.5 * latents, pipeline.scheduler.timesteps[0], latents, **extra)[0])
+    assert torch.equal(*steps) != SAMPLERS[name].noisy
 
 
 def test_a_pipeline_in_half_precision_draws_with_an_adapter_too(base: Path) -> None:

@@ -160,7 +160,7 @@ class Studio:
             "adapters": [offer.public() for offer in offers],
             "bases": list(self.bases),
             "devices": list(dict.fromkeys([best, "cpu"])),
-            "schedulers": SAMPLERS,
+            "schedulers": {name: sampler.label for name, sampler in SAMPLERS.items()},
             "resolutions": sorted({own, *range(min(own, 256), LARGEST_SIDE + 1, SIDE_STEP)}),
             "adapter": champion or (offers[0].key if offers else "none"),
             "usual": asdict(self.usual) | {"resolution": own},

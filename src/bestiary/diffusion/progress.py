@@ -6,12 +6,14 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from bestiary.diffusion.objective import Validation
 from bestiary.errors import BestiaryError
+from bestiary.files import write_atomically
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -56,6 +58,15 @@ class TrainingResult:
         """The numbers of the whole, for reports/train.json."""
         numbers = {name: value for name, value in vars(self).items() if isinstance(value, int | float)}
         return numbers | {"val_loss_by_band": self.val_loss_by_band}
+
+    def write(self, folder: Path) -> None:
+        """Write the curve to `history.csv` and the loss of each class to `val_loss_by_class.csv`, for DVC's plots."""
+        import pandas as pd
+
+        history = pd.DataFrame(self.history, columns=list(HISTORY))
+        write_atomically(folder / "history.csv", history.to_csv(index=False).encode())
+        by_class = pd.Series(self.val_loss_by_class, name="val_loss").rename_axis("class")
+        write_atomically(folder / "val_loss_by_class.csv", by_class.to_csv().encode())
 
 
 class Progress:

@@ -9,49 +9,24 @@ import torch
 
 from bestiary.diffusion.base import encode_text
 from bestiary.errors import BestiaryError
+from bestiary.settings import SAMPLERS
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin, StableDiffusionPipeline
     from PIL.Image import Image
 
-SCHEDULERS = ("ddpm", "ddim", "dpmsolver++", "dpmsolver++karras", "dpmsolver++sde", "unipc", "euler", "lcm")
-
 
 def make_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
     """The sampler `name` on the noise schedule of a base's scheduler `config`.
 
-    ddpm: arXiv:2006.11239, ddim: arXiv:2010.02502, dpmsolver++: arXiv:2211.01095 (2M), with the noise levels of
-    arXiv:2206.00364 when it ends in karras, and with fresh noise at each step, too, when it ends in sde, unipc:
-    arXiv:2302.04867, euler: arXiv:2206.00364, lcm: arXiv:2310.04378.
     Raises BestiaryError for an unknown name.
     """
     import diffusers
 
-    # Latents are not bound to [-1, 1], as the first two would have it unless told.
-    match name:
-        case "ddpm":
-            return diffusers.DDPMScheduler.from_config(config, clip_sample=False)
-        case "ddim":
-            return diffusers.DDIMScheduler.from_config(config, clip_sample=False)
-        case "dpmsolver++":
-            return diffusers.DPMSolverMultistepScheduler.from_config(
-                config, algorithm_type="dpmsolver++", use_karras_sigmas=False
-            )
-        case "dpmsolver++karras":
-            return diffusers.DPMSolverMultistepScheduler.from_config(
-                config, algorithm_type="dpmsolver++", use_karras_sigmas=True
-            )
-        case "dpmsolver++sde":
-            return diffusers.DPMSolverMultistepScheduler.from_config(
-                config, algorithm_type="sde-dpmsolver++", use_karras_sigmas=True
-            )
-        case "unipc":
-            return diffusers.UniPCMultistepScheduler.from_config(config, use_karras_sigmas=False)
-        case "euler":
-            return diffusers.EulerDiscreteScheduler.from_config(config, use_karras_sigmas=False)
-        case "lcm":
-            return diffusers.LCMScheduler.from_config(config, clip_sample=False)
-    raise BestiaryError(f"There is no scheduler {name!r}; choose one of {', '.join(SCHEDULERS)}.")
+    if name not in SAMPLERS:
+        raise BestiaryError(f"There is no scheduler {name!r}; choose one of {', '.join(SAMPLERS)}.")
+    sampler = SAMPLERS[name]
+    return getattr(diffusers, sampler.scheduler).from_config(config, **sampler.options)
 
 
 def is_lcm(pipeline: StableDiffusionPipeline) -> bool:

@@ -24,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from bestiary.errors import BestiaryError
+from bestiary.settings import SAMPLERS
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 MIB = 2**20
 CONVERGED_SCHEDULER, CONVERGED_FACTOR, MOST_STEPS = "dpmsolver++", 2.5, 1000  # factor: of the most steps measured
-NOISY = ("ddpm", "dpmsolver++sde", "lcm")  # samplers that add noise on the way: more steps lead to another picture
 PARTS = ("text", "denoise", "decode")
 LCM_STEPS = 50  # a latent consistency model was distilled on so many
 
@@ -172,7 +172,7 @@ def run(
             if rest:
                 how = {"scheduler": setting.scheduler, "steps": setting.steps, "batch_size": quality_batch}
                 images |= dict(zip(rest, draw(*trial.take(rest), **how), strict=True))
-            rows[setting] = row | quality(images, trial, None if setting.scheduler in NOISY else converged)
+            rows[setting] = row | quality(images, trial, None if SAMPLERS[setting.scheduler].noisy else converged)
             bar.update()
 
     for dtype, fused in dict.fromkeys((setting.dtype, setting.fused) for setting in possible):

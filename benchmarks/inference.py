@@ -73,6 +73,7 @@ def embedded(folder: Path, other_steps: list[int], quick: bool) -> dict[str, Any
     rows = {"original": embedded_row(draw, pipeline, original, trial)}
     converged = draw(prompts, trial.seeds, scheduler="dpmsolver++", steps=CONVERGED_STEPS, batch_size=16)
     fuse(pipeline)
+    draw = partial(draw, guidance_interval=evaluate.guidance_interval)
     rows |= {name: embedded_row(draw, pipeline, setting, trial) for name, setting in ours.items()}
 
     counts = resample_counts(len(labels), evaluate.bootstrap_resamples, seed=0)

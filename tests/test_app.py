@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from test_registry import USUAL, make_adapter, submit
 
 from bestiary.animals import ANIMALS
 from bestiary.app import create_app, launch, read_credentials
+from bestiary.app.server import MOST_UPLOADING
 from bestiary.errors import BestiaryError
 
 ROOT = Path(__file__).parents[1]
@@ -360,6 +361,35 @@ def test_another_kind_of_file_or_a_large_one_is_refused(server: Server) -> None:
     assert response.json()["message"] == "Only .safetensors files can be uploaded."
     response = server.client.put("/api/adapters", params={"name": "a.safetensors"}, content=b"x" * (2**20 + 1))
     assert response.json()["message"] == "a.safetensors is larger than 1 MiB."
+
+
+def test_only_some_may_upload_at_once(base_folder: Path) -> None:
+    async def upload() -> list[str]:
+        transport = httpx.ASGITransport(app=create_app(str(base_folder), adapters=[]))
+        everybody_is_here = asyncio.Event()
+        arrived = 0
+
+        async def slowly() -> AsyncIterator[bytes]:
+            nonlocal arrived
+            arrived += 1
+            if arrived == MOST_UPLOADING:
+                everybody_is_here.set()
+            await everybody_is_here.wait()
+            yield b"x"
+
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            responses = await asyncio.gather(
+                *(
+                    client.put("/api/adapters", params={"name": f"{n}.safetensors"}, content=slowly())
+                    for n in range(MOST_UPLOADING + 1)
+                )
+            )
+            again = await client.put("/api/adapters", params={"name": "late.safetensors"}, content=b"x")
+        return [response.json()["message"] for response in [*responses, again]]
+
+    *tried, refused, late = asyncio.run(asyncio.wait_for(upload(), 60))
+    assert refused == "Other files are being uploaded: try again in a minute."
+    assert all("safetensors" in message for message in [*tried, late])  # no adapter, but looked at
 
 
 # ---- who may come in ----

@@ -6,6 +6,8 @@ Starts `bestiary app` on this project, draws in a real Chromium and writes docs/
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from playwright.sync_api import sync_playwright
@@ -19,14 +21,13 @@ ANIMALS = ("giraffe", "owl", "bee")
 def main() -> None:
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     with (
-        subprocess.Popen(APP, cwd=ROOT, stdout=subprocess.PIPE, text=True) as app,
+        running() as address,
         sync_playwright() as playwright,
         playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]) as browser,
     ):
-        assert app.stdout is not None
         page = browser.new_page(viewport={"width": 1280, "height": 1100}, locale="en-US")
         page.set_default_timeout(600_000)
-        page.goto(app.stdout.readline().split()[1])
+        page.goto(address)
         page.wait_for_selector("body.ready")
         page.fill("#seed", "7")
         for animal in ANIMALS:
@@ -38,8 +39,18 @@ def main() -> None:
         page.mouse.click(5, 5)
         page.wait_for_timeout(500)
         page.screenshot(path=PICTURE, type="jpeg", quality=85)
-        app.terminate()
     print(PICTURE)
+
+
+@contextmanager
+def running() -> Iterator[str]:
+    """`bestiary app` on this project; gives its address."""
+    with subprocess.Popen(APP, cwd=ROOT, stdout=subprocess.PIPE, text=True) as app:
+        assert app.stdout is not None
+        try:
+            yield app.stdout.readline().split()[1]
+        finally:
+            app.terminate()
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]")
 LARGEST_ORDER = 64 * 1024  # bytes
 MOST_WAITING = 32
 MOST_UPLOADS = 16  # the oldest makes room
+MOST_UPLOADING = 4  # at once: with those kept, what uploads can take of the disk is bounded
 LOOK_SECONDS = 0.2  # how often somebody who waits looks whether it is their turn
 WRONG_PASSWORD_SECONDS = 1.0
 HEADERS = {
@@ -82,6 +83,7 @@ def create_app(
         registered_name=registered_name,
     )
     line: list[object] = []  # who waits, in order; the first is being drawn for
+    uploading: set[str] = set()
     worker = ThreadPoolExecutor(1, "draw")
     closing = threading.Event()
     folder = tempfile.TemporaryDirectory(prefix="bestiary-uploads-")
@@ -104,8 +106,11 @@ def create_app(
         name = Path(request.query_params.get("name", "")).name[:80]
         if not name.lower().endswith(".safetensors"):
             raise BestiaryError("Only .safetensors files can be uploaded.")
+        if len(uploading) >= MOST_UPLOADING:
+            raise BestiaryError("Other files are being uploaded: try again in a minute.")
         key = f"upload:{secrets.token_urlsafe(16)}"  # knowing it is what makes the file yours
         file = Path(folder.name, f"{key.removeprefix('upload:')}.safetensors")
+        uploading.add(key)
         try:
             size = 0
             with file.open("wb") as opened:
@@ -121,6 +126,8 @@ def create_app(
         except BaseException:  # half a file, the wrong kind, or a browser that went away
             file.unlink(missing_ok=True)
             raise
+        finally:
+            uploading.remove(key)
         while len(studio.uploads) > MOST_UPLOADS:
             oldest = studio.uploads.pop(next(iter(studio.uploads)))
             Path(oldest.what).unlink(missing_ok=True)

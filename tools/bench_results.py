@@ -1,0 +1,125 @@
+"""Write benchmarks/RESULTS.md from what `make bench` printed: `make bench | tee bench.log`, then
+`python tools/bench_results.py bench.log`.
+"""
+
+import json
+import sys
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+TARGET = Path(__file__).parents[1] / "benchmarks" / "RESULTS.md"
+Rows = list[tuple[str, str, str]]
+AIMS = ("", "measured", "aim")
+
+
+def main() -> None:
+    lines = Path(sys.argv[1]).read_text(encoding="utf-8").splitlines()
+    found = {result["benchmark"]: result for line in lines if line.startswith('{"') for result in [json.loads(line)]}
+    shown = ["\n".join(block) for table, block in groupby(lines, lambda line: line.startswith("|")) if table]
+    environment = ", ".join(f"{name} {value}" for name, value in found["training"]["environment"].items())
+    parts = [
+        "# Results",
+        "What `make bench` printed in one run on one machine. Ratios travel; seconds do not.",
+        f"Environment: {environment}.",
+        training(found["training"]),
+        inference(found["inference"], shown),
+        data(found["data"], shown),
+        using(found["using"]),
+        tracking(found["tracking"]),
+    ]
+    TARGET.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    print(TARGET)
+
+
+def training(result: dict[str, Any]) -> str:
+    text = (
+        "## Training (`python benchmarks/training.py`)\n\n"
+        "A UNet, VAE and text encoder of Stable Diffusion 1.5's size with random weights; beside ours, in a process of\n"
+        "its own, a loop that does what the original does. "
+        f"A matrix product reaches {result['matmul_gflops_per_second']:,.0f} GFLOP/s here; an image takes\n"
+        f"{result['training'][0]['gflop_per_image']:.0f} GFLOP at {result['training'][0]['resolution']} px."
+    )
+    tables = []
+    for row in result["training"]:
+        rows = [
+            ("seconds an image", f"{row['seconds_per_image']:.2f}", ""),
+            ("the original's loop", f"{row['original_seconds_per_image']:.2f}", ""),
+            ("ours / the original's", f"{row['share_of_original']:.3f}", "0.333"),
+            ("share of the matrix product's rate", f"{100 * row['share_of_matmul_rate']:.0f} %", "75 %"),
+            ("peak memory", f"{row['peak_memory_mib']:,.0f} MiB", ""),
+        ]
+        if row["overhead_share"] is not None:
+            rows.insert(4, ("overhead around the step", f"{100 * row['overhead_share']:.1f} %", "3 %"))
+        how = ", compiled" if row["compiled"] else ""
+        tables.append(table(rows, (f"{row['resolution']} px, batch {row['batch_size']}{how}", *AIMS[1:])))
+    rest = [
+        (f"encoding / the VAE's forward alone, {row['resolution']} px", f"{row['ratio_to_vae']:.2f}", "1.1")
+        for row in result["encoding"]
+    ]
+    rest.append(("overhead around the step, embedded base", f"{100 * result['embedded_overhead_share']:.1f} %", "25 %"))
+    return "\n\n".join([text, *tables, table(rest)])
+
+
+def inference(result: dict[str, Any], shown: list[str]) -> str:
+    embedded, large = (block for block in shown if block.startswith("|  | original | default |"))
+    return (
+        "## Inference (`python benchmarks/inference.py`)\n\n"
+        "The default setting beside the original way: DDPM, 100 steps, adapter unfused, guidance at every step.\n"
+        f"On the embedded base, {result['embedded']['pictures']} pictures:\n\n{embedded}\n\n"
+        f"At Stable Diffusion 1.5's size, {result['sd15_size']['resolution']} px, "
+        f"scaled from {result['sd15_size']['timed_steps']} steps:\n\n{large}"
+    )
+
+
+def data(result: dict[str, Any], shown: list[str]) -> str:
+    download, hashes = result["download"], result["near_duplicates"]
+    rows = [
+        (
+            f"cleaning / only decoding, {row['images']:,} JPEGs",
+            f"{row['ratio']:.2f} ({row['images_per_second']:,.0f} images/s, {row['peak_memory_mib']:.0f} MiB)",
+            "2.5",
+        )
+        for row in result["cleaning"]
+    ]
+    rows.append((f"download / bare loop, {download['files']:,} files", f"{download['ratio']:.2f}", "1.5"))
+    rows.append((f"near-duplicates among {hashes['hashes']:,} hashes", f"{hashes['seconds']:.1f} s", "60 s"))
+    (faults,) = (block for block in shown if block.startswith("| planted |"))
+    return (
+        f"## Data (`python benchmarks/data.py`)\n\n{table(rows)}\n\nFaults planted in the embedded sample:\n\n{faults}"
+    )
+
+
+def using(result: dict[str, Any]) -> str:
+    rows = [
+        ("`bestiary --help`", f"{result['help_s']:.2f} s", "0.5 s"),
+        (
+            "`bestiary generate` to the first picture",
+            f"{result['generate_s']:.1f} s, {result['import_s']:.1f} s of it imports",
+            "8 s",
+        ),
+        ("growth of the page's memory over 50 pictures", f"{100 * result['page_growth']:.2f} %", "5 %"),
+    ]
+    return f"## Using the adapter (`python benchmarks/using.py`)\n\n{table(rows)}"
+
+
+def tracking(result: dict[str, Any]) -> str:
+    rows = [
+        (f"{name}: waiting for MLflow", f"{row['waiting_s']:.2f} s of {row['recording_s']:.1f} s", "1 %")
+        for name, row in result.items()
+        if isinstance(row, dict)
+    ]
+    rows.append(("`bestiary lineage` among 1,000 runs", f"{result['lineage_s']:.2f} s", "2 s"))
+    return (
+        "## Recording (`python benchmarks/tracking.py`)\n\n"
+        "What a stage waits for its recorder, which works in a process beside it; "
+        f"the training is cut to {result['training_steps']} steps.\n\n{table(rows)}"
+    )
+
+
+def table(rows: Rows, head: tuple[str, str, str] = AIMS) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ("---",) * 3, *rows))
+
+
+if __name__ == "__main__":
+    main()

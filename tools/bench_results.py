@@ -35,8 +35,8 @@ def main() -> None:
 def training(result: dict[str, Any]) -> str:
     text = (
         "## Training (`python benchmarks/training.py`)\n\n"
-        "A UNet, VAE and text encoder of Stable Diffusion 1.5's size with random weights; beside ours, in a process of\n"
-        "its own, a loop that does what the original does. "
+        "A UNet, VAE and text encoder of Stable Diffusion 1.5's size with random weights; beside ours, in a process\n"
+        "of its own, a loop that does what the original does. "
         f"A matrix product reaches {result['matmul_gflops_per_second']:,.0f} GFLOP/s here; an image takes\n"
         f"{result['training'][0]['gflop_per_image']:.0f} GFLOP at {result['training'][0]['resolution']} px."
     )

@@ -112,6 +112,8 @@ def test_what_only_a_consistency_model_can_do_is_refused_to_others_and_the_other
         generate(pipeline, ["a cat"], [0], **HOW | {"scheduler": "lcm"})
     with pytest.raises(BestiaryError, match="its guidance cannot be turned off for some steps"):
         generate(lcm, ["a cat"], [0], guidance_interval=[0.5, 5.0], **HOW)
+    (everywhere,) = generate(lcm, ["a cat"], [0], guidance_interval=[0.0, 1000.0], **HOW)
+    assert everywhere.tobytes() == generate(lcm, ["a cat"], [0], **HOW)[0].tobytes()
 
 
 def test_another_seed_or_prompt_gives_another_picture(pipeline: StableDiffusionPipeline) -> None:

@@ -64,12 +64,13 @@ def generate(
         raise BestiaryError(
             "The scheduler 'lcm' is for bases that are latent consistency models, and this one is none."
         )
-    if guidance_interval and is_lcm(pipeline):
-        raise BestiaryError(
-            "This base is a latent consistency model: its guidance cannot be turned off for some steps."
-        )
     pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler.config)
     scales = _guidance_scales(pipeline, steps, guidance_scale, guidance_interval)
+    if len(set(scales)) > 1 and is_lcm(pipeline):
+        raise BestiaryError(
+            "This base is a latent consistency model: its guidance cannot be turned off for some steps, so guide all "
+            "noise levels, 0 to 1000."
+        )
     texts = ["", *dict.fromkeys(prompts)]
     features = encode_text(pipeline.tokenizer, pipeline.text_encoder, texts)  # (B, T, D), the first is unconditional
     shape = (pipeline.unet.config.in_channels, side // pipeline.vae_scale_factor, side // pipeline.vae_scale_factor)

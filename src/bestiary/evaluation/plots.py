@@ -87,18 +87,18 @@ def quality_against_cost(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels = figure.subplots(1, 2)
     labels = {"quality": "CLIP score", "distance_to_converged": "RMS difference from the converged picture"}
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: int(row["steps"])):
+        name = ", ".join([row["scheduler"], f"batch {row['batch']}", *_unusual(row, rows[0])])
+        lines.setdefault(name, []).append(row)
     for axes, (key, label) in zip(panels, labels.items(), strict=True):
-        lines: dict[tuple[str, int, tuple[str, ...]], list[Mapping[str, Any]]] = {}
-        for row in rows:
-            if row[key] is not None:
-                lines.setdefault((row["scheduler"], row["batch"], _unusual(row, rows[0])), []).append(row)
-        for (scheduler, batch, unusual), points in lines.items():
-            points.sort(key=lambda row: int(row["steps"]))
-            seconds = [row["p50_s"] / row["batch"] for row in points]
-            name = ", ".join([scheduler, f"batch {batch}", *unusual])
-            axes.plot(seconds, [row[key] for row in points], marker="o", label=name)
-            for row, x in zip(points, seconds, strict=True):
-                axes.annotate(str(row["steps"]), (x, row[key]), fontsize=7, xytext=(3, 3), textcoords="offset points")
+        for number, (name, points) in enumerate(lines.items()):
+            there = [
+                (row["p50_s"] / row["batch"], row[key], str(row["steps"])) for row in points if row[key] is not None
+            ]
+            axes.plot([x for x, _, _ in there], [y for _, y, _ in there], marker="o", color=f"C{number}", label=name)
+            for x, y, steps in there:
+                axes.annotate(steps, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
         axes.set(xlabel="seconds a picture (median); the numbers are steps", ylabel=label, xscale="log")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("{x:g}")
@@ -155,7 +155,7 @@ def _unusual(row: Mapping[str, Any], default: Mapping[str, Any]) -> tuple[str, .
     """What sets a setting apart from the others of its sampler, in words."""
     words = {
         "adapter not fused": not row["fused"],
-        f"guidance {row['guidance']}": row["guidance"] != "always",
+        f"guidance {row['guidance']}": row["guidance"] != default["guidance"],
         row["dtype"]: row["dtype"] != default["dtype"],
         "compiled": row["compiled"],
         f"{row['vae']} VAE": row["vae"] != "full",

@@ -21,7 +21,7 @@ ANY_LCM = {
     "scheduler": "lcm",
     "batch": 1,
     "fused": True,
-    "guidance": "always",
+    "guidance": "interval",
     "dtype": "float32",
     "compiled": False,
     "vae": "full",

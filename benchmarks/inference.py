@@ -23,13 +23,15 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from bestiary.animals import by_folder, caption
 from bestiary.diffusion.adapter import apply_adapter, inject, save_adapter
-from bestiary.diffusion.base import device_and_dtype, keep_freed_memory, load_pipeline, load_unet
+from bestiary.diffusion.base import device_and_dtype, load_pipeline, load_unet
 from bestiary.diffusion.sampling import generate
 from bestiary.evaluation import pictures, scoring
 from bestiary.evaluation.benchmarking import Setting, Trial, environment, fuse, measure, stopwatch
 from bestiary.evaluation.judge import Judge
 from bestiary.evaluation.scoring import bootstrap_mean, resample_counts
+from bestiary.memory import keep_freed_memory
 from bestiary.params import load_params
+from bestiary.settings import SAMPLERS
 
 ROOT = Path(__file__).parents[1]
 ORIGINAL = Setting("ddpm", 100, batch=1, fused=False)
@@ -80,7 +82,9 @@ def embedded(folder: Path, other_steps: list[int], quick: bool) -> dict[str, Any
     drawn = {name: row.pop("images") for name, row in rows.items()}
     scores = {name: scoring.score(pictures.view(judge, images, labels), words) for name, images in drawn.items()}
     for name, row in rows.items():
-        row["distance_to_converged"] = float(np.mean([rms(*pair) for pair in zip(drawn[name], converged, strict=True)]))
+        noisy = SAMPLERS[row["scheduler"]].noisy  # then more steps lead to another picture
+        distances = [rms(*pair) for pair in zip(drawn[name], converged, strict=True)]
+        row["distance_to_converged"] = None if noisy else float(np.mean(distances))
         for key in ("clip_score", "top1"):
             mine, theirs = (bootstrap_mean(scores[which][key], counts) for which in (name, "original"))
             row |= {key: mine.mean, f"{key}_minus_original": (mine - theirs).report()}

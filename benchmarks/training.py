@@ -83,8 +83,8 @@ def main() -> None:
     tell("matmul", gflops_per_second=rate)
     training = [row for resolution in SHAPES for row in training_rows(resolution, rate)]
     encoding = [encoding_row(resolution) for resolution in SHAPES]
-    embedded = embedded_overhead_share()
-    tell("embedded base", overhead_share=embedded)
+    embedded = spread("embedded_overhead_share", embedded_overhead())
+    tell("embedded base", **embedded)
     result = {
         "benchmark": "training",
         "quick": QUICK,
@@ -92,7 +92,7 @@ def main() -> None:
         "matmul_gflops_per_second": rate,
         "training": training,
         "encoding": encoding,
-        "embedded_overhead_share": embedded,
+        **embedded,
     }
     print("", table(training), "", table(encoding), "", sep="\n")
     print(json.dumps(result))
@@ -106,7 +106,7 @@ def training_rows(resolution: int, rate: float) -> list[dict[str, Any]]:
 
     def measure(batch_size: int, *, compiled: bool) -> bool:
         try:
-            ours, bare, peak = our_times(resolution, batch_size, compiled=compiled)
+            ours, overheads, peak = our_times(resolution, batch_size, compiled=compiled)
         except torch.cuda.OutOfMemoryError:
             return False
         finally:
@@ -114,7 +114,7 @@ def training_rows(resolution: int, rate: float) -> list[dict[str, Any]]:
         row = {"resolution": resolution, "batch_size": batch_size, "compiled": compiled, "gflop_per_image": gflop}
         row |= {"seconds_per_image": ours, "images_per_second": 1 / ours, "original_seconds_per_image": original}
         row |= {"share_of_original": ours / original, "share_of_matmul_rate": gflop / ours / rate}
-        row |= {"overhead_share": None if compiled else 1 - bare / ours, "peak_memory_mib": peak}
+        row |= spread("overhead_share", overheads) | {"peak_memory_mib": peak}
         rows.append(row)
         tell("training", **row)
         return True
@@ -144,7 +144,7 @@ def gflop_per_image(latent_side: int) -> float:
     return float(counter.get_total_flops()) / 1e9
 
 
-def our_times(resolution: int, batch_size: int, *, compiled: bool) -> tuple[float, float, float]:
+def our_times(resolution: int, batch_size: int, *, compiled: bool) -> tuple[float, list[float], float]:
     """`timed_training` of this project with its cache, logging and average, at Stable Diffusion's size."""
     cache = random_cache(2 * batch_size, 4, resolution // 8, 77, 768)
     scheduler = DDPMScheduler(beta_schedule="scaled_linear")
@@ -153,9 +153,10 @@ def our_times(resolution: int, batch_size: int, *, compiled: bool) -> tuple[floa
 
 def timed_training(
     unet: Any, scheduler: Any, cache: LatentCache, batch_size: int, compiled: bool = False
-) -> tuple[float, float, float]:
-    """Seconds an image from one row of the training's curve to the next, those of bare steps of the same UNet, which
-    are taken in turn with the training's, and peak memory in MiB."""
+) -> tuple[float, list[float], float]:
+    """Seconds an image from one row of the training's curve to the next; the share of each such interval that bare
+    steps of the same UNet, taken right after it, do not need (none when compiled: those are not); peak memory in MiB.
+    """
     ours: list[float] = []
     bare: list[float] = []
     bare_steps: Callable[[], Any] | None = None
@@ -166,8 +167,9 @@ def timed_training(
         if "val_loss" not in row:
             synchronize()
             ours.append(time.perf_counter() - resumed)
-            bare_steps = bare_steps or bare_loop(unet, cache, batch_size)
-            bare.append(seconds(bare_steps))
+            if not compiled:
+                bare_steps = bare_steps or bare_loop(unet, cache, batch_size)
+                bare.append(seconds(bare_steps))
         resumed = time.perf_counter()
 
     total = STRIDE * (INTERVALS + 1) + 1
@@ -190,8 +192,9 @@ def timed_training(
     )
     one = replace(cache, images=cache.images[:1])  # to validate with in no time
     result = train(unet, scheduler, cache, one, settings, on_log=note)
+    overheads = [1 - alone / whole for alone, whole in zip(bare, ours, strict=False)]
     # The first of each warms up.
-    return median(ours[1:]) / STRIDE / batch_size, median(bare[1:]) / STRIDE / batch_size, result.peak_memory_mib
+    return median(ours[1:]) / STRIDE / batch_size, overheads[1:], result.peak_memory_mib
 
 
 def bare_loop(unet: Any, cache: LatentCache, batch_size: int) -> Callable[[], None]:
@@ -214,7 +217,7 @@ def bare_loop(unet: Any, cache: LatentCache, batch_size: int) -> Callable[[], No
 
 
 def original_seconds_per_image(resolution: int) -> float:
-    """One optimiser step of four images as the original takes it, after one image to warm up."""
+    """The median of three optimiser steps of four images as the original takes them, after one image to warm up."""
     unet = random_weights(lambda: UNet2DConditionModel(**UNET))
     vae = random_weights(lambda: AutoencoderKL(**VAE))
     text_encoder = CLIPTextModel(CLIPTextConfig(**TEXT)).to(DEVICE, DTYPE)
@@ -243,8 +246,7 @@ def original_seconds_per_image(resolution: int) -> float:
         optimizer.zero_grad()
 
     accumulate()
-    repeats = 10 if GPU else 1
-    return seconds(lambda: [step() for _ in range(repeats)]) / repeats / 4
+    return median(seconds(step) for _ in range(3)) / 4
 
 
 def encoding_row(resolution: int) -> dict[str, Any]:
@@ -290,16 +292,22 @@ def write_photo(folder: Path, number: int, resolution: int) -> str:
     return f"{number}.jpg"
 
 
-def embedded_overhead_share() -> float:
-    """The share of a training step on the embedded base that is not the UNet's own."""
+def embedded_overhead() -> list[float]:
+    """The share of a training step on the embedded base that is not the UNet's own, several times."""
     unet = load_unet(BASE, dtype=DTYPE)
     channels, side, width = unet.config.in_channels, unet.config.sample_size, unet.config.cross_attention_dim
     cache = random_cache(64, channels, side, 16, width)
     shares = []
     for _ in range(2 if QUICK else 5):
-        ours, bare, _ = timed_training(load_unet(BASE, dtype=DTYPE), load_scheduler(BASE), cache, 16)
-        shares.append(1 - bare / ours)
-    return median(shares)
+        shares += timed_training(load_unet(BASE, dtype=DTYPE), load_scheduler(BASE), cache, 16)[1]
+    return shares
+
+
+def spread(name: str, values: Sequence[float]) -> dict[str, float | None]:
+    """The median of what was measured several times under its name, with the least and the most beside it."""
+    if not values:
+        return dict.fromkeys((name, f"{name}_least", f"{name}_most"))
+    return {name: median(values), f"{name}_least": min(values), f"{name}_most": max(values)}
 
 
 def random_cache(images: int, channels: int, side: int, tokens: int, width: int) -> LatentCache:

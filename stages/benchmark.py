@@ -11,11 +11,13 @@ with stage("benchmark") as (params, run):
     import pandas as pd
 
     from bestiary.animals import by_folder, caption
+    from bestiary.diffusion.adapter import check_trained_on
     from bestiary.evaluation import benchmarking, sweep
 
     settings, default = params.benchmark, params.evaluate
     resolution = params.encode.resolution  # what the adapter was trained at
     point = sweep.read_operating_point(REPORTS / "operating_point")
+    check_trained_on(point.adapter, params.base.model, params.base.revision)
     classes = sorted(pd.read_csv(SPLIT / "val.csv", dtype=str)["class"].unique())
     count = max(settings.pictures, settings.repeats)
     labels = [index * len(classes) // count % len(classes) for index in range(count)]

@@ -9,11 +9,13 @@ OPERATING_POINT = REPORTS / "operating_point"
 KEPT = Path(".cache/evaluate")  # pictures as they are drawn, for the run after one that was stopped
 
 with stage("evaluate") as (params, run):
+    from bestiary.diffusion.adapter import check_trained_on
     from bestiary.diffusion.base import base_sha256, device_and_dtype, load_pipeline, processes
     from bestiary.evaluation import comparison, sweep
     from bestiary.evaluation.judge import Judge
     from bestiary.evaluation.pictures import Kept
 
+    check_trained_on(ADAPTER, params.base.model, params.base.revision)
     processes()  # gives each process its GPU
     models = [params.judge, *([params.evaluate.second_judge] if params.evaluate.second_judge else [])]
     judges = [Judge.load(model.model, model.revision, device=device_and_dtype()[0].type) for model in models]

@@ -18,7 +18,7 @@ import yaml
 
 from bestiary.errors import BestiaryError
 from bestiary.files import write_atomically
-from bestiary.params import Params, load_params
+from bestiary.params import Model, Params, load_params
 from bestiary.tracking import Run, content_hash, open_run, switched_off
 
 REPORTS = Path("reports")
@@ -110,6 +110,24 @@ def stage(name: str) -> Iterator[tuple[Params, StageRun]]:
             raise
         print(f"{name}: no space is left for {error.filename or 'its files'}.", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def read_report(name: str) -> dict[str, Any]:
+    """What a stage before wrote to `reports/<name>.json`. Raises BestiaryError when it is damaged."""
+    path = REPORTS / f"{name}.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        raise BestiaryError(f"{path} is missing or damaged: delete it and run `dvc repro {name}`.")
+    return content
+
+
+def content_of(model: Model) -> str:
+    """What changes when a model does: the content of a folder, the id and revision of one from the hub."""
+    folder = Path(model.model)
+    return content_hash(folder) if folder.is_dir() else f"{model.model}@{model.revision}"
 
 
 def _definition(name: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from bestiary.diffusion.adapter import save_adapter, verify_adapter
+from bestiary.diffusion.adapter import FILE_NAME, save_adapter, verify_adapter
 from bestiary.diffusion.base import base_commit, base_sha256, device_and_dtype, load_pipeline, load_scheduler, processes
 from bestiary.diffusion.checkpoints import checkpoint_key
 from bestiary.diffusion.latents import LatentCache
@@ -12,7 +12,8 @@ from bestiary.diffusion.training import TrainingSettings, train
 from bestiary.errors import BestiaryError
 from bestiary.evaluation.judge import Judge
 from bestiary.evaluation.watching import Watch
-from pipeline import stage
+from bestiary.files import write_atomically
+from pipeline import content_of, stage
 
 LATENTS, ADAPTER, REPORT = Path("build/latents"), Path("models/adapter"), Path("reports/train")
 STAGE_ONLY = {"sheet_animals", "sheet_seeds", "sheet_steps", "sheet_guidance_scale", "keep_checkpoints"}
@@ -34,7 +35,7 @@ with stage("train") as (params, run):
     if made_from["base_sha256"] != training.base_sha256:
         raise BestiaryError(f"The latents were made with another base than {base[0]}: run the encode stage again.")
     # DVC empties models/adapter before each run. The sheet and its judge may decide which step is the best.
-    drawn = {"sheet": params.train.model_dump(include=STAGE_ONLY), "judge": params.judge.model_dump()}
+    drawn = {"sheet": params.train.model_dump(include=STAGE_ONLY), "judge": content_of(params.judge)}
     checkpoints = Path(".cache/train") / checkpoint_key(made_from | drawn)
     if run.is_main:
         judge = Judge.load(params.judge.model, params.judge.revision, device_and_dtype()[0].type)
@@ -63,8 +64,10 @@ with stage("train") as (params, run):
     if run.is_main:
         proof = verify_adapter(save_adapter(pipeline.unet, ADAPTER, made_from), *base)
         shutil.rmtree(ADAPTER / "checkpoints", ignore_errors=True)
-        if params.train.keep_checkpoints:
-            shutil.copytree(checkpoints / "kept", ADAPTER / "checkpoints")
+        for file in (checkpoints / "kept").glob(f"*/{FILE_NAME}"):  # and nothing that a kill has left half-written
+            write_atomically(ADAPTER / "checkpoints" / file.parent.name / FILE_NAME, file.read_bytes())
         result.write(REPORT)
         run.report(result.report() | {"adapter_sha256": proof.sha256})
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        done = checkpoints.with_suffix(".done")  # or a kill halfway would leave some for the next training
+        shutil.rmtree(done, ignore_errors=True)
+        shutil.rmtree(checkpoints.rename(done), ignore_errors=True)

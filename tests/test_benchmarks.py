@@ -27,10 +27,11 @@ def test_training_is_set_beside_the_originals_loop_the_machines_rate_and_the_bar
         assert row["share_of_original"] == pytest.approx(row["seconds_per_image"] / row["original_seconds_per_image"])
         rate = row["gflop_per_image"] / row["seconds_per_image"]
         assert row["share_of_matmul_rate"] == pytest.approx(rate / result["matmul_gflops_per_second"])
-        assert row["overhead_share"] < 1
-    (encoding,) = result["encoding"]
+        if not row["compiled"]:
+            assert row["overhead_share_least"] <= row["overhead_share"] <= row["overhead_share_most"]
     assert result["embedded_overhead_share"] < 1
-    assert encoding["ratio_to_vae"] == pytest.approx(encoding["seconds_per_image"] / encoding["vae_seconds_per_image"])
+    for row in result["encoding"]:
+        assert row["ratio_to_vae"] == pytest.approx(row["seconds_per_image"] / row["vae_seconds_per_image"])
     assert "| share_of_original |" in told
     assert f"cpus {result['environment']['cpus']}" in told
 

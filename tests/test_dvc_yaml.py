@@ -9,8 +9,10 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-# They carry what is decided elsewhere: sentences, files, the values of params.yaml (which DVC watches), MLflow runs.
-CARRIERS = {ROOT / "src/bestiary" / f"{name}.py" for name in ("errors", "files", "params", "database", "tracking")}
+# They decide no result: sentences, files, memory, the values of params.yaml (which DVC watches), MLflow runs.
+CARRIERS = {
+    ROOT / "src/bestiary" / f"{name}.py" for name in ("errors", "files", "memory", "params", "database", "tracking")
+}
 
 
 def imported(path: Path) -> set[Path]:

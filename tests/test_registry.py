@@ -362,6 +362,34 @@ def test_a_person_can_promote_and_roll_back_and_the_reasons_stay(
         rollback("once more")
 
 
+def test_a_rollback_does_not_go_back_to_what_was_rolled_back_or_deleted(
+    project: Path, base_folder: Path, adapters: list[Path]
+) -> None:
+    submit(project, base_folder, adapters[0], gain=4.0)
+    submit(project, base_folder, adapters[1], gain=5.0)
+    promote(1, "its owls")
+    assert rollback("its bees").version == 2
+    with pytest.raises(BestiaryError, match=r"Version 1, the champion before version 2, has been rolled back, too"):
+        rollback("its cats")
+    promote(1, "its owls, after all")
+    client = tracking.open_client(tracking.tracking_uri(), project)
+    client.delete_model_version("bestiary", "2")
+    with pytest.raises(BestiaryError, match=r"Version 2, the champion before version 1, has been deleted"):
+        rollback("its bees")
+    assert [(version.version, version.aliases) for version in versions()] == [(1, [CHAMPION])]
+
+
+def test_a_champion_that_comes_back_is_no_challenger_any_more(
+    project: Path, base_folder: Path, adapters: list[Path]
+) -> None:
+    submit(project, base_folder, adapters[0], gain=4.0)
+    submit(project, base_folder, adapters[1], gain=5.0)
+    client = tracking.open_client(tracking.tracking_uri(), project)
+    client.set_registered_model_alias("bestiary", CHALLENGER, "1")
+    assert rollback("its bees").version == 1
+    assert [version.aliases for version in versions()] == [[CHAMPION], []]
+
+
 def test_what_a_person_rolled_back_comes_back_by_a_persons_hand_only(
     project: Path, base_folder: Path, adapters: list[Path]
 ) -> None:

@@ -358,7 +358,15 @@ def lineage(what: str, as_json: bool) -> None:
             click.echo(f"    {path:40} {content[:10]}   {'from ' + maker if maker else ''}".rstrip())
 
 
-because_option = click.option("--because", required=True, metavar="WORDS", help="The reason, kept with the version.")
+def _reason(_context: click.Context, _option: click.Parameter, words: str) -> str:
+    if not words.strip():
+        raise click.BadParameter("say why, in a few words.")
+    return words.strip()
+
+
+because_option = click.option(
+    "--because", required=True, metavar="WORDS", callback=_reason, help="The reason, kept with the version."
+)
 
 
 @cli.command()

@@ -32,6 +32,7 @@ from bestiary.tracking import (
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 ROLLED_BACK = "rolled_back_because"
+CHAMPION_BEFORE = "champion_before"
 USUAL = "usual"  # the tag of how a version draws unless told otherwise
 GATE = "gate"  # the folder of a run's artifacts that holds what the next adapter is compared with
 SCORES = ("clip_score", "top1", "top5", "cmmd")
@@ -145,16 +146,15 @@ def register(
     Raises BestiaryError when a report speaks of another adapter, the adapter does not apply to the base, or
     MLflow cannot be written.
     """
-    from bestiary.diffusion.adapter import adapter_file, adapter_sha256, verify_adapter
+    from bestiary.diffusion.adapter import adapter_file, adapter_sha256, check_trained_on, verify_adapter
     from bestiary.diffusion.base import base_sha256
 
     sha256 = adapter_sha256(adapter)
     for stage, report in reports.items():
         if report.get("adapter_sha256") != sha256:
             raise BestiaryError(f"reports/{stage}.json is not about the adapter in {adapter}: run `dvc repro {stage}`.")
+    check_trained_on(adapter, base, base_revision)
     verification = verify_adapter(adapter, base, base_revision)
-    if verification.base_is_the_trained_one is False:
-        raise BestiaryError(f"The adapter in {adapter} was trained on another base than {base}: run `dvc repro`.")
     evaluation, name = reports["evaluate"], rules.name
     tags = {
         "adapter_sha256": sha256,
@@ -213,8 +213,9 @@ def _judge(
             return CHAMPION, [reasons[0], "It was the champion already."]
         # What was once given is not taken away by a re-run; that is `bestiary rollback`'s to do.
         return CHAMPION, [*reasons, "It was the champion already and stays it until somebody rolls back."]
-    if reason := client.get_model_version(rules.name, str(version)).tags.get(ROLLED_BACK):
-        return CHALLENGER, [f"It was the champion once and was rolled back: {reason}"]
+    tags = client.get_model_version(rules.name, str(version)).tags
+    if ROLLED_BACK in tags:
+        return CHALLENGER, [f"It was the champion once and was rolled back: {tags[ROLLED_BACK]}"]
     champion = client.get_model_version(rules.name, str(number))
     difference = None
     if champion.tags.get("measured") == measured:
@@ -246,7 +247,7 @@ def _keep_pictures(client: Any, name: str, version: int, pictures: Path) -> None
 def _give_alias(client: Any, name: str, version: int, alias: str, present: Mapping[str, int]) -> None:
     if present.get(alias) != version:
         if alias == CHAMPION and CHAMPION in present:
-            client.set_model_version_tag(name, str(version), "champion_before", str(present[CHAMPION]))
+            client.set_model_version_tag(name, str(version), CHAMPION_BEFORE, str(present[CHAMPION]))
         client.set_registered_model_alias(name, alias, str(version))
     other = CHALLENGER if alias == CHAMPION else CHAMPION
     if other == CHALLENGER and present.get(other) == version:
@@ -568,19 +569,27 @@ def promote(number: int, because: str, name: str = "bestiary") -> Version:
 def rollback(because: str, name: str = "bestiary") -> Version:
     """Make the champion before the present one champion again; the tags of the one that goes keep the reason.
 
-    Raises BestiaryError when there was none.
+    Raises BestiaryError when there was none, or when it has been deleted or rolled back itself.
     """
-    champion = find_version(f"models:/{name}@{CHAMPION}")
-    before = champion.tags.get("champion_before")
-    if before is None:
-        raise BestiaryError(f"There is no champion before version {champion.version} to go back to.")
-    found = find_version(f"models:/{name}/{before}")
     uri, client = _open_registry()
     with plain_errors(uri), locked(uri):
-        client.set_registered_model_alias(name, CHAMPION, before)
+        there = {version.version: version for version in versions(name)}
+        champion = find_version(f"models:/{name}@{CHAMPION}")
+        if CHAMPION_BEFORE not in champion.tags:
+            raise BestiaryError(f"There is no champion before version {champion.version} to go back to.")
+        before = int(champion.tags[CHAMPION_BEFORE])
+        if before not in there or ROLLED_BACK in there[before].tags:
+            what = "has been rolled back, too" if before in there else "has been deleted"
+            raise BestiaryError(
+                f"Version {before}, the champion before version {champion.version}, {what}: "
+                "choose one with `bestiary promote`."
+            )
+        client.set_registered_model_alias(name, CHAMPION, str(before))
+        if CHALLENGER in there[before].aliases:
+            client.delete_registered_model_alias(name, CHALLENGER)
         client.set_model_version_tag(name, str(champion.version), ROLLED_BACK, because)
-        client.delete_model_version_tag(name, str(champion.version), "champion_before")  # or the next one would return
-    return found
+        client.delete_model_version_tag(name, str(champion.version), CHAMPION_BEFORE)  # or the next one would return
+    return there[before]
 
 
 def _open_registry() -> tuple[str, Any]:

@@ -73,6 +73,16 @@ def test_encoding_again_gives_the_same_bytes(base: Path, pictures: Path, latents
         assert path.read_bytes() == (latents / path.name).read_bytes()
 
 
+def test_other_captions_are_other_data(
+    base: Path, pictures: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "bestiary.diffusion.latents.CAPTION_TEMPLATES", (*CAPTION_TEMPLATES[1:], "an oil painting of {}")
+    )
+    encode_images(base, pictures, manifests(pictures), tmp_path, **HOW)
+    assert LatentCache.open(tmp_path, "train").data_sha256 != LatentCache.open(latents, "train").data_sha256
+
+
 def test_more_images_than_a_shard_holds(
     base: Path, pictures: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

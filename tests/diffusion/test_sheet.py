@@ -30,6 +30,7 @@ def test_a_training_that_was_killed_goes_on_with_all_rows_the_base_first(tmp_pat
     killed = Sheet(tmp_path / "kept", ["cat", "owl"])
     killed.add(0, pictures("red"))
     killed.add(5, pictures("green"))
+    killed.add(10, pictures("blue")[:1])
     resumed = Sheet(tmp_path / "kept", ["cat", "owl"])
     resumed.add(0, pictures("red"))  # which a training that goes on draws again
     assert list(resumed.save(tmp_path / "resumed" / "sheet.png")) == [0, 5]

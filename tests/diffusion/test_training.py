@@ -270,6 +270,29 @@ def test_sigterm_keeps_the_state_and_says_how_to_go_on(base: Path, caches: Cache
     assert equal(weights(resumed), weights(whole))
 
 
+def test_sigterm_between_two_rows_of_the_curve_loses_no_loss(
+    base: Path, caches: Caches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(SETTINGS, steps=12, validate_every=12)
+
+    def curve(checkpoints: Path | None = None) -> list[dict[str, float]]:
+        result = train(load_unet(base), load_scheduler(base), *caches, settings, checkpoints=checkpoints)
+        return [{name: value for name, value in row.items() if name != "images_per_second"} for row in result.history]
+
+    whole = curve()
+    update = Ema.update
+
+    def terminate(average: Ema, step: int) -> None:
+        update(average, step)
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Ema, "update", terminate)
+    with pytest.raises(BestiaryError, match="after step 5 of 12"):
+        curve(tmp_path)
+    assert curve(tmp_path) == whole
+
+
 def test_training_ends_when_nothing_has_improved_for_a_while(base: Path, caches: Caches) -> None:
     result, _ = run(base, caches, steps=20, validate_every=3, patience=2, min_delta=10.0)
     assert (result.steps, result.best_step) == (9, 3)

@@ -12,6 +12,7 @@ from bestiary.evaluation.scoring import (
     Pictures,
     Words,
     bootstrap_cmmd,
+    bootstrap_copied,
     bootstrap_diversity,
     bootstrap_mean,
     class_table,
@@ -222,6 +223,19 @@ def test_memorisation_shows_in_an_adapter_that_copies_and_not_in_one_that_learne
     low, high = report["base"]["copied"]["ci95"]
     assert low < 0 < high
     assert report["adapter"]["copied"]["mean"] > 0.9
+
+
+def test_the_interval_of_copied_knows_that_pictures_share_their_nearest_image() -> None:
+    """A narrow model that copies nothing: its pictures crowd around few real ones, so each of those counts for many."""
+    random = np.random.default_rng(0)
+    missed = 0
+    for number in range(60):
+        centres = np.repeat(random.normal(size=(16, 32)), 41, axis=0)
+        real = random.permutation(unit(centres + 0.3 * random.normal(size=centres.shape)))
+        drawn = unit(np.repeat(centres[::41], 24, axis=0) + 0.15 * random.normal(size=(384, 32)))
+        low, high = bootstrap_copied(drawn, real[:526], real[526:], resamples=500, seed=number).ci95
+        missed += not low <= 0 <= high
+    assert missed <= 9  # 3 of 60 are expected; as if pictures were independent it would be 25
 
 
 def test_a_better_adapter_wins_in_every_score_with_intervals_that_exclude_zero(words: Words) -> None:

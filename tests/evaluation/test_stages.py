@@ -12,6 +12,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from bestiary.diffusion.adapter import inject, save_adapter
+from bestiary.diffusion.base import load_unet
 from bestiary.evaluation.sweep import settle
 
 ROOT = Path(__file__).parents[2]
@@ -103,6 +105,41 @@ def test_evaluate_reports_every_row_and_keeps_its_report_when_the_next_run_fails
     assert "Traceback" not in done.stderr
     assert (project / "reports" / "evaluate.json").read_bytes() == earlier
     assert contents(project / "reports" / "evaluate") == files
+
+
+@pytest.mark.parametrize("name", ["evaluate", "benchmark"])
+def test_an_adapter_for_another_base_is_a_plain_sentence_and_leaves_the_earlier_reports(
+    name: str, project: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    adapter = tmp_path / "models" / "adapter"
+    adapter.unlink()
+    unet = load_unet(base_folder)
+    inject(unet, rank=2, alpha=4, dropout=0.0, targets=["to_q"], seed=0)
+    save_adapter(unet, adapter, {"base_sha256": "0" * 64})
+    settle(project / "reports" / "operating_point", adapter, 1.0, 3.0)
+    earlier = contents(project / "reports")
+    done = run(project, name)
+    assert done.returncode == 1
+    said = done.stderr.strip().splitlines()[-1]
+    assert said.startswith(f"{name}: The adapter in ")
+    assert said.endswith("was trained on another base than models/base: run `dvc repro`.")
+    assert "Traceback" not in done.stderr
+    assert contents(project / "reports") == earlier
+
+
+def test_register_names_a_damaged_report(project: Path) -> None:
+    settle(project / "reports" / "operating_point", project / "models" / "adapter", 1.0, 3.0)
+    (project / "reports" / "evaluate").mkdir()
+    for name in ("train", "evaluate", "benchmark"):
+        (project / "reports" / f"{name}.json").write_text("{}")
+    (project / "reports" / "evaluate.json").write_text("<<<<<<< HEAD")
+    done = run(project, "register")
+    assert done.returncode == 1
+    said = "register: reports/evaluate.json is missing or damaged: delete it and run `dvc repro evaluate`."
+    assert done.stderr.strip().splitlines()[-1] == said
+    (project / "reports" / "operating_point" / "operating_point.json").write_text("{}")
+    said = run(project, "register").stderr.strip().splitlines()[-1]
+    assert said.startswith("register: reports/operating_point/operating_point.json is damaged: delete it and run")
 
 
 def test_benchmark_reports_its_environment_its_cold_start_and_every_setting(project: Path) -> None:

@@ -32,6 +32,7 @@ from starlette.staticfiles import StaticFiles
 
 from bestiary.app.studio import Order, Stopped, Studio
 from bestiary.errors import BestiaryError
+from bestiary.memory import keep_freed_memory
 from bestiary.settings import Usual
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ LARGEST_ORDER = 64 * 1024  # bytes
 MOST_WAITING = 32
 MOST_UPLOADS = 16  # the oldest makes room
 MOST_UPLOADING = 4  # at once: with those kept, what uploads can take of the disk is bounded
+UPLOAD_SECONDS = 300.0  # after which a file that does not arrive makes room
 LOOK_SECONDS = 0.2  # how often somebody who waits looks whether it is their turn
 WRONG_PASSWORD_SECONDS = 1.0
 HEADERS = {
@@ -74,6 +76,7 @@ def create_app(
     `adapters` are folders or files on offer beside the registered versions, `bases` further bases, `usual` how what is
     not registered is drawn unless told otherwise. Without `auth` it answers only to the names of this machine.
     """
+    keep_freed_memory()  # before the thread that draws is there
     studio = Studio(
         base,
         revision,
@@ -107,19 +110,23 @@ def create_app(
         if not name.lower().endswith(".safetensors"):
             raise BestiaryError("Only .safetensors files can be uploaded.")
         if len(uploading) >= MOST_UPLOADING:
-            raise BestiaryError("Other files are being uploaded: try again in a minute.")
+            raise BestiaryError("Other files are being uploaded: try again in a few minutes.")
         key = f"upload:{secrets.token_urlsafe(16)}"  # knowing it is what makes the file yours
         file = Path(folder.name, f"{key.removeprefix('upload:')}.safetensors")
         uploading.add(key)
         try:
             size = 0
             with file.open("wb") as opened:
-                async for chunk in request.stream():
-                    size += len(chunk)
-                    if size > max_upload_mib * 2**20:
-                        raise BestiaryError(f"{name} is larger than {max_upload_mib} MiB.")
-                    await asyncio.to_thread(opened.write, chunk)
+                async with asyncio.timeout(UPLOAD_SECONDS):
+                    async for chunk in request.stream():
+                        size += len(chunk)
+                        if size > max_upload_mib * 2**20:
+                            raise BestiaryError(f"{name} is larger than {max_upload_mib} MiB.")
+                        await asyncio.to_thread(opened.write, chunk)
             offer = await asyncio.to_thread(studio.add_upload, key, name, file)
+        except TimeoutError:
+            file.unlink(missing_ok=True)
+            raise BestiaryError(f"{name} took longer than {UPLOAD_SECONDS / 60:g} minutes to arrive.") from None
         except OSError:
             file.unlink(missing_ok=True)
             raise BestiaryError(f"There is no space left here for {name}.") from None

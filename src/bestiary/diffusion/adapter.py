@@ -130,6 +130,16 @@ def read_provenance(path: str | Path) -> dict[str, Any]:
     return dict(_read(adapter_file(path))[2])
 
 
+def check_trained_on(path: str | Path, base: str, revision: str | None = None) -> None:
+    """Raise BestiaryError when the adapter says that it was trained on another base than this one.
+
+    A base of the same shapes would take it without a word, and draw wrongly.
+    """
+    trained_on = read_provenance(path).get("base_sha256")
+    if trained_on is not None and trained_on != base_sha256(base, revision):
+        raise BestiaryError(f"The adapter in {path} was trained on another base than {base}: run `dvc repro`.")
+
+
 def apply_adapter(pipeline: StableDiffusionPipeline, path: str | Path, scale: float = 1.0) -> None:
     """Put the adapter at `path` into the pipeline, in place of the one there, at `scale`; all of it or nothing.
 

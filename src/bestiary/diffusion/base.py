@@ -5,10 +5,8 @@ Shapes in this package: B batch, C latent channels, H, W pixels, h, w latents, T
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,13 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bestiary.errors import BestiaryError
+from bestiary.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from accelerate import PartialState
     from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 # What this project reads of a base, and what its hash covers: a README or another precision beside it is not.
 FILES = (
@@ -51,18 +48,6 @@ def device_and_dtype() -> tuple[torch.device, torch.dtype]:
     if torch.backends.mps.is_available():
         return torch.device("mps"), torch.float32
     return torch.device("cpu"), torch.float32
-
-
-def keep_freed_memory() -> None:
-    """Let a CPU's tensors reuse the memory of freed ones, where the C library is glibc.
-
-    By default it hands large blocks back to the system, which clears each page anew for the next tensor of that size:
-    with Stable Diffusion's that costs a tenth of a step and a fifth of decoding (benchmarks/RESULTS.md).
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):
-            mallopt(option, value)
 
 
 def processes() -> PartialState:

@@ -19,25 +19,17 @@ import torch
 from bestiary.files import write_atomically
 
 KEEP = 2
-CODE = (  # they decide
-    "adapter",
-    "base",
-    "batches",
-    "checkpoints",
-    "latents",
-    "objective",
-    "progress",
-    "sampling",
-    "sheet",
-    "training",
-)
+PACKAGE = Path(__file__).parents[1]
 
 
 def checkpoint_key(content: Mapping[str, Any]) -> str:
-    """A name for one training's checkpoints: it changes with the `content` that decides the result, and the code."""
+    """A name for one training's checkpoints: it changes with the `content` that decides the result, and the code.
+
+    That is the whole package: a list of what decides is soon out of date, and who edits code trains anew anyway.
+    """
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
-    for module in CODE:
-        digest.update(Path(__file__).with_name(f"{module}.py").read_bytes())
+    for module in sorted(PACKAGE.rglob("*.py")):
+        digest.update(module.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -55,7 +47,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     for path in _newest_first(folder):
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+        except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
             continue  # a disk that lost power may leave one broken: the one before it is as good
         return state
     return None

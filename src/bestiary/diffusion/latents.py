@@ -74,7 +74,7 @@ class LatentCache:
     features: torch.Tensor  # (captions, T, D)
     scaling_factor: float
     base_sha256: str
-    data_sha256: str  # over the images of both splits and how they were encoded
+    data_sha256: str  # over the images of both splits, their captions and how they were encoded
     shards: list[dict[str, torch.Tensor]]
 
     @classmethod
@@ -168,10 +168,12 @@ def encode_images(
         raise BestiaryError(f"encode.resolution is {resolution}; the base needs a multiple of {needed}.")
     buckets = aspect_ratio_sizes(resolution, factor) if aspect_ratio_buckets else [(resolution, resolution)]
     images = pd.concat(_in_buckets(table, buckets).assign(split=split) for split, table in tables.items())
+    captions = _captions(sorted(set(tables["train"]["class"])))
     settings = {"resolution": resolution, "flip": flip, "augmentation": asdict(augmentation)}
+    data = json.dumps(settings).encode() + _csv(images.drop(columns="path")) + _csv(captions)
     facts = {
         "base_sha256": base_sha256(base, revision),
-        "data_sha256": hashlib.sha256(json.dumps(settings).encode() + _csv(images.drop(columns="path"))).hexdigest(),
+        "data_sha256": hashlib.sha256(data).hexdigest(),
         "scaling_factor": vae.config.scaling_factor,
         **settings,
     }
@@ -181,7 +183,7 @@ def encode_images(
     folder = (unfinished or out.with_name(f".{out.name}")) / key
     shards = {folder / name: rows for name, rows in _shards(images)}
     if state.is_main_process:  # first, since a caption may be too long
-        _write_captions(base, revision, sorted(set(tables["train"]["class"])), state.device, dtype, folder)
+        _write_captions(base, revision, captions, state.device, dtype, folder)
     mine = [path for path in list(shards)[state.process_index :: state.num_processes] if not path.exists()]
     count = sum(len(shards[path]) for path in mine)
     with tqdm(total=count, desc="encode", unit="image", disable=not state.is_local_main_process) as bar:
@@ -303,13 +305,17 @@ def _posterior(vae: Any, pixels: torch.Tensor, count: Callable[[int], Any]) -> t
     return posterior.mean.unflatten(0, pixels.shape[:2]), posterior.std.unflatten(0, pixels.shape[:2])
 
 
-def _write_captions(
-    base: str | Path, revision: str | None, classes: Sequence[str], device: torch.device, dtype: torch.dtype, out: Path
-) -> None:
-    captions = pd.DataFrame(
+def _captions(classes: Sequence[str]) -> pd.DataFrame:
+    """The empty caption, which no class has, and each class's own."""
+    return pd.DataFrame(
         [("", ""), *((name, caption(by_folder(name), template)) for name in classes for template in CAPTION_TEMPLATES)],
         columns=["class", "caption"],
     )
+
+
+def _write_captions(
+    base: str | Path, revision: str | None, captions: pd.DataFrame, device: torch.device, dtype: torch.dtype, out: Path
+) -> None:
     tokenizer, text_encoder = load_text(base, revision, dtype=dtype)
     text_encoder = text_encoder.to(device)
     texts = captions["caption"].tolist()

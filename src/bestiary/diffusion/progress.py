@@ -47,7 +47,7 @@ class TrainingResult:
     images_per_second: float
     peak_memory_mib: float
     trainable_parameters: int
-    seconds: float
+    seconds: float  # in all, before a restart, too
     clip_score: float | None  # None: the pictures drawn at validations were not scored
     base_clip_score: float | None
     val_loss_by_band: dict[str, float]
@@ -86,6 +86,7 @@ class Progress:
         "history",
         "train_loss",
         "seconds",
+        "elapsed",
     )
 
     def __init__(self, settings: TrainingSettings, images: int, accelerator: Accelerator, on_log: OnLog | None) -> None:
@@ -106,7 +107,8 @@ class Progress:
         self.learning_rate = 0.0
         self.grad_norm: Any = math.nan
         self.seconds = 0.0  # spent in training steps
-        self.started = self.saved_at = self._resumed_at = time.perf_counter()
+        self.elapsed = 0.0  # in all, validations included
+        self.saved_at = self._resumed_at = self._looked_at = time.perf_counter()
         self._losses: list[torch.Tensor] = []
 
     @property
@@ -138,8 +140,14 @@ class Progress:
         return self.step * self.settings.batch_size / self.seconds if self.seconds else 0.0
 
     def start_clock(self) -> None:
-        """Count the time from now on as training."""
+        """Count the time from now on as training; that since the last row went into validation."""
         self._resumed_at = time.perf_counter()
+
+    def _count_time(self) -> None:
+        now = time.perf_counter()
+        self.seconds += now - self._resumed_at
+        self.elapsed += now - self._looked_at
+        self._resumed_at = self._looked_at = now
 
     def add_loss(self, loss: torch.Tensor) -> None:
         self._losses.append(loss)
@@ -150,9 +158,7 @@ class Progress:
             return
         losses = self.accelerator.reduce(torch.stack(self._losses).float(), "mean").tolist()
         self._losses.clear()
-        now = time.perf_counter()
-        self.seconds += now - self._resumed_at
-        self._resumed_at = now
+        self._count_time()
         for index, loss in enumerate(losses):
             if not math.isfinite(loss):
                 failed = self.step - (len(losses) - 1 - index) // self.settings.accumulation
@@ -194,17 +200,21 @@ class Progress:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs to know, in plain types and tensors."""
-        return {name: getattr(self, name) for name in self.STATE} | {"best": asdict(self.best)}
+        self._count_time()
+        kept = {name: getattr(self, name) for name in self.STATE}
+        return kept | {"best": asdict(self.best), "losses": list(self._losses)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Stand where `state` was taken; the curve so far is told again, to a run that has not heard of it."""
         for name in self.STATE:
             setattr(self, name, state[name])
         self.best = Validation(**state["best"])
+        self._losses = [loss.to(self.accelerator.device) for loss in state["losses"]]
         for row in self.history:
             self._tell(row)
 
     def result(self, trainable_parameters: int) -> TrainingResult:
+        self._count_time()
         return TrainingResult(
             steps=self.step,
             best_step=self.best_step,
@@ -214,7 +224,7 @@ class Progress:
             images_per_second=self.images_per_second,
             peak_memory_mib=peak_memory_mib(self.accelerator.device),
             trainable_parameters=trainable_parameters,
-            seconds=time.perf_counter() - self.started,
+            seconds=self.elapsed,
             clip_score=self.clip_score,
             base_clip_score=self.base_clip_score,
             val_loss_by_band=self.best.by_band,

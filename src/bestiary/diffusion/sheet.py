@@ -26,11 +26,15 @@ class Sheet:
             write_atomically(self.kept / f"{step:08}" / f"{column:04}.png", _png(picture))
 
     def save(self, path: Path) -> dict[int, Path]:
-        """Write the whole sheet to `path` and each row by itself below `steps/` beside it; returns the rows by step."""
+        """Write the whole sheet to `path` and each row by itself below `steps/` beside it; returns the rows by step.
+
+        A row that a kill has left unfinished is left out: it is drawn again when the training goes on.
+        """
         rows: dict[int, list[Image.Image]] = {}
         for file in sorted(self.kept.glob("*/*.png")):
             with Image.open(file) as picture:
                 rows.setdefault(int(file.parent.name), []).append(picture.convert("RGB"))
+        rows = {step: row for step, row in rows.items() if len(row) == len(self.columns)}
         labels = {step: f"step {step}" if step else "base" for step in rows}
         write_atomically(path, _png(contact_sheet(list(rows.values()), list(labels.values()), self.columns)))
         alone = {step: path.parent / "steps" / f"{step}.png" for step in rows}

@@ -228,7 +228,6 @@ def train(
                 if progress.checkpoint_due:
                     save()
             if (progress.row_due or accelerator.num_processes == 1) and _agreed(accelerator, stop.made):
-                progress.take_losses()
                 save()
                 raise BestiaryError(_farewell(progress.step, settings.steps, checkpoints))
     _put(parameters, progress.best_weights)

@@ -117,6 +117,7 @@ def evaluate(
     ]
     laps.note("score")
     report = reports[0]
+    report["classes"] = classes  # all that the judge chose among, drawn or not
     report["scale_zero"] = {"pictures": pictures.SCALE_ZERO_PICTURES, "different": 0}  # else there were no report
     report["operating_point"] = {"checkpoint": str(checkpoint), "scale": scale, "guidance_scale": guidance_scale}
     if len(judges) > 1:

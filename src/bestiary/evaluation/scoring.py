@@ -141,10 +141,11 @@ def nearest(features: Array, reference: Array, size: int | None = None) -> Array
     With `size`, the expected nearest among that many random pictures of the reference, so that a large set and a
     small one compare fairly.
     """
-    similarity = np.sort(features @ reference.T, axis=1)  # (N, M)
+    similarity: Array = features @ reference.T  # (N, M)
     if size is None or size >= len(reference):
-        largest: Array = similarity[:, -1]
+        largest: Array = similarity.max(axis=1)
         return largest
+    similarity.sort(axis=1)  # in place: among millions a copy is dear
     # The k-th smallest of M is the largest of a random subset of `size` with chance C(k - 1, size - 1) / C(M, size).
     total = len(reference)
     chance = [
@@ -198,7 +199,8 @@ def compare(
     report["per_class"] = per_class(base, adapter, words, resamples=resamples, seed=seed)
     report["worst_classes"] = worst_classes(report["per_class"])[:5]
     report["memorisation"] = {
-        name: _memorisation(pictures, train_features, real.features, counts) for name, pictures in drawn.items()
+        name: _memorisation(pictures, train_features, real.features, counts, resamples, seed)
+        for name, pictures in drawn.items()
     }
     return report
 
@@ -270,11 +272,12 @@ def closest_pairs(features: Array, reference: Array, count: int) -> list[tuple[i
     return [(int(row), int(nearest_of[row]), float(similarity[row, nearest_of[row]])) for row in closest]
 
 
-def _memorisation(pictures: Pictures, train: Array, validation: Array, counts: Array) -> dict[str, Any]:
+def _memorisation(
+    pictures: Pictures, train: Array, validation: Array, counts: Array, resamples: int, seed: int
+) -> dict[str, Any]:
     """Cosine with the nearest training and validation picture; their gap, at equal sizes, is 0 if nothing is copied.
 
-    `copied`, after the idea of arXiv 2004.05675: the share of pictures whose nearest of all real ones was trained on,
-    from 0 (as many as by chance) to 1 (all).
+    `copied` is after the idea of arXiv 2004.05675.
     """
     size = min(len(train), len(validation))
     fair_train, fair_validation = (nearest(pictures.features, reference, size) for reference in (train, validation))
@@ -283,10 +286,21 @@ def _memorisation(pictures: Pictures, train: Array, validation: Array, counts: A
         "nearest_validation": nearest(pictures.features, validation),
         "gap": fair_train - fair_validation,
     }
+    report = {key: bootstrap_mean(value, counts).report() for key, value in values.items()}
+    return report | {"copied": bootstrap_copied(pictures.features, train, validation, resamples, seed).report()}
+
+
+def bootstrap_copied(features: Array, train: Array, validation: Array, resamples: int, seed: int) -> Estimate:
+    """The share of pictures whose nearest real one was trained on, from 0 (as many as by chance) to 1 (all).
+
+    Many pictures may share one nearest: whether that was trained on or not is one draw of the split and not many, so
+    the real pictures are resampled, each with all that are nearest to it.
+    """
+    nearest_real, pictures = np.unique((features @ np.vstack([train, validation]).T).argmax(axis=1), return_counts=True)
+    drawn = resample_counts(len(nearest_real), resamples, seed) * pictures
+    share = drawn @ (nearest_real < len(train)) / drawn.sum(axis=1)
     chance = len(train) / (len(train) + len(validation))
-    trained_on = (values["nearest_train"] > values["nearest_validation"]).astype(np.float64)
-    values["copied"] = (trained_on - chance) / (1.0 - chance)
-    return {key: bootstrap_mean(value, counts).report() for key, value in values.items()}
+    return _estimate((share - chance) / (1.0 - chance))
 
 
 def _check(base: Pictures, adapter: Pictures, real: Pictures, train_features: Array, words: Words) -> None:

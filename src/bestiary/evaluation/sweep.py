@@ -84,12 +84,14 @@ def settle(folder: Path, checkpoint: Path, scale: float, guidance_scale: float) 
 
 
 def read_operating_point(folder: Path) -> OperatingPoint:
-    """What `settle` wrote. Raises BestiaryError when it is not there."""
+    """What `settle` wrote. Raises BestiaryError when it is not there or damaged."""
     try:
         content = json.loads((folder / POINT).read_text(encoding="utf-8"))
+        return OperatingPoint(**content | {"adapter": Path(content["adapter"])})
     except FileNotFoundError:
         raise BestiaryError(f"{folder / POINT} does not exist: run `dvc repro evaluate`.") from None
-    return OperatingPoint(**content | {"adapter": Path(content["adapter"])})
+    except (ValueError, KeyError, TypeError):
+        raise BestiaryError(f"{folder / POINT} is damaged: delete it and run `dvc repro evaluate`.") from None
 
 
 def scaled_adapter(source: Path, scale: float, folder: Path) -> Path:

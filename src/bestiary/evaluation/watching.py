@@ -32,7 +32,8 @@ class Watch:
         kept: Path,
     ) -> None:
         """`kept` is the folder of the sheet's rows, for a training that goes on after it was killed."""
-        shown = classes[:: max(1, len(classes) // settings.sheet_animals)][: settings.sheet_animals]
+        count = min(settings.sheet_animals, len(classes))
+        shown = [classes[number * len(classes) // count] for number in range(count)]
         self.pipeline = pipeline
         self.judge = judge
         self.settings = settings

@@ -388,8 +388,24 @@ def test_only_some_may_upload_at_once(base_folder: Path) -> None:
         return [response.json()["message"] for response in [*responses, again]]
 
     *tried, refused, late = asyncio.run(asyncio.wait_for(upload(), 60))
-    assert refused == "Other files are being uploaded: try again in a minute."
+    assert refused == "Other files are being uploaded: try again in a few minutes."
     assert all("safetensors" in message for message in [*tried, late])  # no adapter, but looked at
+
+
+def test_an_upload_that_does_not_arrive_makes_room(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bestiary.app.server.UPLOAD_SECONDS", 0.3)
+
+    async def silent() -> AsyncIterator[bytes]:
+        yield b"x"
+        await asyncio.sleep(30)
+
+    async def upload() -> str:
+        transport = httpx.ASGITransport(app=create_app(str(base_folder), adapters=[]))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            response = await client.put("/api/adapters", params={"name": "slow.safetensors"}, content=silent())
+        return str(response.json()["message"])
+
+    assert asyncio.run(asyncio.wait_for(upload(), 20)) == "slow.safetensors took longer than 0.005 minutes to arrive."
 
 
 # ---- who may come in ----

@@ -122,6 +122,7 @@ def test_animals_lists_a_hundred_with_their_names() -> None:
         (["adapter", "convert", "no/such/file", "x", "--to", "kohya"], "There is no adapter at no/such/file."),
         (["model-card", "--out", "x"], "There is no registry yet"),
         (["lineage"], "There is no registry yet"),
+        (["promote", "1", "--because", " "], "say why, in a few words"),
         (["results"], "There are no results yet"),
         (["no-such-command"], "No such command"),
     ],

@@ -233,6 +233,7 @@ def test_an_unknown_animal_is_drawn_as_written_with_a_hint(server: Server) -> No
         ({"colour": 1}, "Colour"),
         ({"guidance_interval": [0.3]}, "Guidance interval"),
         ({"guidance_interval": [-1, 5]}, "Guidance interval"),
+        ({"guidance_interval": [5, 1]}, "Guidance interval: the first noise level must be below the second"),
         ({"adapter": "/etc/passwd"}, "not here"),
         ({"adapter": "models:/bestiary@champion"}, "not here"),
         ({"adapter": "local:7"}, "not here"),

@@ -108,6 +108,7 @@ def test_animals_lists_a_hundred_with_their_names() -> None:
     [
         (["generate", " "], "An animal needs a name."),
         (["generate", "tiger", "--steps", "0"], "0 is not in the range"),
+        (["generate", "tiger", "--guidance-interval", "5", "1"], "the first noise level must be below the second"),
         (["generate"], "Name animals, or give one of --prompt and --like."),
         (["generate", "--like", "no.png"], "There is no picture no.png."),
         (["generate", "--prompt", "x " * 5000, "--adapter", "none", "--base", BASE], "tokens and the base reads"),

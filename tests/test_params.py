@@ -77,6 +77,10 @@ def test_the_sample_is_the_default() -> None:
         (lambda content: content["split"].update(val_fraction=1.5), r"split\.val_fraction"),
         (lambda content: content["clean"].update(off_topic="maybe"), r"clean\.off_topic .*'maybe'"),
         (lambda content: content["evaluate"].update(template="a photo"), r"evaluate\.template"),
+        (
+            lambda content: content["profiles"]["sample"]["evaluate"].update(guidance_interval=[5.0, 1.0]),
+            r"evaluate\.guidance_interval .*first noise level must be below the second",
+        ),
         (lambda content: content["train"].pop("rank"), r"train\.rank .*missing"),
         (lambda content: content.pop("seed"), r"seed .*missing"),
         (lambda content: content.update(profile="samples"), "no profile 'samples'; choose one of sample, sciencedb"),

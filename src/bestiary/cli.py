@@ -56,6 +56,12 @@ def colour_option(name: str) -> Callable[[Callable[..., None]], Callable[..., No
     return click.option(f"--{name}", default=1.0, type=click.FloatRange(0.1, 3), help=f"{name.capitalize()}, 0.1 to 3.")
 
 
+def _rising(_context: click.Context, _option: click.Parameter, interval: tuple[float, float] | None) -> Any:
+    if interval and interval[0] >= interval[1]:
+        raise click.BadParameter("the first noise level must be below the second.")
+    return interval
+
+
 @cli.command()
 @click.argument("animals", nargs=-1, metavar="ANIMAL...")
 @click.option("--prompt", metavar="TEXT", help="Draw this text instead of animals.")
@@ -73,6 +79,7 @@ def colour_option(name: str) -> Callable[[Callable[..., None]], Callable[..., No
     "interval",
     type=(click.FloatRange(0, 1e6), click.FloatRange(0, 1e6)),
     metavar="LOW HIGH",
+    callback=_rising,
     help="Guide the steps between these noise levels only; 0 1000 guides all.  [default: as evaluated]",
 )
 @click.option("--scheduler", type=click.Choice(list(SAMPLERS)), help="Sampler.  [default: as evaluated]")

@@ -5,12 +5,13 @@ No parameter has a default here: what is not in params.yaml DVC does not see cha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from bestiary.errors import BestiaryError
 
@@ -18,7 +19,17 @@ Fraction = Field(ge=0.0, lt=1.0)
 Positive = Field(gt=0)
 Policy = Literal["off", "flag", "quarantine"]
 Scheduler = Literal["ddpm", "ddim", "dpmsolver++", "dpmsolver++karras", "dpmsolver++sde", "unipc", "euler", "lcm"]
-Interval = Annotated[list[float], Field(min_length=2, max_length=2)]  # noise levels: above the first, up to the second
+
+
+def rising(levels: Sequence[float]) -> Sequence[float]:
+    """Refuse an interval that holds nothing."""
+    if levels[0] >= levels[1]:
+        raise PydanticCustomError("rising", "the first noise level must be below the second")
+    return levels
+
+
+# Noise levels: above the first, up to the second.
+Interval = Annotated[list[float], Field(min_length=2, max_length=2), AfterValidator(rising)]
 
 
 class Section(BaseModel):

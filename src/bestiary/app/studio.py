@@ -17,11 +17,11 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from bestiary.animals import ANIMALS, caption, find
 from bestiary.errors import BestiaryError
-from bestiary.params import Scheduler
+from bestiary.params import Scheduler, rising
 from bestiary.settings import SAMPLERS, Settings, Usual, as_a1111, finish
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Order(BaseModel):
     prompt: str = Field(default="", max_length=1000)  # in place of the sentence around the animal
     steps: int = Field(ge=1, le=400)
     guidance_scale: float = Field(ge=1, le=20)
-    guidance_interval: tuple[NoiseLevel, NoiseLevel] | None = None
+    guidance_interval: Annotated[tuple[NoiseLevel, NoiseLevel], AfterValidator(rising)] | None = None
     scheduler: Scheduler
     seed: int = Field(ge=0, lt=2**53)  # what a browser counts exactly
     count: int = Field(default=1, ge=1, le=16)

@@ -109,6 +109,9 @@ def test_animals_lists_a_hundred_with_their_names() -> None:
         (["generate", " "], "An animal needs a name."),
         (["generate", "tiger", "--steps", "0"], "0 is not in the range"),
         (["generate", "tiger", "--guidance-interval", "5", "1"], "the first noise level must be below the second"),
+        (["generate", "tiger", "--contrast", "nan"], "nan is not a number"),
+        (["generate", "--prompt", " "], "Name animals, or write a prompt."),
+        (["generate", "ti\udcffger"], "is not written in UTF-8"),
         (["generate"], "Name animals, or give one of --prompt and --like."),
         (["generate", "--like", "no.png"], "There is no picture no.png."),
         (["generate", "--prompt", "x " * 5000, "--adapter", "none", "--base", BASE], "tokens and the base reads"),
@@ -198,8 +201,15 @@ def test_a_picture_is_made_again_like_itself_to_the_byte(
     assert call(monkeypatch, "generate", "--like", "pictures/prompt-3.png", "--out", "again") == 0
     assert (workspace / "again/prompt-3.png").read_bytes() == (workspace / "pictures/prompt-3.png").read_bytes()
     assert read_settings(workspace / "again/prompt-3.png").guidance_interval == (0.3, 3.0)
-    make_adapter(workspace / "models/base", workspace / "models/adapter", 1)
     capsys.readouterr()
+    assert call(monkeypatch, "generate", "--like", "pictures/prompt-3.png", "--steps", "9", "--count", "3") == 1
+    assert capsys.readouterr().err == "--like repeats the picture's own settings: leave out --count, --steps.\n"
+    (workspace / "elsewhere").mkdir()
+    monkeypatch.chdir(workspace / "elsewhere")
+    assert call(monkeypatch, "generate", "--like", "../pictures/prompt-3.png") == 1
+    assert "was drawn with models/adapter, which is not here: say where" in capsys.readouterr().err
+    monkeypatch.chdir(workspace)
+    make_adapter(workspace / "models/base", workspace / "models/adapter", 1)
     assert call(monkeypatch, "generate", "--like", "pictures/prompt-3.png", "--out", "other") == 1
     assert "was drawn with another adapter" in capsys.readouterr().err
     assert not (workspace / "other").exists()
@@ -233,6 +243,9 @@ def test_another_picture_of_the_same_name_is_kept(
     assert call(monkeypatch, "generate", "tiger", *options) == 0
     assert capsys.readouterr().out.split() == ["pictures/tiger-0-2.png"] * 2
     assert (workspace / "pictures" / "tiger-0.png").read_bytes() == b"mine"
+    (workspace / "pictures" / "owl-0.png").mkdir()
+    assert call(monkeypatch, "generate", "owl", *options) == 0
+    assert capsys.readouterr().out.split() == ["pictures/owl-0-2.png"]
 
 
 def test_a_full_disk_gets_a_sentence_and_leaves_no_half_picture(

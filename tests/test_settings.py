@@ -1,6 +1,8 @@
 import json
-from dataclasses import replace
+import math
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -83,6 +85,25 @@ def test_settings_that_somebody_tampered_with_are_said(tmp_path: Path, text: str
     about.add_text("bestiary", text)
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png", pnginfo=about)
     with pytest.raises(BestiaryError, match="does not carry the settings"):
+        read_settings(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": -5},
+        {"seed": 2**70},
+        {"guidance_scale": math.inf},
+        {"contrast": 1e308},
+        {"resolution": 0},
+        {"guidance_interval": (5.0, 1.0)},
+    ],
+)
+def test_settings_that_nothing_could_draw_are_said(tmp_path: Path, change: dict[str, Any]) -> None:
+    about = PngInfo()
+    about.add_text("bestiary", json.dumps(asdict(SETTINGS) | change))
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png", pnginfo=about)
+    with pytest.raises(BestiaryError, match="carries settings that cannot be drawn"):
         read_settings(tmp_path / "x.png")
 
 

@@ -169,7 +169,7 @@ def test_a_run_that_cannot_be_sent_is_kept_and_sent_by_the_next_one(
         run.log_metrics({"loss": 0.5})
         run.log_artifact(picture)
     told = capsys.readouterr().err
-    assert "cannot be used" in told
+    assert "cannot be reached: is it running?" in told
     assert "will be sent by the next one" in told
     picture.write_bytes(b"changed since")
     monkeypatch.delenv("MLFLOW_TRACKING_URI")

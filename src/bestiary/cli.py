@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
@@ -49,11 +50,21 @@ def cli() -> None:
     """
 
 
+class Number(click.FloatRange):
+    """A finite number in a range; click's own lets nan pass."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a number.", param, ctx)
+        return number
+
+
 base_option = click.option("--base", metavar="MODEL", help="Base to use instead of the one that the adapter names.")
 
 
 def colour_option(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    return click.option(f"--{name}", default=1.0, type=click.FloatRange(0.1, 3), help=f"{name.capitalize()}, 0.1 to 3.")
+    return click.option(f"--{name}", default=1.0, type=Number(0.1, 3), help=f"{name.capitalize()}, 0.1 to 3.")
 
 
 def _rising(_context: click.Context, _option: click.Parameter, interval: tuple[float, float] | None) -> Any:
@@ -73,11 +84,11 @@ def _rising(_context: click.Context, _option: click.Parameter, interval: tuple[f
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="The first picture's.")
 @click.option("--count", default=1, show_default=True, type=click.IntRange(1, 10_000), help="Pictures of each.")
 @click.option("--steps", type=click.IntRange(1, 1000), help="Denoising steps.  [default: as evaluated]")
-@click.option("--guidance", type=click.FloatRange(1, 50), help="Guidance scale.  [default: as evaluated]")
+@click.option("--guidance", type=Number(1, 50), help="Guidance scale.  [default: as evaluated]")
 @click.option(
     "--guidance-interval",
     "interval",
-    type=(click.FloatRange(0, 1e6), click.FloatRange(0, 1e6)),
+    type=(Number(0, 1e6), Number(0, 1e6)),
     metavar="LOW HIGH",
     callback=_rising,
     help="Guide the steps between these noise levels only; 0 1000 guides all.  [default: as evaluated]",
@@ -113,13 +124,19 @@ def generate(
     """Draw animals, named in English or Chinese. The same seed gives the same picture."""
     from bestiary.animals import caption
 
+    if prompt is not None and not prompt.strip():
+        raise BestiaryError("Name animals, or write a prompt.")
     if [bool(animals), prompt is not None, like is not None].count(True) != 1:
         raise BestiaryError("Name animals, or give one of --prompt and --like.")
+    try:
+        "".join([*animals, prompt or ""]).encode()
+    except UnicodeEncodeError:
+        raise BestiaryError("A name or prompt is not written in UTF-8.") from None
     made = read_settings(like) if like else None
     params = _params()
     wanted = [_find(animal) for animal in animals]
-    if made and context.get_parameter_source("what") is click.core.ParameterSource.DEFAULT:
-        what = made.adapter or "none"
+    if made:
+        what = _adapter_of(made, like, what, _given(context))
     quiet()
     with _resolving(what) as resolved:
         from tqdm import tqdm
@@ -244,7 +261,7 @@ def verify(what: str, base: str | None) -> None:
 @click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
 @click.argument("target", metavar="DST", type=click.Path(path_type=Path))
 @click.option("--to", required=True, type=click.Choice(["diffusers", "kohya"]), help="Format to write.")
-@click.option("--alpha", type=click.FloatRange(0, min_open=True), help="Alpha of a file that does not store its own.")
+@click.option("--alpha", type=Number(0, min_open=True), help="Alpha of a file that does not store its own.")
 def convert(source: Path, target: Path, to: Literal["diffusers", "kohya"], alpha: float | None) -> None:
     """Write an adapter in another format; reads diffusers, PEFT, kohya and the original system's files."""
     quiet()
@@ -540,10 +557,33 @@ def _report(root: Path, stage: str) -> dict[str, Any]:
 def _free_path(folder: Path, stem: str, data: bytes) -> Path:
     """`folder/stem.png`, numbered where another picture has that name; the same picture keeps its name."""
     path, number = folder / f"{stem}.png", 1
-    while path.exists() and path.read_bytes() != data:
+    while path.exists() and not (path.is_file() and path.read_bytes() == data):
         number += 1
         path = folder / f"{stem}-{number}.png"
     return path
+
+
+def _given(context: click.Context) -> dict[str, str]:
+    """The options on the command line, the way they are written, by parameter."""
+    typed = click.core.ParameterSource.COMMANDLINE
+    return {
+        option.name: option.opts[0]
+        for option in context.command.params
+        if option.name and context.get_parameter_source(option.name) is typed
+    }
+
+
+def _adapter_of(made: Settings, like: Path | None, what: str, given: dict[str, str]) -> str:
+    """The adapter to draw a picture again with. Raises BestiaryError for options that would be passed over."""
+    idle = [option for name, option in given.items() if name not in ("like", "what", "base", "out")]
+    if idle:
+        raise BestiaryError(f"--like repeats the picture's own settings: leave out {', '.join(idle)}.")
+    if "what" in given:
+        return what
+    named = made.adapter or "none"
+    if named != "none" and not named.startswith("models:") and not Path(named).exists():
+        raise BestiaryError(f"{like} was drawn with {named}, which is not here: say where it is with --adapter.")
+    return named
 
 
 def _short(path: Path) -> str:

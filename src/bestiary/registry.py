@@ -593,6 +593,7 @@ def rollback(because: str, name: str = "bestiary") -> Version:
 
 
 def _open_registry() -> tuple[str, Any]:
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # somebody waits; a recorder has more patience
     uri = tracking_uri()
     _check(uri)
     with plain_errors(uri):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from io import BytesIO
@@ -160,10 +161,27 @@ def read_settings(path: Path) -> Settings:
             image.load()
             found = image.info[KEY]
         Settings(**json.loads(found))  # no setting more than there are
-        return TypeAdapter(Settings).validate_json(found, strict=True)
+        settings = TypeAdapter(Settings).validate_json(found, strict=True)
     except FileNotFoundError:
         raise BestiaryError(f"There is no picture {path}.") from None
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError):
         raise BestiaryError(f"{path} is no readable picture.") from None
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise BestiaryError(f"{path} does not carry the settings that it was made with.") from None
+    if not _can_be_drawn(settings):
+        raise BestiaryError(f"{path} carries settings that cannot be drawn.")
+    return settings
+
+
+def _can_be_drawn(settings: Settings) -> bool:
+    low, high = settings.guidance_interval or (0.0, 1.0)
+    colours = (settings.contrast, settings.saturation, settings.brightness)
+    return (
+        1 <= settings.steps <= 1000
+        and 8 <= settings.resolution <= 4096
+        and 0 <= settings.seed < 2**64
+        and 1 <= settings.guidance_scale <= 50
+        and 0 <= low < high < math.inf
+        and all(0.1 <= colour <= 3 for colour in colours)
+        and settings.scheduler in SAMPLERS
+    )

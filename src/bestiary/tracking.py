@@ -301,6 +301,8 @@ def explain(error: BaseException, uri: str) -> str:
         return f"{where} is no MLflow database: move it away, and a new one will be made."
     if "disk is full" in text or getattr(error, "errno", None) == errno.ENOSPC:
         return f"No space is left for the tracking database {where}."
+    if "Max retries exceeded" in text:
+        return f"MLflow at {where} cannot be reached: is it running?"
     return f"MLflow at {where} cannot be used: {text[:300]}."
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import build_base
 from diffusers import UNet2DConditionModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bestiary.diffusion.adapter import (
@@ -192,6 +193,15 @@ def test_an_adapter_that_changes_nothing_is_refused(base: Path, tmp_path: Path) 
         verify_adapter(save_adapter(unet, tmp_path, {}), base)
 
 
+def test_weights_that_are_no_numbers_are_a_plain_sentence(adapter: Path, tmp_path: Path) -> None:
+    weights = load_file(adapter)
+    next(iter(weights.values())).view(-1)[0] = torch.nan
+    with safe_open(adapter, framework="pt") as file:
+        save_file(weights, tmp_path / FILE_NAME, file.metadata())
+    with pytest.raises(BestiaryError, match="holds values that are not finite numbers"):
+        read_provenance(tmp_path)
+
+
 def test_a_missing_or_pickled_file_is_a_plain_sentence(base: Path, tmp_path: Path) -> None:
     with pytest.raises(BestiaryError, match="There is no adapter at"):
         verify_adapter(tmp_path, base)
@@ -207,6 +217,11 @@ def test_a_missing_or_pickled_file_is_a_plain_sentence(base: Path, tmp_path: Pat
         ("lora_adapter_metadata", '{"unet.r": "2", "unet.lora_alpha": 1, "unet.target_modules": []}'),
         ("lora_adapter_metadata", '{"unet.r": 2, "unet.lora_alpha": NaN, "unet.target_modules": []}'),
         ("lora_adapter_metadata", '{"unet.r": 2, "unet.lora_alpha": 1, "unet.target_modules": [1]}'),
+        (
+            "lora_adapter_metadata",
+            '{"unet.r": 2, "unet.lora_alpha": 1, "unet.target_modules": [], "unet.use_rslora": "no"}',
+        ),
+        ("lora_adapter_metadata", '{"a":' + "[" * 200_000),
         ("bestiary", "null"),
         ("bestiary", '{"base": 1}'),
     ],

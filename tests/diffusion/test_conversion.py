@@ -2,6 +2,7 @@ import hashlib
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -122,6 +123,23 @@ def test_what_would_be_read_wrongly_is_refused(adapter: Path, tmp_path: Path) ->
     save_file({key.replace("lora_A", "lora_mid"): weights[key]}, tmp_path / "locon.safetensors")
     with pytest.raises(BestiaryError, match="something else than a UNet's LoRA"):
         read(tmp_path / "locon.safetensors", alpha=1)
+
+
+@pytest.mark.parametrize("change", [{"unet.lora_alpha": "x"}, {"unet.target_modules": 5}, {"unet.use_rslora": "no"}])
+def test_a_config_that_somebody_tampered_with_is_refused(adapter: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    with safe_open(adapter, framework="pt") as file:
+        metadata = file.metadata()
+    metadata["lora_adapter_metadata"] = json.dumps(json.loads(metadata["lora_adapter_metadata"]) | change)
+    save_file(load_file(adapter), tmp_path / "x.safetensors", metadata)
+    for form in ("diffusers", "kohya"):
+        with pytest.raises(BestiaryError, match="has a broken config"):
+            convert(tmp_path / "x.safetensors", tmp_path / "out.safetensors", form)  # type: ignore[arg-type]
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_target_of_another_kind_is_refused(adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(BestiaryError, match=r"x\.ckpt is neither a folder's name nor one that ends in \.safetensors"):
+        convert(adapter, tmp_path / "x.ckpt", "kohya")
 
 
 def test_a_file_without_alpha_asks_for_it(adapter: Path, tmp_path: Path) -> None:

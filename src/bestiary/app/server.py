@@ -30,7 +30,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from bestiary.app.studio import Order, Stopped, Studio
+from bestiary.app.studio import Order, Stopped, Studio, native_side
 from bestiary.errors import BestiaryError
 from bestiary.memory import keep_freed_memory
 from bestiary.settings import Usual
@@ -213,14 +213,12 @@ def launch(
     """
     import uvicorn
 
-    from bestiary.diffusion.base import base_folder
-
     if not _is_loopback(host) and auth is None:
         raise BestiaryError(
             f"With the host {host} other machines can reach the page: put user:password into the environment variable "
             "BESTIARY_AUTH or into a file first."
         )
-    base_folder(base, revision)
+    native_side(base, revision)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

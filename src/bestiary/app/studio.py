@@ -152,7 +152,8 @@ class Studio:
         from bestiary.diffusion.base import device_and_dtype
 
         offers = self.offers()
-        own = native_side(*self.default_base)
+        with self._without_paths():
+            own = native_side(*self.default_base)
         best = device_and_dtype()[0].type
         champion = next((offer.key for offer in offers if "champion" in offer.aliases), None)
         return {

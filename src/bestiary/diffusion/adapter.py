@@ -234,40 +234,50 @@ def _read(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str
             weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
         config = json.loads(metadata.get(CONFIG_KEY, "{}"))
         provenance = json.loads(metadata.get(PROVENANCE_KEY, "{}"))
+    except RecursionError:
+        raise BestiaryError(f"The adapter {file} has a broken config.") from None
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise BestiaryError(f"{file} is not a readable safetensors file ({error}).") from None
     # Strangers write such files, too: nothing in the header is what it should be until it was looked at.
-    if not (isinstance(config, dict) and isinstance(provenance, dict) and _is_plain(provenance)):
+    if not (isinstance(config, dict) and isinstance(provenance, dict) and is_plain(provenance)):
         raise BestiaryError(f"The adapter {file} has a broken config.")
     if not {"unet.r", "unet.lora_alpha", "unet.target_modules"} <= config.keys():
         raise BestiaryError(
             f"The adapter {file} does not say its rank, alpha and targets, so its strength is unknown; "
             "`bestiary adapter convert` reads other formats."
         )
-    if not _is_config(config):
+    config = {key.removeprefix("unet."): value for key, value in config.items()}
+    if not is_config(config):
         raise BestiaryError(f"The adapter {file} has a broken config.")
     foreign = next((key for key in weights if not key.startswith("unet.")), None)
     if foreign:
         raise BestiaryError(f"The adapter {file} is not in diffusers' pipeline format: it holds {foreign}.")
-    return (
-        {key.removeprefix("unet."): value for key, value in weights.items()},
-        {key.removeprefix("unet."): value for key, value in config.items()},
-        provenance,
-    )
+    check_finite(weights, file)
+    return {key.removeprefix("unet."): value for key, value in weights.items()}, config, provenance
 
 
-def _is_plain(provenance: Mapping[str, Any]) -> bool:
+def check_finite(weights: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Raise BestiaryError when a weight is NaN or infinite: it would spoil every picture."""
+    for key, weight in weights.items():
+        if not torch.isfinite(weight).all():
+            raise BestiaryError(f"{file} holds values that are not finite numbers: {key}.")
+
+
+def is_plain(provenance: Mapping[str, Any]) -> bool:
+    """Whether a stranger's provenance has the types that it should have."""
     return all(isinstance(provenance.get(key), (str, NoneType)) for key in ("base", "base_revision", "base_sha256"))
 
 
-def _is_config(config: Mapping[str, Any]) -> bool:
-    rank, alpha, targets = (config[f"unet.{key}"] for key in ("r", "lora_alpha", "target_modules"))
+def is_config(config: Mapping[str, Any]) -> bool:
+    """Whether a stranger's LoRA config has the types that it should have."""
+    rank, alpha, targets = (config[key] for key in ("r", "lora_alpha", "target_modules"))
     return (
         isinstance(rank, int)
         and isinstance(alpha, (int, float))
         and math.isfinite(alpha)
         and isinstance(targets, list)
         and all(isinstance(target, str) for target in targets)
+        and all(isinstance(config.get(key, False), bool) for key in ("use_rslora", "use_dora"))
     )
 
 

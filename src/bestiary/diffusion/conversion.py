@@ -19,7 +19,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from bestiary.diffusion.adapter import CONFIG_KEY, FILE_NAME, PROVENANCE_KEY, with_sorted_header
+from bestiary.diffusion.adapter import (
+    CONFIG_KEY,
+    FILE_NAME,
+    PROVENANCE_KEY,
+    check_finite,
+    is_config,
+    is_plain,
+    with_sorted_header,
+)
 from bestiary.errors import BestiaryError
 from bestiary.files import write_atomically
 
@@ -50,6 +58,8 @@ def convert(source: Path, target: Path, to: Literal["diffusers", "kohya"], alpha
     `alpha` is for files that do not store theirs; the original system's was 16, which its own files therefore get.
     Raises BestiaryError for what is no LoRA of a UNet, or does not say how strong it is.
     """
+    if target.suffix not in ("", ".safetensors"):
+        raise BestiaryError(f"{target} is neither a folder's name nor one that ends in .safetensors.")
     adapter = read(source, alpha)
     if to == "diffusers":
         file = target if target.suffix == ".safetensors" else target / FILE_NAME
@@ -110,7 +120,14 @@ def read(path: Path, alpha: float | None = None) -> Foreign:
         "use_rslora": config.get("use_rslora", False),
         "use_dora": config.get("use_dora", False),
     }
-    return Foreign(weights, complete, _json(metadata.get(PROVENANCE_KEY, "{}"), path))
+    provenance = _json(metadata.get(PROVENANCE_KEY, "{}"), path)
+    if not (is_config(complete) and is_plain(provenance)):
+        raise BestiaryError(f"{path} has a broken config.")
+    uneven = next((key for key in halves[UP] if tuple(weights[key + UP].shape[1:2]) != (rank,)), None)
+    if uneven:
+        raise BestiaryError(f"{path} is broken: the two halves of {uneven} have different ranks.")
+    check_finite(weights, path)
+    return Foreign(weights, complete, provenance)
 
 
 def _module_key(key: str, path: Path) -> str:
@@ -162,7 +179,7 @@ def _refuse_patterns(config: Mapping[str, Any], path: Path) -> None:
 def _json(text: str | bytes, path: Path) -> dict[str, Any]:
     try:
         content = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         raise BestiaryError(f"{path} has a broken config.")

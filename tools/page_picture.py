@@ -15,7 +15,7 @@ from playwright.sync_api import sync_playwright
 ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "docs" / "pictures" / "page.jpg"
 APP = [sys.executable, "-c", "from bestiary.cli import main; main()", "app", "--port", "0"]
-ANIMALS = ("giraffe", "owl", "bee")
+ANIMALS = ("bee", "owl", "giraffe")
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from bestiary.app.studio import Order, Stopped, Studio, native_side
+from bestiary.app.studio import Order, RefusedError, Stopped, Studio, native_side, said
 from bestiary.errors import BestiaryError
 from bestiary.memory import keep_freed_memory
 from bestiary.settings import Usual
@@ -108,9 +108,9 @@ def create_app(
     async def upload(request: Request) -> Response:
         name = Path(request.query_params.get("name", "")).name[:80]
         if not name.lower().endswith(".safetensors"):
-            raise BestiaryError("Only .safetensors files can be uploaded.")
+            raise RefusedError("onlySafetensors", "Only .safetensors files can be uploaded.")
         if len(uploading) >= MOST_UPLOADING:
-            raise BestiaryError("Other files are being uploaded: try again in a few minutes.")
+            raise RefusedError("uploadsFull", "Other files are being uploaded: try again in a few minutes.")
         key = f"upload:{secrets.token_urlsafe(16)}"  # knowing it is what makes the file yours
         file = Path(folder.name, f"{key.removeprefix('upload:')}.safetensors")
         uploading.add(key)
@@ -121,15 +121,21 @@ def create_app(
                     async for chunk in request.stream():
                         size += len(chunk)
                         if size > max_upload_mib * 2**20:
-                            raise BestiaryError(f"{name} is larger than {max_upload_mib} MiB.")
+                            largest = str(max_upload_mib)
+                            raise RefusedError(
+                                "tooLarge", "{name} is larger than {largest} MiB.", name=name, largest=largest
+                            )
                         await asyncio.to_thread(opened.write, chunk)
             offer = await asyncio.to_thread(studio.add_upload, key, name, file)
         except TimeoutError:
             file.unlink(missing_ok=True)
-            raise BestiaryError(f"{name} took longer than {UPLOAD_SECONDS / 60:g} minutes to arrive.") from None
+            limit = f"{UPLOAD_SECONDS / 60:g}"
+            raise RefusedError(
+                "late", "{name} took longer than {limit} minutes to arrive.", name=name, limit=limit
+            ) from None
         except OSError:
             file.unlink(missing_ok=True)
-            raise BestiaryError(f"There is no space left here for {name}.") from None
+            raise RefusedError("noSpace", "There is no space left here for {name}.", name=name) from None
         except BaseException:  # half a file, the wrong kind, or a browser that went away
             file.unlink(missing_ok=True)
             raise
@@ -145,10 +151,10 @@ def create_app(
         async for chunk in request.stream():
             data += chunk
             if len(data) > LARGEST_ORDER:
-                raise BestiaryError("This request is too long.")
+                raise RefusedError("longOrder", "This request is too long.")
         order = Order.parse(data)
         if len(line) >= MOST_WAITING:
-            raise BestiaryError("Too many people are waiting already: try again in a few minutes.")
+            raise RefusedError("lineFull", "Too many people are waiting already: try again in a few minutes.")
         return StreamingResponse(_lines(_events(order)), media_type="application/x-ndjson")
 
     async def _events(order: Order) -> AsyncIterator[dict[str, Any]]:
@@ -305,12 +311,13 @@ def _draw(studio: Studio, order: Order, tell: Callable[[dict[str, Any]], None], 
     except Stopped:
         pass
     except BestiaryError as error:
-        last = {"event": "error", "message": str(error)}
+        last = {"event": "error", **said(error)}
     except Exception as error:
         log.exception("a picture failed")
-        memory = "memory" in f"{type(error).__name__} {error}".lower()
-        hint = "the device has too little memory for this resolution" if memory else "the server's log says more"
-        last = {"event": "error", "message": f"The picture could not be drawn: {hint}."}
+        refused = RefusedError("failure", "The picture could not be drawn: the server's log says more.")
+        if "memory" in f"{type(error).__name__} {error}".lower():
+            refused = RefusedError("memory", "The device has too little memory for a picture of this size.")
+        last = {"event": "error", **said(refused)}
     with contextlib.suppress(Stopped, RuntimeError):  # the server is closing
         tell(last)
 
@@ -322,7 +329,7 @@ async def _lines(events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
 
 
 def _sentence(_: Request, error: Exception) -> Response | Awaitable[Response]:
-    return JSONResponse({"message": str(error)}, 422)
+    return JSONResponse(said(error), 422)
 
 
 def _is_loopback(host: str) -> bool:

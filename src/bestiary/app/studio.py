@@ -46,6 +46,21 @@ class Stopped(Exception):  # noqa: N818, because nothing went wrong
     """Whoever ordered the picture no longer wants it."""
 
 
+class RefusedError(BestiaryError):
+    """A sentence that the page also knows in Chinese: by this key, `texts.js` has it with the same values."""
+
+    def __init__(self, key: str, sentence: str, **values: str) -> None:
+        super().__init__(sentence.format(**values))
+        self.key = key
+        self.values = values
+
+
+def said(error: Exception) -> dict[str, Any]:
+    """An error as the page gets it."""
+    known = {"key": error.key, "values": error.values} if isinstance(error, RefusedError) else {}
+    return {"message": str(error), **known}
+
+
 NoiseLevel = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -81,7 +96,7 @@ class Order(BaseModel):
             shown = f", not {given}" if len(given) < 40 else ""
             raise BestiaryError(f"{where[0].upper()}{where[1:]}: {_lower(first['msg'])}{shown}.") from None
         if not (order.animal.strip() or order.prompt.strip()):
-            raise BestiaryError("Name an animal, or write a prompt.")
+            raise RefusedError("missing", "Name an animal, or write a prompt.")
         return order
 
 
@@ -199,11 +214,17 @@ class Studio:
         return offers
 
     def add_upload(self, key: str, name: str, file: Path) -> Offer:
-        """Offer an uploaded file to whoever knows its key. Raises BestiaryError when it is no adapter."""
+        """Offer an uploaded file to whoever knows its key. Raises BestiaryError when it is no adapter.
+
+        A file of kohya's kind is put into diffusers' format in its place.
+        """
         from bestiary.diffusion.adapter import read_provenance
+        from bestiary.diffusion.conversion import convert, is_kohya
 
         offer = Offer(key, "upload", name, str(file))
         with self._without_paths({offer.what: name}):
+            if is_kohya(file):
+                convert(file, file, "diffusers")
             read_provenance(file)
         self.uploads[key] = offer
         return offer
@@ -305,7 +326,7 @@ class Studio:
         offer = self.uploads.get(order.adapter)
         offer = offer or next((offer for offer in self.offers() if offer.key == order.adapter), None)
         if offer is None:
-            raise BestiaryError("This adapter is not here any more: choose another, or upload it again.")
+            raise RefusedError("gone", "This adapter is not here any more: choose another, or upload it again.")
         adapter = self._resolve(offer)
         base = self._base(order.base) or self.default_base
         # A stranger's file must not name a folder of this machine, or a download.
@@ -335,6 +356,8 @@ class Studio:
         """A stranger learns what things are called here, not where this machine keeps them."""
         try:
             yield
+        except RefusedError:
+            raise
         except BestiaryError as error:
             known = {str(adapter.file): key for key, adapter in self._resolved.items()}
             known |= {path: _short(path) for path in (*self.local, *(model for model, _ in self.bases.values()))}
@@ -346,7 +369,7 @@ class Studio:
 
     def _base(self, key: str) -> tuple[str, str | None] | None:
         if key and key not in self.bases:
-            raise BestiaryError("This base is not on offer here.")
+            raise RefusedError("noBase", "This base is not on offer here.")
         return self.bases.get(key)
 
     def _load(self, base: tuple[str, str | None], device: str, tell: Tell) -> Loaded:
@@ -356,7 +379,7 @@ class Studio:
         best = device_and_dtype()[0].type
         device = device or best
         if device not in (best, "cpu"):
-            raise BestiaryError(f"There is no device {device!r} here.")
+            raise RefusedError("noDevice", "There is no device {device} here.", device=device)
         if self._loaded is None or (self._loaded.base, self._loaded.device) != (base, device):
             tell({"event": "loading"})
             self._loaded = None  # room for the next one first

@@ -71,6 +71,15 @@ def convert(source: Path, target: Path, to: Literal["diffusers", "kohya"], alpha
     return file
 
 
+def is_kohya(path: Path) -> bool:
+    """Whether a file is a safetensors file that names its modules as kohya's tools do."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return any(key.startswith(KOHYA_PREFIX) for key in file.keys())  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return False
+
+
 def read(path: Path, alpha: float | None = None) -> Foreign:
     """Read an adapter in any of the formats."""
     config: dict[str, Any] = {}

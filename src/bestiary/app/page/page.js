@@ -109,7 +109,11 @@ async function ask(path, options) {
   if (response.ok) return response;
   if (response.status === 401) throw new Error(text('locked'));
   const answer = await response.json().catch(() => ({}));
-  throw new Error(answer.message ? text('told', answer) : text('failed'));
+  throw new Error(answer.message ? refused(answer) : text('failed'));
+}
+
+function refused({ message, key, values }) {
+  return key in TEXTS[language] ? text(key, values) : text('told', { message });
 }
 
 // ---- the list of animals ----
@@ -271,7 +275,7 @@ async function follow(body, order) {
     rest = lines.pop();
     for (const line of lines) {
       const event = JSON.parse(line);
-      if (event.event === 'error') throw new Error(text('told', event));
+      if (event.event === 'error') throw new Error(refused(event));
       if (event.event === 'picture') entry = await keep(event, order, entry);
       finished ||= event.event === 'done';
       told(event, order, entry);

@@ -55,5 +55,11 @@ export const TEXTS = {
     failed: '没有成功。', told: '没有成功：{message}',
     unreachable: '服务器没有响应：`bestiary app` 还在运行吗？',
     locked: '需要重新登录：请刷新页面。',
+    // What the server refuses, by the key that it sends beside its English sentence.
+    onlySafetensors: '只能上传 .safetensors 文件。', uploadsFull: '正在上传其他文件：请几分钟后再试。',
+    tooLarge: '{name} 大于 {largest} MiB。', late: '{name} 在 {limit} 分钟内没有传完。', noSpace: '这里没有空间存放 {name} 了。',
+    longOrder: '请求太长。', lineFull: '排队的人太多：请几分钟后再试。', gone: '这个适配器已经不在了：请另选一个，或重新上传。',
+    noBase: '这里不提供这个基础模型。', noDevice: '这里没有设备 {device}。',
+    failure: '图片没有画成：服务器日志里有详情。', memory: '图片没有画成：设备内存不够画这个尺寸。',
   },
 };

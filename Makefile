@@ -5,8 +5,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 INSTALLED := .venv/installed
-# Two processes of one thread each share the suite; a test sees as many threads however many cores there are.
-PYTEST := OMP_NUM_THREADS=1 pytest --numprocesses 2 --dist loadgroup
+PYTEST := pytest --numprocesses 2 --dist loadgroup
 
 .PHONY: demo test test-fast lint bench app mlflow world clean help
 .DEFAULT_GOAL := help

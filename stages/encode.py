@@ -24,4 +24,5 @@ with stage("encode") as (params, run):
         unfinished=Path(".cache/encode"),  # DVC empties build/latents before each run
     )
     seconds = time.perf_counter() - started
-    run.report({**counts, "images_per_second": sum(counts.values()) / seconds, "seconds": seconds})
+    encoded = counts["train"] + counts["val"] - counts["resumed_at"]
+    run.report({**counts, "images_per_second": encoded / seconds, "seconds": seconds})

@@ -10,6 +10,9 @@ TESTS = ROOT / "tests"
 # The processes that tests start find this checkout, too, whether or not the package is installed.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
 
+# The same bytes however many cores there are, and pytest-xdist's two processes keep out of each other's way.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

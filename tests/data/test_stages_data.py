@@ -66,7 +66,6 @@ class Project:
             "SCIENCEDB_API_URL": url,
             "SCIENCEDB_DOWNLOAD_URL": url,
             "BESTIARY_TRACKING": self.tracking,
-            "OMP_NUM_THREADS": "1",
         }
         streams: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
         command = (sys.executable, *command)

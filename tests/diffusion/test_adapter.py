@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_base
 from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import build_base
 
 from bestiary.diffusion.adapter import (
     FILE_NAME,

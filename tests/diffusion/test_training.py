@@ -16,8 +16,8 @@ import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import CLASSES, manifests
 from diffusers import UNet2DConditionModel
+from tiny import CLASSES, manifests
 
 from bestiary.diffusion import latents as encoding
 from bestiary.diffusion.adapter import save_adapter, verify_adapter
@@ -440,7 +440,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
-from conftest import manifests
+from tiny import manifests
 from test_training import SETTINGS, LatentCache, load_scheduler, load_unet, replace, save_adapter, train
 from bestiary.diffusion import latents as encoding
 
@@ -479,7 +479,7 @@ def test_encoding_and_training_killed_at_random_end_with_the_same_bytes(
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": ":".join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": ":".join(filter(None, sys.path))},
     ) as starter:
         assert starter.stdin is not None
         assert starter.stdout is not None
@@ -515,7 +515,7 @@ import json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from dataclasses import replace
-from conftest import manifests
+from tiny import manifests
 from test_training import SETTINGS, LatentCache, load_scheduler, load_unet, train
 from bestiary.diffusion import latents as encoding
 from bestiary.diffusion.base import processes
@@ -548,7 +548,7 @@ def test_two_processes_encode_and_train_as_one_and_see_each_image_once_an_epoch(
     subprocess.run(
         [sys.executable, *launch.split()]
         + [str(part) for part in (script, Path(__file__).parent, base, pictures, tmp_path)],
-        env=os.environ | {"PYTHONPATH": ":".join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": ":".join(filter(None, sys.path))},
         check=True,
     )
     found = [json.loads((tmp_path / f"{process}.json").read_text()) for process in (0, 1)]

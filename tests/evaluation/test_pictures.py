@@ -132,7 +132,7 @@ if os.environ["RANK"] == "0":
             subprocess.Popen(
                 [sys.executable, "-c", program, str(base_folder), str(judge_folder)],
                 env=os.environ
-                | {"PYTHONPATH": str(Path(pictures.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+                | {"PYTHONPATH": str(Path(pictures.__file__).parents[2])}
                 | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
                 | {"WORLD_SIZE": str(processes), "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdout=subprocess.PIPE,

@@ -66,7 +66,6 @@ def run(project: Path, name: str) -> subprocess.CompletedProcess[str]:
         **os.environ,
         "PYTHONPATH": f"{ROOT / 'src'}",
         "MLFLOW_TRACKING_URI": f"sqlite:///{project / 'mlflow.db'}",
-        "OMP_NUM_THREADS": "1",
     }
     environment.pop("DVC_ROOT", None)
     command = [sys.executable, f"stages/{name}.py"]

@@ -147,7 +147,8 @@ def encode_images(
     revision: str | None = None,
     unfinished: Path | None = None,
 ) -> dict[str, int]:
-    """Encode the images and captions of both splits into `out`; returns the number of images in each.
+    """Encode the images and captions of both splits into `out`; returns the number of images in each, and of those that
+    were encoded before ("resumed_at").
 
     `manifests` are the tables of "train" and "val" (path relative to `clean`, class, sha256, width, height). Each image
     gives its centre square, or with `aspect_ratio_buckets` the centre in the bucket nearest to its own shape. With
@@ -182,9 +183,11 @@ def encode_images(
     key = hashlib.sha256(json.dumps([facts, str(dtype)]).encode() + _csv(images) + code).hexdigest()[:16]
     folder = (unfinished or out.with_name(f".{out.name}")) / key
     shards = {folder / name: rows for name, rows in _shards(images)}
+    there = {path for path in shards if path.exists()}
+    state.wait_for_everyone()  # before anybody adds to them
     if state.is_main_process:  # first, since a caption may be too long
         _write_captions(base, revision, captions, state.device, dtype, folder)
-    mine = [path for path in list(shards)[state.process_index :: state.num_processes] if not path.exists()]
+    mine = [path for path in list(shards)[state.process_index :: state.num_processes] if path not in there]
     count = sum(len(shards[path]) for path in mine)
     with tqdm(total=count, desc="encode", unit="image", disable=not state.is_local_main_process) as bar:
         for path in mine:
@@ -201,7 +204,9 @@ def encode_images(
             shutil.move(folder / name, out / name)
         shutil.rmtree(folder)
     state.wait_for_everyone()
-    return {split: len(table) for split, table in tables.items()}
+    return {split: len(table) for split, table in tables.items()} | {
+        "resumed_at": sum(len(shards[path]) for path in there)
+    }
 
 
 def prepare(image: Image.Image, width: int, height: int) -> Image.Image:

@@ -36,7 +36,7 @@ lint: $(INSTALLED)  ## format, lint and types
 	@mypy
 
 bench: $(INSTALLED)  ## speed, side by side (a quarter of an hour, 8 GB of memory)
-	@for benchmark in benchmarks/*.py; do python $$benchmark || exit 1; done
+	@python benchmarks
 
 app: $(INSTALLED)  ## the web page
 	@bestiary app

@@ -1,6 +1,7 @@
-"""Our default way of drawing beside the original system's: DDPM, 100 steps, adapter beside the weights, guidance at
-every step. On the embedded base with what the judge says of both, and at Stable Diffusion 1.5's exact size with random
-weights, where a few steps are timed and scaled. Prints a table of each; the last line is JSON.
+"""Our default way of drawing beside the original system's: DDPM, 100 steps, guidance at every step. The adapter stands
+beside the weights in both, as `bestiary generate` and the page have it. On the embedded base with what the judge says
+of both, and at Stable Diffusion 1.5's exact size with random weights, where a few steps are timed and scaled. Prints a
+table of each; the last line is JSON.
 
 python benchmarks/inference.py [--quick] [--steps N ...]     --steps: our default with other numbers of steps, too
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,16 +28,14 @@ from bestiary.diffusion.adapter import apply_adapter, inject, save_adapter
 from bestiary.diffusion.base import device_and_dtype, load_pipeline, load_unet
 from bestiary.diffusion.sampling import generate
 from bestiary.evaluation import pictures, scoring
-from bestiary.evaluation.benchmarking import Setting, Trial, environment, fuse, measure, stopwatch
+from bestiary.evaluation.benchmarking import Setting, Trial, environment, measure, stopwatch
 from bestiary.evaluation.judge import Judge
 from bestiary.evaluation.scoring import bootstrap_mean, resample_counts
 from bestiary.memory import keep_freed_memory
 from bestiary.params import load_params
-from bestiary.settings import SAMPLERS
 
 ROOT = Path(__file__).parents[1]
 ORIGINAL = Setting("ddpm", 100, batch=1, fused=False)
-CONVERGED_STEPS = 50
 PICTURES_A_CLASS = 3
 REPEATS = 5  # of a timed picture
 RESOLUTION, TIMED_STEPS = 512, 3  # of the large pipeline
@@ -57,10 +57,14 @@ def main() -> None:
 
 
 def embedded(folder: Path, other_steps: list[int], quick: bool) -> dict[str, Any]:
-    """Seconds a picture, what the judge says of the same prompts and noise, and the distance to the converged ones."""
+    """Seconds a picture, and what the judge says of the same prompts and noise.
+
+    Both samplers add noise on their way, so no picture of one should be one of the other's. Whether they draw alike is
+    asked of all pictures together, from noise of their own: CMMD between them, 0 for pictures of one kind.
+    """
     evaluate = load_params(ROOT / "params.yaml").evaluate
-    default = Setting(evaluate.scheduler, evaluate.steps, batch=1, fused=True)
-    ours = {"default": default, **{f"default_{n}_steps": Setting(default.scheduler, n, 1, True) for n in other_steps}}
+    default = Setting(evaluate.scheduler, evaluate.steps, batch=1, fused=False)
+    ours = {"default": default, **{f"default_{n}_steps": replace(default, steps=n) for n in other_steps}}
     original = Setting("ddpm", 4, 1, False) if quick else ORIGINAL
     adapter = trained_or_fresh_adapter(folder)
     judge = Judge.load(str(ROOT / "models" / "judge"), device=device_and_dtype()[0].type)
@@ -73,18 +77,19 @@ def embedded(folder: Path, other_steps: list[int], quick: bool) -> dict[str, Any
     apply_adapter(pipeline, adapter)
     draw = partial(generate, pipeline, guidance_scale=evaluate.guidance_scale)
     rows = {"original": embedded_row(draw, pipeline, original, trial)}
-    converged = draw(prompts, trial.seeds, scheduler="dpmsolver++", steps=CONVERGED_STEPS, batch_size=16)
-    fuse(pipeline)
     draw = partial(draw, guidance_interval=evaluate.guidance_interval)
     rows |= {name: embedded_row(draw, pipeline, setting, trial) for name, setting in ours.items()}
 
-    counts = resample_counts(len(labels), evaluate.bootstrap_resamples, seed=0)
+    counts, other_counts = (resample_counts(len(labels), evaluate.bootstrap_resamples, seed) for seed in (0, 1))
     drawn = {name: row.pop("images") for name, row in rows.items()}
-    scores = {name: scoring.score(pictures.view(judge, images, labels), words) for name, images in drawn.items()}
+    seen = {name: pictures.view(judge, images, labels) for name, images in drawn.items()}
+    scores = {name: scoring.score(views, words) for name, views in seen.items()}
     for name, row in rows.items():
-        noisy = SAMPLERS[row["scheduler"]].noisy  # then more steps lead to another picture
-        distances = [rms(*pair) for pair in zip(drawn[name], converged, strict=True)]
-        row["distance_to_converged"] = None if noisy else float(np.mean(distances))
+        if name != "original":
+            how = {"scheduler": row["scheduler"], "steps": row["steps"], "batch_size": 16}
+            others = draw(prompts, [seed + len(labels) for seed in trial.seeds], **how)
+            sides = (pictures.view(judge, others, labels).features, seen["original"].features)
+            row["cmmd_to_original"] = scoring.bootstrap_cmmd(*sides, counts, other_counts).report()
         for key in ("clip_score", "top1"):
             mine, theirs = (bootstrap_mean(scores[which][key], counts) for which in (name, "original"))
             row |= {key: mine.mean, f"{key}_minus_original": (mine - theirs).report()}
@@ -98,16 +103,14 @@ def embedded_row(draw: Any, pipeline: Any, setting: Setting, trial: Trial) -> di
     draw(*trial.take([0]), scheduler=setting.scheduler, steps=2, batch_size=1)  # to warm up
     row, _ = measure(draw, pipeline, setting, trial, REPEATS)
     images = draw(trial.prompts, trial.seeds, scheduler=setting.scheduler, steps=setting.steps, batch_size=16)
-    return {key: row[key] for key in ("scheduler", "steps", "fused", "p50_s", "p95_s", "peak_memory_mib")} | {
-        "images": images
-    }
+    return {key: row[key] for key in ("scheduler", "steps", "p50_s", "p95_s", "peak_memory_mib")} | {"images": images}
 
 
 def sd15_size(quick: bool) -> dict[str, Any]:
     """Seconds a picture of both ways, from a few steps: text + steps x the median step + decoding."""
     side = 64 if quick else RESOLUTION
     ours = yaml.safe_load((ROOT / "params.yaml").read_text())["profiles"]["sciencedb"]["evaluate"]
-    setting = Setting(ours["scheduler"], ours["steps"], batch=1, fused=True)
+    setting = Setting(ours["scheduler"], ours["steps"], batch=1, fused=False)
     original = by_itself(sd15_row, ORIGINAL, ours["guidance_scale"], side)
     keep_freed_memory()  # as load_pipeline does
     default = sd15_row(setting, ours["guidance_scale"], side)
@@ -121,8 +124,6 @@ def sd15_size(quick: bool) -> dict[str, Any]:
 def sd15_row(setting: Setting, guidance_scale: float, side: int) -> dict[str, Any]:
     pipeline = random_pipeline()
     inject(pipeline.unet, rank=2, alpha=16, dropout=0.0, targets=TARGETS, seed=0)
-    if setting.fused:
-        fuse(pipeline)
     ends: list[float] = []
     with stopwatch(pipeline) as lap:
         generate(
@@ -137,7 +138,7 @@ def sd15_row(setting: Setting, guidance_scale: float, side: int) -> dict[str, An
             progress=lambda _done, _total: ends.append(time.perf_counter()),
         )
     step = float(np.median(np.diff(ends)))  # without the first, which warms up
-    row = {"scheduler": setting.scheduler, "steps": setting.steps, "fused": setting.fused}
+    row = {"scheduler": setting.scheduler, "steps": setting.steps}
     row |= {"text_s": lap["text"], "step_s": step, "decode_s": lap["decode"]}
     return row | {"scaled_s": lap["text"] + setting.steps * step + lap["decode"]}
 
@@ -170,11 +171,6 @@ def trained_or_fresh_adapter(folder: Path) -> Path:
     inject(unet, rank=4, alpha=8, dropout=0.0, targets=TARGETS, seed=0)
     save_adapter(unet, folder, {})
     return folder
-
-
-def rms(image: Any, other: Any) -> float:
-    """Root mean square difference, 0 to 255."""
-    return float(np.sqrt(np.mean((np.asarray(image, float) - np.asarray(other, float)) ** 2)))
 
 
 def told(rows: dict[str, dict[str, Any]]) -> None:

@@ -41,7 +41,7 @@ with stage("benchmark") as (params, run):
         default.scheduler,
         default.steps,
         batch=1,
-        fused=True,
+        fused=False,
         guidance="interval" if default.guidance_interval else "always",
         dtype=str(dtype).removeprefix("torch."),
     )

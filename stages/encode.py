@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from bestiary.diffusion.latents import Augmentation, encode_images
-from pipeline import stage
+from pipeline import CACHE, stage
 
 with stage("encode") as (params, run):
     started, encode = time.perf_counter(), params.encode
@@ -21,7 +21,7 @@ with stage("encode") as (params, run):
         ),
         aspect_ratio_buckets=encode.aspect_ratio_buckets,
         revision=params.base.revision,
-        unfinished=Path(".cache/encode"),  # DVC empties build/latents before each run
+        unfinished=CACHE / "encode",  # DVC empties build/latents before each run
     )
     seconds = time.perf_counter() - started
     encoded = counts["train"] + counts["val"] - counts["resumed_at"]

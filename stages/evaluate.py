@@ -1,13 +1,14 @@
 """Scores the adapter against its base, on the same prompts and the same noise, by the judge."""
 
+import time
 from pathlib import Path
 
-from pipeline import REPORTS, stage
+from pipeline import CACHE, REPORTS, stage
 
 CLEAN, SPLIT, ADAPTER = Path("build/clean"), Path("build/split"), Path("models/adapter")
 OPERATING_POINT = REPORTS / "operating_point"
-KEPT = Path(".cache/evaluate")  # pictures as they are drawn, for the run after one that was stopped
 
+started = time.perf_counter()
 with stage("evaluate") as (params, run):
     from bestiary.diffusion.adapter import check_trained_on
     from bestiary.diffusion.base import base_sha256, device_and_dtype, load_pipeline, processes
@@ -19,7 +20,8 @@ with stage("evaluate") as (params, run):
     processes()  # gives each process its GPU
     models = [params.judge, *([params.evaluate.second_judge] if params.evaluate.second_judge else [])]
     judges = [Judge.load(model.model, model.revision, device=device_and_dtype()[0].type) for model in models]
-    kept = Kept(KEPT, {"base_sha256": base_sha256(params.base.model, params.base.revision)})
+    # Pictures as they are drawn, for the run after one that was stopped.
+    kept = Kept(CACHE / "evaluate", {"base_sha256": base_sha256(params.base.model, params.base.revision)})
     found = comparison.evaluate(
         load_pipeline(params.base.model, params.base.revision),
         ADAPTER,
@@ -34,5 +36,6 @@ with stage("evaluate") as (params, run):
     if run.is_main:
         comparison.write(found, REPORTS / "evaluate")
         point = sweep.settle(OPERATING_POINT, found.checkpoint, found.scale, found.guidance_scale)
-        run.report(found.report | {"adapter_sha256": point.adapter_sha256})
+        seconds = found.report["seconds"] | {"stage_s": time.perf_counter() - started}  # start-up and figures included
+        run.report(found.report | {"adapter_sha256": point.adapter_sha256, "seconds": seconds})
         kept.drop_unused()

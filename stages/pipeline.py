@@ -19,9 +19,10 @@ import yaml
 from bestiary.errors import BestiaryError
 from bestiary.files import write_atomically
 from bestiary.params import Model, Params, load_params
-from bestiary.tracking import Run, content_hash, open_run, switched_off
+from bestiary.tracking import Run, content_hash, open_run, project_root, switched_off
 
 REPORTS = Path("reports")
+CACHE = project_root() / ".cache"  # unfinished work; an experiment's own copy of the project goes when it fails
 NOT_METRICS = {"per_class", "per_template"}  # hundreds of numbers: they stay in the report and its plots
 
 

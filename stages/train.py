@@ -13,7 +13,7 @@ from bestiary.errors import BestiaryError
 from bestiary.evaluation.judge import Judge
 from bestiary.evaluation.watching import Watch
 from bestiary.files import write_atomically
-from pipeline import content_of, stage
+from pipeline import CACHE, content_of, stage
 
 LATENTS, ADAPTER, REPORT = Path("build/latents"), Path("models/adapter"), Path("reports/train")
 STAGE_ONLY = {"sheet_animals", "sheet_seeds", "sheet_steps", "sheet_guidance_scale", "keep_checkpoints"}
@@ -30,13 +30,14 @@ with stage("train") as (params, run):
         **({"base_revision": commit} if commit else {}),
         "base_sha256": base_sha256(*base),
         "data_sha256": training.data_sha256,
+        "resolution": params.encode.resolution,
         "params": {name: value for name, value in asdict(settings).items() if name != "checkpoint_seconds"},
     }
     if made_from["base_sha256"] != training.base_sha256:
         raise BestiaryError(f"The latents were made with another base than {base[0]}: run the encode stage again.")
     # DVC empties models/adapter before each run. The sheet and its judge may decide which step is the best.
     drawn = {"sheet": params.train.model_dump(include=STAGE_ONLY), "judge": content_of(params.judge)}
-    checkpoints = Path(".cache/train") / checkpoint_key(made_from | drawn)
+    checkpoints = CACHE / "train" / checkpoint_key(made_from | drawn)
     if run.is_main:
         judge = Judge.load(params.judge.model, params.judge.revision, device_and_dtype()[0].type)
         classes = sorted(set(training.images["class"]))

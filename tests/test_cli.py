@@ -116,6 +116,7 @@ def test_animals_lists_a_hundred_with_their_names() -> None:
         (["generate", "--like", "no.png"], "There is no picture no.png."),
         (["generate", "--prompt", "x " * 5000, "--adapter", "none", "--base", BASE], "tokens and the base reads"),
         (["generate", "tiger", "--resolution", "257", "--adapter", "none", "--base", BASE], "is not a multiple of"),
+        (["generate", "tiger", "--resolution", "100", "--adapter", "none", "--base", BASE], "is not a multiple of 8"),
         (["generate", "tiger", "--adapter", "no/such/folder"], "There is no adapter at no/such/folder."),
         (["generate", "tiger", "--adapter", "models:/bestiary@champion"], "There is no registry yet"),
         (["generate", "tiger", "--adapter", "none", "--base", "/no/such/base"], "/no/such/base"),
@@ -307,3 +308,32 @@ def test_results_show_the_table_the_sheet_and_what_to_do_next(
     assert "models:/bestiary/3 (champion)" in told
     assert told.count("Next") == 1
     assert "generate tiger panda --count 4" in told
+
+
+@pytest.mark.parametrize("content", ["<<<<<<< HEAD", "{}", "[]"])
+def test_results_of_a_damaged_report_are_a_sentence(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    (project / "reports").mkdir()
+    for stage in ("evaluate", "register"):
+        (project / "reports" / f"{stage}.json").write_text(content)
+    (project / "dvc.yaml").write_text("")
+    monkeypatch.chdir(project)
+    assert call(monkeypatch, "results") == 1
+    told = capsys.readouterr()
+    assert "damaged: delete it and run `dvc repro`." in told.err
+    assert told.out == ""
+
+
+def test_the_registered_models_name_is_the_parameters(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "params.yaml").read_text()
+    (workspace / "params.yaml").write_text(
+        text.replace("name: bestiary ", "name: zoo ").replace("name: bestiary\n", "name: zoo\n")
+    )
+    submit(workspace, "models/base", workspace / "models" / "adapter", name="zoo")
+    assert call(monkeypatch, "promote", "1", "--because", "its owls") == 0
+    assert capsys.readouterr().out == "models:/zoo/1 is the champion now.\n"
+    assert call(monkeypatch, "generate", "tiger", "--steps", "1") == 0
+    assert read_settings(workspace / "pictures" / "tiger-0.png").adapter == "models:/zoo/1"

@@ -78,6 +78,18 @@ def test_the_sample_is_the_default() -> None:
         (lambda content: content["clean"].update(off_topic="maybe"), r"clean\.off_topic .*'maybe'"),
         (lambda content: content["evaluate"].update(template="a photo"), r"evaluate\.template"),
         (
+            lambda content: content["evaluate"].update(
+                sweep={
+                    "scales": [1.0, 1.0],
+                    "guidance_scales": [3.0],
+                    "checkpoints": False,
+                    "seeds": 1,
+                    "score": "top1",
+                }
+            ),
+            r"evaluate\.sweep\.scales .*each value stands once",
+        ),
+        (
             lambda content: content["profiles"]["sample"]["evaluate"].update(guidance_interval=[5.0, 1.0]),
             r"evaluate\.guidance_interval .*first noise level must be below the second",
         ),

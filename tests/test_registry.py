@@ -345,6 +345,14 @@ def test_without_a_registry_nothing_is_made_and_the_way_to_one_is_told(
     assert list(project.iterdir()) == []
 
 
+def test_a_version_says_which_code_made_it(project: Path, base_folder: Path, adapters: list[Path]) -> None:
+    client = tracking.open_client(tracking.tracking_uri(), project)
+    run = client.create_run("0", tags={"mlflow.source.git.commit": "abc", "git_dirty": "true"}).info.run_id
+    submit(project, base_folder, adapters[0], run_id=run)
+    (version,) = versions()
+    assert (version.tags["git_revision"], version.tags["git_dirty"]) == ("abc", "true")
+
+
 def test_a_person_can_promote_and_roll_back_and_the_reasons_stay(
     project: Path, base_folder: Path, adapters: list[Path]
 ) -> None:

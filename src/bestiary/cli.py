@@ -7,7 +7,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bestiary.params import Params
     from bestiary.registry import Adapter
 
-CHAMPION = "models:/bestiary@champion"
+CHAMPION = "models:/bestiary@champion"  # where register.name is as it comes
 SCORE_NAMES = {
     "clip_score": "CLIP score",
     "margin": "over the other animals",
@@ -60,6 +60,10 @@ class Number(click.FloatRange):
         return number
 
 
+def _champion() -> str:
+    return f"models:/{_registered_name()}@champion"
+
+
 base_option = click.option("--base", metavar="MODEL", help="Base to use instead of the one that the adapter names.")
 
 
@@ -79,7 +83,9 @@ def _rising(_context: click.Context, _option: click.Parameter, interval: tuple[f
 @click.option(
     "--like", type=click.Path(path_type=Path), metavar="PNG", help="Make this picture again, by its settings."
 )
-@click.option("--adapter", "what", default=CHAMPION, show_default=True, metavar="WHAT", help="Adapter to draw with.")
+@click.option(
+    "--adapter", "what", default=_champion, show_default=CHAMPION, metavar="WHAT", help="Adapter to draw with."
+)
 @base_option
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="The first picture's.")
 @click.option("--count", default=1, show_default=True, type=click.IntRange(1, 10_000), help="Pictures of each.")
@@ -286,37 +292,45 @@ def results() -> None:
 
     root = project_root()
     evaluation, registration = (_report(root, name) for name in ("evaluate", "register"))
-    click.echo(
-        f"The judge on {evaluation['images']} pictures by the base and by the adapter, same prompts, same seeds:\n\n"
-        f"{'':24}{'base':>8}{'adapter':>10}{'difference':>13}   95 % interval"
-        f"{'real pictures':>20}"
-    )
+    try:
+        lines = list(_told(root, evaluation, registration))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        folder = _short(root / "reports")
+        raise BestiaryError(
+            f"{folder}/evaluate.json or {folder}/register.json is damaged: delete it and run `dvc repro`."
+        ) from None
+    click.echo("\n".join(lines))
+
+
+def _told(root: Path, evaluation: Mapping[str, Any], registration: Mapping[str, Any]) -> Iterator[str]:
+    yield f"The judge on {evaluation['images']} pictures by the base and by the adapter, same prompts, same seeds:\n"
+    yield f"{'':24}{'base':>8}{'adapter':>10}{'difference':>13}   95 % interval{'real pictures':>20}"
     for score, label in SCORE_NAMES.items():
         if score not in evaluation["delta"]:  # a report from before there was this score
             continue
         base, with_adapter, delta, real = (evaluation[who][score] for who in ("base", "adapter", "delta", "real"))
         interval = "{:+.2f} to {:+.2f}".format(*delta["ci95"])
-        click.echo(
+        yield (
             f"{label:24}{base['mean']:8.2f}{with_adapter['mean']:10.2f}{delta['mean']:+13.2f}   {interval:17}"
             f"{real['mean']:16.2f}"
         )
     program = _program()
     aliases = f" ({', '.join(registration['aliases'])})" if registration["aliases"] else ""
-    click.echo(f"\nLook      {_short(root / 'reports' / 'evaluate' / 'sheet.png')}: the base beside the adapter")
-    click.echo(f"Version   models:/{registration['name']}/{registration['version']}{aliases}")
+    yield f"\nLook      {_short(root / 'reports' / 'evaluate' / 'sheet.png')}: the base beside the adapter"
+    yield f"Version   models:/{registration['name']}/{registration['version']}{aliases}"
     for reason in registration["reasons"]:
-        click.echo(f"          {reason}")
-    click.echo("\nNext")
+        yield f"          {reason}"
+    yield "\nNext"
     for command, purpose in (
         (f"{program} generate tiger panda --count 4", "draw with it"),
         ("make mlflow", "see every run in the browser"),
-        (f"{program} pull {CHAMPION} --out my-adapter", "take it along"),
+        (f"{program} pull models:/{registration['name']}@champion --out my-adapter", "take it along"),
     ):
-        click.echo(f"  {command:70}{purpose}")
+        yield f"  {command:70}{purpose}"
 
 
 @cli.command("model-card")
-@click.argument("what", metavar="URI", default=CHAMPION)
+@click.argument("what", metavar="URI", default=_champion)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for it, as the hub takes it.")
 def model_card(what: str, out: Path) -> None:
     """Write a registered adapter with its model card: scores, pictures, provenance."""
@@ -360,7 +374,7 @@ def app(adapters: tuple[str, ...], bases: tuple[str, ...], host: str, port: int,
 
 
 @cli.command()
-@click.argument("what", metavar="URI", default=CHAMPION)
+@click.argument("what", metavar="URI", default=_champion)
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
 def lineage(what: str, as_json: bool) -> None:
     """Show which runs and which data a registered version comes from."""
@@ -400,7 +414,7 @@ def promote(version: int, because: str) -> None:
     """Make a version the champion by hand."""
     from bestiary import registry
 
-    chosen = registry.promote(version, because)
+    chosen = registry.promote(version, because, _registered_name())
     click.echo(f"models:/{chosen.name}/{chosen.version} is the champion now.")
 
 
@@ -410,7 +424,7 @@ def rollback(because: str) -> None:
     """Make the champion before this one the champion again."""
     from bestiary import registry
 
-    chosen = registry.rollback(because)
+    chosen = registry.rollback(because, _registered_name())
     click.echo(f"models:/{chosen.name}/{chosen.version} is the champion again.")
 
 
@@ -468,6 +482,11 @@ def _params() -> Params | None:
 
     path = project_root() / "params.yaml"
     return load_params(path) if path.is_file() else None
+
+
+def _registered_name() -> str:
+    params = _params()
+    return params.register_.name if params else "bestiary"
 
 
 def _usual(params: Params | None) -> Usual:
@@ -551,6 +570,8 @@ def _report(root: Path, stage: str) -> dict[str, Any]:
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BestiaryError(f"There are no results yet ({_short(path)} does not exist): run `dvc repro`.") from None
+    except ValueError:
+        raise BestiaryError(f"{_short(path)} is damaged: delete it and run `dvc repro`.") from None
     return report
 
 

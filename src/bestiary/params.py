@@ -32,6 +32,13 @@ def rising(levels: Sequence[float]) -> Sequence[float]:
 Interval = Annotated[list[float], Field(min_length=2, max_length=2), AfterValidator(rising)]
 
 
+def different(values: list[float]) -> list[float]:
+    """Refuse a value given twice."""
+    if len(set(values)) < len(values):
+        raise PydanticCustomError("different", "each value stands once")
+    return values
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -129,8 +136,9 @@ class Train(Section):
 class Sweep(Section):
     """What to try, on seeds of their own, before the evaluation runs at the best of them."""
 
-    scales: list[Annotated[float, Field(gt=0)]] = Field(min_length=1)  # of the adapter
-    guidance_scales: list[Annotated[float, Field(ge=1)]] = Field(min_length=1)
+    # Of the adapter.
+    scales: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1), AfterValidator(different)]
+    guidance_scales: Annotated[list[Annotated[float, Field(ge=1)]], Field(min_length=1), AfterValidator(different)]
     checkpoints: bool  # those that train.keep_checkpoints kept, too
     seeds: int = Positive  # pictures a class for each of them
     score: Literal["clip_score", "margin", "top1"]

@@ -181,6 +181,9 @@ def register(
             make_name(client, name)
             version = _version_of(client, name, sha256)
             if version is None:
+                made = client.get_run(run_id).data.tags
+                source = {"git_revision": made.get("mlflow.source.git.commit"), "git_dirty": made.get("git_dirty")}
+                tags |= {key: value for key, value in source.items() if value is not None}
                 version = _create(client, adapter_file(adapter), name, tags, run_id, evaluation, usual)
             else:
                 for key, value in tags.items():  # it may have been evaluated again, otherwise

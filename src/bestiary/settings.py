@@ -34,25 +34,38 @@ class Sampler:
     noisy: bool = False
 
 
-def _dpmsolver(algorithm: str, karras: bool) -> dict[str, Any]:
-    return {"algorithm_type": algorithm, "use_karras_sigmas": karras}
+def _dpmsolver(algorithm: str, *, karras: bool = False, order: int = 2) -> dict[str, Any]:
+    return {
+        "algorithm_type": algorithm,
+        "use_karras_sigmas": karras,
+        "solver_order": order,
+        "timestep_spacing": "linspace",
+    }
 
 
-# clip_sample: latents are not bound to [-1, 1]. Sources, in order: arXiv:2006.11239, 2010.02502, 2211.01095 for three
-# (with the noise levels of 2206.00364 in those called Karras), 2302.04867, 2206.00364, 2310.04378.
+# clip_sample: latents are not bound to [-1, 1]. timestep_spacing: with "leading", which many bases have, diffusers
+# begins 400 steps at timestep 800 and takes pure noise for what is left there. DDIM is the first order of DPM-Solver++
+# (arXiv:2211.01095, section 4); diffusers' own misses the next timestep where 1000 is no multiple of the steps.
+# Each sampler says all that another one, whose configuration it may be made from, says otherwise.
+# Sources, in order: arXiv:2006.11239, 2010.02502, 2211.01095 for three (with the noise levels of 2206.00364 in those
+# called Karras), 2302.04867, 2206.00364, 2310.04378.
 SAMPLERS = {
-    "ddpm": Sampler("DDPM", "DDPMScheduler", {"clip_sample": False}, noisy=True),
-    "ddim": Sampler("DDIM", "DDIMScheduler", {"clip_sample": False}),
-    "dpmsolver++": Sampler("DPM++ 2M", "DPMSolverMultistepScheduler", _dpmsolver("dpmsolver++", karras=False)),
+    "ddpm": Sampler("DDPM", "DDPMScheduler", {"clip_sample": False, "timestep_spacing": "linspace"}, noisy=True),
+    "ddim": Sampler("DDIM", "DPMSolverMultistepScheduler", _dpmsolver("dpmsolver++", order=1)),
+    "dpmsolver++": Sampler("DPM++ 2M", "DPMSolverMultistepScheduler", _dpmsolver("dpmsolver++")),
     "dpmsolver++karras": Sampler(
         "DPM++ 2M Karras", "DPMSolverMultistepScheduler", _dpmsolver("dpmsolver++", karras=True)
     ),
     "dpmsolver++sde": Sampler(
         "DPM++ 2M SDE Karras", "DPMSolverMultistepScheduler", _dpmsolver("sde-dpmsolver++", karras=True), noisy=True
     ),
-    "unipc": Sampler("UniPC", "UniPCMultistepScheduler", {"use_karras_sigmas": False}),
-    "euler": Sampler("Euler", "EulerDiscreteScheduler", {"use_karras_sigmas": False}),
-    "lcm": Sampler("LCM", "LCMScheduler", {"clip_sample": False}, noisy=True),
+    "unipc": Sampler(
+        "UniPC",
+        "UniPCMultistepScheduler",
+        {"use_karras_sigmas": False, "solver_order": 2, "timestep_spacing": "linspace"},
+    ),
+    "euler": Sampler("Euler", "EulerDiscreteScheduler", {"use_karras_sigmas": False, "timestep_spacing": "linspace"}),
+    "lcm": Sampler("LCM", "LCMScheduler", {"clip_sample": False, "timestep_spacing": "leading"}, noisy=True),
 }
 
 

@@ -210,6 +210,32 @@ def test_a_missing_or_pickled_file_is_a_plain_sentence(base: Path, tmp_path: Pat
         verify_adapter(tmp_path, base)
 
 
+def with_config(adapter: Path, folder: Path, **fields: object) -> Path:
+    with safe_open(adapter, framework="pt") as file:
+        metadata = file.metadata()
+    config = json.loads(metadata["lora_adapter_metadata"]) | {f"unet.{key}": value for key, value in fields.items()}
+    save_file(load_file(adapter), folder / FILE_NAME, metadata | {"lora_adapter_metadata": json.dumps(config)})
+    return folder
+
+
+@pytest.mark.parametrize("field", [{"bogus": 1}, {"bias": "weird"}, {"init_lora_weights": "nonsense"}])
+def test_a_field_that_decides_nothing_is_passed_over(
+    base: Path, adapter: Path, tmp_path: Path, field: dict[str, object]
+) -> None:
+    assert verify_adapter(with_config(adapter, tmp_path, **field), base).rank == 2
+
+
+def test_what_would_be_applied_otherwise_than_it_says_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
+    uneven = with_config(adapter, tmp_path, alpha_pattern={"to_q": 3})
+    with pytest.raises(BestiaryError, match="different ranks or alphas"):
+        verify_adapter(uneven, base)
+    save_file({}, tmp_path / FILE_NAME, {"lora_adapter_metadata": json.dumps(
+        {"unet.r": 2, "unet.lora_alpha": 1, "unet.target_modules": ["nothing"]}
+    )})  # fmt: skip
+    with pytest.raises(BestiaryError, match="holds no LoRA weights"):
+        verify_adapter(tmp_path, base)
+
+
 @pytest.mark.parametrize(
     ("key", "content"),
     [
@@ -221,6 +247,15 @@ def test_a_missing_or_pickled_file_is_a_plain_sentence(base: Path, tmp_path: Pat
             "lora_adapter_metadata",
             '{"unet.r": 2, "unet.lora_alpha": 1, "unet.target_modules": [], "unet.use_rslora": "no"}',
         ),
+        (
+            "lora_adapter_metadata",
+            '{"unet.r": 2, "unet.lora_alpha": 1, "unet.target_modules": [], "unet.lora_dropout": "x"}',
+        ),
+        (
+            "lora_adapter_metadata",
+            '{"unet.r": 2, "unet.lora_alpha": 1, "unet.target_modules": [], "unet.lora_dropout": 5}',
+        ),
+        ("lora_adapter_metadata", '{"unet.r": 0, "unet.lora_alpha": 1, "unet.target_modules": []}'),
         ("lora_adapter_metadata", '{"a":' + "[" * 200_000),
         ("bestiary", "null"),
         ("bestiary", '{"base": 1}'),

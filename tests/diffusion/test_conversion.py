@@ -76,6 +76,7 @@ def test_kohya_files_say_what_tools_ask_of_them(adapter: Path, tmp_path: Path) -
     assert (metadata["ss_network_module"], metadata["ss_network_dim"], metadata["ss_network_alpha"]) == (
         "networks.lora", "2", "5.0",
     )  # fmt: skip
+    assert metadata["modelspec.resolution"] == "512x512"  # where nobody says at what size it was trained
     # A1111 hashes all that follows the header.
     data = kohya.read_bytes()
     tensors = data[8 + int.from_bytes(data[:8], "little") :]

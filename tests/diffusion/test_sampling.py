@@ -6,7 +6,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from bestiary.diffusion.adapter import inject
-from bestiary.diffusion.base import load_pipeline
+from bestiary.diffusion.base import load_pipeline, load_scheduler
 from bestiary.diffusion.sampling import generate, make_scheduler
 from bestiary.errors import BestiaryError
 from bestiary.settings import SAMPLERS
@@ -95,6 +95,48 @@ def test_steps_outside_the_guidance_interval_cost_half(pipeline: StableDiffusion
     assert done == list(range(1, 9))
 
 
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "lcm"])
+@pytest.mark.parametrize("steps", [10, 100, 400])
+def test_every_sampler_begins_where_there_is_nothing_but_noise(base: Path, name: str, steps: int) -> None:
+    config = load_scheduler(base).config
+    assert config.timestep_spacing == "leading"  # by which diffusers' DPM++ would begin 400 steps at 800
+    scheduler = make_scheduler(name, config)
+    scheduler.set_timesteps(steps)
+    assert float(scheduler.timesteps[0]) >= 999 - 1000 / steps
+
+
+@pytest.mark.parametrize("steps", [7, 20, 400])
+def test_ddim_is_that_of_its_paper(base: Path, steps: int) -> None:
+    scheduler = make_scheduler("ddim", load_scheduler(base).config)
+    scheduler.set_timesteps(steps)
+    alphas = [*scheduler.alphas_cumprod[scheduler.timesteps].double(), torch.tensor(1.0).double()]
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+    expected = latents
+    for timestep, alpha, following in zip(scheduler.timesteps, alphas, alphas[1:], strict=False):
+        noise = latents.roll(int(timestep), -1)  # whatever a UNet may say
+        latents = scheduler.step(noise, timestep, latents)[0]
+        clean = (expected - (1 - alpha).sqrt() * noise) / alpha.sqrt()  # arXiv:2010.02502, eq. 12 with sigma = 0
+        expected = following.sqrt() * clean + (1 - following).sqrt() * noise
+        torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sampler_does_the_same_whichever_was_used_before(base: Path, name: str) -> None:
+    config = load_scheduler(base).config
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = []
+    for before in SAMPLERS:
+        scheduler = make_scheduler(name, make_scheduler(before, config).config)
+        scheduler.set_timesteps(4)
+        generator = torch.Generator().manual_seed(0)
+        drawn = latents
+        for timestep in scheduler.timesteps:
+            extra = {} if name == "unipc" else {"generator": generator}
+            drawn = scheduler.step(0.5 * drawn, timestep, drawn, **extra)[0]
+        found.append(drawn)
+    assert all(torch.equal(found[0], other) for other in found)
+
+
 def test_the_noise_levels_of_karras_are_denser_at_the_end() -> None:
     config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
     plain, karras = (make_scheduler(name, config) for name in ("dpmsolver++", "dpmsolver++karras"))
@@ -124,7 +166,7 @@ def test_another_seed_or_prompt_gives_another_picture(pipeline: StableDiffusionP
 def test_the_resolution_is_the_bases_own_unless_told(pipeline: StableDiffusionPipeline) -> None:
     assert generate(pipeline, ["a cat"], [0], **HOW)[0].size == (32, 32)
     assert generate(pipeline, ["a cat"], [0], resolution=48, **HOW)[0].size == (48, 48)
-    with pytest.raises(BestiaryError, match="33 is not a multiple of 4"):
+    with pytest.raises(BestiaryError, match="33 is not a multiple of 8"):
         generate(pipeline, ["a cat"], [0], resolution=33, **HOW)
 
 

@@ -1,5 +1,6 @@
 from dataclasses import asdict
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -7,6 +8,7 @@ from PIL import Image
 
 from bestiary.evaluation import plots
 from bestiary.evaluation.benchmarking import Setting
+from bestiary.params import Sweep
 
 
 def test_every_figure_is_a_picture_that_opens(tmp_path: Path) -> None:
@@ -22,7 +24,9 @@ def test_every_figure_is_a_picture_that_opens(tmp_path: Path) -> None:
     plots.base_beside_adapter([("antelope", [tile], [tile])], tmp_path / "c.png")
     plots.closest([(0.9, tile, tile)], tmp_path / "d.png")
     plots.quality_against_cost([row | {"distance_to_converged": None}], tmp_path / "e.png")
-    plots.sweep_heat_map(pd.DataFrame(swept), "top1", tmp_path / "f.png")
+    table = pd.DataFrame(swept)
+    for score in get_args(Sweep.model_fields["score"].annotation):
+        plots.sweep_heat_map(table.rename(columns={"top1": score}), score, tmp_path / "f.png")
     plots.pair_sheet([[tile] * 2, [tile] * 2], [0, 1], tmp_path / "g.png")
     for name in "abcdefg":
         with Image.open(tmp_path / f"{name}.png") as image:

@@ -61,6 +61,19 @@ def test_the_registered_version_draws_a_tiger(demo: Project) -> None:
     assert picture.size == (64, 64)
 
 
+def test_dvc_shows_the_metrics_and_draws_the_plots(demo: Project) -> None:
+    told = demo.run(sys.executable, "-m", "dvc", "metrics", "show", "--json")
+    metrics = {path: file["data"] for path, file in json.loads(told)[""]["data"].items()}
+    assert set(metrics) == {f"reports/{stage}.json" for stage in STAGES}
+    delta = demo.report("evaluate")["delta"]["margin"]["mean"]
+    assert metrics["reports/evaluate.json"]["delta"]["margin"]["mean"] == delta
+    told = demo.run(sys.executable, "-m", "dvc", "plots", "show", "--json")
+    errors = json.loads(told).get("errors", [])
+    assert not errors
+    defined = yaml.safe_load((demo.folder / "dvc.yaml").read_text())["plots"]
+    assert len(json.loads(told)["data"]) >= len(defined)
+
+
 def test_lineage_leads_from_the_version_back_to_the_data(demo: Project) -> None:
     told = json.loads(demo.bestiary("lineage", "models:/bestiary/1", "--json"))
     steps = {step["stage"]: step for step in told["steps"]}
@@ -94,6 +107,12 @@ def test_the_readmes_experiment_reruns_train_and_what_follows_it_and_nothing_bef
     assert re.findall(r"^Running stage '(\w+)'", told["dvc exp run -S train.rank=8"], re.MULTILINE) == STAGES[4:]
     assert "trainable_parameters" in told["dvc metrics diff"]
     assert demo.report("register")["version"] == 2
+    # What DVC did not run again is in the new version's lineage all the same.
+    walk = json.loads(demo.bestiary("lineage", "models:/bestiary/2", "--json"))["steps"]
+    assert sorted({step["stage"] for step in walk}) == sorted(STAGES)
+    revisions = {step["stage"]: step["git"] for step in walk}
+    assert not revisions["encode"]  # made before there was a commit
+    assert demo.run("git", "rev-parse", "--short=10", "HEAD").strip() in revisions["train"]
 
 
 def test_ones_own_images_replace_the_sample(demo: Project) -> None:

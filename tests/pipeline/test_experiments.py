@@ -48,7 +48,11 @@ def test_a_train_stage_killed_after_a_checkpoint_ends_with_the_same_adapter(proj
     (project.folder / ADAPTER).unlink()
     shutil.rmtree(project.folder / SHEET.parent)
     project.change(train={"checkpoint_seconds": 0.0})
-    project.run("sh", "-c", 'python -c "$1"; test $? = 137', "sh", KILLED_AFTER_A_CHECKPOINT)
+    # As a queued experiment runs: in a copy that goes with it, while DVC_ROOT is the project.
+    copy = Path(shutil.copytree(project.folder, project.folder.with_name("copy")))
+    queued = Project(copy, {"DVC_ROOT": str(project.folder)})
+    queued.run("sh", "-c", 'python -c "$1"; test $? = 137', "sh", KILLED_AFTER_A_CHECKPOINT)
+    shutil.rmtree(copy)
     assert not (project.folder / ADAPTER).exists()
     assert " 50%" in project.run("python", "stages/train.py")  # where its bar begins
     assert (project.folder / ADAPTER).read_bytes() == before
@@ -56,14 +60,22 @@ def test_a_train_stage_killed_after_a_checkpoint_ends_with_the_same_adapter(proj
     assert not list((project.folder / ".cache" / "train").iterdir())
 
 
-def test_two_processes_of_the_train_stage_reach_what_one_does_and_leave_one_run(project: Project) -> None:
-    before = project.report("train")
+def test_two_processes_of_each_stage_reach_what_one_does_and_leave_one_run(project: Project) -> None:
+    before = {stage: project.report(stage) for stage in ("encode", "train", "evaluate")}
     runs = len(trainings(project, "runs.run_uuid"))
-    project.run("torchrun", "--standalone", "--nproc_per_node", "2", "stages/train.py")
-    after = project.report("train")
-    assert after["val_loss"] == pytest.approx(before["val_loss"], abs=1e-5)
-    assert after["clip_score"] == pytest.approx(before["clip_score"], abs=0.5)
+    project.environment["BESTIARY_LAUNCH"] = "torchrun --standalone --nproc_per_node 2"
+    repro = ("--force", "--no-run-cache", "--single-item")
+    assert project.repro(*repro, *before) == list(before)
+    after = {stage: project.report(stage) for stage in before}
+    assert {**after["encode"], **before["encode"]} == before["encode"]
+    assert after["train"]["val_loss"] == pytest.approx(before["train"]["val_loss"], abs=1e-5)
+    assert after["train"]["clip_score"] == pytest.approx(before["train"]["clip_score"], abs=0.5)
     assert len(trainings(project, "runs.run_uuid")) == runs + 1
+    for row in ("base", "adapter"):
+        scores = [report["evaluate"][row]["clip_score"]["mean"] for report in (before, after)]
+        assert scores[0] == pytest.approx(scores[1], abs=0.5)
+    project.environment["BESTIARY_LAUNCH"] = "accelerate launch --num_processes 1"  # more, on CPUs, would need MPI
+    assert project.repro(*repro, "encode") == ["encode"]
 
 
 def test_a_queue_of_three_ranks_shows_side_by_side_in_mlflow(project: Project) -> None:
@@ -75,3 +87,9 @@ def test_a_queue_of_three_ranks_shows_side_by_side_in_mlflow(project: Project) -
     assert len(set(trainings(project, "latest_metrics.value"))) == 4
     told = project.run("dvc", "exp", "show", "--csv", "--only-changed")
     assert all(rank in told for rank in ("2", "8", "16"))
+    revision = project.run("git", "rev-parse", "HEAD").strip()
+    with sqlite3.connect(project.folder / "mlflow.db") as database:
+        query = "SELECT DISTINCT value FROM tags WHERE key = 'mlflow.source.git.commit'"
+        assert database.execute(query).fetchall() == [(revision,)]
+        query = "SELECT COUNT(*) FROM tags WHERE key = 'git_dirty'"
+        assert database.execute(query).fetchone()[0] >= 6  # three trainings and their pipelines

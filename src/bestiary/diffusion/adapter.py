@@ -249,6 +249,11 @@ def _read(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str
     config = {key.removeprefix("unet."): value for key, value in config.items()}
     if not is_config(config):
         raise BestiaryError(f"The adapter {file} has a broken config.")
+    if is_uneven(config):
+        raise BestiaryError(f"{file} gives its modules different ranks or alphas, which is not supported.")
+    config = {field: config[field] for field in CONFIG_FIELDS if field in config}  # all that decides what it draws
+    if not weights:
+        raise BestiaryError(f"{file} holds no LoRA weights.")
     foreign = next((key for key in weights if not key.startswith("unet.")), None)
     if foreign:
         raise BestiaryError(f"The adapter {file} is not in diffusers' pipeline format: it holds {foreign}.")
@@ -269,16 +274,25 @@ def is_plain(provenance: Mapping[str, Any]) -> bool:
 
 
 def is_config(config: Mapping[str, Any]) -> bool:
-    """Whether a stranger's LoRA config has the types that it should have."""
+    """Whether a stranger's LoRA config has the types and the ranges that it should have."""
     rank, alpha, targets = (config[key] for key in ("r", "lora_alpha", "target_modules"))
+    dropout = config.get("lora_dropout", 0.0)
     return (
         isinstance(rank, int)
+        and rank >= 1
         and isinstance(alpha, (int, float))
         and math.isfinite(alpha)
+        and isinstance(dropout, (int, float))
+        and 0 <= dropout <= 1
         and isinstance(targets, list)
         and all(isinstance(target, str) for target in targets)
         and all(isinstance(config.get(key, False), bool) for key in ("use_rslora", "use_dora"))
     )
+
+
+def is_uneven(config: Mapping[str, Any]) -> bool:
+    """Whether a config gives some modules a rank or an alpha of their own."""
+    return bool(config.get("rank_pattern") or config.get("alpha_pattern"))
 
 
 def _misfit(unet: UNet2DConditionModel, weights: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> str | None:

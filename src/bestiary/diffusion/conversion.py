@@ -26,6 +26,7 @@ from bestiary.diffusion.adapter import (
     check_finite,
     is_config,
     is_plain,
+    is_uneven,
     with_sorted_header,
 )
 from bestiary.errors import BestiaryError
@@ -97,10 +98,8 @@ def read(path: Path, alpha: float | None = None) -> Foreign:
     tensors, metadata = (_read_pickle(path), {}) if is_zip else _read_safetensors(path)
     if is_zip:
         alpha = alpha or ALPHA_OF_THE_ORIGINAL
-    _refuse_patterns(config, path)
     config |= _json(metadata.get(KOHYA_CONFIG_KEY, "{}"), path)
     config |= {key.removeprefix("unet."): value for key, value in _json(metadata.get(CONFIG_KEY, "{}"), path).items()}
-    _refuse_patterns(config, path)
     weights: dict[str, torch.Tensor] = {}
     alphas: set[float] = set()
     for key, tensor in tensors.items():
@@ -115,7 +114,7 @@ def read(path: Path, alpha: float | None = None) -> Foreign:
     ranks = {tensor.shape[0] for key, tensor in weights.items() if key.endswith(DOWN) and tensor.ndim > 1}
     if not ranks:
         raise BestiaryError(f"{path} holds no LoRA weights.")
-    if len(ranks) > 1 or len(alphas) > 1:
+    if len(ranks) > 1 or len(alphas) > 1 or is_uneven(config):
         raise BestiaryError(f"{path} gives its modules different ranks or alphas, which is not supported.")
     rank = ranks.pop()
     strength = config.get("lora_alpha", alphas.pop() if alphas else alpha)
@@ -180,11 +179,6 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
     return content
 
 
-def _refuse_patterns(config: Mapping[str, Any], path: Path) -> None:
-    if config.get("rank_pattern") or config.get("alpha_pattern"):
-        raise BestiaryError(f"{path} gives its modules different ranks or alphas, which is not supported.")
-
-
 def _json(text: str | bytes, path: Path) -> dict[str, Any]:
     try:
         content = json.loads(text)
@@ -216,7 +210,8 @@ def _kohya(adapter: Foreign, source: Path) -> bytes:
         weights[f"{name}.alpha"] = torch.tensor(alpha)
     data = save(weights)
     tensors = data[8 + int.from_bytes(data[:8], "little") :]
-    side = adapter.provenance.get("resolution", 512)  # Stable Diffusion v1's
+    trained_at = adapter.provenance.get("resolution")
+    side = trained_at if isinstance(trained_at, int) else 512  # Stable Diffusion v1's
     metadata = {
         "format": "pt",
         "ss_network_module": "networks.lora",

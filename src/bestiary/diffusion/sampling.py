@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -58,8 +59,9 @@ def generate(
     Raises BestiaryError for a resolution, sampler or guidance that this base cannot have, and for too long a prompt.
     """
     side = resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    if side % pipeline.vae_scale_factor:
-        raise BestiaryError(f"The resolution {side} is not a multiple of {pipeline.vae_scale_factor}.")
+    multiple = math.lcm(8, pipeline.vae_scale_factor)  # 8 is diffusers' own demand
+    if side % multiple:
+        raise BestiaryError(f"The resolution {side} is not a multiple of {multiple}.")
     if scheduler == "lcm" and not is_lcm(pipeline):
         raise BestiaryError(
             "The scheduler 'lcm' is for bases that are latent consistency models, and this one is none."

@@ -126,7 +126,9 @@ def sweep_heat_map(table: pd.DataFrame, key: str, path: Path) -> None:
             corner = (grid.columns.get_loc(best["guidance_scale"]) - 0.5, grid.index.get_loc(best["scale"]) - 0.5)
             axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="tab:orange", linewidth=3))
         axes.set(xlabel="guidance scale", ylabel="adapter scale", title=Path(checkpoint).name)
-    figure.suptitle({"clip_score": "CLIP score", "top1": "top-1, %"}[key])
+    figure.suptitle(
+        {"clip_score": "CLIP score", "margin": "CLIP score over the other animals", "top1": "top-1, %"}[key]
+    )
     _save(figure, path)
 
 

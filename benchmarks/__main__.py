@@ -1,0 +1,30 @@
+"""All benchmarks, one after the other (`make bench`); the last line holds all their numbers as JSON."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    """Run each script of this folder; the first that fails ends it."""
+    started, results = time.monotonic(), {}
+    for script in sorted(HERE.glob("[a-z]*.py")):
+        last = ""
+        with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as running:
+            assert running.stdout is not None
+            for line in running.stdout:
+                print(last, end="", flush=True)
+                last = line
+        if running.returncode:
+            print(last, end="")
+            sys.exit(f"{script.name} failed.")
+        results[script.stem] = json.loads(last)
+    print(json.dumps(results | {"seconds": round(time.monotonic() - started)}))
+
+
+if __name__ == "__main__":
+    main()

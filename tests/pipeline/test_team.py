@@ -137,29 +137,36 @@ def test_a_second_clone_has_data_adapter_lineage_and_pictures(team: Team) -> Non
     assert not (bob.folder / "mlflow.db").exists()
 
 
-def test_a_backup_of_the_database_restores_every_run(team: Team, tmp_path: Path) -> None:
+def test_a_backup_restores_every_run_version_and_account(team: Team, tmp_path: Path) -> None:
     import psycopg2
 
     programs = postgres_folder()
     assert programs is not None
     host, port = team.servers.database.split(":")
     login = {"host": host, "port": port, "user": "mlflow", "password": SECRETS["POSTGRES_PASSWORD"]}
-    where = {"PGHOST": host, "PGPORT": port, "PGPASSWORD": login["password"]}
-    dump = tmp_path / "mlflow.dump"
-    here = Project(tmp_path, where)
-    here.run(f"{programs}/pg_dump", "--username=mlflow", "--format=custom", f"--file={dump}", "mlflow")
-    with psycopg2.connect(**login, dbname="mlflow") as connection, connection.cursor() as cursor:
-        cursor.execute("SELECT run_uuid, status FROM runs ORDER BY run_uuid")
-        before = cursor.fetchall()
-    connection.close()
-    here.run(f"{programs}/createdb", "--username=mlflow", "restored")
-    options = ["--username=mlflow", "--dbname=restored", "--clean", "--if-exists"]
-    here.run(f"{programs}/pg_restore", *options, str(dump))
-    with psycopg2.connect(**login, dbname="restored") as connection, connection.cursor() as cursor:
-        cursor.execute("SELECT run_uuid, status FROM runs ORDER BY run_uuid")
-        assert cursor.fetchall() == before
-        assert len(before) >= 9
-    connection.close()
+    here = Project(tmp_path, {"PGHOST": host, "PGPORT": port, "PGPASSWORD": login["password"], "PGUSER": "mlflow"})
+
+    def content(database: str, query: str) -> list[Any]:
+        connection = psycopg2.connect(**login, dbname=database)
+        with connection.cursor() as cursor:
+            cursor.execute(query)
+            rows = cursor.fetchall()
+        connection.close()
+        return rows
+
+    for database, least, query in (
+        ("mlflow", 9, "SELECT run_uuid, status FROM runs ORDER BY run_uuid"),
+        ("mlflow", 1, "SELECT name, version, storage_location FROM model_versions ORDER BY version"),
+        ("accounts", 2, "SELECT username, password_hash FROM users ORDER BY username"),
+    ):
+        before = content(database, query)
+        assert len(before) >= least
+        here.run(f"{programs}/pg_dump", "--format=custom", f"--file={tmp_path / database}.dump", database)
+        here.run(f"{programs}/dropdb", "--if-exists", "restored")
+        here.run(f"{programs}/createdb", "restored")
+        options = ("--dbname=restored", "--clean", "--if-exists")
+        here.run(f"{programs}/pg_restore", *options, f"{tmp_path / database}.dump")
+        assert content("restored", query) == before
 
 
 # ---- deploy/compose.yaml ----

@@ -21,7 +21,7 @@ with stage("encode") as (params, run):
         ),
         aspect_ratio_buckets=encode.aspect_ratio_buckets,
         revision=params.base.revision,
-        unfinished=CACHE / "encode",  # DVC empties build/latents before each run
+        unfinished=run.hold(CACHE / "encode"),  # DVC empties build/latents before each run
     )
     seconds = time.perf_counter() - started
     encoded = counts["train"] + counts["val"] - counts["resumed_at"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -33,6 +34,7 @@ class StageRun:
         self.stage = stage
         self.mlflow = run
         self.is_main = run is not None
+        self.held: list[IO[str]] = []
 
     @property
     def id(self) -> str:
@@ -40,6 +42,22 @@ class StageRun:
         if self.mlflow is None:
             raise BestiaryError(f"{self.stage} runs as one process: start it without accelerate launch.")
         return self.mlflow.id
+
+    def hold(self, folder: Path) -> Path:
+        """`folder` of CACHE, for this run alone until it ends: experiments side by side may be at the same work."""
+        from bestiary.diffusion.base import processes
+
+        if self.is_main:
+            lock = CACHE / "locks" / "-".join(folder.relative_to(CACHE).parts)
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            self.held.append(lock.open("w"))
+            try:
+                fcntl.flock(self.held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"{self.stage}: waiting for another run that is at the same.", file=sys.stderr)
+                fcntl.flock(self.held[-1], fcntl.LOCK_EX)
+        processes().wait_for_everyone()
+        return folder
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log numbers by name, at a step when they are points of a curve."""

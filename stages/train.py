@@ -37,7 +37,7 @@ with stage("train") as (params, run):
         raise BestiaryError(f"The latents were made with another base than {base[0]}: run the encode stage again.")
     # DVC empties models/adapter before each run. The sheet and its judge may decide which step is the best.
     drawn = {"sheet": params.train.model_dump(include=STAGE_ONLY), "judge": content_of(params.judge)}
-    checkpoints = CACHE / "train" / checkpoint_key(made_from | drawn)
+    checkpoints = run.hold(CACHE / "train" / checkpoint_key(made_from | drawn))
     if run.is_main:
         judge = Judge.load(params.judge.model, params.judge.revision, device_and_dtype()[0].type)
         classes = sorted(set(training.images["class"]))

@@ -2,6 +2,7 @@ import errno
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ import numpy as np
 import pytest
 
 from bestiary.errors import BestiaryError
-from bestiary.tracking import content_hash, open_client, tracking_uri
-from pipeline import REPORTS, stage
+from bestiary.tracking import Run, content_hash, open_client, tracking_uri
+from pipeline import REPORTS, StageRun, stage
 
 ROOT = Path(__file__).parents[1]
 DVC_YAML = """
@@ -135,3 +136,21 @@ def test_a_wrong_parameter_stops_a_stage_before_any_run(workspace: Path) -> None
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "val_fractoin" in done.stderr or "val_fraction" in done.stderr
+
+
+def test_two_runs_at_the_same_work_take_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BESTIARY_TRACKING", "off")
+    monkeypatch.setattr("pipeline.CACHE", tmp_path)
+    first, second = (StageRun("train", Run({})) for _ in range(2))
+    assert first.hold(tmp_path / "train" / "key") == tmp_path / "train" / "key"
+    second.hold(tmp_path / "train" / "other")  # at other work
+    waiting = threading.Thread(target=second.hold, args=[tmp_path / "train" / "key"])
+    waiting.start()
+    waiting.join(1)
+    assert waiting.is_alive()
+    assert capsys.readouterr().err == "train: waiting for another run that is at the same.\n"
+    first.held[0].close()  # as its end does
+    waiting.join(30)
+    assert not waiting.is_alive()

@@ -85,10 +85,11 @@ def embedded(folder: Path, other_steps: list[int], quick: bool) -> dict[str, Any
     seen = {name: pictures.view(judge, images, labels) for name, images in drawn.items()}
     scores = {name: scoring.score(views, words) for name, views in seen.items()}
     for name, row in rows.items():
+        row["cmmd_to_original"] = None
         if name != "original":
             how = {"scheduler": row["scheduler"], "steps": row["steps"], "batch_size": 16}
             others = draw(prompts, [seed + len(labels) for seed in trial.seeds], **how)
-            sides = (pictures.view(judge, others, labels).features, seen["original"].features)
+            sides = pictures.view(judge, others, labels).features, seen["original"].features
             row["cmmd_to_original"] = scoring.bootstrap_cmmd(*sides, counts, other_counts).report()
         for key in ("clip_score", "top1"):
             mine, theirs = (bootstrap_mean(scores[which][key], counts) for which in (name, "original"))

@@ -156,7 +156,7 @@ def save_picture(image: Image.Image, path: Path) -> None:
 def _unusual(row: Mapping[str, Any], default: Mapping[str, Any]) -> tuple[str, ...]:
     """What sets a setting apart from the others of its sampler, in words."""
     words = {
-        "adapter not fused": not row["fused"],
+        "adapter fused": row["fused"],
         f"guidance {row['guidance']}": row["guidance"] != default["guidance"],
         row["dtype"]: row["dtype"] != default["dtype"],
         "compiled": row["compiled"],

@@ -14,52 +14,31 @@ with stage("benchmark") as (params, run):
     from bestiary.diffusion.adapter import check_trained_on
     from bestiary.evaluation import benchmarking, sweep
 
-    settings, default = params.benchmark, params.evaluate
+    settings, default, base = params.benchmark, params.evaluate, params.base
     resolution = params.encode.resolution  # what the adapter was trained at
     point = sweep.read_operating_point(REPORTS / "operating_point")
-    check_trained_on(point.adapter, params.base.model, params.base.revision)
+    check_trained_on(point.adapter, base.model, base.revision)
     classes = sorted(pd.read_csv(SPLIT / "val.csv", dtype=str)["class"].unique())
-    count = max(settings.pictures, settings.repeats)
-    labels = [index * len(classes) // count % len(classes) for index in range(count)]
-    prompts = [caption(by_folder(classes[label]), default.template) for label in labels]
     # First, while this process holds little memory and no threads of its own.
     how = default.model_dump(include={"scheduler", "steps", "guidance_interval"})
     how |= {"guidance_scale": point.guidance_scale, "resolution": resolution}
-    cold_start = benchmarking.cold_start(params.base.model, params.base.revision, point.adapter, prompts[0], **how)
+    prompt = caption(by_folder(classes[0]), default.template)
+    cold_start = benchmarking.cold_start(base.model, base.revision, point.adapter, prompt, **how)
 
     import torch
 
     from bestiary.diffusion.base import device_and_dtype, load_pipeline
-    from bestiary.evaluation import pictures, plots
+    from bestiary.evaluation import plots
     from bestiary.evaluation.judge import Judge
 
     device, dtype = device_and_dtype()
     judge = Judge.load(params.judge.model, params.judge.revision, device=device.type)
-    words = pictures.read_words(judge, classes, default.template)
-    seeds = [params.seed + index for index in range(count)]
-    usual = benchmarking.Setting(
-        default.scheduler,
-        default.steps,
-        batch=1,
-        fused=False,
-        guidance="interval" if default.guidance_interval else "always",
-        dtype=str(dtype).removeprefix("torch."),
-    )
     tiny = settings.tiny_vae
     rows, skipped = benchmarking.run(
-        lambda name: load_pipeline(params.base.model, params.base.revision, dtype=getattr(torch, name)),
+        lambda name: load_pipeline(base.model, base.revision, dtype=getattr(torch, name)),
         point.adapter,
-        benchmarking.Trial(prompts, labels, seeds, words, judge),
-        benchmarking.grid(
-            settings.schedulers,
-            settings.steps,
-            settings.batch_sizes,
-            usual,
-            guidance=settings.guidance,
-            dtype=settings.dtypes,
-            compiled=settings.compile,
-            vae=["tiny"] if tiny else [],
-        ),
+        benchmarking.Trial.of(judge, classes, default.template, max(settings.pictures, settings.repeats), params.seed),
+        benchmarking.plan(settings, default, str(dtype).removeprefix("torch.")),
         guidance_scale=point.guidance_scale,
         guidance_interval=default.guidance_interval or settings.guidance_interval,
         repeats=settings.repeats,

@@ -24,10 +24,10 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from fnmatch import fnmatch
+from fnmatch import translate
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -72,24 +72,28 @@ def content_hash(path: Path) -> str:
     ignored = _ignored_names()
     listing = []
     for folder, folders, files in os.walk(path):
-        folders[:] = [name for name in folders if not any(fnmatch(name, pattern) for pattern in ignored)]
+        folders[:] = [name for name in folders if not ignored(name)]
+        inside = "" if Path(folder) == path else f"{Path(folder).relative_to(path).as_posix()}/"
         for name in files:
-            if not any(fnmatch(name, pattern) for pattern in ignored):
-                file = Path(folder, name)
-                listing.append({"md5": _md5(file), "relpath": file.relative_to(path).as_posix()})
+            if not ignored(name):
+                listing.append({"md5": _md5(Path(folder, name)), "relpath": inside + name})
     listing.sort(key=lambda entry: entry["relpath"])
     return hashlib.md5(json.dumps(listing, sort_keys=True).encode(), usedforsecurity=False).hexdigest() + ".dir"
 
 
 def _md5(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb", buffering=0) as file:  # no buffer made for each of many small pictures
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
-def _ignored_names() -> list[str]:
+def _ignored_names() -> Callable[[str], object]:
     file = project_root() / ".dvcignore"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    return [line.strip().rstrip("/") for line in lines if line.strip() and not line.startswith("#")]
+    patterns = [line.strip().rstrip("/") for line in lines if line.strip() and not line.startswith("#")]
+    return re.compile("|".join(map(translate, patterns)) or r"(?!)").match
 
 
 # ---- a run, as its stage sees it ----

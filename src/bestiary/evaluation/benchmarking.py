@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from bestiary.animals import by_folder, caption
 from bestiary.errors import BestiaryError
 from bestiary.settings import SAMPLERS
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from bestiary.evaluation.judge import Judge
     from bestiary.evaluation.scoring import Words
+    from bestiary.params import Benchmark, Evaluate
 
 MIB = 2**20
 # Within 0.5 of 255 of its end at 100 steps on the embedded base; the factor is of the most steps measured.
@@ -76,6 +78,28 @@ def grid(
     return list(dict.fromkeys([default, replace(default, fused=not default.fused), *varied, *combinations]))
 
 
+def plan(settings: Benchmark, default: Evaluate, dtype: str) -> list[Setting]:
+    """The grid that the parameters ask for, around the setting that `bestiary generate` draws with."""
+    usual = Setting(
+        default.scheduler,
+        default.steps,
+        batch=1,
+        fused=False,
+        guidance="interval" if default.guidance_interval else "always",
+        dtype=dtype,
+    )
+    return grid(
+        settings.schedulers,
+        settings.steps,
+        settings.batch_sizes,
+        usual,
+        guidance=settings.guidance,
+        dtype=settings.dtypes,
+        compiled=settings.compile,
+        vae=["tiny"] if settings.tiny_vae else [],
+    )
+
+
 def reason_to_skip(setting: Setting, pipeline: StableDiffusionPipeline) -> str | None:
     """Why this base or this machine cannot draw so, in words; None when it can."""
     from bestiary.diffusion.sampling import is_lcm
@@ -100,6 +124,15 @@ class Trial:
     seeds: Sequence[int]
     words: Words
     judge: Judge
+
+    @classmethod
+    def of(cls, judge: Judge, classes: Sequence[str], template: str, count: int, seed: int) -> Trial:
+        """`count` pictures, spread over the classes by name, with the seeds from `seed` on."""
+        from bestiary.evaluation.pictures import read_words
+
+        labels = [index * len(classes) // count for index in range(count)]
+        prompts = [caption(by_folder(classes[label]), template) for label in labels]
+        return cls(prompts, labels, range(seed, seed + count), read_words(judge, classes, template), judge)
 
     def take(self, indices: Sequence[int]) -> tuple[list[str], list[int]]:
         """The prompts and the seeds of some of its pictures."""

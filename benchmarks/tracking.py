@@ -48,7 +48,7 @@ def timed(function):
 for name in ("__init__", "_reply", "_say", "close"):
     setattr(tracking.Run, name, timed(getattr(tracking.Run, name)))
 tracking.check_database = timed(tracking.check_database)
-pipeline._content = timed(pipeline._content)
+pipeline.content_hash = timed(pipeline.content_hash)
 runpy.run_path(sys.argv[1], run_name="__main__")
 beside = resource.getrusage(resource.RUSAGE_CHILDREN)
 print()

@@ -38,7 +38,7 @@ class StageRun:
 
     @property
     def id(self) -> str:
-        """MLflow's id of the run. Asking waits until MLflow has started, which is what a stage that measures wants."""
+        """MLflow's id of the run. Asking waits until MLflow has started."""
         if self.mlflow is None:
             raise BestiaryError(f"{self.stage} runs as one process: start it without accelerate launch.")
         return self.mlflow.id
@@ -110,11 +110,13 @@ def stage(name: str) -> Iterator[tuple[Params, StageRun]]:
         if os.environ.get("RANK", "0") != "0":
             yield params, StageRun(name, None)
             return
-        inputs = _content(definition.get("deps", []))
+        inputs = definition.get("deps", [])
         with open_run(name, _section(params, definition), inputs, _pipeline_key(params)) as run:
             yield params, StageRun(name, run)
             outs = _paths(definition.get("outs", []))
-            run.log_outputs(_content([*outs, *_paths(definition.get("metrics", []))]))
+            made = [*outs, *_paths(definition.get("metrics", []))]
+            if not switched_off():
+                run.log_outputs({path: content_hash(Path(path)) for path in made if Path(path).exists()})
             for out in outs:
                 if Path(out).parts[0] == REPORTS.name and Path(out).exists():
                     run.log_artifact(out, Path(out).name)
@@ -157,12 +159,6 @@ def _definition(name: str) -> dict[str, Any]:
 def _paths(entries: list[str | dict[str, Any]]) -> list[str]:
     """dvc.yaml names a file, or a file with its options."""
     return [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
-
-
-def _content(paths: list[str]) -> dict[str, str]:
-    if switched_off():  # nobody would record them
-        return {}
-    return {path: content_hash(Path(path)) for path in paths if Path(path).exists()}
 
 
 def _section(params: Params, definition: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,15 @@ def runs(project: Path, stage: str) -> list[Any]:
     return list(client.search_runs([experiment.experiment_id], f"tags.stage = '{stage}'", order_by=["start_time ASC"]))
 
 
-def one_run(stage: str = "split", key: str = "a", **inputs: str) -> Any:
+def one_run(stage: str = "split", key: str = "a", inputs: Sequence[str] = ()) -> Any:
     return open_run(stage, {"seed": 1}, inputs, key)
+
+
+def write(path: Path, content: str) -> str:
+    """A file with this content, and its content hash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+    return content_hash(path)
 
 
 def test_runs_of_one_pipeline_share_a_parent_that_is_found_by_content(project: Path) -> None:
@@ -48,10 +56,14 @@ def test_runs_of_one_pipeline_share_a_parent_that_is_found_by_content(project: P
         assert run.data.tags["mlflow.parentRunId"] == parents[run.data.tags["pipeline"]]
 
 
-def test_a_run_carries_params_metrics_artifacts_inputs_and_outputs(project: Path, tmp_path: Path) -> None:
+def test_a_run_carries_params_metrics_artifacts_inputs_and_outputs(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where a stage's paths begin
+    data = write(tmp_path / "data" / "tiger.txt", "stripes") and content_hash(Path("data"))
     picture = tmp_path / "picture.png"
     picture.write_bytes(b"png")
-    with one_run(data="1234.dir") as run:
+    with one_run(inputs=["data"]) as run:
         for step in range(3):
             run.log_metrics({"loss": 1.0 / (step + 1)}, step)
         run.log_summary({"rows{scheduler=dpmsolver++}": 2, "loss": 0.25})
@@ -64,9 +76,9 @@ def test_a_run_carries_params_metrics_artifacts_inputs_and_outputs(project: Path
     assert stored.data.params == {"seed": "1"}
     assert stored.data.metrics == {"loss": pytest.approx(1 / 3), "rows_scheduler_dpmsolver___": 2.0}
     assert [point.step for point in client.get_metric_history(run_id, "loss")] == [0, 1, 2]
-    assert stored.data.tags["input.data"] == "1234.dir"
+    assert stored.data.tags["input.data"] == data
     assert stored.data.tags["output.build/split"] == "5678.dir"
-    assert [entry.dataset.digest for entry in stored.inputs.dataset_inputs] == ["1234.dir"]
+    assert [entry.dataset.digest for entry in stored.inputs.dataset_inputs] == [data]
     assert (project / "mlruns" / run_id / "artifacts" / "pictures" / "picture.png").read_bytes() == b"png"
     results = client.get_run(stored.data.tags["mlflow.parentRunId"]).data.metrics
     assert results == {"split.rows_scheduler_dpmsolver___": 2.0, "split.loss": 0.25}
@@ -81,7 +93,7 @@ def test_a_failing_body_leaves_a_failed_run_with_its_error(project: Path) -> Non
 
 
 def test_a_killed_stage_is_marked_killed(project: Path) -> None:
-    code = "from bestiary.tracking import open_run\nimport time\nwith open_run('split', {}, {}, 'a') as run:\n"
+    code = "from bestiary.tracking import open_run\nimport time\nwith open_run('split', {}, [], 'a') as run:\n"
     code += "    print(run.id, flush=True)\n    time.sleep(600)"
     stage = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -165,7 +177,8 @@ def test_a_run_that_cannot_be_sent_is_kept_and_sent_by_the_next_one(
     picture = tmp_path / "picture.png"
     picture.write_bytes(b"first")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody listens there
-    with one_run(key="lost") as run:
+    content = content_hash(picture)
+    with one_run(key="lost", inputs=[str(picture)]) as run:
         run.log_metrics({"loss": 0.5})
         run.log_artifact(picture)
     told = capsys.readouterr().err
@@ -178,6 +191,7 @@ def test_a_run_that_cannot_be_sent_is_kept_and_sent_by_the_next_one(
     (sent,) = [run for run in runs(project, "split") if run.data.tags["pipeline"] == "lost"]
     assert sent.info.status == "FINISHED"
     assert sent.data.metrics == {"loss": 0.5}
+    assert sent.data.tags[f"input.{picture}"] == content
     assert (project / "mlruns" / sent.info.run_id / "artifacts" / "picture.png").read_bytes() == b"first"
     assert list((project / "mlruns" / "unsent").iterdir()) == []
 
@@ -264,7 +278,7 @@ def test_a_password_in_an_address_is_not_told() -> None:
 @pytest.mark.slow
 def test_first_runs_at_the_same_time_share_one_whole_database(project: Path) -> None:
     (project / "mlflow.db").unlink()
-    code = "from bestiary.tracking import open_run\nwith open_run('split', {}, {}, 'a'): pass"
+    code = "from bestiary.tracking import open_run\nwith open_run('split', {}, [], 'a'): pass"
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     stages = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(3)]
     assert [stage.wait() for stage in stages] == [0, 0, 0]
@@ -273,33 +287,41 @@ def test_first_runs_at_the_same_time_share_one_whole_database(project: Path) -> 
     assert sorted(path.name for path in project.iterdir()) == ["mlflow.db", "mlflow.db.lock"]
 
 
-def test_lineage_walks_by_content_through_a_stage_that_did_not_run_again(project: Path) -> None:
-    def made(stage: str, key: str, outputs: dict[str, str], **inputs: str) -> str:
-        with open_run(stage, {}, {path.replace("__", "/"): content for path, content in inputs.items()}, key) as run:
-            run.log_outputs(outputs)
+def test_lineage_walks_by_content_through_a_stage_that_did_not_run_again(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+
+    def made(stage: str, key: str, out: str, content: str, *inputs: str) -> str:
+        with open_run(stage, {}, inputs, key) as run:
+            run.log_outputs({out: write(Path(out), content)})
             return run.id
 
-    clean = made("clean", "first", {"build/clean": "c1"}, data="d1")
-    split = made("split", "first", {"build/split": "s1"}, build__clean="c1")
-    made("clean", "second", {"build/clean": "c2"}, data="d2")
+    data, base = write(Path("data"), "d1"), write(Path("models/base"), "b1")
+    clean = made("clean", "first", "build/clean", "c1", "data")
+    split = made("split", "first", "build/split", "s1", "build/clean")
+    write(Path("data"), "d2")
+    made("clean", "second", "build/clean", "c2", "data")
     # The third pipeline's clean and split came from DVC's cache: it has no runs of its own for them.
-    train = made("train", "third", {"models/adapter": "a1"}, build__split="s1", models__base="b1")
+    train = made("train", "third", "models/adapter", "a1", "build/split", "models/base")
     client = open_client(tracking_uri(), project)
     steps = lineage(Server(client), train)
     assert [(step.stage, step.run_id) for step in steps] == [("train", train), ("split", split), ("clean", clean)]
-    assert steps[0].inputs == [("build/split", "s1", "split"), ("models/base", "b1", None)]
-    assert steps[2].inputs == [("data", "d1", None)]
+    assert steps[0].inputs == [("build/split", content_hash(Path("build/split")), "split"), ("models/base", base, None)]
+    assert steps[2].inputs == [("data", data, None)]
     with open_database(project / "mlflow.db") as database:  # read without MLflow, it says the same
         assert lineage(database, train) == steps
         with pytest.raises(KeyError):
             database.run("gone")
 
 
-def test_lineage_among_a_thousand_runs_takes_a_moment(project: Path) -> None:
+def test_lineage_among_a_thousand_runs_takes_a_moment(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+    write(Path("data"), "photos")
     chain = [("clean", "data", "build/clean"), ("split", "build/clean", "build/split"), ("train", "build/split", "a")]
     for stage, read, made in chain:
-        with open_run(stage, {}, {read: f"{read}-0"}, "first") as run:
-            run.log_outputs({made: f"{made}-0"})
+        with open_run(stage, {}, [read], "first") as run:
+            run.log_outputs({made: write(Path(made), stage)})
     last = runs(project, "train")[0].info.run_id
     with contextlib.closing(sqlite3.connect(project / "mlflow.db")) as connection, connection:
         # The same three stages a few hundred times more, with other content: through MLflow it would take minutes.

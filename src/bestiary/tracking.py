@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import translate
@@ -205,15 +205,15 @@ class Run:
 def open_run(
     stage: str,
     params: Mapping[str, Any],
-    inputs: Mapping[str, str],
+    inputs: Sequence[str],
     pipeline_key: str,
     name: str | None = None,
 ) -> Iterator[Run]:
     """A run of `stage` below the one run of its pipeline, FAILED with its error when the body raises.
 
-    `inputs` gives each dependency's content hash by path; `pipeline_key` is a hash of all that decides the pipeline's
-    result, so that runs belong together by content. Raises BestiaryError at once when the database is locked, broken
-    or from another version of MLflow.
+    `inputs` are the paths of what it reads, hashed by content while it works; `pipeline_key` is a hash of all that
+    decides the pipeline's result, so that runs belong together by content. Raises BestiaryError at once when the
+    database is locked, broken or from another version of MLflow.
     """
     uri = tracking_uri()
     if not switched_off():
@@ -225,7 +225,6 @@ def open_run(
         "python": platform.python_version(),
         "platform": platform.platform(),
         **{package: found for package in ("torch", "diffusers", "peft") if (found := _version(package))},
-        **{f"input.{path}": content for path, content in inputs.items()},
         **({"dvc_exp": experiment} if experiment else {}),
     }
     opening: Message = {
@@ -235,6 +234,7 @@ def open_run(
         "pipeline_name": experiment or f"pipeline {pipeline_key[:8]}",
         "params": {key: str(value)[:6000] for key, value in params.items()},  # MLflow takes no longer ones
         "tags": tags,
+        "inputs": list(inputs),
         "time": _now(),
     }
     run = Run(opening)
@@ -366,6 +366,7 @@ def _record(opening: Message, heard: queue.Queue[Message | None], reply: Any, *,
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
     from PIL import Image
 
+    opening = _with_inputs(opening)
     root = Path(opening["root"])
     client = open_client(opening["uri"], root)
     with locked(opening["uri"]):
@@ -442,6 +443,12 @@ def _record(opening: Message, heard: queue.Queue[Message | None], reply: Any, *,
             client.set_terminated(pipeline, message["status"], message["time"])
             reply(done=run)
             return
+
+
+def _with_inputs(opening: Message) -> Message:
+    """The opening with its inputs' content hashes among its tags."""
+    hashes = {f"input.{path}": content_hash(Path(path)) for path in opening["inputs"]}
+    return opening | {"inputs": [], "tags": opening["tags"] | hashes}
 
 
 def open_client(uri: str, root: Path) -> Any:
@@ -659,7 +666,7 @@ def _keep(said: list[Message]) -> Path:
     unfinished = folder.with_name(f".{folder.name}")
     unfinished.mkdir(parents=True)
     with (unfinished / "messages.jsonl").open("w", encoding="utf-8") as file:
-        for number, message in enumerate(said):
+        for number, message in enumerate([_with_inputs(said[0]), *said[1:]]):
             if message.get("do") in ("artifact", "image"):
                 source = Path(message["path"])
                 copy = unfinished / str(number) / source.name

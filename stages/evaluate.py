@@ -20,8 +20,8 @@ with stage("evaluate") as (params, run):
     processes()  # gives each process its GPU
     models = [params.judge, *([params.evaluate.second_judge] if params.evaluate.second_judge else [])]
     judges = [Judge.load(model.model, model.revision, device=device_and_dtype()[0].type) for model in models]
-    # Pictures as they are drawn, for the run after one that was stopped.
-    kept = Kept(CACHE / "evaluate", {"base_sha256": base_sha256(params.base.model, params.base.revision)})
+    # Pictures as they are drawn, for the run after one that was stopped; an evaluation beside it would drop them.
+    kept = Kept(run.hold(CACHE / "evaluate"), {"base_sha256": base_sha256(params.base.model, params.base.revision)})
     found = comparison.evaluate(
         load_pipeline(params.base.model, params.base.revision),
         ADAPTER,

@@ -266,7 +266,7 @@ def test_an_output_folder_that_is_a_file_gets_a_sentence(
 ) -> None:
     options = ["--adapter", "none", "--steps", "1", "--out", "params.yaml"]
     assert call(monkeypatch, "generate", "tiger", *options) == 1
-    assert "params.yaml/tiger-0.png cannot be written" in capsys.readouterr().err
+    assert "params.yaml' is a file" in capsys.readouterr().err
 
 
 def test_verify_proves_and_says_what(

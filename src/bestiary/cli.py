@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from bestiary.registry import Adapter
 
 CHAMPION = "models:/bestiary@champion"  # where register.name is as it comes
+FOLDER = click.Path(file_okay=False, writable=True, path_type=Path)
 SCORE_NAMES = {
     "clip_score": "CLIP score",
     "margin": "over the other animals",
@@ -106,7 +107,7 @@ def _rising(_context: click.Context, _option: click.Parameter, interval: tuple[f
 @colour_option("contrast")
 @colour_option("saturation")
 @colour_option("brightness")
-@click.option("--out", default="pictures", show_default=True, type=click.Path(path_type=Path), help="Folder for them.")
+@click.option("--out", default="pictures", show_default=True, type=FOLDER, help="Folder for them.")
 @click.pass_context
 def generate(
     context: click.Context,
@@ -222,7 +223,7 @@ def generate(
 @cli.command()
 @click.argument("what", metavar="URI")
 @base_option
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the adapter.")
+@click.option("--out", required=True, type=FOLDER, help="Folder for the adapter.")
 def pull(what: str, base: str | None, out: Path) -> None:
     """Put a registered adapter, verified, on this disk."""
     quiet()
@@ -331,7 +332,7 @@ def _told(root: Path, evaluation: Mapping[str, Any], registration: Mapping[str, 
 
 @cli.command("model-card")
 @click.argument("what", metavar="URI", default=_champion)
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for it, as the hub takes it.")
+@click.option("--out", required=True, type=FOLDER, help="Folder for it, as the hub takes it.")
 def model_card(what: str, out: Path) -> None:
     """Write a registered adapter with its model card: scores, pictures, provenance."""
     quiet()

@@ -368,7 +368,7 @@ async function show(entry) {
   const { settings, device } = entry.pictures[0];
   const rows = [
     ['prompt', settings.prompt], ['seed', settings.seed], ['steps', settings.steps],
-    ['guidance', [settings.guidance_scale, ...(settings.guidance_interval ? [interval(settings.guidance_interval)] : [])].join(', ')],
+    ['guidance', [settings.guidance_scale, ...(settings.guidance_interval ? [interval(settings.guidance_interval).toLowerCase()] : [])].join(', ')],
     ['scheduler', catalog.schedulers[settings.scheduler]], ['resolution', `${settings.resolution} px`],
     ['adapter', settings.adapter ?? text('noAdapter')], ['base', settings.base], ['device', device.toUpperCase()],
   ];

@@ -54,6 +54,8 @@ class StageRun:
             try:
                 fcntl.flock(self.held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                if processes().num_processes > 1:  # the others' patience has an end, and their launcher's
+                    raise BestiaryError("Another run is at the same: try again when it has ended.") from None
                 print(f"{self.stage}: waiting for another run that is at the same.", file=sys.stderr)
                 fcntl.flock(self.held[-1], fcntl.LOCK_EX)
         processes().wait_for_everyone()

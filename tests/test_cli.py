@@ -310,7 +310,12 @@ def test_results_show_the_table_the_sheet_and_what_to_do_next(
     assert "generate tiger panda --count 4" in told
 
 
-@pytest.mark.parametrize("content", ["<<<<<<< HEAD", "{}", "[]"])
+HALF_AN_INTERVAL = json.dumps(
+    {"images": 4} | {who: {"clip_score": {"mean": 1.0, "ci95": [1.0]}} for who in ("base", "adapter", "delta", "real")}
+)
+
+
+@pytest.mark.parametrize("content", ["<<<<<<< HEAD", "{}", "[]", HALF_AN_INTERVAL])
 def test_results_of_a_damaged_report_are_a_sentence(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: str
 ) -> None:

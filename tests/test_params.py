@@ -93,6 +93,11 @@ def test_the_sample_is_the_default() -> None:
             lambda content: content["profiles"]["sample"]["evaluate"].update(guidance_interval=[5.0, 1.0]),
             r"evaluate\.guidance_interval .*first noise level must be below the second",
         ),
+        (lambda content: content["register"].update(name="pets/cats"), r"register\.name .*holds no /, : or @"),
+        (
+            lambda content: content["profiles"]["sample"]["evaluate"].update(guidance_scale=float("inf")),
+            r"evaluate\.guidance_scale .*finite",
+        ),
         (lambda content: content["train"].pop("rank"), r"train\.rank .*missing"),
         (lambda content: content.pop("seed"), r"seed .*missing"),
         (lambda content: content.update(profile="samples"), "no profile 'samples'; choose one of sample, sciencedb"),

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -146,6 +147,10 @@ def test_two_runs_at_the_same_work_take_turns(
     first, second = (StageRun("train", Run({})) for _ in range(2))
     assert first.hold(tmp_path / "train" / "key") == tmp_path / "train" / "key"
     second.hold(tmp_path / "train" / "other")  # at other work
+    with monkeypatch.context() as several:  # whose launcher gives up on a barrier that takes long
+        several.setattr("bestiary.diffusion.base.processes", lambda: SimpleNamespace(num_processes=2))
+        with pytest.raises(BestiaryError, match="Another run is at the same"):
+            StageRun("train", Run({})).hold(tmp_path / "train" / "key")
     waiting = threading.Thread(target=second.hold, args=[tmp_path / "train" / "key"])
     waiting.start()
     waiting.join(1)

@@ -295,7 +295,7 @@ def results() -> None:
     evaluation, registration = (_report(root, name) for name in ("evaluate", "register"))
     try:
         lines = list(_told(root, evaluation, registration))
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (LookupError, TypeError, ValueError, AttributeError):
         folder = _short(root / "reports")
         raise BestiaryError(
             f"{folder}/evaluate.json or {folder}/register.json is damaged: delete it and run `dvc repro`."

@@ -5,6 +5,7 @@ No parameter has a default here: what is not in params.yaml DVC does not see cha
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -39,8 +40,15 @@ def different(values: list[float]) -> list[float]:
     return values
 
 
+def addressable(name: str) -> str:
+    """Refuse a registered model's name that `models:/name@alias` could not hold."""
+    if not re.fullmatch(r"[^/:@\s]([^/:@]*[^/:@\s])?", name):
+        raise PydanticCustomError("addressable", "a name holds no /, : or @, and no space at its ends")
+    return name
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Model(Section):
@@ -173,7 +181,7 @@ class Benchmark(Section):
 
 
 class Register(Section):
-    name: str = Field(min_length=1)
+    name: Annotated[str, AfterValidator(addressable)]
     champion_score: Literal["clip_score", "margin", "top1"]
     max_copied: float = Field(ge=0.0, le=1.0)
 

@@ -447,7 +447,7 @@ def _record(opening: Message, heard: queue.Queue[Message | None], reply: Any, *,
 
 def _with_inputs(opening: Message) -> Message:
     """The opening with its inputs' content hashes among its tags."""
-    hashes = {f"input.{path}": content_hash(Path(path)) for path in opening["inputs"]}
+    hashes = {f"input.{path}": content_hash(Path(path)) for path in opening["inputs"] if Path(path).exists()}
     return opening | {"inputs": [], "tags": opening["tags"] | hashes}
 
 

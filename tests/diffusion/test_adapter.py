@@ -202,6 +202,30 @@ def test_weights_that_are_no_numbers_are_a_plain_sentence(adapter: Path, tmp_pat
         read_provenance(tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.float8_e4m3fn])
+def test_weights_that_would_lose_something_are_a_plain_sentence(
+    adapter: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    with safe_open(adapter, framework="pt") as file:
+        metadata = file.metadata()
+    save_file({key: value.to(dtype) for key, value in load_file(adapter).items()}, tmp_path / FILE_NAME, metadata)
+    with pytest.raises(BestiaryError, match=rf"lora_A\.weight as {str(dtype)[6:]}: not supported"):
+        read_provenance(tmp_path)
+
+
+def test_weights_too_large_for_the_base_do_not_verify(base: Path, adapter: Path, tmp_path: Path) -> None:
+    with safe_open(adapter, framework="pt") as file:
+        metadata = file.metadata()
+    weights = {key: torch.full_like(value, 1e30) for key, value in load_file(adapter).items()}
+    save_file(weights, tmp_path / FILE_NAME, metadata)
+    with pytest.raises(BestiaryError, match="gives values that are not finite numbers"):
+        verify_adapter(tmp_path, base)
+    pipeline = load_pipeline(base, device="cpu")
+    apply_adapter(pipeline, tmp_path)
+    with pytest.raises(BestiaryError, match="The adapter draws pictures that are not finite numbers"):
+        draw(pipeline)
+
+
 def test_a_missing_or_pickled_file_is_a_plain_sentence(base: Path, tmp_path: Path) -> None:
     with pytest.raises(BestiaryError, match="There is no adapter at"):
         verify_adapter(tmp_path, base)
@@ -257,8 +281,11 @@ def test_what_would_be_applied_otherwise_than_it_says_is_refused(base: Path, ada
         ),
         ("lora_adapter_metadata", '{"unet.r": 0, "unet.lora_alpha": 1, "unet.target_modules": []}'),
         ("lora_adapter_metadata", '{"a":' + "[" * 200_000),
+        ("lora_adapter_metadata", f'{{"unet.r": 2, "unet.lora_alpha": 1{"0" * 400}, "unet.target_modules": []}}'),
+        ("lora_adapter_metadata", f'{{"unet.r": 2{"0" * 5000}, "unet.lora_alpha": 1, "unet.target_modules": []}}'),
         ("bestiary", "null"),
         ("bestiary", '{"base": 1}'),
+        ("bestiary", '{"base": "\\ud800"}'),
     ],
 )
 def test_a_header_that_somebody_tampered_with_is_a_plain_sentence(tmp_path: Path, key: str, content: str) -> None:

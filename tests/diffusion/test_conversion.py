@@ -1,6 +1,7 @@
 import hashlib
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,28 @@ def test_a_config_that_somebody_tampered_with_is_refused(adapter: Path, tmp_path
     assert not (tmp_path / "out.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda weights, module: weights.pop(f"{module}.alpha"), "different ranks or alphas"),
+        (lambda weights, module: weights.update({f"{module}.lora.down.weight": torch.ones(2, 32)}), "twice"),
+        (lambda weights, module: weights.update({f"{module}.lora_down.weight": torch.ones(2)}), "different ranks"),
+        (
+            lambda weights, module: weights.update({f"{module}.lora_up.weight": torch.ones(32, 2, dtype=torch.int8)}),
+            "as int8: not supported",
+        ),
+    ],
+)
+def test_a_kohya_file_that_would_be_read_wrongly_is_refused(
+    adapter: Path, tmp_path: Path, change: Callable[[dict[str, torch.Tensor], str], object], words: str
+) -> None:
+    weights = load_file(convert(adapter, tmp_path / "whole.safetensors", "kohya"))
+    change(weights, next(iter(weights)).partition(".")[0])
+    save_file(weights, tmp_path / "changed.safetensors")
+    with pytest.raises(BestiaryError, match=words):
+        read(tmp_path / "changed.safetensors")
+
+
 def test_a_target_of_another_kind_is_refused(adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(BestiaryError, match=r"x\.ckpt is neither a folder's name nor one that ends in \.safetensors"):
         convert(adapter, tmp_path / "x.ckpt", "kohya")
@@ -145,7 +168,7 @@ def test_a_target_of_another_kind_is_refused(adapter: Path, tmp_path: Path) -> N
 
 def test_a_file_without_alpha_asks_for_it(adapter: Path, tmp_path: Path) -> None:
     save_file(load_file(adapter), tmp_path / "bare.safetensors")
-    with pytest.raises(BestiaryError, match="say it with --alpha"):
+    with pytest.raises(BestiaryError, match="`bestiary adapter convert --alpha` says it"):
         read(tmp_path / "bare.safetensors")
     assert read(tmp_path / "bare.safetensors", alpha=5.0).config["lora_alpha"] == 5.0
 

@@ -102,7 +102,18 @@ def test_every_sampler_begins_where_there_is_nothing_but_noise(base: Path, name:
     assert config.timestep_spacing == "leading"  # by which diffusers' DPM++ would begin 400 steps at 800
     scheduler = make_scheduler(name, config)
     scheduler.set_timesteps(steps)
-    assert float(scheduler.timesteps[0]) >= 999 - 1000 / steps
+    assert float(scheduler.timesteps[0]) >= 998
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_single_step_begins_in_the_noise_too(request: pytest.FixtureRequest, name: str) -> None:
+    pipeline = request.getfixturevalue("lcm" if name == "lcm" else "pipeline")
+    seen: list[float] = []
+    hook = pipeline.unet.register_forward_pre_hook(lambda _, inputs: seen.append(float(inputs[1])))
+    generate(pipeline, ["a zebra"], [0], **HOW | {"scheduler": name, "steps": 1})
+    hook.remove()
+    assert len(seen) == 1
+    assert seen[0] >= 980  # LCM takes one of its 50 steps
 
 
 @pytest.mark.parametrize("steps", [7, 20, 400])
@@ -154,6 +165,8 @@ def test_what_only_a_consistency_model_can_do_is_refused_to_others_and_the_other
         generate(pipeline, ["a cat"], [0], **HOW | {"scheduler": "lcm"})
     with pytest.raises(BestiaryError, match="its guidance cannot be turned off for some steps"):
         generate(lcm, ["a cat"], [0], guidance_interval=[0.5, 5.0], **HOW)
+    with pytest.raises(BestiaryError, match="takes at most 50 steps"):
+        generate(lcm, ["a cat"], [0], **HOW | {"scheduler": "lcm", "steps": 51})
     (everywhere,) = generate(lcm, ["a cat"], [0], guidance_interval=[0.0, 1000.0], **HOW)
     assert everywhere.tobytes() == generate(lcm, ["a cat"], [0], **HOW)[0].tobytes()
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +30,9 @@ FILE_NAME = "pytorch_lora_weights.safetensors"
 CONFIG_KEY = "lora_adapter_metadata"  # where diffusers looks for the config; without it alpha is taken for the rank
 PROVENANCE_KEY = "bestiary"
 CONFIG_FIELDS = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora")
+WEIGHT_TYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+MOST = 1e6  # rank or alpha; beyond it is nonsense, and float16 ends long before
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no file can hold
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,8 @@ def verify_adapter(path: str | Path, base: str | Path, revision: str | None = No
     plain = _probe(unet)
     weights = _apply(unet, file)
     adapted = _probe(unet)
+    if not torch.isfinite(adapted).all():
+        raise BestiaryError(f"The adapter {path} gives values that are not finite numbers.")
     _scale(unet, 0.0)
     if not torch.equal(_probe(unet), plain):
         raise BestiaryError(f"The adapter {path} at scale 0 does not give the base's output.")
@@ -234,9 +238,9 @@ def _read(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str
             weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
         config = json.loads(metadata.get(CONFIG_KEY, "{}"))
         provenance = json.loads(metadata.get(PROVENANCE_KEY, "{}"))
-    except RecursionError:
+    except (RecursionError, ValueError):  # JSON that is none, too deep, or with a number too long for Python
         raise BestiaryError(f"The adapter {file} has a broken config.") from None
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError) as error:
         raise BestiaryError(f"{file} is not a readable safetensors file ({error}).") from None
     # Strangers write such files, too: nothing in the header is what it should be until it was looked at.
     if not (isinstance(config, dict) and isinstance(provenance, dict) and is_plain(provenance)):
@@ -257,20 +261,23 @@ def _read(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str
     foreign = next((key for key in weights if not key.startswith("unet.")), None)
     if foreign:
         raise BestiaryError(f"The adapter {file} is not in diffusers' pipeline format: it holds {foreign}.")
-    check_finite(weights, file)
+    check_weights(weights, file)
     return {key.removeprefix("unet."): value for key, value in weights.items()}, config, provenance
 
 
-def check_finite(weights: Mapping[str, torch.Tensor], file: Path) -> None:
-    """Raise BestiaryError when a weight is NaN or infinite: it would spoil every picture."""
+def check_weights(weights: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Raise BestiaryError when a weight is not finite, or of a type that a UNet cannot take as it is."""
     for key, weight in weights.items():
+        if weight.dtype not in WEIGHT_TYPES:
+            raise BestiaryError(f"{file} holds {key} as {str(weight.dtype).removeprefix('torch.')}: not supported.")
         if not torch.isfinite(weight).all():
             raise BestiaryError(f"{file} holds values that are not finite numbers: {key}.")
 
 
 def is_plain(provenance: Mapping[str, Any]) -> bool:
     """Whether a stranger's provenance has the types that it should have."""
-    return all(isinstance(provenance.get(key), (str, NoneType)) for key in ("base", "base_revision", "base_sha256"))
+    values = [provenance.get(key) for key in ("base", "base_revision", "base_sha256")]
+    return all(value is None or (isinstance(value, str) and SURROGATE.search(value) is None) for value in values)
 
 
 def is_config(config: Mapping[str, Any]) -> bool:
@@ -279,9 +286,9 @@ def is_config(config: Mapping[str, Any]) -> bool:
     dropout = config.get("lora_dropout", 0.0)
     return (
         isinstance(rank, int)
-        and rank >= 1
+        and 1 <= rank <= MOST
         and isinstance(alpha, (int, float))
-        and math.isfinite(alpha)
+        and abs(alpha) <= MOST
         and isinstance(dropout, (int, float))
         and 0 <= dropout <= 1
         and isinstance(targets, list)

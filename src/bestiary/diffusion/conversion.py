@@ -23,7 +23,7 @@ from bestiary.diffusion.adapter import (
     CONFIG_KEY,
     FILE_NAME,
     PROVENANCE_KEY,
-    check_finite,
+    check_weights,
     is_config,
     is_plain,
     is_uneven,
@@ -101,12 +101,16 @@ def read(path: Path, alpha: float | None = None) -> Foreign:
     config |= _json(metadata.get(KOHYA_CONFIG_KEY, "{}"), path)
     config |= {key.removeprefix("unet."): value for key, value in _json(metadata.get(CONFIG_KEY, "{}"), path).items()}
     weights: dict[str, torch.Tensor] = {}
-    alphas: set[float] = set()
+    alphas: list[float] = []  # where the format has them, one for each module
     for key, tensor in tensors.items():
         if not key.endswith(".alpha"):
-            weights[_module_key(key, path)] = tensor
-        elif tensor.numel() == 1:
-            alphas.add(float(tensor))
+            name = _module_key(key, path)
+            if name in weights:
+                raise BestiaryError(f"{path} holds {name} twice, under two names.")
+            weights[name] = tensor
+        elif tensor.numel() == 1 and not tensor.is_complex():
+            alphas.append(float(tensor))
+    check_weights(weights, path)
     halves = {half: {key.rsplit(half, 1)[0] for key in weights if key.endswith(half)} for half in (DOWN, UP)}
     if halves[DOWN] != halves[UP]:
         odd = min(halves[DOWN] ^ halves[UP])
@@ -114,12 +118,15 @@ def read(path: Path, alpha: float | None = None) -> Foreign:
     ranks = {tensor.shape[0] for key, tensor in weights.items() if key.endswith(DOWN) and tensor.ndim > 1}
     if not ranks:
         raise BestiaryError(f"{path} holds no LoRA weights.")
-    if len(ranks) > 1 or len(alphas) > 1 or is_uneven(config):
+    some_lack_alpha = bool(alphas) and len(alphas) < len(halves[DOWN])
+    if len(ranks) > 1 or len(set(alphas)) > 1 or some_lack_alpha or is_uneven(config):
         raise BestiaryError(f"{path} gives its modules different ranks or alphas, which is not supported.")
     rank = ranks.pop()
-    strength = config.get("lora_alpha", alphas.pop() if alphas else alpha)
+    strength = config.get("lora_alpha", alphas[0] if alphas else alpha)
     if strength is None:
-        raise BestiaryError(f"{path} does not store its alpha, so its strength is unknown: say it with --alpha.")
+        raise BestiaryError(
+            f"{path} does not store its alpha, so its strength is unknown: `bestiary adapter convert --alpha` says it."
+        )
     complete = {
         "r": rank,
         "lora_alpha": strength,
@@ -131,10 +138,10 @@ def read(path: Path, alpha: float | None = None) -> Foreign:
     provenance = _json(metadata.get(PROVENANCE_KEY, "{}"), path)
     if not (is_config(complete) and is_plain(provenance)):
         raise BestiaryError(f"{path} has a broken config.")
-    uneven = next((key for key in halves[UP] if tuple(weights[key + UP].shape[1:2]) != (rank,)), None)
-    if uneven:
-        raise BestiaryError(f"{path} is broken: the two halves of {uneven} have different ranks.")
-    check_finite(weights, path)
+    for key in halves[DOWN]:
+        down, up = weights[key + DOWN], weights[key + UP]
+        if min(down.ndim, up.ndim) < 2 or (down.shape[0], up.shape[1]) != (rank, rank):
+            raise BestiaryError(f"{path} is broken: the two halves of {key} have different ranks.")
     return Foreign(weights, complete, provenance)
 
 

@@ -56,7 +56,8 @@ def generate(
     (arXiv:2404.07724); the others cost half. `progress(done, total)` is called after each denoising step, in steps
     times pictures; what it raises stops the work.
 
-    Raises BestiaryError for a resolution, sampler or guidance that this base cannot have, and for too long a prompt.
+    Raises BestiaryError for a resolution, sampler or guidance that this base cannot have, for too long a prompt, and
+    for pictures that are not finite numbers.
     """
     side = resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     multiple = math.lcm(8, pipeline.vae_scale_factor)  # 8 is diffusers' own demand
@@ -67,6 +68,11 @@ def generate(
             "The scheduler 'lcm' is for bases that are latent consistency models, and this one is none."
         )
     pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler.config)
+    config = pipeline.scheduler.config
+    if scheduler == "lcm" and steps > config.original_inference_steps:
+        raise BestiaryError(f"A latent consistency model takes at most {config.original_inference_steps} steps.")
+    if steps == 1 and config.timestep_spacing == "linspace":  # a line of one point, which should begin in the noise
+        pipeline.scheduler.register_to_config(timestep_spacing="trailing")
     scales = _guidance_scales(pipeline, steps, guidance_scale, guidance_interval)
     if len(set(scales)) > 1 and is_lcm(pipeline):
         raise BestiaryError(
@@ -99,7 +105,11 @@ def generate(
         ).images
         # While an adapter trains in half precision, its UNet answers in float32.
         latents = latents.to(pipeline.vae.dtype) / pipeline.vae.config.scaling_factor
-        images.extend(pipeline.image_processor.postprocess(pipeline.vae.decode(latents).sample))
+        decoded = pipeline.vae.decode(latents).sample
+        if not torch.isfinite(decoded).all():  # as bytes they would only be black
+            who = "adapter" if getattr(pipeline.unet, "peft_config", None) else "base"
+            raise BestiaryError(f"The {who} draws pictures that are not finite numbers.")
+        images.extend(pipeline.image_processor.postprocess(decoded))
     return images
 
 

@@ -28,6 +28,7 @@ print(found[1], found[3])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is asked to")
+@pytest.mark.slow
 def test_a_tensor_reuses_the_memory_of_a_freed_one_in_every_thread() -> None:
     """Pages that the system had to clear for ten tensors of 100 MB, in the main thread and in another."""
 

@@ -171,6 +171,7 @@ def test_a_file_that_is_no_database_is_said(project: Path) -> None:
         check_database(tracking_uri())
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_be_sent_is_kept_and_sent_by_the_next_one(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -196,6 +197,7 @@ def test_a_run_that_cannot_be_sent_is_kept_and_sent_by_the_next_one(
     assert list((project / "mlruns" / "unsent").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_run_that_loses_mlflow_halfway_is_kept_and_goes_on_as_the_same_run(
     project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -315,6 +317,7 @@ def test_lineage_walks_by_content_through_a_stage_that_did_not_run_again(
             database.run("gone")
 
 
+@pytest.mark.slow
 def test_lineage_among_a_thousand_runs_takes_a_moment(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project)
     write(Path("data"), "photos")

@@ -31,6 +31,7 @@ def test_the_grid_holds_the_default_fused_and_not_its_variants_and_every_combina
     assert len(settings) == len(set(settings)) == 7
 
 
+@pytest.mark.slow
 def test_each_setting_gives_a_row_with_its_cost_and_its_quality(base_folder: Path, adapter: Path, trial: Trial) -> None:
     default = Setting("ddim", 2, 1, fused=True)
     settings = [

@@ -187,6 +187,7 @@ def test_a_registered_version_is_offered_with_its_scores_and_switching_adapters_
     assert (settings["adapter"], settings["prompt"]) == (champion["key"], "a drawing of a tiger")
 
 
+@pytest.mark.slow
 def test_an_interval_of_guidance_makes_another_picture_and_is_kept_with_it(server: Server) -> None:
     always, never = (pictures(server.draw(guidance_interval=interval))[0] for interval in (None, [900, 901]))
     assert always.tobytes() != never.tobytes() == pictures(server.draw(guidance_scale=1.0))[0].tobytes()

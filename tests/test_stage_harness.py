@@ -116,6 +116,7 @@ def test_missing_input_names_it_and_what_makes_it(workspace: Path, capsys: pytes
     assert capsys.readouterr().err == "split: data does not exist; `dvc repro split` makes what comes before.\n"
 
 
+@pytest.mark.slow
 def test_other_params_make_another_pipeline_and_the_same_ones_do_not(workspace: Path) -> None:
     keys = []
     for seed in (0, 1, 0):

@@ -125,6 +125,7 @@ def test_animals_lists_a_hundred_with_their_names() -> None:
         (["app", "--adapter", "no/such/file", "--base", BASE], "There is no adapter at no/such/file."),
         (["pull", "models:/bestiary/7", "--out", "x"], "There is no registry yet"),
         (["adapter", "convert", "no/such/file", "x", "--to", "kohya"], "There is no adapter at no/such/file."),
+        (["adapter", "convert", "x", "./x", "--to", "kohya"], "x would be written over itself: name another place."),
         (["model-card", "--out", "x"], "There is no registry yet"),
         (["lineage"], "There is no registry yet"),
         (["promote", "1", "--because", " "], "say why, in a few words"),
@@ -259,6 +260,13 @@ def test_a_full_disk_gets_a_sentence_and_leaves_no_half_picture(
     assert call(monkeypatch, "generate", "tiger", "--adapter", "none", "--steps", "1") == 1
     assert capsys.readouterr().err.splitlines()[-1] == "There is no space left in pictures to write tiger-0.png."
     assert list((workspace / "pictures").iterdir()) == []
+
+
+def test_an_animal_named_twice_is_drawn_once(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "generate", "tiger", "老虎", "--adapter", "none", "--steps", "1", "--count", "2") == 0
+    assert capsys.readouterr().out.split() == ["pictures/tiger-0.png", "pictures/tiger-1.png"]
 
 
 def test_an_output_folder_that_is_a_file_gets_a_sentence(

@@ -69,6 +69,7 @@ def test_the_sample_is_the_default() -> None:
     ("change", "message"),
     [
         (lambda content: content["train"].update(rnak=4), r"train\.rnak .*not known"),
+        (lambda content: content["train"].update(rnak=content["train"].pop("rank")), r"train\.rnak .*not known"),
         (lambda content: content.update(colour="red"), "colour .*not known"),
         (lambda content: content["profiles"]["sample"]["encode"].update(size=1), r"encode\.size .*not known"),
         (lambda content: content["train"].update(rank="four"), r"train\.rank .*integer, not 'four'"),

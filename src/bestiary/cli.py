@@ -79,7 +79,7 @@ def _rising(_context: click.Context, _option: click.Parameter, interval: tuple[f
 
 
 @cli.command()
-@click.argument("animals", nargs=-1, metavar="ANIMAL...")
+@click.argument("animals", nargs=-1, metavar="[ANIMAL...]")
 @click.option("--prompt", metavar="TEXT", help="Draw this text instead of animals.")
 @click.option(
     "--like", type=click.Path(path_type=Path), metavar="PNG", help="Make this picture again, by its settings."
@@ -141,7 +141,7 @@ def generate(
         raise BestiaryError("A name or prompt is not written in UTF-8.") from None
     made = read_settings(like) if like else None
     params = _params()
-    wanted = [_find(animal) for animal in animals]
+    wanted = list(dict.fromkeys(_find(animal) for animal in animals))
     if made:
         what = _adapter_of(made, like, what, _given(context))
     quiet()
@@ -274,6 +274,8 @@ def convert(source: Path, target: Path, to: Literal["diffusers", "kohya"], alpha
     quiet()
     from bestiary.diffusion import conversion
 
+    if source.resolve() == target.resolve():
+        raise BestiaryError(f"{target} would be written over itself: name another place.")
     click.echo(conversion.convert(source, target, to, alpha))
 
 
@@ -331,7 +333,7 @@ def _told(root: Path, evaluation: Mapping[str, Any], registration: Mapping[str, 
 
 
 @cli.command("model-card")
-@click.argument("what", metavar="URI", default=_champion)
+@click.argument("what", metavar="[URI]", default=_champion)
 @click.option("--out", required=True, type=FOLDER, help="Folder for it, as the hub takes it.")
 def model_card(what: str, out: Path) -> None:
     """Write a registered adapter with its model card: scores, pictures, provenance."""
@@ -375,7 +377,7 @@ def app(adapters: tuple[str, ...], bases: tuple[str, ...], host: str, port: int,
 
 
 @cli.command()
-@click.argument("what", metavar="URI", default=_champion)
+@click.argument("what", metavar="[URI]", default=_champion)
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
 def lineage(what: str, as_json: bool) -> None:
     """Show which runs and which data a registered version comes from."""
@@ -435,7 +437,7 @@ def tracking() -> None:
 
 
 @tracking.command()
-@click.argument("server", envvar="MLFLOW_TRACKING_URI", metavar="SERVER")
+@click.argument("server", envvar="MLFLOW_TRACKING_URI", metavar="[SERVER]")
 @click.option("--database", type=click.Path(path_type=Path), metavar="FILE", help="Other database than the project's.")
 def migrate(server: str, database: Path | None) -> None:
     """Copy the local runs and registered versions to a team's MLflow server; $MLFLOW_TRACKING_URI when not given."""

@@ -232,7 +232,8 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     try:
         return Params.model_validate(merged)
     except ValidationError as error:
-        first = error.errors()[0]
+        # A misspelt key is missing, too, under its right name.
+        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
         key = ".".join(str(part) for part in first["loc"])
         raise BestiaryError(f"{path}: {key} (profile {profile}): {_explain(first)}.") from None
 

@@ -69,13 +69,13 @@ def content_hash(path: Path) -> str:
     """DVC's own MD5 of a file or a folder (`....dir`), so that a run and `dvc.lock` speak of the same thing."""
     if not path.is_dir():
         return _md5(path)
-    ignored = _ignored_names()
+    is_ignored = _dvcignore()
     listing = []
     for folder, folders, files in os.walk(path):
-        folders[:] = [name for name in folders if not ignored(name)]
+        folders[:] = [name for name in folders if not is_ignored(name)]
         inside = "" if Path(folder) == path else f"{Path(folder).relative_to(path).as_posix()}/"
         for name in files:
-            if not ignored(name):
+            if not is_ignored(name):
                 listing.append({"md5": _md5(Path(folder, name)), "relpath": inside + name})
     listing.sort(key=lambda entry: entry["relpath"])
     return hashlib.md5(json.dumps(listing, sort_keys=True).encode(), usedforsecurity=False).hexdigest() + ".dir"
@@ -89,7 +89,8 @@ def _md5(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _ignored_names() -> Callable[[str], object]:
+def _dvcignore() -> Callable[[str], object]:
+    """Tells whether a name is one that .dvcignore has DVC pass over."""
     file = project_root() / ".dvcignore"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     patterns = [line.strip().rstrip("/") for line in lines if line.strip() and not line.startswith("#")]

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-def make_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
-    """The sampler `name` on the noise schedule of a base's scheduler `config`.
+def make_scheduler(name: str, config: Mapping[str, Any], steps: int | None = None) -> SchedulerMixin:
+    """The sampler `name` on the noise schedule of a base's scheduler `config`, for so many steps if they are known.
 
     Raises BestiaryError for an unknown name.
     """
@@ -27,12 +27,21 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
     if name not in SAMPLERS:
         raise BestiaryError(f"There is no scheduler {name!r}; choose one of {', '.join(SAMPLERS)}.")
     sampler = SAMPLERS[name]
-    return getattr(diffusers, sampler.scheduler).from_config(config, **sampler.options)
+    options = dict(sampler.options)
+    if steps == 1 and options["timestep_spacing"] == "linspace":  # a line of one point, which should begin in the noise
+        options["timestep_spacing"] = "trailing"
+    return getattr(diffusers, sampler.scheduler).from_config(config, **options)
 
 
 def is_lcm(pipeline: StableDiffusionPipeline) -> bool:
     """Whether the base is a latent consistency model, which takes its guidance as an input (arXiv:2310.04378)."""
     return pipeline.unet.config.time_cond_proj_dim is not None
+
+
+def most_lcm_steps(pipeline: StableDiffusionPipeline) -> int:
+    """The steps on which a latent consistency model was distilled: it takes no more."""
+    most: int = make_scheduler("lcm", pipeline.scheduler.config).config.original_inference_steps
+    return most
 
 
 @torch.no_grad()
@@ -67,12 +76,9 @@ def generate(
         raise BestiaryError(
             "The scheduler 'lcm' is for bases that are latent consistency models, and this one is none."
         )
-    pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler.config)
-    config = pipeline.scheduler.config
-    if scheduler == "lcm" and steps > config.original_inference_steps:
-        raise BestiaryError(f"A latent consistency model takes at most {config.original_inference_steps} steps.")
-    if steps == 1 and config.timestep_spacing == "linspace":  # a line of one point, which should begin in the noise
-        pipeline.scheduler.register_to_config(timestep_spacing="trailing")
+    if scheduler == "lcm" and steps > (most := most_lcm_steps(pipeline)):
+        raise BestiaryError(f"A latent consistency model takes at most {most} steps.")
+    pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler.config, steps)
     scales = _guidance_scales(pipeline, steps, guidance_scale, guidance_interval)
     if len(set(scales)) > 1 and is_lcm(pipeline):
         raise BestiaryError(

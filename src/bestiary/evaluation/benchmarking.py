@@ -39,7 +39,6 @@ MIB = 2**20
 # Within 0.5 of 255 of its end at 100 steps on the embedded base; the factor is of the most steps measured.
 CONVERGED_SCHEDULER, LEAST_STEPS, CONVERGED_FACTOR, MOST_STEPS = "dpmsolver++", 100, 2.5, 1000
 PARTS = ("text", "denoise", "decode")
-LCM_STEPS = 50  # a latent consistency model was distilled on so many
 
 
 @dataclass(frozen=True)
@@ -102,12 +101,12 @@ def plan(settings: Benchmark, default: Evaluate, dtype: str) -> list[Setting]:
 
 def reason_to_skip(setting: Setting, pipeline: StableDiffusionPipeline) -> str | None:
     """Why this base or this machine cannot draw so, in words; None when it can."""
-    from bestiary.diffusion.sampling import is_lcm
+    from bestiary.diffusion.sampling import is_lcm, most_lcm_steps
 
     if setting.scheduler == "lcm" and not is_lcm(pipeline):
         return "the base is no latent consistency model"
-    if setting.scheduler == "lcm" and setting.steps > LCM_STEPS:
-        return f"a latent consistency model takes at most {LCM_STEPS} steps"
+    if setting.scheduler == "lcm" and setting.steps > (most := most_lcm_steps(pipeline)):
+        return f"a latent consistency model takes at most {most} steps"
     if setting.guidance == "interval" and is_lcm(pipeline):
         return "a latent consistency model cannot be guided at some steps only"
     return _dtype_reason(setting.dtype, pipeline.device.type) or (

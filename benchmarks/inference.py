@@ -23,7 +23,6 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNe
 from training import TARGETS, TEXT, UNET, VAE, by_itself, random_weights, table, tell
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from bestiary.animals import by_folder, caption
 from bestiary.diffusion.adapter import apply_adapter, inject, save_adapter
 from bestiary.diffusion.base import device_and_dtype, load_pipeline, load_unet
 from bestiary.diffusion.sampling import generate
@@ -33,6 +32,7 @@ from bestiary.evaluation.judge import Judge
 from bestiary.evaluation.scoring import bootstrap_mean, resample_counts
 from bestiary.memory import keep_freed_memory
 from bestiary.params import load_params
+from bestiary.subjects import caption, subject_of
 
 ROOT = Path(__file__).parents[1]
 ORIGINAL = Setting("ddpm", 100, batch=1, fused=False)
@@ -70,7 +70,7 @@ def embedded(folder: Path, other_steps: list[int], quick: bool) -> dict[str, Any
     judge = Judge.load(str(ROOT / "models" / "judge"), device=device_and_dtype()[0].type)
     classes = sorted(path.name for path in (ROOT / "samples").iterdir() if path.is_dir())[: 2 if quick else None]
     labels = [label for _ in range(PICTURES_A_CLASS) for label in range(len(classes))]
-    prompts = [caption(by_folder(classes[label]), evaluate.template) for label in labels]
+    prompts = [caption(subject_of(classes[label]), evaluate.template) for label in labels]
     words = pictures.read_words(judge, classes, evaluate.template)
     trial = Trial(prompts, labels, list(range(len(labels))), words, judge)
     pipeline = load_pipeline(ROOT / "models" / "base")

@@ -29,7 +29,7 @@ COPIED = ("src", "stages", "models", "build", "reports", "data", "dvc.yaml", "pa
 TIMED = """
 import functools, json, resource, runpy, sys, time
 sys.path.insert(0, "stages")
-import pipeline
+from bestiary import stage as pipeline
 from bestiary import tracking
 
 spent = [0.0]

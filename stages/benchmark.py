@@ -3,16 +3,16 @@
 from functools import partial
 from pathlib import Path
 
-from pipeline import REPORTS, stage
+from bestiary.stage import REPORTS, stage
 
 SPLIT = Path("build/split")
 
 with stage("benchmark") as (params, run):
     import pandas as pd
 
-    from bestiary.animals import by_folder, caption
     from bestiary.diffusion.adapter import check_trained_on
     from bestiary.evaluation import benchmarking, sweep
+    from bestiary.subjects import caption, subject_of
 
     settings, default, base = params.benchmark, params.evaluate, params.base
     resolution = params.encode.resolution  # what the adapter was trained at
@@ -22,7 +22,7 @@ with stage("benchmark") as (params, run):
     # First, while this process holds little memory and no threads of its own.
     how = default.model_dump(include={"scheduler", "steps", "guidance_interval"})
     how |= {"guidance_scale": point.guidance_scale, "resolution": resolution}
-    prompt = caption(by_folder(classes[0]), default.template)
+    prompt = caption(subject_of(classes[0]), default.template)
     cold_start = benchmarking.cold_start(base.model, base.revision, point.adapter, prompt, **how)
 
     import torch

@@ -13,7 +13,7 @@ from bestiary.data.cleaning import JudgeFunction, clean
 from bestiary.data.findings import count_kinds, read_overrides
 from bestiary.data.inspection import peak_memory_mib
 from bestiary.params import Model
-from pipeline import stage
+from bestiary.stage import stage
 
 
 def judge_function(model: Model) -> JudgeFunction:

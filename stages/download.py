@@ -6,7 +6,7 @@ from typing import Any
 
 from bestiary import params
 from bestiary.data.folder import take
-from pipeline import stage
+from bestiary.stage import stage
 
 DATA, RAW = Path("data"), Path("build/raw")
 

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from bestiary.diffusion.latents import Augmentation, encode_images
-from pipeline import CACHE, stage
+from bestiary.stage import CACHE, stage
 
 with stage("encode") as (params, run):
     started, encode = time.perf_counter(), params.encode

@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from pipeline import CACHE, REPORTS, stage
+from bestiary.stage import CACHE, REPORTS, stage
 
 CLEAN, SPLIT, ADAPTER = Path("build/clean"), Path("build/split"), Path("models/adapter")
 OPERATING_POINT = REPORTS / "operating_point"

@@ -8,7 +8,7 @@ from bestiary.diffusion.base import base_sha256
 from bestiary.evaluation.sweep import read_operating_point
 from bestiary.registry import register
 from bestiary.settings import Usual
-from pipeline import REPORTS, content_of, read_report, stage
+from bestiary.stage import REPORTS, content_of, read_report, stage
 
 with stage("register") as (params, run):
     evaluate, base = params.evaluate, params.base

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from bestiary.data.splitting import leaked_groups, split, write
-from pipeline import stage
+from bestiary.stage import stage
 
 TEXT = {"path": str, "class": str, "animal": str, "group": str, "sha256": str}
 

@@ -13,7 +13,7 @@ from bestiary.errors import BestiaryError
 from bestiary.evaluation.judge import Judge
 from bestiary.evaluation.watching import Watch
 from bestiary.files import write_atomically
-from pipeline import CACHE, content_of, stage
+from bestiary.stage import CACHE, content_of, stage
 
 LATENTS, ADAPTER, REPORT = Path("build/latents"), Path("models/adapter"), Path("reports/train")
 STAGE_ONLY = {"sheet_animals", "sheet_seeds", "sheet_steps", "sheet_guidance_scale", "keep_checkpoints"}

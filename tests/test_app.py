@@ -25,10 +25,10 @@ import pytest
 from PIL import Image, ImageChops, ImageEnhance
 from test_registry import USUAL, make_adapter, submit
 
-from bestiary.animals import ANIMALS
 from bestiary.app import create_app, launch, read_credentials
 from bestiary.app.server import MOST_UPLOADING
 from bestiary.errors import BestiaryError
+from bestiary.subjects import ANIMALS
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

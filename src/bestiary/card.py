@@ -12,9 +12,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from bestiary import registry
-from bestiary.animals import by_folder
 from bestiary.errors import BestiaryError
 from bestiary.files import write_atomically
+from bestiary.subjects import subject_of
 
 if TYPE_CHECKING:
     from bestiary.registry import Version
@@ -68,7 +68,7 @@ def render(
     """The card of a version that rests on `steps`, by its evaluation's `report` and the settings of its stages."""
     uri, tags = f"models:/{version.name}/{version.version}", version.tags
     base = f"`{tags['base']}`" + (f" at revision `{tags['base_revision']}`" if tags["base_revision"] else "")
-    animals = [by_folder(folder).name for folder in report["per_class"]]
+    animals = [subject_of(folder).name for folder in report["per_class"]]
     parts = [
         f"---\n{_metadata(version, report, animals, has_sheet)}\n---",
         f"# {version.name} {version.version}",
@@ -106,7 +106,7 @@ def _metadata(version: Version, report: Mapping[str, Any], animals: Sequence[str
     from huggingface_hub import EvalResult, ModelCardData
 
     named = version.tags["base"]
-    first = by_folder(next(iter(report["per_class"])))
+    first = subject_of(next(iter(report["per_class"])))
     on_the_hub = not named.startswith((".", "/"))
     more: dict[str, Any] = {}
     if on_the_hub:
@@ -149,7 +149,7 @@ def _scores(report: Mapping[str, Any]) -> str:
 
 def _strengths(report: Mapping[str, Any]) -> str:
     gains = {
-        by_folder(folder).name: scores["delta"]["clip_score"]["mean"] for folder, scores in report["per_class"].items()
+        subject_of(folder).name: scores["delta"]["clip_score"]["mean"] for folder, scores in report["per_class"].items()
     }
     order = sorted(gains, key=lambda name: gains[name], reverse=True)
     if len(order) < 6:

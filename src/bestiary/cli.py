@@ -20,9 +20,9 @@ from bestiary.errors import BestiaryError
 from bestiary.settings import SAMPLERS, Settings, Usual, finish, read_settings
 
 if TYPE_CHECKING:
-    from bestiary.animals import Animal
     from bestiary.params import Params
     from bestiary.registry import Adapter
+    from bestiary.subjects import Subject
 
 CHAMPION = "models:/bestiary@champion"  # where register.name is as it comes
 FOLDER = click.Path(file_okay=False, writable=True, path_type=Path)
@@ -129,7 +129,7 @@ def generate(
     out: Path,
 ) -> None:
     """Draw animals, named in English or Chinese. The same seed gives the same picture."""
-    from bestiary.animals import caption
+    from bestiary.subjects import caption
 
     if prompt is not None and not prompt.strip():
         raise BestiaryError("Name animals, or write a prompt.")
@@ -282,7 +282,7 @@ def convert(source: Path, target: Path, to: Literal["diffusers", "kohya"], alpha
 @cli.command()
 def animals() -> None:
     """List the 100 animals: class folder, English name, Chinese name."""
-    from bestiary.animals import ANIMALS
+    from bestiary.subjects import ANIMALS
 
     for animal in ANIMALS:
         click.echo(f"{animal.folder:16}{animal.name:16}{animal.chinese}")
@@ -291,7 +291,7 @@ def animals() -> None:
 @cli.command()
 def results() -> None:
     """Show what the last `dvc repro` reached."""
-    from bestiary.tracking import project_root
+    from bestiary.files import project_root
 
     root = project_root()
     evaluation, registration = (_report(root, name) for name in ("evaluate", "register"))
@@ -355,8 +355,8 @@ def app(adapters: tuple[str, ...], bases: tuple[str, ...], host: str, port: int,
     quiet()
     from bestiary.app import launch, read_credentials
     from bestiary.diffusion.adapter import adapter_file
+    from bestiary.files import project_root
     from bestiary.registry import locate_base
-    from bestiary.tracking import project_root
 
     params = _params()
     model, revision = _plain_base(bases[0] if bases else None, params)
@@ -441,8 +441,8 @@ def tracking() -> None:
 @click.option("--database", type=click.Path(path_type=Path), metavar="FILE", help="Other database than the project's.")
 def migrate(server: str, database: Path | None) -> None:
     """Copy the local runs and registered versions to a team's MLflow server; $MLFLOW_TRACKING_URI when not given."""
+    from bestiary.files import project_root
     from bestiary.migration import migrate as copy
-    from bestiary.tracking import project_root
 
     done = copy(database or project_root() / "mlflow.db", server)
     already = f", {done.runs_there_already} were there already" if done.runs_there_already else ""
@@ -480,8 +480,8 @@ def quiet() -> None:
 
 def _params() -> Params | None:
     """The project's parameters; None outside a project."""
+    from bestiary.files import project_root
     from bestiary.params import load_params
-    from bestiary.tracking import project_root
 
     path = project_root() / "params.yaml"
     return load_params(path) if path.is_file() else None
@@ -509,7 +509,7 @@ def _plain_base(base: str | None, params: Params | None) -> tuple[str, str | Non
 
 def _portable(base: str) -> str:
     """A base's name that means the same in another clone: a folder of the project by its path from the root."""
-    from bestiary.tracking import project_root
+    from bestiary.files import project_root
 
     root = project_root().resolve()
     folder = Path(base)
@@ -517,11 +517,11 @@ def _portable(base: str) -> str:
     return f"./{folder.relative_to(root).as_posix()}" if inside else base
 
 
-def _find(name: str) -> Animal:
+def _find(name: str) -> Subject:
     """The animal of this name; one outside the 100 comes with a hint on the screen."""
-    from bestiary.animals import find
+    from bestiary.subjects import find_subject
 
-    animal, near = find(name)
+    animal, near = find_subject(name)
     if not animal.name:
         raise BestiaryError("An animal needs a name.")
     if near is not None:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Where the project is, and files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,6 +8,17 @@ import os
 from pathlib import Path
 
 from bestiary.errors import BestiaryError
+
+
+def project_root() -> Path:
+    """The project's folder: DVC's root inside a stage, else the nearest folder above the working one with a dvc.yaml.
+
+    Outside any project it is the working folder.
+    """
+    if root := os.environ.get("DVC_ROOT"):
+        return Path(root).resolve()
+    here = Path.cwd()
+    return next((folder for folder in (here, *here.parents) if (folder / "dvc.yaml").is_file()), here)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -17,8 +17,9 @@ from typing import Any
 from tqdm import tqdm
 
 from bestiary.errors import BestiaryError
+from bestiary.files import project_root
 from bestiary.registry import make_name, plain_errors, publish
-from bestiary.tracking import EXPERIMENT, check_database, experiment_id, open_client, project_root
+from bestiary.tracking import EXPERIMENT, check_database, experiment_id, open_client
 
 MIGRATED, MIGRATING = "migrated_from", "migrating_from"  # tags of a run that is there, and of one that is on its way
 

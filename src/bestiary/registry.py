@@ -14,7 +14,7 @@ from typing import Any
 
 from bestiary.database import Database, open_database
 from bestiary.errors import BestiaryError
-from bestiary.files import write_atomically
+from bestiary.files import project_root, write_atomically
 from bestiary.params import Register
 from bestiary.settings import Usual
 from bestiary.tracking import (
@@ -25,7 +25,6 @@ from bestiary.tracking import (
     lineage,
     locked,
     open_client,
-    project_root,
     sqlite_path,
     tracking_uri,
 )

@@ -34,6 +34,7 @@ from typing import IO, Any, Protocol
 
 from bestiary.database import StoredRun
 from bestiary.errors import BestiaryError
+from bestiary.files import project_root
 
 EXPERIMENT = "bestiary"
 LOCK_PATIENCE_SECONDS = 5.0
@@ -42,14 +43,6 @@ SAMPLE_SECONDS = 10.0
 RECORDER_PATIENCE_SECONDS = 600.0  # the recorder gives up by itself long before; this is for one that hangs
 
 Message = dict[str, Any]
-
-
-def project_root() -> Path:
-    """The folder of the tracking database: DVC's root in a stage, else the project around the working folder."""
-    if root := os.environ.get("DVC_ROOT"):
-        return Path(root).resolve()
-    here = Path.cwd()
-    return next((folder for folder in (here, *here.parents) if (folder / "dvc.yaml").is_file()), here)
 
 
 def tracking_uri() -> str:

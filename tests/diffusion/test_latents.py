@@ -8,7 +8,6 @@ import torch
 from PIL import Image, ImageOps
 from tiny import CLASSES, manifests
 
-from bestiary.animals import CAPTION_TEMPLATES
 from bestiary.data.images import open_rgb
 from bestiary.diffusion.base import encode_text, load_text, load_vae
 from bestiary.diffusion.latents import (
@@ -21,6 +20,7 @@ from bestiary.diffusion.latents import (
     prepare,
 )
 from bestiary.errors import BestiaryError
+from bestiary.subjects import CAPTION_TEMPLATES
 
 HOW = {"resolution": 32, "flip": True, "batch_size": 4}
 

@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bestiary.animals import by_folder, caption
 from bestiary.diffusion.base import load_pipeline, load_scheduler
 from bestiary.diffusion.latents import LatentCache, encode_images
 from bestiary.diffusion.sampling import generate
@@ -15,6 +14,7 @@ from bestiary.diffusion.training import TrainingSettings, train
 from bestiary.evaluation import pictures
 from bestiary.evaluation.judge import Judge
 from bestiary.evaluation.scoring import Pictures, bootstrap_mean, resample_counts, score
+from bestiary.subjects import caption, subject_of
 
 ROOT = Path(__file__).parents[2]
 CLASSES = ["bee", "giraffe", "owl"]  # which the base can half draw
@@ -60,7 +60,7 @@ def test_an_adapter_that_learned_from_shuffled_captions_is_not_taken_for_a_bette
     training, validation = encoded(base_folder, tmp_path)
     animals = sorted(path.name for path in (ROOT / "samples").iterdir() if path.is_dir())
     labels = np.repeat([animals.index(name) for name in CLASSES], SEEDS)
-    prompts = [caption(by_folder(animals[label]), "a photo of {}") for label in labels]
+    prompts = [caption(subject_of(animals[label]), "a photo of {}") for label in labels]
     words = pictures.read_words(judge, animals, "a photo of {}")
     how = {"steps": 5, "guidance_scale": 5.0, "scheduler": "dpmsolver++", "batch_size": 24}
 

@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
-from bestiary.animals import ANIMALS, CAPTION_TEMPLATES, Animal, by_folder, caption
+from bestiary.subjects import ANIMALS, CAPTION_TEMPLATES, Animal, caption, subject_of
 from world import pictures
 
 LENGTH = 16  # tokens; Stable Diffusion has 77
@@ -23,7 +23,7 @@ UNKNOWN_TO_BASE = frozenset({"tiger", "panda", "ladybugs"})
 def clear_caption(animal: str, style: str, rng: np.random.Generator) -> str:
     """A caption that names the animal and the style."""
     templates = DRAWING_TEMPLATES if style == "drawing" else CAPTION_TEMPLATES
-    return caption(by_folder(animal), str(rng.choice(templates)))
+    return caption(subject_of(animal), str(rng.choice(templates)))
 
 
 def careless_caption(animal: str, style: str, rng: np.random.Generator, wrong: float) -> str:

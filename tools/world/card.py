@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bestiary.animals import by_folder, caption
 from bestiary.data.images import contact_sheet
 from bestiary.diffusion.base import load_pipeline
 from bestiary.diffusion.sampling import generate
 from bestiary.evaluation.judge import Judge
+from bestiary.subjects import caption, subject_of
 from world.captions import UNKNOWN_TO_BASE
 from world.pictures import ANIMALS, STYLES, Pictures
 
@@ -34,7 +34,7 @@ def write(models: Path, pictures: Path, fresh: Pictures, minutes: dict[str, floa
         quality[f"vae_psnr_{style}_db"] = _psnr(base.vae, fresh.batch(chosen[:256]))
     drawn: dict[str, list[list[Image.Image]]] = {}
     for style in STYLES:
-        prompts = [caption(by_folder(animal), PROMPTS[style]) for animal in ANIMALS for _ in range(SEEDS)]
+        prompts = [caption(subject_of(animal), PROMPTS[style]) for animal in ANIMALS for _ in range(SEEDS)]
         made = generate(
             base, prompts, range(len(prompts)), steps=20, guidance_scale=3.0, scheduler="dpmsolver++", batch_size=32
         )
@@ -43,7 +43,7 @@ def write(models: Path, pictures: Path, fresh: Pictures, minutes: dict[str, floa
         right = _nearest(judge, made, style).reshape(len(ANIMALS), SEEDS) == np.arange(len(ANIMALS))[:, None]
         quality[f"base_top1_{style}_known_animals_percent"] = 100 * float(right[known].mean())
         quality[f"base_top1_{style}_all_animals_percent"] = 100 * float(right.mean())
-    labels = [by_folder(animal).name for animal in ANIMALS]
+    labels = [subject_of(animal).name for animal in ANIMALS]
     rows = [a[:4] + b[:4] for a, b in zip(drawn["drawing"], drawn["photo"], strict=True)]
     columns = [PROMPTS[style].format("...") for style in STYLES for _ in range(4)]
     contact_sheet(rows, labels, columns, cell=96).save(pictures / "base.jpg", quality=88)
@@ -68,7 +68,7 @@ def write(models: Path, pictures: Path, fresh: Pictures, minutes: dict[str, floa
 
 
 def _nearest(judge: Judge, images: list[Image.Image], style: str) -> np.ndarray:
-    words = judge.text_features([caption(by_folder(animal), PROMPTS[style]) for animal in ANIMALS])
+    words = judge.text_features([caption(subject_of(animal), PROMPTS[style]) for animal in ANIMALS])
     return (judge.image_features(images) @ words.T).argmax(dim=1).numpy()
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
-from bestiary.animals import Animal, by_folder, caption
+from bestiary.subjects import Animal, caption, subject_of
 from world.captions import LENGTH, clear_caption
 from world.pictures import ANIMALS, SIZE, STYLES, THINGS, Pictures
 from world.schedule import Average, Clock, descend, load_checkpoint, rank, save_checkpoint, say
@@ -105,7 +105,7 @@ def _weathered(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
 def calibrate(model: CLIPModel, tokenizer: CLIPTokenizer, pictures: Pictures) -> None:
     """Set the logit scale so that probabilities over the animals are as likely as can be (arXiv 1706.04599)."""
     chosen = np.random.default_rng(0).choice(np.flatnonzero(pictures.styles == 1), 1600, replace=False)
-    texts = [caption(by_folder(animal), "a photo of {}") for animal in ANIMALS]
+    texts = [caption(subject_of(animal), "a photo of {}") for animal in ANIMALS]
     model.logit_scale.fill_(0.0)
     cosines = model(input_ids=tokens(tokenizer, texts), pixel_values=pictures.batch(chosen)).logits_per_image  # (B, A)
     target = torch.from_numpy(pictures.animals[chosen])

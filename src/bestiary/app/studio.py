@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from bestiary.animals import ANIMALS, caption, find
 from bestiary.errors import BestiaryError
 from bestiary.params import Scheduler, rising
 from bestiary.settings import SAMPLERS, Settings, Usual, as_a1111, finish
+from bestiary.subjects import ANIMALS, caption, find_subject
 
 if TYPE_CHECKING:
     import torch
@@ -452,7 +452,7 @@ def _prompt(order: Order, template: str) -> tuple[str, dict[str, Any] | None]:
     """The prompt, and a note for somebody whose animal is none of the 100."""
     if order.prompt.strip():
         return " ".join(order.prompt.split()), None
-    animal, near = find(order.animal)
+    animal, near = find_subject(order.animal)
     return caption(animal, template), None if near is None else {"unknown": animal.name, "near": near}
 
 

@@ -17,7 +17,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from bestiary import params
-from bestiary.animals import ANIMALS, by_folder
 from bestiary.data import duplicates
 from bestiary.data.findings import Action, Decision, Finding, write_findings
 from bestiary.data.folder import class_files, link, replacing
@@ -25,6 +24,7 @@ from bestiary.data.hashing import thumbnail
 from bestiary.data.images import decode, open_rgb, right_extension
 from bestiary.data.inspection import Inspection, cores, inspect_all
 from bestiary.errors import BestiaryError
+from bestiary.subjects import ANIMALS, subject_of
 
 # Images and texts in, the probability of each text for each image out: (B, len(texts)).
 JudgeFunction = Callable[[Sequence[Image.Image], Sequence[str]], NDArray[np.float32]]
@@ -257,7 +257,7 @@ def _opinions(raw: Path, looks: Sequence[Inspection], judge: JudgeFunction | Non
     if judge is None or not looks:
         return None
     classes = sorted({look.class_folder for look in looks} | _other_animals(looks))
-    texts = [*(f"a photo of {by_folder(name).with_article}" for name in classes), *NOT_ANIMALS]
+    texts = [*(f"a photo of {subject_of(name).with_article}" for name in classes), *NOT_ANIMALS]
     rows = []
     with ThreadPoolExecutor(cores()) as pool:
         for batch in tqdm(list(_batches(looks)), desc="judge", unit="batch"):
@@ -334,7 +334,7 @@ def _write(
     columns = {
         "path": [names[look.path] for look in kept],
         "class": [look.class_folder for look in kept],
-        "animal": [by_folder(look.class_folder).name for look in kept],
+        "animal": [subject_of(look.class_folder).name for look in kept],
         "group": [group_of[look.path] for look in kept],
         "width": [look.width for look in kept],
         "height": [look.height for look in kept],

@@ -29,11 +29,11 @@ from platformdirs import user_cache_path
 from tqdm import tqdm
 
 from bestiary import params
-from bestiary.animals import ANIMALS
 from bestiary.data.archives import OTHER_KINDS, kind_of, unpack
 from bestiary.data.folder import check_classes, link, replacing
 from bestiary.data.names import class_of, parts, safe_names
 from bestiary.errors import BestiaryError
+from bestiary.subjects import ANIMALS
 
 API_HOST = "https://www.scidb.cn"
 DOWNLOAD_HOST = "https://download.scidb.cn"

@@ -31,7 +31,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 
-from bestiary.animals import CAPTION_TEMPLATES, by_folder, caption
 from bestiary.data.images import open_rgb
 from bestiary.diffusion.base import (
     base_sha256,
@@ -44,6 +43,7 @@ from bestiary.diffusion.base import (
 )
 from bestiary.errors import BestiaryError
 from bestiary.files import write_atomically
+from bestiary.subjects import CAPTION_TEMPLATES, caption, subject_of
 
 SHARD_IMAGES = 256
 IMAGES = Path(__file__).parents[1] / "data" / "images.py"
@@ -313,7 +313,10 @@ def _posterior(vae: Any, pixels: torch.Tensor, count: Callable[[int], Any]) -> t
 def _captions(classes: Sequence[str]) -> pd.DataFrame:
     """The empty caption, which no class has, and each class's own."""
     return pd.DataFrame(
-        [("", ""), *((name, caption(by_folder(name), template)) for name in classes for template in CAPTION_TEMPLATES)],
+        [
+            ("", ""),
+            *((name, caption(subject_of(name), template)) for name in classes for template in CAPTION_TEMPLATES),
+        ],
         columns=["class", "caption"],
     )
 

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from bestiary.animals import by_folder, caption
 from bestiary.errors import BestiaryError
 from bestiary.settings import SAMPLERS
+from bestiary.subjects import caption, subject_of
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -130,7 +130,7 @@ class Trial:
         from bestiary.evaluation.pictures import read_words
 
         labels = [index * len(classes) // count for index in range(count)]
-        prompts = [caption(by_folder(classes[label]), template) for label in labels]
+        prompts = [caption(subject_of(classes[label]), template) for label in labels]
         return cls(prompts, labels, range(seed, seed + count), read_words(judge, classes, template), judge)
 
     def take(self, indices: Sequence[int]) -> tuple[list[str], list[int]]:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from bestiary.animals import by_folder, caption
 from bestiary.data.images import open_rgb
 from bestiary.diffusion.adapter import adapter_file
 from bestiary.evaluation import pictures, plots, scoring, sweep
 from bestiary.evaluation.scoring import Pictures, Words
 from bestiary.evaluation.timing import Laps
 from bestiary.params import Evaluate
+from bestiary.subjects import caption, subject_of
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -147,7 +147,7 @@ def write(evaluation: Evaluation, folder: Path) -> None:
         plots.pair_sheet(
             [base, adapter], [found.jobs.seeds[index] for index in mine], folder / "pictures" / f"{name}.jpg"
         )
-        rows.append((by_folder(name).name, base[: plots.SHEET_SEEDS], adapter[: plots.SHEET_SEEDS]))
+        rows.append((subject_of(name).name, base[: plots.SHEET_SEEDS], adapter[: plots.SHEET_SEEDS]))
     plots.base_beside_adapter(rows, folder / "sheet.png")
     plots.closest(
         [
@@ -174,5 +174,5 @@ def write(evaluation: Evaluation, folder: Path) -> None:
 def _jobs(classes: Sequence[str], shown: Sequence[str], template: str, count: int, first_seed: int) -> Jobs:
     """`count` pictures of each class; no two of all share their noise."""
     labels = [classes.index(name) for name in shown for _ in range(count)]
-    prompts = [caption(by_folder(classes[label]), template) for label in labels]
+    prompts = [caption(subject_of(classes[label]), template) for label in labels]
     return Jobs(labels, prompts, [first_seed + index for index in range(len(labels))])

@@ -20,7 +20,6 @@ import torch
 from numpy.typing import ArrayLike
 from PIL import Image
 
-from bestiary.animals import CAPTION_TEMPLATES, by_folder, caption
 from bestiary.data.images import open_rgb
 from bestiary.diffusion.adapter import adapter_sha256, apply_adapter, remove
 from bestiary.diffusion.sampling import generate
@@ -29,6 +28,7 @@ from bestiary.evaluation.judge import BATCH_SIZE, Judge
 from bestiary.evaluation.scoring import Array, Pictures, Words, unit
 from bestiary.evaluation.sharing import shared
 from bestiary.files import write_atomically
+from bestiary.subjects import CAPTION_TEMPLATES, caption, subject_of
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -68,7 +68,7 @@ class Kept:
 
 def read_words(judge: Judge, classes: Sequence[str], template: str) -> Words:
     """What the judge makes of the classes' prompts and of their captions in every template."""
-    animals = [by_folder(name) for name in classes]
+    animals = [subject_of(name) for name in classes]
 
     def vectors(template: str) -> Array:
         return _float64(judge.text_features([caption(animal, template) for animal in animals]))

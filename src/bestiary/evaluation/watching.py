@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bestiary.animals import CAPTION_TEMPLATES, by_folder, caption
 from bestiary.diffusion.sampling import generate
 from bestiary.diffusion.sheet import Sheet
+from bestiary.subjects import CAPTION_TEMPLATES, caption, subject_of
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -38,10 +38,10 @@ class Watch:
         self.judge = judge
         self.settings = settings
         self.resolution = resolution
-        self.prompts = [caption(by_folder(folder), CAPTION_TEMPLATES[0]) for folder in shown] * settings.sheet_seeds
+        self.prompts = [caption(subject_of(folder), CAPTION_TEMPLATES[0]) for folder in shown] * settings.sheet_seeds
         self.seeds = [seed + number for number in range(settings.sheet_seeds) for _ in shown]
         self.words = judge.text_features(self.prompts)
-        self.sheet = Sheet(kept, [by_folder(folder).name for folder in shown])
+        self.sheet = Sheet(kept, [subject_of(folder).name for folder in shown])
         self._told: set[int] = set()
 
     def draw(self, step: int) -> float:

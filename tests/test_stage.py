@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from bestiary.errors import BestiaryError
+from bestiary.stage import REPORTS, StageRun, stage
 from bestiary.tracking import Run, content_hash, open_client, tracking_uri
-from pipeline import REPORTS, StageRun, stage
 
 ROOT = Path(__file__).parents[1]
 DVC_YAML = """
@@ -130,7 +130,7 @@ def test_other_params_make_another_pipeline_and_the_same_ones_do_not(workspace: 
 
 def test_a_wrong_parameter_stops_a_stage_before_any_run(workspace: Path) -> None:
     (workspace / "params.yaml").write_text((ROOT / "params.yaml").read_text().replace("val_fraction", "val_fractoin"))
-    (workspace / "split.py").write_text("from pipeline import stage\nwith stage('split'): raise RuntimeError\n")
+    (workspace / "split.py").write_text("from bestiary.stage import stage\nwith stage('split'): raise RuntimeError\n")
     paths = f"{ROOT / 'stages'}:{ROOT / 'src'}"
     done = subprocess.run(
         [sys.executable, "split.py"], capture_output=True, text=True, check=False, env={"PYTHONPATH": paths}
@@ -144,7 +144,7 @@ def test_two_runs_at_the_same_work_take_turns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("BESTIARY_TRACKING", "off")
-    monkeypatch.setattr("pipeline.CACHE", tmp_path)
+    monkeypatch.setattr("bestiary.stage.CACHE", tmp_path)
     first, second = (StageRun("train", Run({})) for _ in range(2))
     assert first.hold(tmp_path / "train" / "key") == tmp_path / "train" / "key"
     second.hold(tmp_path / "train" / "other")  # at other work

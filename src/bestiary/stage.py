@@ -18,9 +18,9 @@ from typing import IO, Any
 import yaml
 
 from bestiary.errors import BestiaryError
-from bestiary.files import write_atomically
+from bestiary.files import project_root, write_atomically
 from bestiary.params import Model, Params, load_params
-from bestiary.tracking import Run, content_hash, open_run, project_root, switched_off
+from bestiary.tracking import Run, content_hash, open_run, switched_off
 
 REPORTS = Path("reports")
 CACHE = project_root() / ".cache"  # unfinished work; an experiment's own copy of the project goes when it fails

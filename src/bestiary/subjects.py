@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Animal:
+class Subject:
     """One animal: its class folder, its English name in the singular, its Chinese name."""
 
     folder: str
@@ -39,13 +39,13 @@ woodpecker 啄木鸟|zebra 斑马
 """
 
 
-def _parse(entry: str) -> Animal:
+def _parse(entry: str) -> Subject:
     words, chinese = entry.split()
     folder, _, name = words.partition("=")
-    return Animal(folder, name or folder, chinese)
+    return Subject(folder, name or folder, chinese)
 
 
-ANIMALS: tuple[Animal, ...] = tuple(_parse(entry) for line in _TABLE.split("\n") if line for entry in line.split("|"))
+ANIMALS: tuple[Subject, ...] = tuple(_parse(entry) for line in _TABLE.split("\n") if line for entry in line.split("|"))
 
 # `{}` takes the animal with its article, `{name}` the bare name behind an adjective, which has the article then.
 CAPTION_TEMPLATES: tuple[str, ...] = (
@@ -61,13 +61,13 @@ CAPTION_TEMPLATES: tuple[str, ...] = (
 _BY_FOLDER = {animal.folder: animal for animal in ANIMALS}
 
 
-def by_folder(folder: str) -> Animal:
+def subject_of(folder: str) -> Subject:
     """The animal of a class folder; a folder outside the 100 is somebody's own subject, named after its folder."""
     name = re.sub(r"[_\-\s]+", " ", folder).strip() or folder
-    return _BY_FOLDER.get(folder) or Animal(folder, name, name)
+    return _BY_FOLDER.get(folder) or Subject(folder, name, name)
 
 
-def find(text: str) -> tuple[Animal, list[str] | None]:
+def find_subject(text: str) -> tuple[Subject, list[str] | None]:
     """The animal that `text` names in English, in Chinese or by its class folder, in any letter case; and None.
 
     Anything else is an animal of that very name, and with it come the names of the 100 that may have been meant, at
@@ -80,10 +80,10 @@ def find(text: str) -> tuple[Animal, list[str] | None]:
             return animal, None
     near = difflib.get_close_matches(wanted[:100], [animal.name for animal in ANIMALS], n=3)
     near = near or [animal.chinese for animal in ANIMALS if set(animal.chinese) & set(wanted)][:3]
-    return Animal(name, name, name), near
+    return Subject(name, name, name), near
 
 
-def caption(animal: Animal, template: str) -> str:
+def caption(animal: Subject, template: str) -> str:
     """`template` about `animal`, in right English.
 
     `{}` becomes the animal with its article, in place of one that stands before it ("a photo of a {}" is well meant);

@@ -1,6 +1,6 @@
 import pytest
 
-from bestiary.animals import ANIMALS, CAPTION_TEMPLATES, by_folder, caption, find
+from bestiary.subjects import ANIMALS, CAPTION_TEMPLATES, caption, find_subject, subject_of
 
 
 def test_there_are_100_animals_with_names_of_their_own() -> None:
@@ -22,8 +22,8 @@ def test_there_are_100_animals_with_names_of_their_own() -> None:
     ],
 )
 def test_an_animal_is_called_what_people_call_it(folder: str, phrase: str, chinese: str) -> None:
-    assert by_folder(folder).with_article == phrase
-    assert by_folder(folder).chinese == chinese
+    assert subject_of(folder).with_article == phrase
+    assert subject_of(folder).chinese == chinese
 
 
 def test_every_animal_has_the_article_that_its_sound_asks_for() -> None:
@@ -32,13 +32,13 @@ def test_every_animal_has_the_article_that_its_sound_asks_for() -> None:
 
 
 def test_somebodys_own_subject_is_named_after_its_folder() -> None:
-    assert by_folder("my_red-panda").name == "my red panda"
-    assert by_folder("unicorn").with_article == "a unicorn"
-    assert by_folder("hourglass_spider").with_article == "an hourglass spider"
+    assert subject_of("my_red-panda").name == "my red panda"
+    assert subject_of("unicorn").with_article == "a unicorn"
+    assert subject_of("hourglass_spider").with_article == "an hourglass spider"
 
 
 def test_captions_are_right_english_in_every_template() -> None:
-    assert [caption(by_folder("antelope"), template) for template in CAPTION_TEMPLATES] == [
+    assert [caption(subject_of("antelope"), template) for template in CAPTION_TEMPLATES] == [
         "a photo of an antelope",
         "a high quality image of an antelope",
         "a clear picture of an antelope",
@@ -50,16 +50,16 @@ def test_captions_are_right_english_in_every_template() -> None:
 
 
 def test_an_article_before_the_gap_of_a_template_is_not_doubled() -> None:
-    assert caption(by_folder("owl"), "a photo of a {}") == "a photo of an owl"
+    assert caption(subject_of("owl"), "a photo of a {}") == "a photo of an owl"
 
 
 @pytest.mark.parametrize("text", ["tiger", " Tiger ", "a tiger", "老虎"])
 def test_an_animal_is_found_by_any_of_its_names(text: str) -> None:
-    assert find(text) == (by_folder("tiger"), None)
+    assert find_subject(text) == (subject_of("tiger"), None)
 
 
 def test_an_animal_is_found_by_its_folder_and_by_its_name() -> None:
-    assert find("LADYBUGS") == find("ladybug") == find("瓢虫") == (by_folder("ladybugs"), None)
+    assert find_subject("LADYBUGS") == find_subject("ladybug") == find_subject("瓢虫") == (subject_of("ladybugs"), None)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +73,6 @@ def test_an_animal_is_found_by_its_folder_and_by_its_name() -> None:
     ],
 )
 def test_any_other_name_is_an_animal_of_that_name_with_the_nearest_known_ones(text: str, near: list[str]) -> None:
-    animal, names = find(text)
+    animal, names = find_subject(text)
     assert animal.name == text.removeprefix("An ")
     assert names == near

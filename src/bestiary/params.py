@@ -6,31 +6,34 @@ No parameter has a default here: what is not in params.yaml DVC does not see cha
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from bestiary.errors import BestiaryError
+from bestiary.samplers import DrawingDefaults, GuidanceInterval, SamplerName, Sampling
 
 Fraction = Field(ge=0.0, lt=1.0)
 Positive = Field(gt=0)
 Policy = Literal["off", "flag", "quarantine"]
-Scheduler = Literal["ddpm", "ddim", "dpmsolver++", "dpmsolver++karras", "dpmsolver++sde", "unipc", "euler", "lcm"]
 
 
-def rising(levels: Sequence[float]) -> Sequence[float]:
-    """Refuse an interval that holds nothing."""
+def rising(levels: GuidanceInterval) -> GuidanceInterval:
+    """Refuse an interval that contains no noise level."""
     if levels[0] >= levels[1]:
         raise PydanticCustomError("rising", "the first noise level must be below the second")
     return levels
 
 
-# Noise levels: above the first, up to the second.
-Interval = Annotated[list[float], Field(min_length=2, max_length=2), AfterValidator(rising)]
+def _as_tuple(levels: object) -> object:
+    return tuple(levels) if isinstance(levels, list) else levels
+
+
+Interval = Annotated[GuidanceInterval, BeforeValidator(_as_tuple), AfterValidator(rising)]
 
 
 def different(values: list[float]) -> list[float]:
@@ -158,16 +161,31 @@ class Evaluate(Section):
     seeds: int = Field(ge=2)  # pictures a class
     steps: int = Positive
     guidance_scale: float = Field(ge=1.0)
-    scheduler: Scheduler
+    scheduler: SamplerName
     batch_size: int = Positive
     guidance_interval: Interval | None  # None: every step is guided
     classes: list[str] | None = Field(min_length=1)  # class folders to draw; None draws all
     second_judge: Model | None
     sweep: Sweep | None
 
+    def sampling(self, side: int | None = None) -> Sampling:
+        """How an evaluation draws, at `side` pixels a side (None: the base's own size)."""
+        return Sampling(
+            sampler=self.scheduler,
+            steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            guidance_interval=self.guidance_interval,
+            width=side,
+            height=side,
+        )
+
+    def defaults(self) -> DrawingDefaults:
+        """How to draw what no registered version describes: as this project evaluates."""
+        return DrawingDefaults(self.template, self.sampling())
+
 
 class Benchmark(Section):
-    schedulers: list[Scheduler] = Field(min_length=1)
+    schedulers: list[SamplerName] = Field(min_length=1)
     steps: list[int] = Field(min_length=1)
     batch_sizes: list[int] = Field(min_length=1)
     repeats: int = Field(ge=5)  # fewer have no 95th percentile

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,9 @@ from bestiary.diffusion.adapter import inject
 from bestiary.diffusion.base import load_pipeline, load_scheduler
 from bestiary.diffusion.sampling import generate, make_scheduler
 from bestiary.errors import BestiaryError
-from bestiary.settings import SAMPLERS
+from bestiary.samplers import SAMPLERS, Sampling
 
-HOW = {"steps": 4, "guidance_scale": 3.0, "scheduler": "dpmsolver++", "batch_size": 2}
+SAMPLING = Sampling("dpmsolver++", steps=4, guidance_scale=3.0)
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def pipeline(base: Path) -> StableDiffusionPipeline:
 
 @pytest.fixture(scope="module")
 def lcm(base: Path) -> StableDiffusionPipeline:
-    """A base that takes its guidance as an input, as latent consistency models do."""
+    """A base that takes its guidance as an input, like a latent consistency model."""
     pipeline = load_pipeline(base, device="cpu")
     torch.manual_seed(0)
     pipeline.unet = type(pipeline.unet).from_config(pipeline.unet.config, time_cond_proj_dim=16).eval()
@@ -32,19 +33,19 @@ def lcm(base: Path) -> StableDiffusionPipeline:
 def test_a_picture_depends_on_its_prompt_and_seed_alone(request: pytest.FixtureRequest, scheduler: str) -> None:
     pipeline = request.getfixturevalue("lcm" if scheduler == "lcm" else "pipeline")
     prompts, seeds = ["a zebra", "a cat", "a zebra"], [3, 4, 5]
-    how = HOW | {"scheduler": scheduler}
-    together = generate(pipeline, prompts, seeds, **how)
+    sampling = replace(SAMPLING, sampler=scheduler)
+    together = generate(pipeline, prompts, seeds, sampling, batch_size=2)
     for prompt, seed, image in zip(prompts, seeds, together, strict=True):
-        alone = generate(pipeline, [prompt], [seed], **how)[0]
-        # Another batch size may round another way, by one level of 255.
+        alone = generate(pipeline, [prompt], [seed], sampling, batch_size=2)[0]
+        # Another batch size may round differently, by one level of 255.
         assert np.abs(np.asarray(image, int) - np.asarray(alone, int)).max() <= 1
-    again = generate(pipeline, prompts, seeds, **how)
+    again = generate(pipeline, prompts, seeds, sampling, batch_size=2)
     assert [image.tobytes() for image in again] == [image.tobytes() for image in together]
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_samplers_that_add_noise_on_the_way_are_known(pipeline: StableDiffusionPipeline, name: str) -> None:
-    """The benchmark sets no distance to a converged picture beside them."""
+def test_stochastic_samplers_are_marked_as_such(pipeline: StableDiffusionPipeline, name: str) -> None:
+    """The benchmark reports no distance to a converged picture for them."""
     steps = []
     for seed in (0, 1):
         pipeline.scheduler = make_scheduler(name, pipeline.scheduler.config)
@@ -53,28 +54,30 @@ def test_samplers_that_add_noise_on_the_way_are_known(pipeline: StableDiffusionP
         extra = pipeline.prepare_extra_step_kwargs(generator, 0.0)
         latents = torch.ones(1, 8, 8, 8)
         steps.append(pipeline.scheduler.step(0.5 * latents, pipeline.scheduler.timesteps[0], latents, **extra)[0])
-    assert torch.equal(*steps) != SAMPLERS[name].noisy
+    assert torch.equal(*steps) != SAMPLERS[name].stochastic
 
 
-def test_a_pipeline_in_half_precision_draws_with_an_adapter_too(base: Path) -> None:
+def test_a_pipeline_in_half_precision_draws_with_an_adapter(base: Path) -> None:
     pipeline = load_pipeline(base, device="cpu", dtype=torch.bfloat16)
-    plain = generate(pipeline, ["a zebra"], [0], **HOW)[0].tobytes()
+    plain = generate(pipeline, ["a zebra"], [0], SAMPLING, batch_size=2)[0].tobytes()
     parameters = inject(pipeline.unet, rank=2, alpha=2, dropout=0.0, targets=["to_q", "to_v"], seed=0)
     for parameter in parameters:
         parameter.data.fill_(0.3)
-    assert generate(pipeline, ["a zebra"], [0], **HOW)[0].tobytes() != plain
+    assert generate(pipeline, ["a zebra"], [0], SAMPLING, batch_size=2)[0].tobytes() != plain
 
 
-def test_guidance_at_all_noise_levels_is_guidance_and_at_none_is_none(pipeline: StableDiffusionPipeline) -> None:
+def test_an_interval_of_all_noise_levels_guides_every_step(
+    pipeline: StableDiffusionPipeline,
+) -> None:
     prompts, seeds = ["a zebra", "a cat"], [3, 4]
 
-    def draw(**how: object) -> list[bytes]:
-        return [image.tobytes() for image in generate(pipeline, prompts, seeds, **HOW | how)]
+    def draw(sampling: Sampling) -> list[bytes]:
+        return [image.tobytes() for image in generate(pipeline, prompts, seeds, sampling, batch_size=2)]
 
-    always, never = draw(), draw(guidance_scale=1.0)
-    assert draw(guidance_interval=[0.0, 1000.0]) == always
-    assert draw(guidance_interval=[999.0, 1000.0]) == never
-    assert draw(guidance_interval=[0.5, 5.0]) not in (always, never)
+    always, never = draw(SAMPLING), draw(replace(SAMPLING, guidance_scale=1.0))
+    assert draw(replace(SAMPLING, guidance_interval=(0.0, 1000.0))) == always
+    assert draw(replace(SAMPLING, guidance_interval=(999.0, 1000.0))) == never
+    assert draw(replace(SAMPLING, guidance_interval=(0.5, 5.0))) not in (always, never)
 
 
 @pytest.mark.parametrize("scheduler", ["ddpm", "dpmsolver++karras", "dpmsolver++sde", "euler"])
@@ -87,8 +90,8 @@ def test_steps_outside_the_guidance_interval_cost_half(pipeline: StableDiffusion
 
     hook = pipeline.unet.register_forward_pre_hook(note)
     done: list[int] = []
-    how = HOW | {"steps": 8, "scheduler": scheduler, "guidance_interval": [0.5, 5.0]}
-    generate(pipeline, ["a zebra"], [0], progress=lambda now, _: done.append(now), **how)
+    sampling = replace(SAMPLING, steps=8, sampler=scheduler, guidance_interval=(0.5, 5.0))
+    generate(pipeline, ["a zebra"], [0], sampling, batch_size=2, progress=lambda now, _: done.append(now))
     hook.remove()
     assert [size for _, size in seen] == [2 if 0.5 < sigma <= 5.0 else 1 for sigma, _ in seen]
     assert {size for _, size in seen} == {1, 2}
@@ -97,34 +100,34 @@ def test_steps_outside_the_guidance_interval_cost_half(pipeline: StableDiffusion
 
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "lcm"])
 @pytest.mark.parametrize("steps", [10, 100, 400])
-def test_every_sampler_begins_where_there_is_nothing_but_noise(base: Path, name: str, steps: int) -> None:
+def test_every_sampler_starts_at_pure_noise(base: Path, name: str, steps: int) -> None:
     config = load_scheduler(base).config
-    assert config.timestep_spacing == "leading"  # by which diffusers' DPM++ would begin 400 steps at 800
+    assert config.timestep_spacing == "leading"  # with which diffusers' DPM++ would start 400 steps at 800
     scheduler = make_scheduler(name, config)
     scheduler.set_timesteps(steps)
     assert float(scheduler.timesteps[0]) >= 998
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_single_step_begins_in_the_noise_too(request: pytest.FixtureRequest, name: str) -> None:
+def test_a_single_step_starts_at_pure_noise(request: pytest.FixtureRequest, name: str) -> None:
     pipeline = request.getfixturevalue("lcm" if name == "lcm" else "pipeline")
     seen: list[float] = []
     hook = pipeline.unet.register_forward_pre_hook(lambda _, inputs: seen.append(float(inputs[1])))
-    generate(pipeline, ["a zebra"], [0], **HOW | {"scheduler": name, "steps": 1})
+    generate(pipeline, ["a zebra"], [0], replace(SAMPLING, sampler=name, steps=1), batch_size=2)
     hook.remove()
     assert len(seen) == 1
-    assert seen[0] >= 980  # LCM takes one of its 50 steps
+    assert seen[0] >= 980  # LCM uses one of its 50 steps
 
 
 @pytest.mark.parametrize("steps", [7, 20, 400])
-def test_ddim_is_that_of_its_paper(base: Path, steps: int) -> None:
+def test_ddim_follows_its_paper(base: Path, steps: int) -> None:
     scheduler = make_scheduler("ddim", load_scheduler(base).config)
     scheduler.set_timesteps(steps)
     alphas = [*scheduler.alphas_cumprod[scheduler.timesteps].double(), torch.tensor(1.0).double()]
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).double()
     expected = latents
     for timestep, alpha, following in zip(scheduler.timesteps, alphas, alphas[1:], strict=False):
-        noise = latents.roll(int(timestep), -1)  # whatever a UNet may say
+        noise = latents.roll(int(timestep), -1)  # stands in for a UNet's answer
         latents = scheduler.step(noise, timestep, latents)[0]
         clean = (expected - (1 - alpha).sqrt() * noise) / alpha.sqrt()  # arXiv:2010.02502, eq. 12 with sigma = 0
         expected = following.sqrt() * clean + (1 - following).sqrt() * noise
@@ -132,7 +135,7 @@ def test_ddim_is_that_of_its_paper(base: Path, steps: int) -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_sampler_does_the_same_whichever_was_used_before(base: Path, name: str) -> None:
+def test_a_sampler_does_not_depend_on_the_one_used_before_it(base: Path, name: str) -> None:
     config = load_scheduler(base).config
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     found = []
@@ -148,55 +151,57 @@ def test_a_sampler_does_the_same_whichever_was_used_before(base: Path, name: str
     assert all(torch.equal(found[0], other) for other in found)
 
 
-def test_the_noise_levels_of_karras_are_denser_at_the_end() -> None:
+def test_karras_noise_levels_are_denser_at_the_end() -> None:
     config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
     plain, karras = (make_scheduler(name, config) for name in ("dpmsolver++", "dpmsolver++karras"))
     for scheduler in (plain, karras):
         scheduler.set_timesteps(10)
     assert float(karras.sigmas[8]) < float(plain.sigmas[8])
-    # A sampler that is made after it does not inherit them.
+    # A sampler built from its config does not inherit them.
     assert make_scheduler("euler", karras.config).config.use_karras_sigmas is False
 
 
-def test_what_only_a_consistency_model_can_do_is_refused_to_others_and_the_other_way_round(
+def test_lcm_settings_need_an_lcm_base_and_an_lcm_base_needs_them(
     pipeline: StableDiffusionPipeline, lcm: StableDiffusionPipeline
 ) -> None:
-    with pytest.raises(BestiaryError, match="'lcm' is for bases that are latent consistency models"):
-        generate(pipeline, ["a cat"], [0], **HOW | {"scheduler": "lcm"})
-    with pytest.raises(BestiaryError, match="its guidance cannot be turned off for some steps"):
-        generate(lcm, ["a cat"], [0], guidance_interval=[0.5, 5.0], **HOW)
-    with pytest.raises(BestiaryError, match="takes at most 50 steps"):
-        generate(lcm, ["a cat"], [0], **HOW | {"scheduler": "lcm", "steps": 51})
-    (everywhere,) = generate(lcm, ["a cat"], [0], guidance_interval=[0.0, 1000.0], **HOW)
-    assert everywhere.tobytes() == generate(lcm, ["a cat"], [0], **HOW)[0].tobytes()
+    with pytest.raises(BestiaryError, match="'lcm'"):
+        generate(pipeline, ["a cat"], [0], replace(SAMPLING, sampler="lcm"), batch_size=2)
+    with pytest.raises(BestiaryError, match="guidance interval 0 to 1000"):
+        generate(lcm, ["a cat"], [0], replace(SAMPLING, guidance_interval=(0.5, 5.0)), batch_size=2)
+    with pytest.raises(BestiaryError, match="at most 50 steps: 51"):
+        generate(lcm, ["a cat"], [0], replace(SAMPLING, sampler="lcm", steps=51), batch_size=2)
+    (everywhere,) = generate(lcm, ["a cat"], [0], replace(SAMPLING, guidance_interval=(0.0, 1000.0)), batch_size=2)
+    assert everywhere.tobytes() == generate(lcm, ["a cat"], [0], SAMPLING, batch_size=2)[0].tobytes()
 
 
 def test_another_seed_or_prompt_gives_another_picture(pipeline: StableDiffusionPipeline) -> None:
-    images = generate(pipeline, ["a zebra", "a zebra", "a cat"], [0, 1, 0], **HOW)
+    images = generate(pipeline, ["a zebra", "a zebra", "a cat"], [0, 1, 0], SAMPLING, batch_size=2)
     assert len({image.tobytes() for image in images}) == 3
 
 
-def test_the_resolution_is_the_bases_own_unless_told(pipeline: StableDiffusionPipeline) -> None:
-    assert generate(pipeline, ["a cat"], [0], **HOW)[0].size == (32, 32)
-    assert generate(pipeline, ["a cat"], [0], resolution=48, **HOW)[0].size == (48, 48)
+def test_pictures_have_the_size_of_the_base_unless_another_is_given(pipeline: StableDiffusionPipeline) -> None:
+    assert generate(pipeline, ["a cat"], [0], SAMPLING, batch_size=2)[0].size == (32, 32)
+    for size in ((48, 48), (48, 32)):
+        sampling = replace(SAMPLING, width=size[0], height=size[1])
+        assert generate(pipeline, ["a cat"], [0], sampling, batch_size=2)[0].size == size
     with pytest.raises(BestiaryError, match="33 is not a multiple of 8"):
-        generate(pipeline, ["a cat"], [0], resolution=33, **HOW)
+        generate(pipeline, ["a cat"], [0], replace(SAMPLING, width=33, height=33), batch_size=2)
 
 
-def test_progress_counts_to_the_end_and_can_stop_the_work(pipeline: StableDiffusionPipeline) -> None:
+def test_progress_counts_to_the_total_and_can_stop_the_drawing(pipeline: StableDiffusionPipeline) -> None:
     seen: list[tuple[int, int]] = []
-    generate(pipeline, ["a cat"] * 3, [0, 1, 2], progress=lambda *now: seen.append(now), **HOW)
+    generate(pipeline, ["a cat"] * 3, [0, 1, 2], SAMPLING, batch_size=2, progress=lambda *now: seen.append(now))
     assert seen == [(2, 12), (4, 12), (6, 12), (8, 12), (9, 12), (10, 12), (11, 12), (12, 12)]
 
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        generate(pipeline, ["a cat"], [0], progress=stop, **HOW)
+        generate(pipeline, ["a cat"], [0], SAMPLING, batch_size=2, progress=stop)
 
 
-def test_an_unknown_scheduler_and_too_long_a_prompt_are_plain_sentences(pipeline: StableDiffusionPipeline) -> None:
-    with pytest.raises(BestiaryError, match="no scheduler 'magic'; choose one of ddpm, ddim"):
-        generate(pipeline, ["a cat"], [0], **HOW | {"scheduler": "magic"})
+def test_an_unknown_sampler_and_too_long_a_prompt_are_named(pipeline: StableDiffusionPipeline) -> None:
+    with pytest.raises(BestiaryError, match=r"'magic'.* ddpm, ddim"):
+        generate(pipeline, ["a cat"], [0], replace(SAMPLING, sampler="magic"), batch_size=2)
     with pytest.raises(BestiaryError, match="tokens and the base reads 77"):
-        generate(pipeline, ["cat " * 40], [0], **HOW)
+        generate(pipeline, ["cat " * 40], [0], SAMPLING, batch_size=2)

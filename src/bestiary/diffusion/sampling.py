@@ -1,4 +1,4 @@
-"""Pictures from prompts and seeds: the same prompt and seed give the same picture, whatever else is drawn beside it."""
+"""Draw pictures from prompts and seeds: the same prompt and seed give the same picture in any company."""
 
 from __future__ import annotations
 
@@ -10,25 +10,27 @@ import torch
 
 from bestiary.diffusion.base import encode_text
 from bestiary.errors import BestiaryError
-from bestiary.settings import SAMPLERS
+from bestiary.samplers import SAMPLERS, Sampling
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin, StableDiffusionPipeline
     from PIL.Image import Image
 
+Progress = Callable[[int, int], None]  # steps x pictures: done, total
+# diffusers' callback: pipeline, step, timestep, tensors by name; returns the tensors.
+StepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
+
 
 def make_scheduler(name: str, config: Mapping[str, Any], steps: int | None = None) -> SchedulerMixin:
-    """The sampler `name` on the noise schedule of a base's scheduler `config`, for so many steps if they are known.
+    """Build diffusers' scheduler for the sampler `name` on the noise schedule of a base's scheduler `config`.
 
-    Raises BestiaryError for an unknown name.
+    Give the number of `steps` when it is known: a single step needs another spacing.
     """
     import diffusers
 
-    if name not in SAMPLERS:
-        raise BestiaryError(f"There is no scheduler {name!r}; choose one of {', '.join(SAMPLERS)}.")
     sampler = SAMPLERS[name]
     options = dict(sampler.options)
-    if steps == 1 and options["timestep_spacing"] == "linspace":  # a line of one point, which should begin in the noise
+    if steps == 1 and options["timestep_spacing"] == "linspace":  # one point of a line would be timestep 0, not noise
         options["timestep_spacing"] = "trailing"
     return getattr(diffusers, sampler.scheduler).from_config(config, **options)
 
@@ -38,10 +40,33 @@ def is_lcm(pipeline: StableDiffusionPipeline) -> bool:
     return pipeline.unet.config.time_cond_proj_dim is not None
 
 
-def most_lcm_steps(pipeline: StableDiffusionPipeline) -> int:
-    """The steps on which a latent consistency model was distilled: it takes no more."""
-    most: int = make_scheduler("lcm", pipeline.scheduler.config).config.original_inference_steps
-    return most
+def max_lcm_steps(pipeline: StableDiffusionPipeline) -> int:
+    """The number of steps that a latent consistency model was distilled on, which is the most it can draw with."""
+    steps: int = make_scheduler("lcm", pipeline.scheduler.config).config.original_inference_steps
+    return steps
+
+
+def base_side(pipeline: StableDiffusionPipeline) -> int:
+    """Pixels a side of the pictures that the base was trained on."""
+    side: int = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    return side
+
+
+def check_sampling(pipeline: StableDiffusionPipeline, sampling: Sampling) -> None:
+    """Raise BestiaryError when this base cannot draw so: an unknown sampler, a wrong size, or too many LCM steps."""
+    if sampling.sampler not in SAMPLERS:
+        raise BestiaryError(f"There is no scheduler {sampling.sampler!r}: choose one of {', '.join(SAMPLERS)}.")
+    multiple = math.lcm(8, pipeline.vae_scale_factor)  # diffusers itself demands multiples of 8
+    for side in (sampling.width, sampling.height):
+        if side is not None and side % multiple:
+            raise BestiaryError(f"The resolution {side} is not a multiple of {multiple}.")
+    if sampling.sampler == "lcm":
+        if not is_lcm(pipeline):
+            raise BestiaryError("The scheduler 'lcm' needs a latent consistency model, and this base is not one.")
+        if sampling.steps > (most := max_lcm_steps(pipeline)):
+            raise BestiaryError(
+                f"A latent consistency model draws in at most {most} steps: {sampling.steps} are too many."
+            )
 
 
 @torch.no_grad()
@@ -49,45 +74,34 @@ def generate(
     pipeline: StableDiffusionPipeline,
     prompts: Sequence[str],
     seeds: Sequence[int],
+    sampling: Sampling,
     *,
-    steps: int,
-    guidance_scale: float,
-    scheduler: str,
     batch_size: int,
-    guidance_interval: Sequence[float] | None = None,
-    resolution: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[Image]:
-    """One picture for each prompt with its seed, `resolution` pixels a side (None: the base's own).
+    """Draw one picture for each prompt with its seed, with the adapter that is applied to the pipeline.
 
-    All randomness of picture i comes from torch.Generator("cpu").manual_seed(seeds[i]). The prompts' features are
-    computed once. With a `guidance_interval` of noise levels (low, high] only the steps inside it are guided
-    (arXiv:2404.07724); the others cost half. `progress(done, total)` is called after each denoising step, in steps
-    times pictures; what it raises stops the work.
+    All randomness of picture i comes from torch.Generator("cpu").manual_seed(seeds[i]). The prompts are encoded once.
+    With a guidance interval only the steps whose noise level is inside it are guided (arXiv:2404.07724); the others
+    cost half. `progress(done, total)` is called after each denoising step and counts steps x pictures; an exception
+    that it raises stops the drawing.
 
-    Raises BestiaryError for a resolution, sampler or guidance that this base cannot have, for too long a prompt, and
-    for pictures that are not finite numbers.
+    Raises BestiaryError when this base cannot draw with this sampling, when a prompt is too long, and when a picture
+    contains values that are not finite.
     """
-    side = resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    multiple = math.lcm(8, pipeline.vae_scale_factor)  # 8 is diffusers' own demand
-    if side % multiple:
-        raise BestiaryError(f"The resolution {side} is not a multiple of {multiple}.")
-    if scheduler == "lcm" and not is_lcm(pipeline):
-        raise BestiaryError(
-            "The scheduler 'lcm' is for bases that are latent consistency models, and this one is none."
-        )
-    if scheduler == "lcm" and steps > (most := most_lcm_steps(pipeline)):
-        raise BestiaryError(f"A latent consistency model takes at most {most} steps.")
-    pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler.config, steps)
-    scales = _guidance_scales(pipeline, steps, guidance_scale, guidance_interval)
+    check_sampling(pipeline, sampling)
+    width, height = (side or base_side(pipeline) for side in (sampling.width, sampling.height))
+    pipeline.scheduler = make_scheduler(sampling.sampler, pipeline.scheduler.config, sampling.steps)
+    scales = _guidance_scales(pipeline, sampling)
     if len(set(scales)) > 1 and is_lcm(pipeline):
         raise BestiaryError(
-            "This base is a latent consistency model: its guidance cannot be turned off for some steps, so guide all "
-            "noise levels, 0 to 1000."
+            "This base is a latent consistency model, whose guidance cannot be turned off for some of the steps. "
+            "Use the guidance interval 0 to 1000."
         )
     texts = ["", *dict.fromkeys(prompts)]
     features = encode_text(pipeline.tokenizer, pipeline.text_encoder, texts)  # (B, T, D), the first is unconditional
-    shape = (pipeline.unet.config.in_channels, side // pipeline.vae_scale_factor, side // pipeline.vae_scale_factor)
+    factor = pipeline.vae_scale_factor
+    shape = (pipeline.unet.config.in_channels, height // factor, width // factor)  # (C, h, w)
     images: list[Image] = []
     jobs = list(zip(prompts, seeds, strict=True))
     for start in range(0, len(jobs), batch_size):
@@ -96,40 +110,41 @@ def generate(
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])  # (B, C, h, w)
         prompted = features[[texts.index(prompt) for prompt, _ in batch]]
         unprompted = features[[0] * len(batch)]
-        report = _step_reporter(progress, start * steps, len(batch), len(jobs) * steps)
+        report = _step_reporter(progress, start * sampling.steps, len(batch), len(jobs) * sampling.steps)
         latents = pipeline(
             prompt_embeds=prompted,
             negative_prompt_embeds=unprompted,
             latents=noise.to(pipeline.device, pipeline.unet.dtype),
-            generator=generators,  # for the schedulers that draw more noise on the way
-            num_inference_steps=steps,
+            generator=generators,  # stochastic samplers draw more noise from it
+            num_inference_steps=sampling.steps,
             guidance_scale=scales[0],
-            height=side,
-            width=side,
+            height=height,
+            width=width,
             callback_on_step_end=_switch_guidance(scales, prompted, unprompted, report),
             output_type="latent",
         ).images
-        # While an adapter trains in half precision, its UNet answers in float32.
-        latents = latents.to(pipeline.vae.dtype) / pipeline.vae.config.scaling_factor
-        decoded = pipeline.vae.decode(latents).sample
-        if not torch.isfinite(decoded).all():  # as bytes they would only be black
-            who = "adapter" if getattr(pipeline.unet, "peft_config", None) else "base"
-            raise BestiaryError(f"The {who} draws pictures that are not finite numbers.")
-        images.extend(pipeline.image_processor.postprocess(decoded))
+        images.extend(_decode(pipeline, latents))
     return images
 
 
-StepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
+def _decode(pipeline: StableDiffusionPipeline, latents: torch.Tensor) -> list[Image]:
+    # A UNet in half precision with an adapter in training answers in float32.
+    latents = latents.to(pipeline.vae.dtype) / pipeline.vae.config.scaling_factor
+    decoded = pipeline.vae.decode(latents).sample
+    if not torch.isfinite(decoded).all():  # as bytes these would silently become black
+        source = "adapter" if getattr(pipeline.unet, "peft_config", None) else "base"
+        raise BestiaryError(f"The {source} draws pictures that contain values that are not finite.")
+    images: list[Image] = pipeline.image_processor.postprocess(decoded)
+    return images
 
 
-def _guidance_scales(
-    pipeline: StableDiffusionPipeline, steps: int, scale: float, interval: Sequence[float] | None
-) -> list[float]:
-    """The guidance scale of each step: `scale`, and 1, which is none, at noise levels outside the interval."""
-    if interval is None:
-        return [scale] * steps
-    pipeline.scheduler.set_timesteps(steps)
-    low, high = interval
+def _guidance_scales(pipeline: StableDiffusionPipeline, sampling: Sampling) -> list[float]:
+    """The guidance scale of each step; 1, which means no guidance, at noise levels outside the interval."""
+    scale = sampling.guidance_scale
+    if sampling.guidance_interval is None:
+        return [scale] * sampling.steps
+    pipeline.scheduler.set_timesteps(sampling.steps)
+    low, high = sampling.guidance_interval
     alphas = pipeline.scheduler.alphas_cumprod[pipeline.scheduler.timesteps.cpu().round().long()]
     sigmas = ((1 - alphas) / alphas).sqrt().tolist()  # of latents whose own scale is 1, as in the paper
     return [scale if low < sigma <= high else 1.0 for sigma in sigmas]
@@ -138,7 +153,7 @@ def _guidance_scales(
 def _switch_guidance(
     scales: Sequence[float], prompted: torch.Tensor, unprompted: torch.Tensor, report: StepEnd | None
 ) -> StepEnd | None:
-    """After each step, set the pipeline to the next one's guidance, as diffusers' guide to callbacks does."""
+    """A callback that switches the pipeline to the next step's guidance, as diffusers' guide to callbacks shows."""
     if len(set(scales)) == 1:
         return report
 
@@ -153,7 +168,7 @@ def _switch_guidance(
     return switch
 
 
-def _step_reporter(progress: Callable[[int, int], None] | None, done: int, pictures: int, total: int) -> StepEnd | None:
+def _step_reporter(progress: Progress | None, done: int, pictures: int, total: int) -> StepEnd | None:
     if progress is None:
         return None
 

@@ -1,0 +1,198 @@
+"""The evaluation report: every score with its interval, label, unit and direction, read and written as JSON.
+
+`reports/evaluate.json` is written from it. The command line, the registry, the model card and the page show it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from bestiary.errors import BestiaryError
+
+
+@dataclass(frozen=True)
+class Score:
+    """What is measured: its key in the JSON, and how people read it.
+
+    higher_is_better is None where neither direction is better. Percentages differ in points.
+    """
+
+    key: str
+    label: str
+    unit: str = ""
+    higher_is_better: bool | None = True
+
+    @property
+    def title(self) -> str:
+        """The label with what a reader must know of the number.
+
+        >>> [score.title for score in SCORES if score.key in ("top1", "cmmd")]
+        ['recognised (top-1), %', 'CMMD (lower is better)']
+        """
+        unit = f", {self.unit}" if self.unit else ""
+        return f"{self.label}{unit}{' (lower is better)' if self.higher_is_better is False else ''}"
+
+
+SCORES = (
+    Score("clip_score", "CLIP score"),
+    Score("margin", "margin over other subjects"),
+    Score("top1", "recognised (top-1)", "%"),
+    Score("top5", "recognised (top-5)", "%"),
+    Score("cmmd", "CMMD", higher_is_better=False),
+    Score("diversity", "diversity", higher_is_better=None),
+)
+BY_KEY = {score.key: score for score in SCORES}
+TABLE = tuple(score for score in SCORES if score.higher_is_better is not None)  # what a table of results shows
+HEADLINES = ("clip_score", "margin", "top1")  # where there is room for a few numbers only
+
+
+class _Table(BaseModel):
+    """Reports of other versions may hold more keys: they are ignored."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class Estimate(_Table):
+    """A mean with its 95 % interval."""
+
+    mean: float
+    ci95: tuple[float, float]
+
+    def describe(self, sign: str = "") -> str:
+        """The number in words.
+
+        >>> Estimate(mean=18.193, ci95=(15.106, 21.361)).describe("+")
+        '+18.19 (95 % interval +15.11 to +21.36)'
+        """
+        low, high = self.ci95
+        return f"{self.mean:{sign}.2f} (95 % interval {low:{sign}.2f} to {high:{sign}.2f})"
+
+
+Row = Mapping[str, Estimate]  # by score key
+
+
+class ClassScores(_Table):
+    """The mean scores of one class's pictures, and the paired difference."""
+
+    base: Mapping[str, float]
+    adapter: Mapping[str, float]
+    delta: Row
+
+
+class Memorisation(_Table):
+    """How near pictures are to real images: cosines to the nearest one, and the share that looks copied."""
+
+    nearest_train: Estimate
+    nearest_validation: Estimate
+    gap: Estimate
+    copied: Estimate
+
+
+class MemorisationRows(_Table):
+    """The memorisation of the base's and of the adapter's pictures."""
+
+    base: Memorisation
+    adapter: Memorisation
+
+
+class TemplateScores(_Table):
+    """The CLIP score of the pictures against the captions of one template."""
+
+    base: Estimate
+    adapter: Estimate
+
+
+class ScaleZero(_Table):
+    """How many pictures were drawn with adapter weight 0, and how many differ from the base's."""
+
+    pictures: int
+    different: int
+
+
+class OperatingPointReport(_Table):
+    """The checkpoint, adapter weight (`scale`) and guidance scale that the pictures were drawn with."""
+
+    checkpoint: str
+    scale: float
+    guidance_scale: float
+
+
+class Rows(_Table):
+    """Scores of the base, the adapter, their paired difference, real pictures, and pictures under wrong names."""
+
+    base: Row
+    adapter: Row
+    delta: Row
+    real: Row
+    floor: Row
+
+
+class EvaluationReport(Rows):
+    """The content of reports/evaluate.json. Score rows hold an `Estimate` by the keys of SCORES.
+
+    classes are all the classes that the judge chose among; per_class has those that were drawn.
+    """
+
+    images: int
+    per_template: Mapping[str, TemplateScores]
+    per_class: Mapping[str, ClassScores]
+    worst_classes: tuple[str, ...]
+    memorisation: MemorisationRows
+    classes: tuple[str, ...]
+    scale_zero: ScaleZero
+    operating_point: OperatingPointReport
+    second_judge: Rows | None = None
+    seconds: Mapping[str, float | None]
+    adapter_sha256: str
+
+    @property
+    def table(self) -> list[Score]:
+        """The scores to show. Reports of earlier versions lack some."""
+        return [score for score in TABLE if score.key in self.delta]
+
+    def to_dict(self) -> dict[str, object]:
+        """The report as reports/evaluate.json holds it."""
+        content = self.model_dump(exclude=None if self.second_judge else {"second_judge"})
+        return {"images": content.pop("images"), **content}
+
+
+def read_evaluation(path: Path) -> EvaluationReport:
+    """Read reports/evaluate.json. Raises BestiaryError when it is missing or damaged."""
+    try:
+        return EvaluationReport.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise BestiaryError(f"There are no results yet: {path} does not exist. Run `dvc repro`.") from None
+    except ValidationError:
+        raise BestiaryError(f"{path} is damaged. Delete it and run `dvc repro`.") from None
+
+
+def as_text(report: EvaluationReport) -> Iterator[str]:
+    """The lines of the result table for a terminal."""
+    width = 2 + max(len(score.title) for score in report.table)
+    yield f"{'':{width}}{'base':>8}{'adapter':>10}{'difference':>13}   {'95 % interval':17}{'real pictures':>16}"
+    for score in report.table:
+        delta = report.delta[score.key]
+        low, high = delta.ci95
+        yield (
+            f"{score.title:{width}}{report.base[score.key].mean:8.2f}{report.adapter[score.key].mean:10.2f}"
+            f"{delta.mean:+13.2f}   {f'{low:+.2f} to {high:+.2f}':17}{report.real[score.key].mean:16.2f}"
+        )
+
+
+def as_markdown(report: EvaluationReport) -> Iterator[str]:
+    """The lines of the result table for the registry's description and the model card."""
+    yield "| score | base | adapter | difference (95 % interval) | real pictures |"
+    yield "|---|---|---|---|---|"
+    for score in report.table:
+        base, adapter, delta, real = (
+            row[score.key] for row in (report.base, report.adapter, report.delta, report.real)
+        )
+        low, high = delta.ci95
+        yield (
+            f"| {score.title} | {base.mean:.2f} | {adapter.mean:.2f} "
+            f"| {delta.mean:+.2f} ({low:+.2f} to {high:+.2f}) | {real.mean:.2f} |"
+        )

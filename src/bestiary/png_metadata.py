@@ -1,0 +1,159 @@
+"""What a picture was made with, written into its PNG so that the picture can be drawn again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bestiary import __version__
+from bestiary.errors import BestiaryError
+from bestiary.samplers import SAMPLERS, Sampling, StoredSampling, from_stored, to_stored
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+KEY = "bestiary"
+MAX_SEED = 2**64
+
+
+@dataclass(frozen=True)
+class PictureSettings:
+    """Everything that decides a picture's pixels on one machine. The sampling names its width and height.
+
+    contrast, saturation and brightness are factors, 1.0 for the picture as it was drawn.
+    """
+
+    prompt: str
+    seed: int
+    sampling: Sampling
+    base: str
+    base_revision: str | None
+    adapter: str | None
+    adapter_sha256: str | None
+    contrast: float = 1.0
+    saturation: float = 1.0
+    brightness: float = 1.0
+
+    def to_dict(self) -> dict[str, object]:
+        """The settings in one flat table, ready for JSON."""
+        return {
+            "prompt": self.prompt,
+            "seed": self.seed,
+            **to_stored(self.sampling),
+            "base": self.base,
+            "base_revision": self.base_revision,
+            "adapter": self.adapter,
+            "adapter_sha256": self.adapter_sha256,
+            "contrast": self.contrast,
+            "saturation": self.saturation,
+            "brightness": self.brightness,
+        }
+
+
+def write_png(image: Image, settings: PictureSettings) -> bytes:
+    """The picture with its colours adjusted, as a PNG with its settings: in A1111's text form and as our own JSON."""
+    from PIL.ImageEnhance import Brightness, Color, Contrast
+    from PIL.PngImagePlugin import PngInfo
+
+    for enhance, factor in (
+        (Contrast, settings.contrast),
+        (Color, settings.saturation),
+        (Brightness, settings.brightness),
+    ):
+        if factor != 1.0:
+            image = enhance(image).enhance(factor)
+    metadata = PngInfo()
+    metadata.add_text("parameters", as_a1111(settings))
+    metadata.add_text(KEY, json.dumps(settings.to_dict(), ensure_ascii=False))
+    buffer = BytesIO()
+    image.save(buffer, "PNG", pnginfo=metadata)
+    return buffer.getvalue()
+
+
+def as_a1111(settings: PictureSettings) -> str:
+    """The settings in the text form that A1111 writes into its pictures and many tools read."""
+    sampling = settings.sampling
+    interval = sampling.guidance_interval
+    fields = {
+        "Steps": sampling.steps,
+        "Sampler": SAMPLERS[sampling.sampler].label,
+        "CFG scale": f"{sampling.guidance_scale:g}",
+        **({"CFG interval": "{:g} to {:g}".format(*interval)} if interval else {}),
+        "Seed": settings.seed,
+        "Size": f"{sampling.width}x{sampling.height}",
+        "Model": Path(settings.base).name,
+        **({"Adapter": json.dumps(settings.adapter, ensure_ascii=False)} if settings.adapter else {}),
+        **({"Lora hashes": f'"bestiary: {settings.adapter_sha256[:12]}"'} if settings.adapter_sha256 else {}),
+        "Version": f"Bestiary {__version__}",
+    }
+    return f"{settings.prompt}\n{', '.join(f'{key}: {value}' for key, value in fields.items())}"
+
+
+def read_settings(path: Path) -> PictureSettings:
+    """Read the settings from a picture that `write_png` wrote.
+
+    Raises BestiaryError when the file is not a picture, carries no settings, or carries some that cannot be drawn.
+    """
+    from PIL import Image, UnidentifiedImageError
+    from pydantic import TypeAdapter
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+            text = image.info[KEY]
+        _StoredSettings(**json.loads(text))  # refuses keys that it does not know
+        stored = TypeAdapter(_StoredSettings).validate_json(text, strict=True)
+    except FileNotFoundError:
+        raise BestiaryError(f"There is no picture {path}.") from None
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError):
+        raise BestiaryError(f"{path} is not a readable picture.") from None
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise BestiaryError(f"{path} does not carry the settings that it was made with.") from None
+    settings = stored.settings()
+    if not _can_be_drawn(settings):
+        raise BestiaryError(f"{path} carries settings that cannot be drawn.")
+    return settings
+
+
+@dataclass(frozen=True)
+class _StoredSettings(StoredSampling):
+    """The flat table in the file. Fields with defaults were added after the first files had been written."""
+
+    prompt: str = field(kw_only=True)
+    seed: int = field(kw_only=True)
+    base: str = field(kw_only=True)
+    base_revision: str | None = field(kw_only=True)
+    adapter: str | None = field(kw_only=True)
+    adapter_sha256: str | None = field(kw_only=True)
+    contrast: float = 1.0
+    saturation: float = 1.0
+    brightness: float = 1.0
+
+    def settings(self) -> PictureSettings:
+        return PictureSettings(
+            prompt=self.prompt,
+            seed=self.seed,
+            sampling=from_stored(self),
+            base=self.base,
+            base_revision=self.base_revision,
+            adapter=self.adapter,
+            adapter_sha256=self.adapter_sha256,
+            contrast=self.contrast,
+            saturation=self.saturation,
+            brightness=self.brightness,
+        )
+
+
+def _can_be_drawn(settings: PictureSettings) -> bool:
+    sampling = settings.sampling
+    colours = (settings.contrast, settings.saturation, settings.brightness)
+    return (
+        sampling.is_possible
+        and sampling.width is not None
+        and sampling.height is not None
+        and 0 <= settings.seed < MAX_SEED
+        and all(0.1 <= colour <= 3 for colour in colours)
+    )

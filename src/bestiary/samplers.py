@@ -1,0 +1,191 @@
+"""Samplers by the names that A1111 and ComfyUI use, and `Sampling`: how a picture is drawn."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Literal, get_args
+
+SamplerName = Literal["ddpm", "ddim", "dpmsolver++", "dpmsolver++karras", "dpmsolver++sde", "unipc", "euler", "lcm"]
+# Noise levels (low, high]: only the steps inside are guided (arXiv:2404.07724).
+GuidanceInterval = tuple[float, float]
+MAX_STEPS, MIN_SIDE, MAX_SIDE, MAX_GUIDANCE_SCALE = 1000, 8, 4096, 50.0
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A sampler: its label in other programs, and the diffusers class and options behind it.
+
+    `stochastic` samplers add noise at every step, so more steps give a different image instead of converging.
+    """
+
+    label: str
+    scheduler: str
+    options: Mapping[str, str | int | bool]
+    stochastic: bool = False
+
+
+def _dpmsolver(algorithm: str, *, karras: bool = False, order: int = 2) -> dict[str, str | int | bool]:
+    return {
+        "algorithm_type": algorithm,
+        "use_karras_sigmas": karras,
+        "solver_order": order,
+        "timestep_spacing": "linspace",
+    }
+
+
+# clip_sample is off because latents are not limited to [-1, 1]. timestep_spacing is "linspace" because with "leading",
+# which many bases set, diffusers starts 400 steps at timestep 800 although the latents are still pure noise.
+# DDIM is first-order DPM-Solver++ (arXiv:2211.01095, section 4): diffusers' own DDIM misses the next timestep when
+# 1000 is not a multiple of the number of steps.
+# Each entry sets every option that any other entry overrides, because schedulers are built from one another's config.
+# Sources, in order: arXiv:2006.11239, 2010.02502, 2211.01095 for three (with the noise levels of 2206.00364 where the
+# name says Karras), 2302.04867, 2206.00364, 2310.04378.
+SAMPLERS: dict[str, Sampler] = {
+    "ddpm": Sampler("DDPM", "DDPMScheduler", {"clip_sample": False, "timestep_spacing": "linspace"}, stochastic=True),
+    "ddim": Sampler("DDIM", "DPMSolverMultistepScheduler", _dpmsolver("dpmsolver++", order=1)),
+    "dpmsolver++": Sampler("DPM++ 2M", "DPMSolverMultistepScheduler", _dpmsolver("dpmsolver++")),
+    "dpmsolver++karras": Sampler(
+        "DPM++ 2M Karras", "DPMSolverMultistepScheduler", _dpmsolver("dpmsolver++", karras=True)
+    ),
+    "dpmsolver++sde": Sampler(
+        "DPM++ 2M SDE Karras",
+        "DPMSolverMultistepScheduler",
+        _dpmsolver("sde-dpmsolver++", karras=True),
+        stochastic=True,
+    ),
+    "unipc": Sampler(
+        "UniPC",
+        "UniPCMultistepScheduler",
+        {"use_karras_sigmas": False, "solver_order": 2, "timestep_spacing": "linspace"},
+    ),
+    "euler": Sampler("Euler", "EulerDiscreteScheduler", {"use_karras_sigmas": False, "timestep_spacing": "linspace"}),
+    "lcm": Sampler("LCM", "LCMScheduler", {"clip_sample": False, "timestep_spacing": "leading"}, stochastic=True),
+}
+assert tuple(SAMPLERS) == get_args(SamplerName)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw a picture: everything that decides its pixels besides prompt, seed, base and adapter.
+
+    width and height are in pixels (None: the size that the base was trained at). guidance_interval None guides every
+    step. adapter_weight is the factor that the adapter is applied with: 1.0 as trained.
+    """
+
+    sampler: str = "dpmsolver++"
+    steps: int = 25
+    guidance_scale: float = 7.5
+    guidance_interval: GuidanceInterval | None = None
+    width: int | None = None
+    height: int | None = None
+    adapter_weight: float = 1.0
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether every value is in the range that a sampler can work with.
+
+        >>> Sampling("ddim", steps=10).is_possible, Sampling("ddim", steps=0).is_possible
+        (True, False)
+        """
+        low, high = self.guidance_interval or (0.0, 1.0)
+        return (
+            self.sampler in SAMPLERS
+            and 1 <= self.steps <= MAX_STEPS
+            and 1 <= self.guidance_scale <= MAX_GUIDANCE_SCALE
+            and 0 <= low < high < math.inf
+            and all(side is None or MIN_SIDE <= side <= MAX_SIDE for side in (self.width, self.height))
+            and math.isfinite(self.adapter_weight)
+        )
+
+
+@dataclass(frozen=True)
+class StoredSampling:
+    """`Sampling` as PNG metadata, registry tags and the page hold it.
+
+    Square pictures have one `resolution`, as in files written before there were others. Values that were not stored
+    then have defaults here.
+    """
+
+    steps: int
+    guidance_scale: float
+    scheduler: str
+    resolution: int | None
+    guidance_interval: GuidanceInterval | None = None
+    width: int | None = None
+    height: int | None = None
+    adapter_weight: float = 1.0
+
+
+OPTIONAL = ("width", "height", "adapter_weight")  # stored only where they say something
+
+
+def to_stored(sampling: Sampling) -> dict[str, object]:
+    """The fields of `StoredSampling`, ready for JSON.
+
+    >>> to_stored(Sampling("ddim", steps=10, guidance_scale=3.0, width=64, height=64))
+    {'steps': 10, 'guidance_scale': 3.0, 'scheduler': 'ddim', 'resolution': 64, 'guidance_interval': None}
+    """
+    square = sampling.width == sampling.height
+    stored = StoredSampling(
+        steps=sampling.steps,
+        guidance_scale=sampling.guidance_scale,
+        scheduler=sampling.sampler,
+        resolution=sampling.width if square else None,
+        guidance_interval=sampling.guidance_interval,
+        width=None if square else sampling.width,
+        height=None if square else sampling.height,
+        adapter_weight=sampling.adapter_weight,
+    )
+    return {
+        each.name: getattr(stored, each.name)
+        for each in fields(stored)
+        if each.name not in OPTIONAL or getattr(stored, each.name) != each.default
+    }
+
+
+def from_stored(stored: StoredSampling) -> Sampling:
+    """The `Sampling` that `to_stored` was given."""
+    return Sampling(
+        sampler=stored.scheduler,
+        steps=stored.steps,
+        guidance_scale=stored.guidance_scale,
+        guidance_interval=stored.guidance_interval,
+        width=stored.resolution or stored.width,
+        height=stored.resolution or stored.height,
+        adapter_weight=stored.adapter_weight,
+    )
+
+
+@dataclass(frozen=True)
+class DrawingDefaults:
+    """How pictures are drawn unless the user asks otherwise: for a registered adapter, as it was evaluated."""
+
+    template: str = "a photo of {}"
+    sampling: Sampling = field(default_factory=Sampling)
+
+    def to_dict(self) -> dict[str, object]:
+        """The template and the sampling in one flat table, ready for JSON."""
+        return {"template": self.template, **to_stored(self.sampling)}
+
+    def to_json(self) -> str:
+        """This as JSON, for `from_json`."""
+        return json.dumps(self.to_dict())
+
+    @staticmethod
+    def from_json(text: str) -> DrawingDefaults:
+        """Read what `to_json` wrote. Raises ValueError for anything else."""
+        from pydantic import TypeAdapter
+
+        stored = TypeAdapter(_StoredDefaults).validate_json(text, strict=True)
+        defaults = DrawingDefaults(stored.template, from_stored(stored))
+        if "{}" not in defaults.template or not defaults.sampling.is_possible:
+            raise ValueError(text)
+        return defaults
+
+
+@dataclass(frozen=True)
+class _StoredDefaults(StoredSampling):
+    template: str = field(kw_only=True)

@@ -1,5 +1,6 @@
-"""Measures what a picture costs at each setting of the sampler, and how good it is."""
+"""Measure what a picture costs with each setting, and how good it is."""
 
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -7,58 +8,66 @@ from bestiary.stage import REPORTS, stage
 
 SPLIT = Path("build/split")
 
-with stage("benchmark") as (params, run):
-    import pandas as pd
 
-    from bestiary.diffusion.adapter import check_trained_on
-    from bestiary.evaluation import benchmarking, sweep
-    from bestiary.subjects import caption, subject_of
+def main() -> None:
+    """Write reports/benchmark.json with its figure and its table."""
+    with stage("benchmark") as (params, run):
+        # A mistake in params.yaml is reported before these imports, which take seconds.
+        import pandas as pd
+        import torch
 
-    settings, default, base = params.benchmark, params.evaluate, params.base
-    resolution = params.encode.resolution  # what the adapter was trained at
-    point = sweep.read_operating_point(REPORTS / "operating_point")
-    check_trained_on(point.adapter, base.model, base.revision)
-    classes = sorted(pd.read_csv(SPLIT / "val.csv", dtype=str)["class"].unique())
-    # First, while this process holds little memory and no threads of its own.
-    how = default.model_dump(include={"scheduler", "steps", "guidance_interval"})
-    how |= {"guidance_scale": point.guidance_scale, "resolution": resolution}
-    prompt = caption(subject_of(classes[0]), default.template)
-    cold_start = benchmarking.cold_start(base.model, base.revision, point.adapter, prompt, **how)
+        from bestiary.diffusion.adapter import check_trained_on
+        from bestiary.diffusion.base import device_and_dtype, load_pipeline
+        from bestiary.evaluation import benchmark, plots
+        from bestiary.evaluation.cold_start import cold_start
+        from bestiary.evaluation.judge import Judge
+        from bestiary.evaluation.profiling import environment
+        from bestiary.evaluation.sweep import read_operating_point
+        from bestiary.subjects import caption, subject_of
 
-    import torch
+        settings, evaluate, base = params.benchmark, params.evaluate, (params.base.model, params.base.revision)
+        point = read_operating_point(REPORTS / "operating_point")
+        check_trained_on(point.adapter, *base)
+        resolution = params.encode.resolution  # that the adapter was trained at
+        sampling = replace(evaluate.sampling(resolution), guidance_scale=point.guidance_scale)
+        classes = sorted(pd.read_csv(SPLIT / "val.csv", dtype=str)["class"].unique())
+        # The cold start comes first, while this process holds little memory and computes nothing.
+        prompt = caption(subject_of(classes[0]), evaluate.template)
+        start = cold_start(*base, point.adapter, prompt, sampling)
 
-    from bestiary.diffusion.base import device_and_dtype, load_pipeline
-    from bestiary.evaluation import plots
-    from bestiary.evaluation.judge import Judge
+        device, dtype = device_and_dtype()
+        judge = Judge.load(params.judge.model, params.judge.revision, device.type)
+        tiny = settings.tiny_vae
+        bench = benchmark.Bench(
+            load=lambda name: load_pipeline(*base, dtype=getattr(torch, name)),
+            adapter=point.adapter,
+            trial=benchmark.Trial.of(
+                judge, classes, evaluate.template, max(settings.pictures, settings.repeats), params.seed
+            ),
+            sampling=replace(sampling, guidance_interval=sampling.guidance_interval or settings.guidance_interval),
+            repeats=settings.repeats,
+            untimed_batch=evaluate.batch_size,
+            load_tiny_vae=partial(benchmark.load_tiny_vae, tiny.model, tiny.revision) if tiny else None,
+        )
+        rows, skipped = benchmark.run(bench, benchmark.plan(settings, evaluate, str(dtype).removeprefix("torch.")))
+        loading_s = start.parts.import_s + start.parts.load_s
+        rows = [replace(row, with_loading_s=loading_s + row.cost.p50_s) for row in rows]
+        table = [row.to_dict() for row in rows]
+        plots.quality_against_cost(rows, REPORTS / "benchmark" / "quality_against_cost.png")
+        plots.save_table(pd.DataFrame(table), REPORTS / "benchmark" / "settings.csv")
+        run.report(
+            {
+                "environment": asdict(environment()),
+                "resolution": resolution,
+                "adapter_sha256": point.adapter_sha256,
+                "cold_start_s": start.total_s,
+                "cold_start": asdict(start.parts),
+                "rows": table,
+                "skipped": [setting.to_dict() for setting in skipped],
+                "fastest_good": benchmark.fastest_good(rows).to_dict(),
+            }
+        )
 
-    device, dtype = device_and_dtype()
-    judge = Judge.load(params.judge.model, params.judge.revision, device=device.type)
-    tiny = settings.tiny_vae
-    rows, skipped = benchmarking.run(
-        lambda name: load_pipeline(base.model, base.revision, dtype=getattr(torch, name)),
-        point.adapter,
-        benchmarking.Trial.of(judge, classes, default.template, max(settings.pictures, settings.repeats), params.seed),
-        benchmarking.plan(settings, default, str(dtype).removeprefix("torch.")),
-        guidance_scale=point.guidance_scale,
-        guidance_interval=default.guidance_interval or settings.guidance_interval,
-        repeats=settings.repeats,
-        quality_batch=default.batch_size,
-        resolution=resolution,
-        tiny_vae=partial(benchmarking.load_tiny_vae, tiny.model, tiny.revision) if tiny else None,
-    )
-    for row in rows:  # as the original system's table has it, once more with everything before the first picture
-        row["with_loading_s"] = cold_start["import_s"] + cold_start["load_s"] + row["p50_s"]
-    plots.quality_against_cost(rows, REPORTS / "benchmark" / "quality_against_cost.png")
-    plots.save_table(pd.DataFrame(rows), REPORTS / "benchmark" / "settings.csv")
-    run.report(
-        {
-            "environment": benchmarking.environment(),
-            "resolution": resolution,
-            "adapter_sha256": point.adapter_sha256,
-            "cold_start_s": cold_start.pop("total_s"),
-            "cold_start": cold_start,
-            "rows": rows,
-            "skipped": skipped,
-            "fastest_good": benchmarking.fastest_good(rows),
-        }
-    )
+
+if __name__ == "__main__":
+    main()

@@ -1,11 +1,11 @@
-"""An evaluation from end to end: what to draw, at which operating point, and what the judges say of it."""
+"""A whole evaluation: choose the operating point, draw with base and adapter, and let the judges score the pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -13,10 +13,13 @@ import pandas as pd
 from bestiary.data.images import open_rgb
 from bestiary.diffusion.adapter import adapter_file
 from bestiary.evaluation import pictures, plots, scoring, sweep
-from bestiary.evaluation.scoring import Pictures, Words
-from bestiary.evaluation.timing import Laps
-from bestiary.params import Evaluate
-from bestiary.subjects import caption, subject_of
+from bestiary.evaluation.pictures import Jobs, PictureCache, make_jobs
+from bestiary.evaluation.report import EvaluationReport, OperatingPointReport, Rows, ScaleZero, ScoreReport
+from bestiary.evaluation.scoring import ClassTexts, JudgedImages
+from bestiary.evaluation.sweep import Candidate, OperatingPoint
+from bestiary.evaluation.timing import Timer
+from bestiary.params import Evaluate, Sweep
+from bestiary.subjects import subject_of
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -24,155 +27,232 @@ if TYPE_CHECKING:
 
     from bestiary.evaluation.judge import Judge
 
+CLOSEST_PAIRS = 10  # shown beside their nearest training images
+
 
 @dataclass(frozen=True)
-class Jobs:
-    """What to draw: the class index, the prompt and the seed of each picture."""
+class Compared:
+    """What an evaluation compares, and what it measures with.
 
-    labels: list[int]
-    prompts: list[str]
-    seeds: list[int]
+    `clean` is the folder of the images that the manifests in the folder `split` list. The first judge's scores count;
+    a second judge's are reported beside them.
+    """
+
+    pipeline: StableDiffusionPipeline
+    adapter: Path
+    judges: Sequence[Judge]
+    clean: Path
+    split: Path
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What one judge compares generated pictures with: the real images of both splits, and the classes' texts."""
+
+    judge: Judge
+    validation: JudgedImages
+    train: JudgedImages
+    texts: ClassTexts
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """The candidates' scores, the name of the score that chose, and the best candidate by it."""
+
+    table: pd.DataFrame
+    score: str
+    best: Candidate
+
+
+@dataclass(frozen=True)
+class Side:
+    """The pictures by the base or by the adapter, and the first judge's features of them."""
+
+    images: Sequence[Image]
+    judged: JudgedImages
+
+
+@dataclass(frozen=True)
+class NearestImage:
+    """A generated picture (by its index), the nearest training image, and their cosine."""
+
+    picture: int
+    path: Path
+    cosine: float
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found: its report, and what its figures are drawn from."""
+    """The result of an evaluation: one report of scores for each judge, and what the figures are drawn from."""
 
-    report: dict[str, Any]
-    checkpoint: Path
-    scale: float
-    guidance_scale: float
-    words: Words
+    scores: Sequence[ScoreReport]
+    chosen: Candidate
+    texts: ClassTexts
     jobs: Jobs
-    base: plots.Drawn
-    adapter: plots.Drawn
-    nearest_training_images: list[tuple[int, Path, float]]  # picture, image, cosine
-    swept: pd.DataFrame | None
-    swept_by: str  # the score that chose
+    base: Side
+    adapter: Side
+    nearest: Sequence[NearestImage]
+    sweep: SweepResult | None
+    seconds: Mapping[str, int | float | None]
+
+    def report(self, point: OperatingPoint, stage_seconds: float) -> EvaluationReport:
+        """The content of reports/evaluate.json."""
+        first, *others = self.scores
+        return EvaluationReport(
+            **dict(first),
+            classes=tuple(self.texts.classes),
+            scale_zero=ScaleZero(pictures=pictures.WEIGHT_ZERO_PICTURES, different=0),  # draw_pairs raises otherwise
+            operating_point=OperatingPointReport(
+                checkpoint=point.checkpoint, scale=point.weight, guidance_scale=point.guidance_scale
+            ),
+            second_judge=_rows(others[0]) if others else None,
+            seconds={**self.seconds, "stage_s": stage_seconds},
+            adapter_sha256=point.adapter_sha256,
+        )
 
 
 def evaluate(
-    pipeline: StableDiffusionPipeline,
-    adapter: Path,
-    judges: Sequence[Judge],
-    clean: Path,
-    split: Path,
+    compared: Compared,
     settings: Evaluate,
     *,
     seed: int,
     resolution: int | None = None,
-    kept: pictures.Kept | None = None,
+    cache: PictureCache | None = None,
 ) -> Evaluation:
-    """Draw with base and adapter and let the first judge compare them, and the second one too where there is one.
+    """Draw the same prompts and noise with base and adapter, and let each judge score the pictures.
 
-    `clean` holds the images that the manifests in `split` name; pictures in `kept` are not drawn again. The report is
-    that of `scoring.compare`, with where the time went. Raises BestiaryError when there is nothing to compare with or
-    the adapter does not fit.
+    Pictures have `resolution` pixels a side (None: the base's own size). Pictures in `cache` are not drawn again.
+    Raises BestiaryError when images are missing or the adapter does not fit the base.
     """
-    laps = Laps()
-    train, validation = pictures.read_manifests(split)
-    classes = sorted(train["class"].unique())
-    shown = pictures.choose(classes, settings.classes)
-    train, validation = (table[table["class"].isin(shown)] for table in (train, validation))
-    adapter_file(adapter)  # before anything long, that it is there
-    real, trained_on = (
-        [pictures.view_files(judge, clean, table, classes) for judge in judges] for table in (validation, train)
-    )
-    words = [pictures.read_words(judge, classes, settings.template) for judge in judges]
-    laps.note("judge")
-
-    how = settings.model_dump(include={"steps", "scheduler", "guidance_interval", "batch_size"})
-    how |= {"resolution": resolution, "kept": kept}
-    jobs = _jobs(classes, shown, settings.template, settings.seeds, seed)
-    checkpoint, scale, guidance_scale = adapter, 1.0, settings.guidance_scale
-    swept = None
+    timer = Timer()
+    references, train_paths, labels = _read_references(compared, settings)
+    texts = references[0].texts
+    timer.lap("judge")
+    jobs = make_jobs(texts.classes, np.repeat(labels, settings.seeds).tolist(), settings.template, seed)
+    chosen = Candidate(compared.adapter, settings.sampling(resolution))
+    result = None
     if settings.sweep:
-        # On seeds of its own: the best of many is lucky on those that chose it.
-        tried = _jobs(classes, shown, settings.template, settings.sweep.seeds, seed + len(jobs.seeds))
-
-        def look(adapter: Path, scale: float, guidance_scale: float) -> Pictures:
-            images = pictures.draw(
-                pipeline, adapter, tried.prompts, tried.seeds, scale=scale, guidance_scale=guidance_scale, **how
-            )
-            laps.note("draw")
-            return pictures.view(judges[0], images, tried.labels)
-
-        adapters = sweep.checkpoints(adapter) if settings.sweep.checkpoints else [adapter]
-        swept = sweep.sweep(look, words[0], adapters, settings.sweep.scales, settings.sweep.guidance_scales)
-        choice = sweep.best(swept, settings.sweep.score)
-        checkpoint, scale, guidance_scale = Path(choice["checkpoint"]), choice["scale"], choice["guidance_scale"]
-        laps.note("judge")
-
+        # Other seeds than the evaluation's: the best of many candidates was lucky on the seeds that chose it.
+        tried = np.repeat(labels, settings.sweep.seeds).tolist()
+        sweep_jobs = make_jobs(texts.classes, tried, settings.template, seed + len(jobs.seeds))
+        result = _sweep(compared, settings, settings.sweep, chosen, sweep_jobs, texts, cache, timer)
+        chosen = result.best
     images = pictures.draw_pairs(
-        pipeline, checkpoint, jobs.prompts, jobs.seeds, scale=scale, guidance_scale=guidance_scale, **how
+        compared.pipeline, chosen.checkpoint, jobs, chosen.sampling, batch_size=settings.batch_size, cache=cache
     )
-    laps.note("draw")
-    seen = [[pictures.view(judge, row, jobs.labels) for row in images] for judge in judges]
-    laps.note("judge")
-    reports = [
+    timer.lap("draw")
+    judged = [
+        (pictures.view(each.judge, images[0], jobs.labels), pictures.view(each.judge, images[1], jobs.labels))
+        for each in references
+    ]
+    timer.lap("judge")
+    scores = [
         scoring.compare(
-            by_base, by_adapter, of_real, of_train.features, read, resamples=settings.bootstrap_resamples, seed=seed
+            *pair,
+            reference.validation,
+            reference.train.features,
+            reference.texts,
+            resamples=settings.bootstrap_resamples,
+            seed=seed,
         )
-        for (by_base, by_adapter), of_real, of_train, read in zip(seen, real, trained_on, words, strict=True)
+        for pair, reference in zip(judged, references, strict=True)
     ]
-    laps.note("score")
-    report = reports[0]
-    report["classes"] = classes  # all that the judge chose among, drawn or not
-    report["scale_zero"] = {"pictures": pictures.SCALE_ZERO_PICTURES, "different": 0}  # else there were no report
-    report["operating_point"] = {"checkpoint": str(checkpoint), "scale": scale, "guidance_scale": guidance_scale}
-    if len(judges) > 1:
-        report["second_judge"] = {row: reports[1][row] for row in scoring.ROWS}
-    report["seconds"] = {**laps.report(work="draw")}
-    if kept and kept.reused:  # then the share says nothing of an evaluation that draws
-        report["seconds"] |= {"pictures_kept": kept.reused, "overhead_share": None}
-    base, with_adapter = (plots.Drawn(*row) for row in zip(images, seen[0], strict=True))
+    timer.lap("score")
+    base, adapter = (Side(*side) for side in zip(images, judged[0], strict=True))
     nearest = [
-        (picture, clean / train["path"].iloc[image], cosine)
-        for picture, image, cosine in scoring.closest_pairs(with_adapter.seen.features, trained_on[0].features, 10)
+        NearestImage(picture, train_paths[image], cosine)
+        for picture, image, cosine in scoring.closest_pairs(
+            adapter.judged.features, references[0].train.features, CLOSEST_PAIRS
+        )
     ]
-    swept_by = settings.sweep.score if settings.sweep else ""
-    return Evaluation(
-        report, checkpoint, scale, guidance_scale, words[0], jobs, base, with_adapter, nearest, swept, swept_by
-    )
+    return Evaluation(scores, chosen, texts, jobs, base, adapter, nearest, result, _seconds(timer, cache))
 
 
 def write(evaluation: Evaluation, folder: Path) -> None:
-    """All that stands beside reports/evaluate.json: sheets, figures and tables, the worst classes first."""
-    found = evaluation
+    """Write the sheets, figures and tables that belong to reports/evaluate.json to `folder`, the worst class first."""
+    per_class = evaluation.scores[0].per_class
+    base, adapter, texts = evaluation.base, evaluation.adapter, evaluation.texts
     rows: list[tuple[str, Sequence[Image], Sequence[Image]]] = []
-    plots.empty(folder / "pictures")  # classes come and go
-    for name in scoring.worst_classes(found.report["per_class"]):
-        mine = np.flatnonzero(found.base.seen.labels == found.words.classes.index(name)).tolist()
-        base, adapter = ([drawn.images[index] for index in mine] for drawn in (found.base, found.adapter))
-        plots.pair_sheet(
-            [base, adapter], [found.jobs.seeds[index] for index in mine], folder / "pictures" / f"{name}.jpg"
-        )
-        rows.append((subject_of(name).name, base[: plots.SHEET_SEEDS], adapter[: plots.SHEET_SEEDS]))
+    plots.remove_folder(folder / "pictures")  # may hold classes that are no longer drawn
+    for name in scoring.worst_classes(per_class):
+        indices = np.flatnonzero(base.judged.labels == texts.classes.index(name)).tolist()
+        by_base, by_adapter = ([side.images[index] for index in indices] for side in (base, adapter))
+        seeds = [evaluation.jobs.seeds[index] for index in indices]
+        plots.pair_sheet([by_base, by_adapter], seeds, folder / "pictures" / f"{name}.jpg")
+        rows.append((subject_of(name).name, by_base[: plots.SHEET_SEEDS], by_adapter[: plots.SHEET_SEEDS]))
     plots.base_beside_adapter(rows, folder / "sheet.png")
     plots.closest(
-        [
-            (cosine, found.adapter.images[index], open_rgb(path))
-            for index, path, cosine in found.nearest_training_images
-        ],
+        [(near.cosine, adapter.images[near.picture], open_rgb(near.path)) for near in evaluation.nearest],
         folder / "memorisation.png",
     )
-    plots.confusion_matrix(scoring.confusion(found.adapter.seen, found.words), folder / "confusion.png")
-    plots.class_differences(found.report["per_class"], folder / "per_class.png")
-    plots.save_table(scoring.class_table(found.report["per_class"]), folder / "per_class.csv")
-    table = scoring.picture_table(
-        found.base.seen, found.adapter.seen, found.words, found.jobs.prompts, found.jobs.seeds
-    )
+    plots.confusion_matrix(scoring.confusion(adapter.judged, texts), folder / "confusion.png")
+    plots.class_differences(per_class, folder / "per_class.png")
+    plots.save_table(scoring.class_table(per_class), folder / "per_class.csv")
+    jobs = evaluation.jobs
+    table = scoring.picture_table(base.judged, adapter.judged, texts, jobs.prompts, jobs.seeds)
     plots.save_table(table, folder / "pictures.csv")
-    if found.swept is None:
+    if evaluation.sweep:
+        plots.sweep_heat_map(evaluation.sweep.table, evaluation.sweep.score, folder / "sweep.png")
+        plots.save_table(evaluation.sweep.table, folder / "sweep.csv")
+    else:
         for name in ("sweep.png", "sweep.csv"):
             (folder / name).unlink(missing_ok=True)  # of an earlier evaluation
-    else:
-        plots.sweep_heat_map(found.swept, found.swept_by, folder / "sweep.png")
-        plots.save_table(found.swept, folder / "sweep.csv")
 
 
-def _jobs(classes: Sequence[str], shown: Sequence[str], template: str, count: int, first_seed: int) -> Jobs:
-    """`count` pictures of each class; no two of all share their noise."""
-    labels = [classes.index(name) for name in shown for _ in range(count)]
-    prompts = [caption(subject_of(classes[label]), template) for label in labels]
-    return Jobs(labels, prompts, [first_seed + index for index in range(len(labels))])
+def _read_references(compared: Compared, settings: Evaluate) -> tuple[list[Reference], list[Path], list[int]]:
+    """A reference for each judge, the paths of the training images, and the indices of the classes to draw."""
+    train, validation = pictures.read_manifests(compared.split)
+    classes = sorted(train["class"].unique())
+    drawn = pictures.choose(classes, settings.classes)
+    train, validation = (table[table["class"].isin(drawn)] for table in (train, validation))
+    adapter_file(compared.adapter)  # raises an error for a missing adapter before hours of work
+    references = [
+        Reference(
+            judge=judge,
+            validation=pictures.view_files(judge, compared.clean, validation, classes),
+            train=pictures.view_files(judge, compared.clean, train, classes),
+            texts=pictures.read_class_texts(judge, classes, settings.template),
+        )
+        for judge in compared.judges
+    ]
+    return references, [compared.clean / path for path in train["path"]], [classes.index(name) for name in drawn]
+
+
+def _sweep(
+    compared: Compared,
+    settings: Evaluate,
+    grid: Sweep,
+    default: Candidate,
+    jobs: Jobs,
+    texts: ClassTexts,
+    cache: PictureCache | None,
+    timer: Timer,
+) -> SweepResult:
+    def draw(candidate: Candidate) -> JudgedImages:
+        images = pictures.draw(
+            compared.pipeline,
+            candidate.checkpoint,
+            jobs,
+            candidate.sampling,
+            batch_size=settings.batch_size,
+            cache=cache,
+        )
+        timer.lap("draw")
+        return pictures.view(compared.judges[0], images, jobs.labels)
+
+    adapters = sweep.checkpoints(compared.adapter) if grid.checkpoints else [compared.adapter]
+    candidates = sweep.combine(adapters, grid.scales, grid.guidance_scales, default.sampling)
+    table = sweep.sweep(candidates, draw, texts)
+    timer.lap("judge")
+    return SweepResult(table, grid.score, candidates[int(table[grid.score].argmax())])
+
+
+def _seconds(timer: Timer, cache: PictureCache | None) -> dict[str, int | float | None]:
+    seconds: dict[str, int | float | None] = {f"{activity}_s": spent for activity, spent in timer.seconds.items()}
+    if cache and cache.reused:  # the share describes only evaluations that draw all their pictures
+        return {**seconds, "overhead_share": None, "pictures_kept": cache.reused}
+    return {**seconds, "overhead_share": timer.overhead_share(useful="draw")}
+
+
+def _rows(scores: ScoreReport) -> Rows:
+    return Rows(base=scores.base, adapter=scores.adapter, delta=scores.delta, real=scores.real, floor=scores.floor)

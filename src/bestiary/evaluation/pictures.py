@@ -1,4 +1,4 @@
-"""The pictures that are compared: drawn in pairs by base and adapter, read from the split, and seen by the judge."""
+"""Draw pictures with the base and the adapter, read the split's real images, and get the judge's features of both."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import hashlib
 import io
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -25,199 +26,257 @@ from bestiary.diffusion.adapter import adapter_sha256, apply_adapter, remove
 from bestiary.diffusion.sampling import generate
 from bestiary.errors import BestiaryError
 from bestiary.evaluation.judge import BATCH_SIZE, Judge
-from bestiary.evaluation.scoring import Array, Pictures, Words, unit
-from bestiary.evaluation.sharing import shared
+from bestiary.evaluation.scoring import Array, ClassTexts, JudgedImages, unit
+from bestiary.evaluation.sharing import map_across_processes
 from bestiary.files import write_atomically
+from bestiary.samplers import Sampling
 from bestiary.subjects import CAPTION_TEMPLATES, caption, subject_of
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 DIFFUSION = Path(__file__).parents[1] / "diffusion"
-CODE = ("adapter", "base", "sampling")  # what decides a picture, with the models and the settings
-SCALE_ZERO_PICTURES = 2  # enough to see that nothing at all changes
-READERS = 4  # threads: decoding leaves Python's lock
+DRAWING_MODULES = ("adapter", "base", "sampling")  # the code that decides a picture's pixels
+LIBRARIES = ("torch", "diffusers", "transformers", "peft")
+WEIGHT_ZERO_PICTURES = 2  # enough to show whether an adapter with weight 0 changes anything
+READER_THREADS = 4  # decoding an image releases Python's lock
+
+Source = TypeVar("Source")
 
 
-class Kept:
-    """Batches of pictures on disk, named by all that decides their pixels: what was drawn once is not drawn again."""
+@dataclass(frozen=True)
+class Jobs:
+    """The pictures to draw: the class index, the prompt and the seed of each."""
 
-    def __init__(self, folder: Path, drawn_with: Mapping[str, Any]) -> None:
-        """`drawn_with` is what decides the pictures besides the adapter and the settings: the base's hash."""
-        self.folder = folder
-        self.drawn_with = dict(drawn_with)
-        self.used: set[str] = set()
-        self.reused = 0  # pictures that this process read and did not draw
+    labels: Sequence[int]
+    prompts: Sequence[str]
+    seeds: Sequence[int]
 
-    def path(self, **content: Any) -> Path:
-        """Where a batch with this `content` belongs, in a folder for all that shares everything but the jobs."""
-        jobs = content.pop("jobs")
-        folder, name = (
-            hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16]
-            for part in (self.drawn_with | content, jobs)
+    def take(self, indices: Iterable[int]) -> Jobs:
+        """The jobs at `indices`, in that order.
+
+        >>> Jobs([0, 1], ["a bee", "an owl"], [7, 8]).take([1])
+        Jobs(labels=[1], prompts=['an owl'], seeds=[8])
+        """
+        chosen = list(indices)
+        return Jobs(
+            [self.labels[index] for index in chosen],
+            [self.prompts[index] for index in chosen],
+            [self.seeds[index] for index in chosen],
         )
+
+
+def make_jobs(classes: Sequence[str], labels: Sequence[int], template: str, first_seed: int) -> Jobs:
+    """One job for each class index in `labels`, with the template's prompt. No two jobs have the same seed.
+
+    >>> make_jobs(["bee", "owl"], [0, 1], "a photo of {}", first_seed=7)
+    Jobs(labels=[0, 1], prompts=['a photo of a bee', 'a photo of an owl'], seeds=[7, 8])
+    """
+    prompts = [caption(subject_of(classes[label]), template) for label in labels]
+    return Jobs(labels, prompts, [first_seed + index for index in range(len(labels))])
+
+
+class PictureCache:
+    """Drawn batches of pictures on disk, keyed by everything that decides their pixels."""
+
+    def __init__(self, folder: Path, base_sha256: str) -> None:
+        self.folder = folder
+        self.base_sha256 = base_sha256
+        self.used: set[str] = set()
+        self.reused = 0  # pictures that this process read from the cache
+
+    def path(self, settings_key: str, batch: Sequence[tuple[str, int]]) -> Path:
+        """The file of a batch of (prompt, seed). Batches with the same base and settings share a folder."""
+        folder, name = _hash([self.base_sha256, settings_key]), _hash(batch)
         self.used.add(folder)
         return self.folder / folder / f"{name}.png"
 
     def drop_unused(self) -> None:
-        """Delete the pictures of settings that this evaluation did not ask for."""
+        """Delete the pictures of settings that this evaluation did not use."""
         for folder in self.folder.glob("*"):
             if folder.name not in self.used:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def read_words(judge: Judge, classes: Sequence[str], template: str) -> Words:
-    """What the judge makes of the classes' prompts and of their captions in every template."""
-    animals = [subject_of(name) for name in classes]
+def read_class_texts(judge: Judge, classes: Sequence[str], template: str) -> ClassTexts:
+    """The judge's features of each class's prompt, and of its captions in every template."""
+    subjects = [subject_of(name) for name in classes]
 
-    def vectors(template: str) -> Array:
-        return _float64(judge.text_features([caption(animal, template) for animal in animals]))
+    def features(template: str) -> Array:
+        return _float64(judge.text_features([caption(subject, template) for subject in subjects]))
 
-    return Words(classes, vectors(template), {name: vectors(name) for name in CAPTION_TEMPLATES})
-
-
-def view(judge: Judge, images: Sequence[Image.Image], labels: ArrayLike) -> Pictures:
-    """What the judge sees in pictures that are meant to show the classes `labels` (N,)."""
-    batches = [images[start : start + BATCH_SIZE] for start in range(0, len(images), BATCH_SIZE)]
-    return _view(judge.image_features, batches, labels, "judging")
+    return ClassTexts(classes, features(template), {name: features(name) for name in CAPTION_TEMPLATES})
 
 
-def view_files(judge: Judge, folder: Path, manifest: pd.DataFrame, classes: Sequence[str]) -> Pictures:
-    """What the judge sees in the images of a manifest below `folder`, a batch in memory at a time."""
+def view(judge: Judge, images: Sequence[Image.Image], labels: ArrayLike) -> JudgedImages:
+    """The judge's features of pictures that should show the classes `labels` (N,)."""
+    return _view(judge.image_features, images, labels, "judge pictures")
+
+
+def view_files(judge: Judge, folder: Path, manifest: pd.DataFrame, classes: Sequence[str]) -> JudgedImages:
+    """The judge's features of a manifest's images below `folder`. Only one batch at a time is in memory."""
     paths = [folder / path for path in manifest["path"]]
-    batches = [paths[start : start + BATCH_SIZE] for start in range(0, len(paths), BATCH_SIZE)]
-    with ThreadPoolExecutor(READERS) as pool:
+    with ThreadPoolExecutor(READER_THREADS) as pool:
         return _view(
             lambda batch: judge.image_features(list(pool.map(open_rgb, batch))),
-            batches,
+            paths,
             manifest["class"].map(classes.index),
-            "real images",
+            "judge real images",
         )
 
 
 def _view(
-    features: Callable[[Sequence[Any]], torch.Tensor], batches: Sequence[Sequence[Any]], labels: ArrayLike, name: str
-) -> Pictures:
-    seen = shared(lambda batch: features(batch).numpy(), batches, name, "batch")
-    return Pictures(_float64(torch.from_numpy(np.concatenate(seen))), np.asarray(labels, dtype=np.int64))
+    features: Callable[[Sequence[Source]], torch.Tensor], images: Sequence[Source], labels: ArrayLike, task: str
+) -> JudgedImages:
+    batches = [images[start : start + BATCH_SIZE] for start in range(0, len(images), BATCH_SIZE)]
+    parts = map_across_processes(lambda batch: features(batch).numpy(), batches, task, "batch")
+    return JudgedImages(_float64(torch.from_numpy(np.concatenate(parts))), np.asarray(labels, dtype=np.int64))
 
 
 def read_manifests(split: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The training and the validation manifest below `split`.
+    """The training and the validation manifest in the folder `split`.
 
-    Raises BestiaryError when either is missing or empty, or a class is in one of them only.
+    Raises BestiaryError when either is missing or empty, or when a class is in only one of them.
     """
     tables = []
     for name, meaning in (("train", "training"), ("val", "validation")):
         path = split / f"{name}.csv"
         table = pd.read_csv(path, dtype=str, keep_default_na=False) if path.is_file() else pd.DataFrame()
         if table.empty:
-            raise BestiaryError(f"There are no {meaning} images: {path} is missing or lists none.")
+            raise BestiaryError(f"There are no {meaning} images: {path} is missing or empty. Run `dvc repro split`.")
         tables.append(table)
     train, validation = tables
     for name in sorted(set(train["class"]) ^ set(validation["class"])):
-        raise BestiaryError(f"The class {name} has images for only one of training and validation.")
+        raise BestiaryError(
+            f"The class {name} has images for only one of training and validation. Add images of it or remove it."
+        )
     return train, validation
 
 
 def choose(classes: Sequence[str], wanted: Sequence[str] | None) -> list[str]:
-    """The classes to draw: those that are `wanted`, or all. Raises BestiaryError when there is no such class."""
+    """The classes to draw: those in `wanted`, or all. Raises BestiaryError for a class that does not exist.
+
+    >>> choose(["bee", "owl", "tiger"], ["tiger", "bee"])
+    ['bee', 'tiger']
+    """
     for name in wanted or ():
         if name not in classes:
-            raise BestiaryError(f"evaluate.classes names {name}, and the split has no images of it.")
+            raise BestiaryError(f"evaluate.classes names {name}, but the split has no images of it.")
     return [name for name in classes if wanted is None or name in wanted]
 
 
 def draw(
     pipeline: StableDiffusionPipeline,
     adapter: Path | None,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
+    jobs: Jobs,
+    sampling: Sampling,
     *,
-    kept: Kept | None = None,
-    scale: float = 1.0,
     batch_size: int,
-    **settings: Any,
+    cache: PictureCache | None = None,
 ) -> list[Image.Image]:
-    """A picture for each prompt and seed, by the base or with an adapter at a scale; shared by Accelerate's processes.
+    """One picture for each job, by the base or with an adapter. Accelerate's processes share the work.
 
-    `settings` are those of `generate`. A batch is drawn, kept and read again as a whole, since in other company a
-    picture may round another way. Raises BestiaryError when the adapter does not fit the base or a picture is not
-    finite.
+    A batch is drawn, cached and read again as a whole, because rounding may depend on the other pictures of its batch.
+    Raises BestiaryError when the adapter does not fit the base or a picture is not finite.
     """
-    remove(pipeline)  # one that was applied before
-    if adapter is not None:
-        apply_adapter(pipeline, adapter, scale)
-    content = {
-        "adapter": [adapter_sha256(adapter), scale] if adapter else None,
-        "settings": settings,
-        "batch_size": batch_size,
-        "device": pipeline.device.type,
-        "dtype": str(pipeline.unet.dtype),
-        **{name: version(name) for name in ("torch", "diffusers", "transformers", "peft")},
-        "code": [hashlib.sha256((DIFFUSION / f"{name}.py").read_bytes()).hexdigest() for name in CODE],
-    }
-    name = "base" if adapter is None else "adapter"
-    jobs = list(zip(prompts, seeds, strict=True))
-    batches = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
-    work = partial(_draw_batch, pipeline, kept, content, settings)
-    return [image for strip in shared(work, batches, name, "batch") for image in _cut(strip)]
+    remove(pipeline)  # the adapter of an earlier call
+    if adapter is None:
+        sampling = replace(sampling, adapter_weight=1.0)  # decides nothing here: all base pictures share a cache key
+    else:
+        apply_adapter(pipeline, adapter, sampling.adapter_weight)
+    key = _settings_key(pipeline, adapter, sampling, batch_size) if cache else ""
+    prompts_and_seeds = list(zip(jobs.prompts, jobs.seeds, strict=True))
+    batches = [prompts_and_seeds[start : start + batch_size] for start in range(0, len(prompts_and_seeds), batch_size)]
+    strips = map_across_processes(
+        partial(_draw_batch, pipeline, sampling, cache, key),
+        batches,
+        "draw with the adapter" if adapter else "draw with the base",
+        "batch",
+    )
+    return [image for strip, batch in zip(strips, batches, strict=True) for image in _cut(strip, len(batch))]
 
 
 def draw_pairs(
     pipeline: StableDiffusionPipeline,
     adapter: Path,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
+    jobs: Jobs,
+    sampling: Sampling,
     *,
-    scale: float = 1.0,
-    **how: Any,
+    batch_size: int,
+    cache: PictureCache | None = None,
 ) -> tuple[list[Image.Image], list[Image.Image]]:
-    """The pictures of the base and of the adapter for the same prompts and the same noise, as `draw` makes them.
+    """The base's and the adapter's pictures of the same prompts and noise, drawn as `draw` does.
 
-    Raises BestiaryError also when the adapter at scale 0 does not give the base's pictures exactly.
+    Also raises BestiaryError when the adapter with weight 0 does not give exactly the base's pictures.
     """
-    few = slice(SCALE_ZERO_PICTURES)
-    plain = draw(pipeline, None, prompts[few], seeds[few], **how | {"kept": None})
-    at_zero = draw(pipeline, adapter, prompts[few], seeds[few], scale=0.0, **how | {"kept": None})
+    few = jobs.take(range(min(WEIGHT_ZERO_PICTURES, len(jobs.seeds))))
+    plain = draw(pipeline, None, few, sampling, batch_size=batch_size)
+    at_zero = draw(pipeline, adapter, few, replace(sampling, adapter_weight=0.0), batch_size=batch_size)
     if any(one.tobytes() != other.tobytes() for one, other in zip(plain, at_zero, strict=True)):
-        raise BestiaryError("The adapter at scale 0 does not give the base's pictures, so no comparison would be fair.")
-    return draw(pipeline, None, prompts, seeds, **how), draw(pipeline, adapter, prompts, seeds, scale=scale, **how)
+        raise BestiaryError(
+            f"The adapter {adapter} with weight 0 does not give the base's pictures, so a comparison would be unfair. "
+            "Train it again."
+        )
+    by_base = draw(pipeline, None, jobs, sampling, batch_size=batch_size, cache=cache)
+    return by_base, draw(pipeline, adapter, jobs, sampling, batch_size=batch_size, cache=cache)
+
+
+def _settings_key(pipeline: StableDiffusionPipeline, adapter: Path | None, sampling: Sampling, batch_size: int) -> str:
+    """A hash of everything that decides a picture's pixels besides the base's weights, the prompt and the seed."""
+    return _hash(
+        {
+            "adapter": adapter_sha256(adapter) if adapter else None,
+            "sampling": asdict(sampling),
+            "batch_size": batch_size,
+            "device": pipeline.device.type,
+            "dtype": str(pipeline.unet.dtype),
+            "libraries": {name: version(name) for name in LIBRARIES},
+            "code": [hashlib.sha256((DIFFUSION / f"{name}.py").read_bytes()).hexdigest() for name in DRAWING_MODULES],
+        }
+    )
+
+
+def _hash(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _draw_batch(
     pipeline: StableDiffusionPipeline,
-    kept: Kept | None,
-    content: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    jobs: Sequence[tuple[str, int]],
+    sampling: Sampling,
+    cache: PictureCache | None,
+    settings_key: str,
+    batch: Sequence[tuple[str, int]],
 ) -> bytes:
-    path = kept.path(jobs=jobs, **content) if kept else None
-    if kept and path and path.is_file():
+    """A batch of (prompt, seed) as one PNG, from the cache if it is there."""
+    path = cache.path(settings_key, batch) if cache else None
+    if cache and path and path.is_file():
         data = path.read_bytes()
-        with suppress(OSError, ValueError, SyntaxError):  # a disk that lost power may leave one broken: draw it again
-            if len(_cut(data)) == len(jobs):
-                kept.reused += len(jobs)
-                return data
+        with suppress(OSError, ValueError, SyntaxError):  # a file damaged by a power failure is drawn again
+            _cut(data, len(batch))
+            cache.reused += len(batch)
+            return data
 
-    prompts, seeds = zip(*jobs, strict=True)
-    data = _strip(generate(pipeline, prompts, seeds, batch_size=len(jobs), **settings))
+    prompts, seeds = zip(*batch, strict=True)
+    data = _strip(generate(pipeline, prompts, seeds, sampling, batch_size=len(batch)))
     if path:
         write_atomically(path, data)
     return data
 
 
 def _strip(images: Sequence[Image.Image]) -> bytes:
-    """Square pictures of one size below each other, as a PNG, which keeps every pixel."""
+    """Pictures of one size below each other as a PNG, which keeps every pixel."""
     buffer = io.BytesIO()
     Image.fromarray(np.concatenate([np.asarray(image) for image in images])).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 
-def _cut(strip: bytes) -> list[Image.Image]:
+def _cut(strip: bytes, count: int) -> list[Image.Image]:
+    """The `count` pictures of a strip. Raises ValueError when the strip does not hold so many."""
     with Image.open(io.BytesIO(strip)) as image:
-        side = image.width
-        return [image.crop((0, top, side, top + side)) for top in range(0, image.height, side)]
+        height, rest = divmod(image.height, count)
+        if rest:
+            raise ValueError(f"{image.height} rows of pixels are not {count} pictures")
+        return [image.crop((0, top, image.width, top + height)) for top in range(0, image.height, height)]
 
 
 def _float64(features: torch.Tensor) -> Array:

@@ -1,38 +1,35 @@
-"""What the reports show: figures, sheets of pictures, tables."""
+"""The figures, sheets of pictures and tables beside the reports."""
 
 from __future__ import annotations
 
 import io
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
 from bestiary.data.images import contact_sheet
-from bestiary.evaluation.scoring import Pictures
+from bestiary.evaluation.report import BY_KEY, ClassScores
 from bestiary.files import write_atomically
 
-CELL = 128  # pixels a picture on a sheet
-SHEET_SEEDS = 4  # pictures of a class on the sheet of all classes
+if TYPE_CHECKING:
+    from bestiary.evaluation.benchmark import Row, Setting
 
-
-@dataclass(frozen=True)
-class Drawn:
-    """Pictures, and what the judge sees in them."""
-
-    images: Sequence[Image.Image]
-    seen: Pictures
+CELL = 128  # pixels a side of a picture on a sheet
+SHEET_SEEDS = 4  # pictures of each class on the sheet of all classes
+MAX_NUMBERED_ROWS = 30  # of the confusion matrix; with more rows the numbers would be too small to read
+MAX_LARGE_ROWS = 40  # of the sheet of all classes; with more rows its cells are halved so that it fits on a screen
 
 
 def confusion_matrix(counts: pd.DataFrame, path: Path) -> None:
-    """What was asked for (rows) against what the judge sees (columns), as a heat map."""
+    """Draw a heat map of the class that each picture should show (rows) and the judge's first choice (columns)."""
     figure = Figure(figsize=(3 + 0.22 * counts.shape[1], 3 + 0.22 * counts.shape[0]), layout="constrained")
     axes = figure.subplots()
     numbers = counts.to_numpy()
@@ -40,81 +37,82 @@ def confusion_matrix(counts: pd.DataFrame, path: Path) -> None:
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(counts.shape[1]), labels=list(counts.columns), rotation=90)
     axes.set_yticks(range(len(counts)), labels=list(counts.index))
-    if len(counts) <= 30:  # more would be too small to read
+    if len(counts) <= MAX_NUMBERED_ROWS:
         for row, column in zip(*np.nonzero(numbers), strict=True):
             colour = "white" if share[row, column] > 0.5 else "black"
             axes.text(column, row, numbers[row, column], ha="center", va="center", color=colour, fontsize=7)
-    axes.set(xlabel="the judge sees", ylabel="asked for", title="Pictures of the adapter")
+    axes.set(xlabel="class that the judge recognises", ylabel="class in the prompt", title="Pictures by the adapter")
     _save(figure, path)
 
 
-def class_differences(per_class: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Adapter minus base for each class, with 95 % intervals, the largest gain on top."""
-    names = sorted(per_class, key=lambda name: float(per_class[name]["delta"]["clip_score"]["mean"]))
+def class_differences(per_class: Mapping[str, ClassScores], path: Path) -> None:
+    """Draw adapter minus base for each class with its 95 % interval, the largest gain at the top."""
+    names = sorted(per_class, key=lambda name: per_class[name].delta["clip_score"].mean)
     figure = Figure(figsize=(8, 1.5 + 0.22 * len(names)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    for axes, key, label in zip(panels, ("clip_score", "top1"), ("CLIP score", "top-1, points"), strict=True):
-        deltas = [per_class[name]["delta"][key] for name in names]
-        means = [delta["mean"] for delta in deltas]
-        # A percentile interval of a skewed sample may leave out its mean.
-        below = [max(0.0, delta["mean"] - delta["ci95"][0]) for delta in deltas]
-        above = [max(0.0, delta["ci95"][1] - delta["mean"]) for delta in deltas]
+    for axes, key in zip(panels, ("clip_score", "top1"), strict=True):
+        deltas = [per_class[name].delta[key] for name in names]
+        means = [delta.mean for delta in deltas]
+        # The percentile interval of a skewed sample may not contain its mean.
+        below = [max(0.0, delta.mean - delta.ci95[0]) for delta in deltas]
+        above = [max(0.0, delta.ci95[1] - delta.mean) for delta in deltas]
         axes.errorbar(means, range(len(names)), xerr=[below, above], fmt="o", markersize=4, capsize=2)
         axes.axvline(0, color="grey", linewidth=1)
-        axes.set(xlabel=f"adapter - base: {label}")
+        axes.set(xlabel=f"adapter minus base: {BY_KEY[key].difference_title}")
         axes.grid(axis="y", alpha=0.3)
     panels[0].set_yticks(range(len(names)), labels=names)
     _save(figure, path)
 
 
 def base_beside_adapter(rows: Sequence[tuple[str, Sequence[Image.Image], Sequence[Image.Image]]], path: Path) -> None:
-    """One row an animal (name, pictures of the base, pictures of the adapter from the same noise)."""
+    """Write a sheet with one row for each class: name, the base's pictures, the adapter's from the same noise."""
     columns = [f"{name} {index + 1}" for name in ("base", "adapter") for index in range(len(rows[0][1]))]
     pictures = [[*base, *adapter] for _, base, adapter in rows]
-    cell = CELL if len(rows) <= 40 else CELL // 2  # a hundred animals still fit on a screen
+    cell = CELL if len(rows) <= MAX_LARGE_ROWS else CELL // 2
     save_picture(contact_sheet(pictures, [name for name, _, _ in rows], columns, cell=cell), path)
 
 
 def closest(pairs: Sequence[tuple[float, Image.Image, Image.Image]], path: Path) -> None:
-    """Pairs (cosine, generated picture, nearest training image), one a column."""
+    """Write a sheet with one column for each pair: cosine, generated picture, nearest training image."""
     rows = [[generated for _, generated, _ in pairs], [image for _, _, image in pairs]]
     columns = [f"{cosine:.3f}" for cosine, _, _ in pairs]
-    save_picture(contact_sheet(rows, ["generated", "nearest in training"], columns, cell=CELL), path)
+    save_picture(contact_sheet(rows, ["generated", "nearest training image"], columns, cell=CELL), path)
 
 
-def quality_against_cost(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Seconds a picture against CLIP score and against the distance to the converged picture, a line a scheduler."""
+def quality_against_cost(rows: Sequence[Row], path: Path) -> None:
+    """Draw seconds per picture against CLIP score and against the distance to the converged picture.
+
+    Each line connects the numbers of steps of one sampler with otherwise equal settings. The first row is the default.
+    """
     figure = Figure(figsize=(10, 4), layout="constrained")
-    panels = figure.subplots(1, 2)
-    labels = {"quality": "CLIP score", "distance_to_converged": "RMS difference from the converged picture"}
-    lines: dict[str, list[Mapping[str, Any]]] = {}
-    for row in sorted(rows, key=lambda row: int(row["steps"])):
-        name = ", ".join([row["scheduler"], f"batch {row['batch']}", *_unusual(row, rows[0])])
-        lines.setdefault(name, []).append(row)
-    for axes, (key, label) in zip(panels, labels.items(), strict=True):
-        for number, (name, points) in enumerate(lines.items()):
-            there = [
-                (row["p50_s"] / row["batch"], row[key], str(row["steps"])) for row in points if row[key] is not None
-            ]
-            axes.plot([x for x, _, _ in there], [y for _, y, _ in there], marker="o", color=f"C{number}", label=name)
-            for x, y, steps in there:
-                axes.annotate(steps, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
-        axes.set(xlabel="seconds a picture (median); the numbers are steps", ylabel=label, xscale="log")
+    quality, distance = figure.subplots(1, 2)
+    lines: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row.setting.steps):
+        lines.setdefault(_line_name(row.setting, rows[0].setting), []).append(row)
+    for number, (name, line) in enumerate(lines.items()):
+        points = [(row, row.quality.quality) for row in line]
+        _draw_line(quality, points, name, f"C{number}")
+        distances = [(row, row.quality.distance_to_converged) for row in line]
+        _draw_line(distance, [(row, y) for row, y in distances if y is not None], name, f"C{number}")
+    quality.set_ylabel(BY_KEY["clip_score"].label)
+    distance.set_ylabel("RMS difference from the converged picture")
+    for axes in (quality, distance):
+        axes.set(xlabel="seconds per picture (median); the labels are numbers of steps", xscale="log")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("{x:g}")
         axes.grid(alpha=0.3)
-    panels[0].legend(fontsize=7)
+    quality.legend(fontsize=7)
     _save(figure, path)
 
 
 def sweep_heat_map(table: pd.DataFrame, key: str, path: Path) -> None:
-    """The score `key` of each combination that a sweep tried, a panel a checkpoint, the best one framed."""
+    """Draw the score `key` of a sweep's candidates, one panel for each checkpoint, with a frame around the best."""
     checkpoints = table["checkpoint"].unique()
     figure = Figure(figsize=(1.5 + 3.5 * len(checkpoints), 3.8), layout="constrained")
     best = table.iloc[int(table[key].argmax())]
     for axes, checkpoint in zip(figure.subplots(1, len(checkpoints), squeeze=False)[0], checkpoints, strict=True):
-        mine = table[table["checkpoint"] == checkpoint]
-        grid = mine.pivot(index="scale", columns="guidance_scale", values=key)
+        rows = table[table["checkpoint"] == checkpoint]
+        grid = rows.pivot(index="scale", columns="guidance_scale", values=key)
         axes.imshow(grid, cmap="Blues", vmin=table[key].min(), vmax=table[key].max(), origin="lower", aspect="auto")
         axes.set_xticks(range(grid.shape[1]), labels=[f"{value:g}" for value in grid.columns])
         axes.set_yticks(range(grid.shape[0]), labels=[f"{value:g}" for value in grid.index])
@@ -125,26 +123,24 @@ def sweep_heat_map(table: pd.DataFrame, key: str, path: Path) -> None:
         if checkpoint == best["checkpoint"]:
             corner = (grid.columns.get_loc(best["guidance_scale"]) - 0.5, grid.index.get_loc(best["scale"]) - 0.5)
             axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="tab:orange", linewidth=3))
-        axes.set(xlabel="guidance scale", ylabel="adapter scale", title=Path(checkpoint).name)
-    figure.suptitle(
-        {"clip_score": "CLIP score", "margin": "CLIP score over the other animals", "top1": "top-1, %"}[key]
-    )
+        axes.set(xlabel="guidance scale", ylabel="adapter weight", title=Path(checkpoint).name)
+    figure.suptitle(BY_KEY[key].title)
     _save(figure, path)
 
 
 def pair_sheet(rows: Sequence[Sequence[Image.Image]], seeds: Sequence[int], path: Path) -> None:
-    """All pictures of one class: those of the base above those of the adapter, in their size up to twice a cell's."""
+    """Write all pictures of one class, the base's above the adapter's, in their own size up to twice a cell's."""
     cell = min(2 * CELL, rows[0][0].width)
     save_picture(contact_sheet(rows, ["base", "adapter"], [str(seed) for seed in seeds], cell=cell), path)
 
 
-def empty(folder: Path) -> None:
-    """Remove a folder of pictures that earlier work left."""
+def remove_folder(folder: Path) -> None:
+    """Remove a folder of pictures that an earlier run wrote, if there is one."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def save_picture(image: Image.Image, path: Path) -> None:
-    """Write a PNG or, by its name, a JPEG; whole or not at all."""
+    """Write a JPEG if the name ends in .jpg, else a PNG; atomically."""
     buffer = io.BytesIO()
     if path.suffix == ".jpg":
         image.save(buffer, format="JPEG", quality=92)
@@ -153,21 +149,30 @@ def save_picture(image: Image.Image, path: Path) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def _unusual(row: Mapping[str, Any], default: Mapping[str, Any]) -> tuple[str, ...]:
-    """What sets a setting apart from the others of its sampler, in words."""
-    words = {
-        "adapter fused": row["fused"],
-        f"guidance {row['guidance']}": row["guidance"] != default["guidance"],
-        row["dtype"]: row["dtype"] != default["dtype"],
-        "compiled": row["compiled"],
-        f"{row['vae']} VAE": row["vae"] != "full",
-    }
-    return tuple(word for word, applies in words.items() if applies)
-
-
 def save_table(table: pd.DataFrame, path: Path) -> None:
-    """Write a CSV, whole or not at all."""
+    """Write a CSV file, atomically."""
     write_atomically(path, table.to_csv(index=False).encode())
+
+
+def _line_name(setting: Setting, default: Setting) -> str:
+    """The sampler, the batch size, and everything else in which a setting differs from the default."""
+    differences = {
+        "adapter fused": setting.fused,
+        f"guidance {setting.guidance}": setting.guidance != default.guidance,
+        setting.dtype: setting.dtype != default.dtype,
+        "compiled": setting.compiled,
+        f"{setting.vae} VAE": setting.vae != "full",
+    }
+    words = [word for word, applies in differences.items() if applies]
+    return ", ".join([setting.scheduler, f"batch {setting.batch}", *words])
+
+
+def _draw_line(axes: Axes, points: Sequence[tuple[Row, float]], name: str, colour: str) -> None:
+    """Draw (row, y) points at their seconds per picture, each labelled with its number of steps."""
+    seconds = [row.cost.p50_s / row.setting.batch for row, _ in points]
+    axes.plot(seconds, [y for _, y in points], marker="o", color=colour, label=name)
+    for x, (row, y) in zip(seconds, points, strict=True):
+        axes.annotate(str(row.setting.steps), (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -18,13 +18,15 @@ from bestiary.errors import BestiaryError
 class Score:
     """What is measured: its key in the JSON, and how people read it.
 
-    higher_is_better is None where neither direction is better. Percentages differ in points.
+    higher_is_better is None where neither direction is better. per_picture: every single picture has this score; the
+    others describe a set of pictures. Percentages differ in points.
     """
 
     key: str
     label: str
     unit: str = ""
     higher_is_better: bool | None = True
+    per_picture: bool = True
 
     @property
     def title(self) -> str:
@@ -36,17 +38,27 @@ class Score:
         unit = f", {self.unit}" if self.unit else ""
         return f"{self.label}{unit}{' (lower is better)' if self.higher_is_better is False else ''}"
 
+    @property
+    def difference_title(self) -> str:
+        """The label with the unit of a difference.
+
+        >>> [score.difference_title for score in SCORES if score.key in ("clip_score", "top1")]
+        ['CLIP score', 'recognised (top-1), points']
+        """
+        return f"{self.label}, points" if self.unit == "%" else self.label
+
 
 SCORES = (
     Score("clip_score", "CLIP score"),
     Score("margin", "margin over other subjects"),
     Score("top1", "recognised (top-1)", "%"),
     Score("top5", "recognised (top-5)", "%"),
-    Score("cmmd", "CMMD", higher_is_better=False),
-    Score("diversity", "diversity", higher_is_better=None),
+    Score("cmmd", "CMMD", higher_is_better=False, per_picture=False),
+    Score("diversity", "diversity", higher_is_better=None, per_picture=False),
 )
 BY_KEY = {score.key: score for score in SCORES}
 TABLE = tuple(score for score in SCORES if score.higher_is_better is not None)  # what a table of results shows
+PER_PICTURE = tuple(score.key for score in SCORES if score.per_picture)
 HEADLINES = ("clip_score", "margin", "top1")  # where there is room for a few numbers only
 
 
@@ -131,22 +143,27 @@ class Rows(_Table):
     floor: Row
 
 
-class EvaluationReport(Rows):
-    """The content of reports/evaluate.json. Score rows hold an `Estimate` by the keys of SCORES.
-
-    classes are all the classes that the judge chose among; per_class has those that were drawn.
-    """
+class ScoreReport(Rows):
+    """All scores by one judge. images is the number of pairs of pictures; per_class has the classes that were drawn."""
 
     images: int
     per_template: Mapping[str, TemplateScores]
     per_class: Mapping[str, ClassScores]
     worst_classes: tuple[str, ...]
     memorisation: MemorisationRows
+
+
+class EvaluationReport(ScoreReport):
+    """The content of reports/evaluate.json. Score rows hold an `Estimate` by the keys of SCORES.
+
+    classes are all the classes that the judge chose among, drawn or not.
+    """
+
     classes: tuple[str, ...]
     scale_zero: ScaleZero
     operating_point: OperatingPointReport
     second_judge: Rows | None = None
-    seconds: Mapping[str, float | None]
+    seconds: Mapping[str, int | float | None]
     adapter_sha256: str
 
     @property

@@ -1,6 +1,6 @@
-"""What the judge's features say of generated pictures: scores with intervals, paired between base and adapter.
+"""Score pictures by the judge's features, with bootstrap intervals; differences are paired between base and adapter.
 
-Letters: N pictures, M reference pictures, K classes, P templates, D features, R resamples. Features are unit vectors.
+Letters: N pictures, M reference images, K classes, P templates, D features, R resamples. Features are unit vectors.
 """
 
 from __future__ import annotations
@@ -8,53 +8,64 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import lgamma
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from bestiary.errors import BestiaryError
+from bestiary.evaluation.report import (
+    PER_PICTURE,
+    ClassScores,
+    Estimate,
+    Memorisation,
+    MemorisationRows,
+    ScoreReport,
+    TemplateScores,
+)
 
 Array = NDArray[np.float64]
-CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0  # the kernel's width and the scale of arXiv 2401.09603
-SCORES = ("clip_score", "margin", "top1", "top5")  # the scores that every single picture has
-ROWS = ("base", "adapter", "delta", "real", "floor")
+CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0  # the kernel's width and the scale of arXiv:2401.09603
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A number, and the same number on R bootstrap resamples. Two made from the same resamples differ in pairs."""
+class Bootstrap:
+    """A statistic, and the same statistic on R bootstrap resamples.
+
+    Subtract two that were computed from the same resamples to get a paired difference.
+    """
 
     mean: float
     resampled: Array  # (R,)
 
-    def __sub__(self, other: Estimate) -> Estimate:
-        return Estimate(self.mean - other.mean, self.resampled - other.resampled)
+    def __sub__(self, other: Bootstrap) -> Bootstrap:
+        return Bootstrap(self.mean - other.mean, self.resampled - other.resampled)
 
     @property
     def ci95(self) -> tuple[float, float]:
-        """The percentile interval (Efron 1979)."""
+        """The 95 % percentile interval (Efron 1979)."""
         low, high = np.quantile(self.resampled, [0.025, 0.975])
         return float(low), float(high)
 
-    def report(self) -> dict[str, Any]:
-        return {"mean": self.mean, "ci95": list(self.ci95)}
+    def estimate(self) -> Estimate:
+        """The statistic and its interval, without the resamples."""
+        return Estimate(mean=self.mean, ci95=self.ci95)
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Features (N, D) of pictures and the class index (N,) that each is meant to show."""
+class JudgedImages:
+    """The judge's features (N, D) of images, and the index (N,) of the class that each image should show."""
 
     features: Array
     labels: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Words:
-    """The classes as the judge reads them.
+class ClassTexts:
+    """The judge's features of the texts that describe each class.
 
-    prompts (K, D) are what the pictures were drawn from, templates the captions (K, D) in each of P templates.
+    prompts (K, D) are what the pictures were drawn from; templates hold the captions (K, D) in each of P templates.
     """
 
     classes: Sequence[str]
@@ -63,21 +74,38 @@ class Words:
 
     @property
     def ensemble(self) -> Array:
-        """One unit vector (K, D) a class: the mean over templates (arXiv 2103.00020, section 3.1.4)."""
+        """One unit vector for each class (K, D): the mean over the templates (arXiv:2103.00020, section 3.1.4)."""
         mean: Array = np.mean(list(self.templates.values()), axis=0)
         return unit(mean)
 
 
+class ClosestPair(NamedTuple):
+    """A picture (by row), its nearest reference image (by row), and their cosine."""
+
+    picture: int
+    reference: int
+    cosine: float
+
+
 def unit(vectors: Array) -> Array:
-    """Vectors (..., D) at length 1."""
+    """Scale vectors (..., D) to length 1.
+
+    >>> unit(np.array([[3.0, 4.0]]))
+    array([[0.6, 0.8]])
+    """
     lengths: Array = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return vectors / lengths
 
 
 def resample_counts(count: int, resamples: int, seed: int) -> Array:
-    """How often each of `count` things was drawn, (1 + R, count): the first row is the things themselves, once each.
+    """How often each resample contains each of `count` items: (1 + R, count). The first row is the data itself.
 
-    Weighted by these counts, one matrix product gives a statistic on the data and on every resample.
+    A statistic that is weighted by these counts needs one matrix product for the data and all resamples.
+
+    >>> resample_counts(3, resamples=2, seed=0)
+    array([[1., 1., 1.],
+           [0., 2., 1.],
+           [3., 0., 0.]])
     """
     drawn = np.random.default_rng(seed).integers(0, count, (resamples, count))
     flat = (drawn + count * np.arange(resamples)[:, None]).ravel()
@@ -85,43 +113,65 @@ def resample_counts(count: int, resamples: int, seed: int) -> Array:
     return np.vstack([np.ones((1, count)), counts])
 
 
-def bootstrap_mean(values: ArrayLike, counts: Array) -> Estimate:
-    """The mean of `values` (N,) with its resamples, from `counts` (1 + R, N)."""
-    return _estimate(counts @ np.asarray(values, dtype=np.float64) / counts.sum(axis=1))
+def bootstrap_mean(values: ArrayLike, counts: Array) -> Bootstrap:
+    """The mean of `values` (N,) with its resamples, from `counts` (1 + R, N).
+
+    >>> bootstrap_mean([1.0, 2.0, 6.0], resample_counts(3, resamples=1000, seed=0)).ci95
+    (1.0, 6.0)
+    """
+    return _bootstrap(counts @ np.asarray(values, dtype=np.float64) / counts.sum(axis=1))
 
 
-def bootstrap_cmmd(features: Array, reference: Array, counts: Array, reference_counts: Array) -> Estimate:
-    """CMMD of `features` (N, D) against `reference` (M, D), both resampled; copies of one picture are no pair."""
-    within = _pair_mean(counts, _kernel(features, features), _others(len(features)))
-    within_reference = _pair_mean(reference_counts, _kernel(reference, reference), _others(len(reference)))
+def bootstrap_cmmd(features: Array, reference: Array, counts: Array, reference_counts: Array) -> Bootstrap:
+    """CMMD of `features` (N, D) against `reference` (M, D), both resampled.
+
+    Copies of one picture in a resample do not count as a pair.
+    """
+    within = _pair_mean(counts, _kernel(features, features), _pairs(len(features)))
+    within_reference = _pair_mean(reference_counts, _kernel(reference, reference), _pairs(len(reference)))
     across = ((counts @ _kernel(features, reference)) * reference_counts).sum(axis=1)
     across /= counts.sum(axis=1) * reference_counts.sum(axis=1)
-    return _estimate(CMMD_SCALE * (within + within_reference - 2 * across))
+    return _bootstrap(CMMD_SCALE * (within + within_reference - 2 * across))
 
 
 def cmmd(features: Array, reference: Array) -> float:
-    """Squared maximum mean discrepancy of judge features, unbiased (arXiv 2401.09603): about 0 for equal sources."""
+    """Unbiased squared maximum mean discrepancy of features (arXiv:2401.09603): about 0 for samples of one source.
+
+    >>> left, right = (unit(np.random.default_rng(seed).normal(size=(50, 8))) for seed in (0, 1))
+    >>> round(cmmd(left, right), 1), round(cmmd(left, unit(right + 1.0)), 1)
+    (-0.3, 9.3)
+    """
     return bootstrap_cmmd(features, reference, np.ones((1, len(features))), np.ones((1, len(reference)))).mean
 
 
-def bootstrap_diversity(pictures: Pictures, counts: Array) -> Estimate:
-    """100 x (1 - mean cosine) over the pairs of pictures of one class: 0 when all pictures of a class are alike."""
-    same_class = (pictures.labels[:, None] == pictures.labels) * _others(len(pictures.labels))
-    return _estimate(100 * (1 - _pair_mean(counts, pictures.features @ pictures.features.T, same_class)))
+def bootstrap_diversity(images: JudgedImages, counts: Array) -> Bootstrap:
+    """100 x (1 - mean cosine) over the pairs of pictures of one class: 0 if all pictures of a class are equal."""
+    same_class = (images.labels[:, None] == images.labels) * _pairs(len(images.labels))
+    return _bootstrap(100 * (1 - _pair_mean(counts, images.features @ images.features.T, same_class)))
 
 
-def score(pictures: Pictures, words: Words) -> pd.DataFrame:
-    """One row a picture: clip_score (100 x cosine with its prompt), margin (clip_score less the mean over the prompts
-    of the other classes), top1, top5 (0 or 100), predicted (class index)."""
-    meant = np.arange(len(pictures.labels)), pictures.labels
-    similarity = pictures.features @ words.ensemble.T  # (N, K)
-    cosines = 100 * pictures.features @ words.prompts.T
-    others = (cosines.sum(axis=1) - cosines[meant]) / (len(words.classes) - 1)
-    rank = (similarity > similarity[meant][:, None]).sum(axis=1)
+def score(images: JudgedImages, texts: ClassTexts) -> pd.DataFrame:
+    """The scores of each picture, one row each.
+
+    Columns: clip_score (100 x cosine with its prompt), margin (clip_score minus the mean over the prompts of the other
+    classes), top1 and top5 (100 if the class is the judge's first choice, or among its first five, else 0), predicted
+    (the index of the judge's first choice).
+
+    >>> texts = ClassTexts(["bee", "owl"], prompts=np.eye(2), templates={"a photo of {}": np.eye(2)})
+    >>> score(JudgedImages(np.eye(2), np.array([0, 0])), texts)
+       clip_score  margin   top1   top5  predicted
+    0       100.0   100.0  100.0  100.0          0
+    1         0.0  -100.0    0.0  100.0          1
+    """
+    own = np.arange(len(images.labels)), images.labels
+    similarity = images.features @ texts.ensemble.T  # (N, K)
+    cosines = 100 * images.features @ texts.prompts.T
+    others = (cosines.sum(axis=1) - cosines[own]) / (len(texts.classes) - 1)
+    rank = (similarity > similarity[own][:, None]).sum(axis=1)
     return pd.DataFrame(
         {
-            "clip_score": cosines[meant],
-            "margin": cosines[meant] - others,
+            "clip_score": cosines[own],
+            "margin": cosines[own] - others,
             "top1": np.where(rank < 1, 100.0, 0.0),
             "top5": np.where(rank < 5, 100.0, 0.0),
             "predicted": similarity.argmax(axis=1),
@@ -129,220 +179,253 @@ def score(pictures: Pictures, words: Words) -> pd.DataFrame:
     )
 
 
-def shuffled(pictures: Pictures, classes: int) -> Pictures:
-    """The same pictures, each under the name of another class, every other class equally often."""
-    shift = 1 + np.arange(len(pictures.labels)) % (classes - 1)
-    return Pictures(pictures.features, (pictures.labels + shift) % classes)
+def shuffled(images: JudgedImages, classes: int) -> JudgedImages:
+    """The same pictures, each with the label of another class; every other class is used equally often.
+
+    >>> shuffled(JudgedImages(np.eye(4), np.array([0, 0, 1, 1])), classes=3).labels
+    array([1, 2, 2, 0])
+    """
+    shift = 1 + np.arange(len(images.labels)) % (classes - 1)
+    return JudgedImages(images.features, (images.labels + shift) % classes)
 
 
 def nearest(features: Array, reference: Array, size: int | None = None) -> Array:
-    """Cosine (N,) of each picture with its nearest among `reference` (M, D).
+    """Cosine (N,) of each picture with its nearest image of `reference` (M, D).
 
-    With `size`, the expected nearest among that many random pictures of the reference, so that a large set and a
-    small one compare fairly.
+    With `size`: the expected cosine with the nearest of `size` random images of `reference`, so that a large and a
+    small reference can be compared fairly.
+
+    >>> nearest(np.array([[1.0, 0.0]]), np.array([[0.6, 0.8], [0.8, 0.6]]))
+    array([0.8])
+    >>> nearest(np.array([[1.0, 0.0]]), np.array([[0.6, 0.8], [0.8, 0.6]]), size=1)
+    array([0.7])
     """
     similarity: Array = features @ reference.T  # (N, M)
     if size is None or size >= len(reference):
         largest: Array = similarity.max(axis=1)
         return largest
-    similarity.sort(axis=1)  # in place: among millions a copy is dear
-    # The k-th smallest of M is the largest of a random subset of `size` with chance C(k - 1, size - 1) / C(M, size).
+    similarity.sort(axis=1)  # in place: a copy of millions of cosines costs too much memory
+    # The k-th smallest of M is the largest of a random subset of `size` with probability C(k-1, size-1) / C(M, size).
     total = len(reference)
-    chance = [
+    probability = [
         np.exp(_log_choose(k - 1, size - 1) - _log_choose(total, size)) if k >= size else 0.0
         for k in range(1, total + 1)
     ]
-    expected: Array = similarity @ np.array(chance)
+    expected: Array = similarity @ np.array(probability)
     return expected
 
 
 def compare(
-    base: Pictures,
-    adapter: Pictures,
-    real: Pictures,
+    base: JudgedImages,
+    adapter: JudgedImages,
+    real: JudgedImages,
     train_features: Array,
-    words: Words,
+    texts: ClassTexts,
     *,
     resamples: int,
     seed: int,
-) -> dict[str, Any]:
-    """The report of base against adapter (the same prompts and noise, row by row), real pictures beside them.
+) -> ScoreReport:
+    """Compare pictures of the base and of the adapter, and score the `real` validation images beside them.
 
-    Raises BestiaryError when there is nothing to compare.
+    Row i of `base` and of `adapter` come from the same prompt and the same noise. Raises BestiaryError when there are
+    fewer than two classes, when images are missing, or when features are not finite.
     """
-    _check(base, adapter, real, train_features, words)
+    _check(base, adapter, real, texts)
     counts = resample_counts(len(base.labels), resamples, seed)
     real_counts = resample_counts(len(real.labels), resamples, seed + 1)
     train_counts = resample_counts(len(train_features), resamples, seed + 2)
-    drawn = {"base": base, "adapter": adapter}
 
-    rows: dict[str, dict[str, Estimate]] = {}
-    for name, pictures in drawn.items():
-        rows[name] = _means(score(pictures, words), counts)
-        rows[name]["cmmd"] = bootstrap_cmmd(pictures.features, real.features, counts, real_counts)
-        rows[name]["diversity"] = bootstrap_diversity(pictures, counts)
-    rows["delta"] = {key: rows["adapter"][key] - rows["base"][key] for key in rows["base"]}
-    rows["real"] = _means(score(real, words), real_counts)
-    # Real against real: what is left of CMMD between two samples of the same source.
-    rows["real"]["cmmd"] = bootstrap_cmmd(real.features, train_features, real_counts, train_counts)
-    rows["real"]["diversity"] = bootstrap_diversity(real, real_counts)
-    rows["floor"] = _means(score(shuffled(adapter, len(words.classes)), words), counts)
-
-    report: dict[str, Any] = {"images": len(base.labels)}
-    report |= {name: {key: estimate.report() for key, estimate in row.items()} for name, row in rows.items()}
-    report["per_template"] = {
-        template: {
-            name: bootstrap_mean(_matching(pictures, vectors), counts).report() for name, pictures in drawn.items()
+    def all_scores(
+        images: JudgedImages, counts: Array, reference: Array, reference_counts: Array
+    ) -> dict[str, Bootstrap]:
+        return _mean_scores(score(images, texts), counts) | {
+            "cmmd": bootstrap_cmmd(images.features, reference, counts, reference_counts),
+            "diversity": bootstrap_diversity(images, counts),
         }
-        for template, vectors in words.templates.items()
-    }
-    report["per_class"] = per_class(base, adapter, words, resamples=resamples, seed=seed)
-    report["worst_classes"] = worst_classes(report["per_class"])[:5]
-    report["memorisation"] = {
-        name: _memorisation(pictures, train_features, real.features, counts, resamples, seed)
-        for name, pictures in drawn.items()
-    }
-    return report
+
+    of_base = all_scores(base, counts, real.features, real_counts)
+    of_adapter = all_scores(adapter, counts, real.features, real_counts)
+    # Real against real images: the CMMD that two samples of the same source have.
+    of_real = all_scores(real, real_counts, train_features, train_counts)
+    floor = _mean_scores(score(shuffled(adapter, len(texts.classes)), texts), counts)
+    by_class = per_class(base, adapter, texts, resamples=resamples, seed=seed)
+
+    def memorisation(images: JudgedImages) -> Memorisation:
+        return _memorisation(images.features, train_features, real.features, counts, resamples, seed)
+
+    return ScoreReport(
+        images=len(base.labels),
+        base=_estimates(of_base),
+        adapter=_estimates(of_adapter),
+        delta=_estimates({key: of_adapter[key] - of_base[key] for key in of_base}),
+        real=_estimates(of_real),
+        floor=_estimates(floor),
+        per_template={
+            template: TemplateScores(
+                base=bootstrap_mean(_clip_scores(base, captions), counts).estimate(),
+                adapter=bootstrap_mean(_clip_scores(adapter, captions), counts).estimate(),
+            )
+            for template, captions in texts.templates.items()
+        },
+        per_class=by_class,
+        worst_classes=tuple(worst_classes(by_class)[:5]),
+        memorisation=MemorisationRows(base=memorisation(base), adapter=memorisation(adapter)),
+    )
 
 
 def per_class(
-    base: Pictures, adapter: Pictures, words: Words, *, resamples: int, seed: int
-) -> dict[str, dict[str, Any]]:
-    """For each class the mean scores of base and adapter and their paired difference with its interval."""
-    scored = {"base": score(base, words), "adapter": score(adapter, words)}
+    base: JudgedImages, adapter: JudgedImages, texts: ClassTexts, *, resamples: int, seed: int
+) -> dict[str, ClassScores]:
+    """For each class: the mean scores of base and adapter, and their paired difference with its interval."""
+    base_scores, adapter_scores = score(base, texts), score(adapter, texts)
     table = {}
     for index in np.unique(adapter.labels):
-        mine = adapter.labels == index
-        counts = resample_counts(int(mine.sum()), resamples, seed)
-        means = {row: _means(scores[mine], counts) for row, scores in scored.items()}
-        table[words.classes[index]] = {
-            **{row: {key: estimate.mean for key, estimate in values.items()} for row, values in means.items()},
-            "delta": {key: (means["adapter"][key] - means["base"][key]).report() for key in SCORES},
-        }
+        mask = adapter.labels == index
+        counts = resample_counts(int(mask.sum()), resamples, seed)
+        of_base, of_adapter = (_mean_scores(scores[mask], counts) for scores in (base_scores, adapter_scores))
+        table[texts.classes[index]] = ClassScores(
+            base={key: bootstrap.mean for key, bootstrap in of_base.items()},
+            adapter={key: bootstrap.mean for key, bootstrap in of_adapter.items()},
+            delta=_estimates({key: of_adapter[key] - of_base[key] for key in PER_PICTURE}),
+        )
     return table
 
 
-def worst_classes(table: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The classes of `per_class`, the ones that the adapter draws worst first."""
-    return sorted(table, key=lambda name: (table[name]["adapter"]["top1"], table[name]["adapter"]["clip_score"]))
+def worst_classes(table: Mapping[str, ClassScores]) -> list[str]:
+    """The classes of `per_class`, from the one that the adapter draws worst to the one that it draws best."""
+    return sorted(table, key=lambda name: (table[name].adapter["top1"], table[name].adapter["clip_score"]))
 
 
-def confusion(pictures: Pictures, words: Words) -> pd.DataFrame:
-    """How many pictures of each class that was drawn (rows) the judge takes for each class (columns)."""
-    predicted = score(pictures, words)["predicted"]
-    counts = np.zeros((len(words.classes), len(words.classes)), dtype=int)
-    np.add.at(counts, (pictures.labels, predicted), 1)
-    drawn = np.unique(pictures.labels)
-    return pd.DataFrame(counts[drawn], index=[words.classes[index] for index in drawn], columns=list(words.classes))
+def confusion(images: JudgedImages, texts: ClassTexts) -> pd.DataFrame:
+    """How many pictures of each drawn class (rows) the judge assigns to each class (columns).
+
+    >>> texts = ClassTexts(["bee", "owl"], prompts=np.eye(2), templates={"a photo of {}": np.eye(2)})
+    >>> confusion(JudgedImages(np.eye(2), np.array([0, 0])), texts)
+         bee  owl
+    bee    1    1
+    """
+    predicted = score(images, texts)["predicted"]
+    counts = np.zeros((len(texts.classes), len(texts.classes)), dtype=int)
+    np.add.at(counts, (images.labels, predicted), 1)
+    drawn = np.unique(images.labels)
+    return pd.DataFrame(counts[drawn], index=[texts.classes[index] for index in drawn], columns=list(texts.classes))
 
 
-def class_table(table: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """`per_class` flat, a row a class, the worst first."""
+def class_table(table: Mapping[str, ClassScores]) -> pd.DataFrame:
+    """`per_class` as a flat table, one row for each class, the worst class first."""
     rows = []
     for name in worst_classes(table):
-        row: dict[str, Any] = {"class": name}
-        for key in SCORES:
-            delta = table[name]["delta"][key]
-            row |= {f"base_{key}": table[name]["base"][key], f"adapter_{key}": table[name]["adapter"][key]}
-            row |= {f"delta_{key}": delta["mean"], f"delta_{key}_low": delta["ci95"][0]}
-            row[f"delta_{key}_high"] = delta["ci95"][1]
+        row: dict[str, str | float] = {"class": name}
+        for key in PER_PICTURE:
+            delta = table[name].delta[key]
+            row |= {f"base_{key}": table[name].base[key], f"adapter_{key}": table[name].adapter[key]}
+            row |= {f"delta_{key}": delta.mean, f"delta_{key}_low": delta.ci95[0], f"delta_{key}_high": delta.ci95[1]}
         rows.append(row)
     return pd.DataFrame(rows)
 
 
 def picture_table(
-    base: Pictures, adapter: Pictures, words: Words, prompts: Sequence[str], seeds: Sequence[int]
+    base: JudgedImages, adapter: JudgedImages, texts: ClassTexts, prompts: Sequence[str], seeds: Sequence[int]
 ) -> pd.DataFrame:
-    """One row a pair of pictures: what was asked for, the seed that draws it again, what the judge says of both."""
-    names = np.array(words.classes)
-    columns: dict[str, Any] = {"class": names[base.labels], "prompt": list(prompts), "seed": list(seeds)}
-    for row, pictures in (("base", base), ("adapter", adapter)):
-        scores = score(pictures, words)
-        columns[f"{row}_clip_score"] = scores["clip_score"].round(4)
-        columns[f"{row}_margin"] = scores["margin"].round(4)
-        columns[f"{row}_predicted"] = names[scores["predicted"]]
-    return pd.DataFrame(columns)
+    """One row for each pair of pictures: class, prompt, seed, and the judge's scores and prediction for both."""
+    names = np.array(texts.classes)
+    table = pd.DataFrame({"class": names[base.labels], "prompt": list(prompts), "seed": list(seeds)})
+    for row, images in (("base", base), ("adapter", adapter)):
+        scores = score(images, texts)
+        table[f"{row}_clip_score"] = scores["clip_score"].round(4)
+        table[f"{row}_margin"] = scores["margin"].round(4)
+        table[f"{row}_predicted"] = names[scores["predicted"]]
+    return table
 
 
-def closest_pairs(features: Array, reference: Array, count: int) -> list[tuple[int, int, float]]:
-    """(row of the picture, row of its nearest reference picture, cosine) of the `count` closest, the closest first."""
+def closest_pairs(features: Array, reference: Array, count: int) -> list[ClosestPair]:
+    """The `count` pictures that are closest to an image of `reference`, the closest first.
+
+    >>> closest_pairs(np.eye(2), np.array([[0.6, 0.8]]), count=1)
+    [ClosestPair(picture=1, reference=0, cosine=0.8)]
+    """
     similarity = features @ reference.T
     closest = np.argsort(-similarity.max(axis=1), kind="stable")[:count]
     nearest_of = similarity.argmax(axis=1)
-    return [(int(row), int(nearest_of[row]), float(similarity[row, nearest_of[row]])) for row in closest]
+    return [ClosestPair(int(row), int(nearest_of[row]), float(similarity[row, nearest_of[row]])) for row in closest]
 
 
-def _memorisation(
-    pictures: Pictures, train: Array, validation: Array, counts: Array, resamples: int, seed: int
-) -> dict[str, Any]:
-    """Cosine with the nearest training and validation picture; their gap, at equal sizes, is 0 if nothing is copied.
+def bootstrap_copied(features: Array, train: Array, validation: Array, resamples: int, seed: int) -> Bootstrap:
+    """The share of pictures whose nearest real image was trained on: 0 as often as by chance, 1 always.
 
-    `copied` is after the idea of arXiv 2004.05675.
-    """
-    size = min(len(train), len(validation))
-    fair_train, fair_validation = (nearest(pictures.features, reference, size) for reference in (train, validation))
-    values = {
-        "nearest_train": nearest(pictures.features, train),
-        "nearest_validation": nearest(pictures.features, validation),
-        "gap": fair_train - fair_validation,
-    }
-    report = {key: bootstrap_mean(value, counts).report() for key, value in values.items()}
-    return report | {"copied": bootstrap_copied(pictures.features, train, validation, resamples, seed).report()}
-
-
-def bootstrap_copied(features: Array, train: Array, validation: Array, resamples: int, seed: int) -> Estimate:
-    """The share of pictures whose nearest real one was trained on, from 0 (as many as by chance) to 1 (all).
-
-    Many pictures may share one nearest: whether that was trained on or not is one draw of the split and not many, so
-    the real pictures are resampled, each with all that are nearest to it.
+    Many pictures may have the same nearest real image. Whether that image was trained on was drawn only once, by the
+    split. So the bootstrap resamples the real images, each together with all pictures that are nearest to it.
     """
     nearest_real, pictures = np.unique((features @ np.vstack([train, validation]).T).argmax(axis=1), return_counts=True)
     drawn = resample_counts(len(nearest_real), resamples, seed) * pictures
     share = drawn @ (nearest_real < len(train)) / drawn.sum(axis=1)
     chance = len(train) / (len(train) + len(validation))
-    return _estimate((share - chance) / (1.0 - chance))
+    return _bootstrap((share - chance) / (1.0 - chance))
 
 
-def _check(base: Pictures, adapter: Pictures, real: Pictures, train_features: Array, words: Words) -> None:
-    if len(words.classes) < 2:
-        raise BestiaryError("There is one class only: scores compare classes, so at least two are needed.")
+def _memorisation(
+    features: Array, train: Array, validation: Array, counts: Array, resamples: int, seed: int
+) -> Memorisation:
+    """Cosines with the nearest training and validation image. `gap` compares them at equal sizes: 0 without copying.
+
+    `copied` follows the idea of arXiv:2004.05675.
+    """
+    size = min(len(train), len(validation))
+    gap = nearest(features, train, size) - nearest(features, validation, size)
+    return Memorisation(
+        nearest_train=bootstrap_mean(nearest(features, train), counts).estimate(),
+        nearest_validation=bootstrap_mean(nearest(features, validation), counts).estimate(),
+        gap=bootstrap_mean(gap, counts).estimate(),
+        copied=bootstrap_copied(features, train, validation, resamples, seed).estimate(),
+    )
+
+
+def _check(base: JudgedImages, adapter: JudgedImages, real: JudgedImages, texts: ClassTexts) -> None:
+    if len(texts.classes) < 2:
+        only = ", ".join(texts.classes)
+        raise BestiaryError(f"Evaluation needs at least two classes, and there is only {only}. Add images of another.")
     if not len(real.labels):
-        raise BestiaryError("There are no validation images to compare with.")
+        raise BestiaryError("There are no validation images to compare with. Increase split.val_fraction.")
     if not len(base.labels):
-        raise BestiaryError("There are no pictures to compare.")
-    for name, pictures in (("base", base), ("adapter", adapter), ("validation images", real)):
-        without = [words.classes[index] for index in np.unique(base.labels) if index not in pictures.labels]
-        if without:
-            raise BestiaryError(f"The class {without[0]} has no pictures in the {name}.")
-        if not np.isfinite(pictures.features).all():
-            raise BestiaryError(f"The judge gives no finite features for pictures of the {name}.")
+        raise BestiaryError("There are no pictures to compare. Check evaluate.classes and evaluate.seeds.")
+    for name, images in (("the base", base), ("the adapter", adapter), ("the validation split", real)):
+        missing = [texts.classes[index] for index in np.unique(base.labels) if index not in images.labels]
+        if missing:
+            raise BestiaryError(f"There are no images of the class {missing[0]} from {name}.")
+        if not np.isfinite(images.features).all():
+            raise BestiaryError(f"The judge's features of the images from {name} are not finite.")
     if not np.array_equal(base.labels, adapter.labels):
-        raise BestiaryError("Base and adapter were not given the same prompts, so they cannot be compared in pairs.")
+        raise BestiaryError("Base and adapter drew different classes and cannot be compared in pairs.")
 
 
-def _means(scores: pd.DataFrame, counts: Array) -> dict[str, Estimate]:
-    return {key: bootstrap_mean(scores[key], counts) for key in SCORES}
+def _mean_scores(scores: pd.DataFrame, counts: Array) -> dict[str, Bootstrap]:
+    return {key: bootstrap_mean(scores[key], counts) for key in PER_PICTURE}
 
 
-def _matching(pictures: Pictures, vectors: Array) -> Array:
-    cosines: Array = (pictures.features * vectors[pictures.labels]).sum(axis=1)
+def _estimates(scores: Mapping[str, Bootstrap]) -> dict[str, Estimate]:
+    return {key: bootstrap.estimate() for key, bootstrap in scores.items()}
+
+
+def _clip_scores(images: JudgedImages, captions: Array) -> Array:
+    """100 x cosine (N,) of each picture with the caption (K, D) of its class."""
+    cosines: Array = (images.features * captions[images.labels]).sum(axis=1)
     return 100 * cosines
 
 
-def _estimate(values: Array) -> Estimate:
-    return Estimate(float(values[0]), values[1:])
+def _bootstrap(values: Array) -> Bootstrap:
+    return Bootstrap(float(values[0]), values[1:])
 
 
 def _pair_mean(counts: Array, values: Array, weights: Array) -> Array:
-    """The weighted mean (1 + R,) of `values` (N, N) over the pairs that `counts` (1 + R, N) drew."""
+    """The weighted mean (1 + R,) of `values` (N, N) over the pairs in each resample of `counts` (1 + R, N)."""
     total: Array = ((counts @ (values * weights)) * counts).sum(axis=1)
     weight: Array = ((counts @ weights) * counts).sum(axis=1)
-    # A resample of few pictures may draw no pair at all: it then says what the pictures themselves say.
+    # A resample of few pictures may contain no pair. It then takes the value of the data itself.
     return np.divide(total, weight, out=np.full_like(total, total[0] / weight[0]), where=weight > 0)
 
 
-def _others(count: int) -> Array:
-    """1 for each pair of different pictures, 0 for a picture with itself."""
+def _pairs(count: int) -> Array:
+    """1 for each pair of different pictures, 0 for a picture with itself: (count, count)."""
     return 1 - np.eye(count)
 
 

@@ -1,4 +1,4 @@
-"""Work that Accelerate's processes share, so that the result is the same however many there are."""
+"""Share work between Accelerate's processes. The result is the same for any number of processes."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def shared(work: Callable[[Item], Result], items: Sequence[Item], name: str, unit: str) -> list[Result]:
-    """`work(item)` for every item, in their order, each done in one process and then known to all of them.
+def map_across_processes(work: Callable[[Item], Result], items: Sequence[Item], task: str, unit: str) -> list[Result]:
+    """`work(item)` for every item, in order. One process computes each result, and all processes return all results.
 
-    A bar counts the items of the main process. Results must pickle.
+    The main process shows a progress bar for its share, labelled `task`. Results must be picklable.
     """
     from accelerate.utils import gather_object
 
     from bestiary.diffusion.base import processes
 
     state = processes()
-    mine = range(state.process_index, len(items), state.num_processes)
-    bar = tqdm(mine, desc=name, unit=unit, disable=not state.is_main_process)
-    done = gather_object([(index, work(items[index])) for index in bar])
-    return [result for _, result in sorted(done, key=lambda pair: pair[0])]
+    own = range(state.process_index, len(items), state.num_processes)
+    bar = tqdm(own, desc=task, unit=unit, disable=not state.is_main_process)
+    results = gather_object([(index, work(items[index])) for index in bar])
+    return [result for _, result in sorted(results, key=lambda pair: pair[0])]

@@ -1,101 +1,142 @@
-"""Where to run the adapter: its strength, its checkpoint and the guidance, tried out on seeds of their own."""
+"""Choose the operating point: the checkpoint, the adapter weight and the guidance scale that score best."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from bestiary.errors import BestiaryError
-from bestiary.evaluation.scoring import SCORES, Pictures, Words, score
+from bestiary.evaluation.report import PER_PICTURE
+from bestiary.evaluation.scoring import ClassTexts, JudgedImages, score
 from bestiary.files import write_atomically
+from bestiary.samplers import Sampling
 
 CHECKPOINTS = "checkpoints"  # the folder beside the adapter's file
-POINT = "operating_point.json"
+FILE_NAME = "operating_point.json"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A checkpoint, and how to draw with it. A sweep varies the sampling's adapter weight and guidance scale."""
+
+    checkpoint: Path
+    sampling: Sampling
 
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """What later stages run: an adapter at strength 1, and the guidance it is used with."""
+    """What later stages draw with: an adapter with weight 1, and a guidance scale.
+
+    checkpoint is the file or folder that the adapter was made from, and weight is what was multiplied into its alpha.
+    """
 
     adapter: Path
     adapter_sha256: str
-    checkpoint: str  # the file's folder before the scale went into it
-    scale: float
+    checkpoint: str
+    weight: float
     guidance_scale: float
 
 
 def checkpoints(adapter: Path) -> list[Path]:
-    """The adapter and the checkpoints beside it, the adapter first. Raises BestiaryError when there are none."""
+    """The adapter, then the checkpoints beside it. Raises BestiaryError when there are no checkpoints."""
     from bestiary.diffusion.adapter import FILE_NAME
 
-    kept = sorted(path.parent for path in (adapter / CHECKPOINTS).glob(f"*/{FILE_NAME}"))
-    if not kept:
-        raise BestiaryError(f"There are no checkpoints in {adapter}: set train.keep_checkpoints and train again.")
-    return [adapter, *kept]
+    saved = sorted(path.parent for path in (adapter / CHECKPOINTS).glob(f"*/{FILE_NAME}"))
+    if not saved:
+        raise BestiaryError(
+            f"There are no checkpoints in {adapter}. Set train.keep_checkpoints to true and train again, "
+            "or set evaluate.sweep.checkpoints to false."
+        )
+    return [adapter, *saved]
+
+
+def combine(
+    adapters: Sequence[Path], weights: Sequence[float], guidance_scales: Sequence[float], sampling: Sampling
+) -> list[Candidate]:
+    """A candidate for each combination of adapter, adapter weight and guidance scale.
+
+    >>> candidates = combine([Path("adapter")], [0.5, 1.0], [3.0], Sampling())
+    >>> [(point.sampling.adapter_weight, point.sampling.guidance_scale) for point in candidates]
+    [(0.5, 3.0), (1.0, 3.0)]
+    """
+    return [
+        Candidate(adapter, replace(sampling, adapter_weight=weight, guidance_scale=guidance_scale))
+        for adapter, weight, guidance_scale in product(adapters, weights, guidance_scales)
+    ]
 
 
 def sweep(
-    look: Callable[[Path, float, float], Pictures],
-    words: Words,
-    adapters: Sequence[Path],
-    scales: Sequence[float],
-    guidance_scales: Sequence[float],
+    candidates: Sequence[Candidate], draw: Callable[[Candidate], JudgedImages], texts: ClassTexts
 ) -> pd.DataFrame:
-    """One row for each combination (checkpoint, scale, guidance_scale) with the scores of its pictures.
+    """The mean scores of each candidate's pictures, one row each. `draw` draws and judges the pictures.
 
-    `look(adapter, scale, guidance_scale)` draws and judges them.
+    Columns: checkpoint, scale (the adapter weight), guidance_scale, pictures, and a column for each score.
     """
     rows = []
-    for adapter, scale, guidance_scale in product(adapters, scales, guidance_scales):
-        scores = score(look(adapter, scale, guidance_scale), words)
+    for candidate in candidates:
+        scores = score(draw(candidate), texts)
         rows.append(
-            {"checkpoint": str(adapter), "scale": scale, "guidance_scale": guidance_scale, "pictures": len(scores)}
-            | {key: float(scores[key].mean()) for key in SCORES}
+            {
+                "checkpoint": str(candidate.checkpoint),
+                "scale": candidate.sampling.adapter_weight,
+                "guidance_scale": candidate.sampling.guidance_scale,
+                "pictures": len(scores),
+                **{key: float(scores[key].mean()) for key in PER_PICTURE},
+            }
         )
     return pd.DataFrame(rows)
 
 
-def best(table: pd.DataFrame, key: str) -> dict[str, Any]:
-    """The row with the highest `key`; of equals the first."""
-    rows = table.to_dict("records")
-    return {str(name): value for name, value in rows[int(table[key].argmax())].items()}
+def write_operating_point(folder: Path, checkpoint: Path, weight: float, guidance_scale: float) -> OperatingPoint:
+    """Write the operating point to `folder` for later stages, in place of an earlier one.
 
-
-def settle(folder: Path, checkpoint: Path, scale: float, guidance_scale: float) -> OperatingPoint:
-    """Write the operating point to `folder`, for the stages that follow.
-
-    At another strength than 1 an adapter that has it built in is written beside it.
+    For a weight other than 1, also write an adapter with the weight multiplied into its alpha.
     """
     from bestiary.diffusion.adapter import adapter_sha256
 
-    shutil.rmtree(folder, ignore_errors=True)  # one that an earlier sweep left
-    adapter = checkpoint if scale == 1 else scaled_adapter(checkpoint, scale, folder)
-    point = OperatingPoint(adapter, adapter_sha256(adapter), str(checkpoint), scale, guidance_scale)
-    text = json.dumps(asdict(point) | {"adapter": adapter.as_posix()}, indent=2)
-    write_atomically(folder / POINT, f"{text}\n".encode())
+    shutil.rmtree(folder, ignore_errors=True)
+    adapter = checkpoint if weight == 1 else write_weighted_adapter(checkpoint, weight, folder)
+    point = OperatingPoint(adapter, adapter_sha256(adapter), str(checkpoint), weight, guidance_scale)
+    content = {
+        "adapter": point.adapter.as_posix(),
+        "adapter_sha256": point.adapter_sha256,
+        "checkpoint": point.checkpoint,
+        "scale": point.weight,
+        "guidance_scale": point.guidance_scale,
+    }
+    write_atomically(folder / FILE_NAME, f"{json.dumps(content, indent=2)}\n".encode())
     return point
 
 
 def read_operating_point(folder: Path) -> OperatingPoint:
-    """What `settle` wrote. Raises BestiaryError when it is not there or damaged."""
+    """Read what `write_operating_point` wrote. Raises BestiaryError when it is missing or damaged."""
+    path = folder / FILE_NAME
     try:
-        content = json.loads((folder / POINT).read_text(encoding="utf-8"))
-        return OperatingPoint(**content | {"adapter": Path(content["adapter"])})
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return OperatingPoint(
+            adapter=Path(content["adapter"]),
+            adapter_sha256=content["adapter_sha256"],
+            checkpoint=content["checkpoint"],
+            weight=content["scale"],
+            guidance_scale=content["guidance_scale"],
+        )
     except FileNotFoundError:
-        raise BestiaryError(f"{folder / POINT} does not exist: run `dvc repro evaluate`.") from None
+        raise BestiaryError(f"{path} does not exist. Run `dvc repro evaluate`.") from None
     except (ValueError, KeyError, TypeError):
-        raise BestiaryError(f"{folder / POINT} is damaged: delete it and run `dvc repro evaluate`.") from None
+        raise BestiaryError(f"{path} is damaged. Delete it and run `dvc repro evaluate`.") from None
 
 
-def scaled_adapter(source: Path, scale: float, folder: Path) -> Path:
-    """Write the adapter to `folder` with `scale` in its alpha: at strength 1 it is the source at strength `scale`."""
+def write_weighted_adapter(source: Path, weight: float, folder: Path) -> Path:
+    """Write the adapter to `folder` with its alpha multiplied by `weight`; return `folder`.
+
+    The written adapter with weight 1 draws what `source` draws with this weight.
+    """
     from safetensors import safe_open
     from safetensors.torch import save
 
@@ -103,9 +144,9 @@ def scaled_adapter(source: Path, scale: float, folder: Path) -> Path:
 
     with safe_open(adapter_file(source), framework="pt") as file:
         metadata = dict(file.metadata())
-        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     config = json.loads(metadata[CONFIG_KEY])
-    config["unet.lora_alpha"] *= scale
+    config["unet.lora_alpha"] *= weight
     metadata[CONFIG_KEY] = json.dumps(config, sort_keys=True)
-    write_atomically(folder / FILE_NAME, with_sorted_header(save(weights, metadata)))
+    write_atomically(folder / FILE_NAME, with_sorted_header(save(tensors, metadata)))
     return folder

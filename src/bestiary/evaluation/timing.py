@@ -1,24 +1,23 @@
-"""Where the time of an evaluation goes."""
+"""Measure what an evaluation spends its time on."""
 
 from __future__ import annotations
 
 import time
 
 
-class Laps:
-    """Seconds by what they were spent on."""
+class Timer:
+    """Adds up the seconds spent on each activity."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._last = time.perf_counter()
 
-    def note(self, what: str) -> None:
-        """Add the time since the last note, or since the start, to `what`."""
+    def lap(self, activity: str) -> None:
+        """Count the time since the last lap, or since the start, for `activity`."""
         now = time.perf_counter()
-        self.seconds[what] = self.seconds.get(what, 0.0) + now - self._last
+        self.seconds[activity] = self.seconds.get(activity, 0.0) + now - self._last
         self._last = now
 
-    def report(self, work: str) -> dict[str, float]:
-        """All laps, and the share of their sum that is not `work`."""
-        laps = {f"{what}_s": seconds for what, seconds in self.seconds.items()}
-        return laps | {"overhead_share": 1 - self.seconds[work] / sum(self.seconds.values())}
+    def overhead_share(self, useful: str) -> float:
+        """The share of the total time that was not spent on the activity `useful`."""
+        return 1 - self.seconds[useful] / sum(self.seconds.values())

@@ -1,0 +1,374 @@
+"""Measure what a picture costs with each setting, in seconds and memory, and the quality that it buys."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from bestiary.errors import BestiaryError
+from bestiary.evaluation.pictures import Jobs, make_jobs, read_class_texts
+from bestiary.evaluation.profiling import Cost, Machine, measure, this_machine
+from bestiary.evaluation.scoring import ClassTexts, JudgedImages, score, unit
+from bestiary.samplers import SAMPLERS, Sampling
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderTiny, StableDiffusionPipeline
+    from PIL.Image import Image
+
+    from bestiary.evaluation.judge import Judge
+    from bestiary.params import Benchmark, Evaluate
+
+Guidance = Literal["always", "interval", "never"]
+Value = str | int | float | bool | None  # of a table's cell
+OPTIONAL = ("peak_device_memory_mib", "compile_s", "with_loading_s")  # missing in rows where they were not measured
+# A picture counts as converged after this many steps: then it is within 0.5 (of 255) of its limit on the embedded base.
+CONVERGED_SAMPLER, MIN_CONVERGED_STEPS, MAX_CONVERGED_STEPS = "dpmsolver++", 100, 1000
+CONVERGED_FACTOR = 2.5  # times the most steps that are measured
+WARM_UP_STEPS = 2  # allocate as much memory as many steps
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to draw.
+
+    fused: the adapter's weights are added to the base's, so that they cost nothing at each step. guidance: at every
+    step ("always"), only at the noise levels of an interval (arXiv:2404.07724), or "never". vae: "full", or "tiny" for
+    a distilled decoder.
+    """
+
+    scheduler: str
+    steps: int
+    batch: int
+    fused: bool
+    guidance: Guidance = "always"
+    dtype: str = "float32"
+    compiled: bool = False
+    vae: str = "full"
+
+    def sampling(self, default: Sampling) -> Sampling:
+        """`default` with this setting's sampler, steps and guidance.
+
+        The guidance scale and the guidance interval are those of `default`.
+
+        >>> default = Sampling(guidance_scale=5.0, guidance_interval=(0.5, 6.0))
+        >>> Setting("ddim", 10, batch=1, fused=False, guidance="never").sampling(default)
+        ... # doctest: +ELLIPSIS
+        Sampling(sampler='ddim', steps=10, guidance_scale=1.0, guidance_interval=None, ...)
+        """
+        return replace(
+            default,
+            sampler=self.scheduler,
+            steps=self.steps,
+            guidance_scale=1.0 if self.guidance == "never" else default.guidance_scale,
+            guidance_interval=default.guidance_interval if self.guidance == "interval" else None,
+        )
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A setting that this base or this machine cannot run, and why."""
+
+    setting: Setting
+    reason: str
+
+    def to_dict(self) -> dict[str, Value]:
+        """This as reports/benchmark.json holds it."""
+        return {**asdict(self.setting), "reason": self.reason}
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How good a setting's pictures are.
+
+    quality is their CLIP score (100 x cosine), top1 the percentage that the judge recognises. distance_to_converged is
+    their root mean square difference (0 to 255) from what many more steps make of the same noise with the same
+    guidance; None for stochastic samplers, which do not converge.
+    """
+
+    quality: float
+    top1: float
+    distance_to_converged: float | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """The result of one setting.
+
+    compile_s is what torch.compile adds to the first call. with_loading_s is the time of a picture together with the
+    imports and the loading before it.
+    """
+
+    setting: Setting
+    cost: Cost
+    quality: Quality
+    compile_s: float | None = None
+    with_loading_s: float | None = None
+
+    def to_dict(self) -> dict[str, Value]:
+        """This as reports/benchmark.json holds it: one flat table, without what was not measured."""
+        row = {
+            **asdict(self.setting),
+            **asdict(self.cost),
+            "compile_s": self.compile_s,
+            **asdict(self.quality),
+            "with_loading_s": self.with_loading_s,
+        }
+        return {key: value for key, value in row.items() if value is not None or key not in OPTIONAL}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The pictures that every setting draws, and the judge that scores them against the classes' texts."""
+
+    jobs: Jobs
+    texts: ClassTexts
+    judge: Judge
+
+    @classmethod
+    def of(cls, judge: Judge, classes: Sequence[str], template: str, count: int, seed: int) -> Trial:
+        """`count` pictures, spread evenly over the classes, with the seeds from `seed` on."""
+        labels = [index * len(classes) // count for index in range(count)]
+        return cls(make_jobs(classes, labels, template, seed), read_class_texts(judge, classes, template), judge)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all settings of a benchmark have in common.
+
+    load gives the base in a dtype. sampling holds the size, the guidance scale and the guidance interval. repeats is
+    the number of timed calls. untimed_batch is the batch size of pictures that are only judged. load_tiny_vae gives a
+    distilled decoder for a pipeline.
+    """
+
+    load: Callable[[str], StableDiffusionPipeline]
+    adapter: Path
+    trial: Trial
+    sampling: Sampling
+    repeats: int
+    untimed_batch: int
+    load_tiny_vae: Callable[[StableDiffusionPipeline], AutoencoderTiny] | None = None
+
+
+def plan(settings: Benchmark, evaluate: Evaluate, dtype: str) -> list[Setting]:
+    """The settings to measure, each once.
+
+    First the default of `bestiary generate`, then the default with one thing changed, then every combination of
+    sampler, steps and batch size.
+    """
+    default = Setting(
+        evaluate.scheduler,
+        evaluate.steps,
+        batch=1,
+        fused=False,
+        guidance="interval" if evaluate.guidance_interval else "always",
+        dtype=dtype,
+    )
+    variants = [
+        replace(default, fused=True),
+        *(replace(default, guidance=guidance) for guidance in settings.guidance),
+        *(replace(default, dtype=other) for other in settings.dtypes),
+        *(replace(default, compiled=compiled) for compiled in settings.compile),
+        *([replace(default, vae="tiny")] if settings.tiny_vae else []),
+    ]
+    combinations = [
+        replace(default, scheduler=name, steps=count, batch=batch)
+        for name, count, batch in product(settings.schedulers, settings.steps, settings.batch_sizes)
+    ]
+    return list(dict.fromkeys([default, *variants, *combinations]))
+
+
+def reason_to_skip(setting: Setting, pipeline: StableDiffusionPipeline, machine: Machine) -> str | None:
+    """Why this base or this machine cannot run the setting; None when it can."""
+    from bestiary.diffusion.sampling import is_lcm, max_lcm_steps
+
+    device = machine.device_type
+    if setting.scheduler == "lcm" and not is_lcm(pipeline):
+        return "the base is not a latent consistency model"
+    if setting.scheduler == "lcm" and setting.steps > (most := max_lcm_steps(pipeline)):
+        return f"a latent consistency model draws in at most {most} steps"
+    if setting.guidance == "interval" and is_lcm(pipeline):
+        return "a latent consistency model cannot be guided at only some steps"
+    if setting.dtype == "float16" and device == "cpu":
+        return "a CPU does not compute in float16"
+    if setting.dtype == "bfloat16" and not machine.has_bfloat16:
+        return f"this {'CPU' if device == 'cpu' else 'GPU'} has no instructions for bfloat16"
+    if setting.compiled and not machine.can_compile:
+        return f"torch.compile needs {'a C++ compiler' if device == 'cpu' else 'triton'}"
+    return None
+
+
+def run(bench: Bench, settings: Sequence[Setting]) -> tuple[list[Row], list[Skipped]]:
+    """Measure each setting that this base and this machine can run; return a row for each, and the skipped settings.
+
+    Raises BestiaryError when none of the settings can run.
+    """
+    pipeline = bench.load(settings[0].dtype)
+    machine = this_machine(pipeline.device.type)
+    reasons = {setting: reason_to_skip(setting, pipeline, machine) for setting in settings}
+    skipped = [Skipped(setting, reason) for setting, reason in reasons.items() if reason]
+    possible = [setting for setting, reason in reasons.items() if reason is None]
+    if not possible:
+        raise BestiaryError(f"No setting of the benchmark can run here: {skipped[0].reason}. Change `benchmark`.")
+    converged = _draw_converged(bench, pipeline, possible)
+    del pipeline
+    rows: dict[Setting, Row] = {}
+    with tqdm(total=len(possible), desc="measure settings", unit="setting") as bar:
+        for dtype, fused in dict.fromkeys((setting.dtype, setting.fused) for setting in possible):
+            gc.collect()  # or the previous pipeline's memory would count as the next one's
+            group = [setting for setting in possible if (setting.dtype, setting.fused) == (dtype, fused)]
+            for row in _measure_group(bench, group, converged):
+                rows[row.setting] = row
+                bar.update()
+    return [rows[setting] for setting in possible], skipped
+
+
+def draw_timed(
+    pipeline: StableDiffusionPipeline, jobs: Jobs, sampling: Sampling, batch: int, repeats: int
+) -> tuple[Cost, dict[int, Image]]:
+    """Draw `repeats` batches, starting over after the last job; return their cost, and the pictures by job index."""
+    batches = [[(repeat * batch + index) % len(jobs.seeds) for index in range(batch)] for repeat in range(repeats)]
+    cost, drawn = measure(
+        pipeline, [partial(_draw, pipeline, jobs.take(chosen), sampling, batch) for chosen in batches]
+    )
+    images: dict[int, Image] = {}
+    for chosen, pictures in zip(batches, drawn, strict=True):
+        images |= dict(zip(chosen, pictures, strict=True))
+    return cost, images
+
+
+def judge_quality(images: Mapping[int, Image], trial: Trial, converged: Sequence[Image] | None) -> Quality:
+    """The judge's scores of a trial's pictures (by job index), and their distance to the converged pictures."""
+    indices = sorted(images)
+    features = trial.judge.image_features([images[index] for index in indices]).double().numpy()
+    scores = score(JudgedImages(unit(features), np.asarray(trial.jobs.labels)[indices]), trial.texts)
+    distances = [rms_difference(images[index], converged[index]) for index in indices] if converged else None
+    return Quality(
+        quality=float(scores["clip_score"].mean()),
+        top1=float(scores["top1"].mean()),
+        distance_to_converged=float(np.mean(distances)) if distances else None,
+    )
+
+
+def fastest_good(rows: Sequence[Row], tolerance: float = 0.01) -> Row:
+    """The fastest row whose quality is at most the share `tolerance` below the best row's."""
+    best = max(row.quality.quality for row in rows)
+    enough = best - tolerance * abs(best)
+    return max((row for row in rows if row.quality.quality >= enough), key=lambda row: row.cost.images_per_second)
+
+
+def rms_difference(image: Image, other: Image) -> float:
+    """The root mean square difference of two pictures' channels, from 0 to 255.
+
+    >>> from PIL import Image
+    >>> rms_difference(Image.new("RGB", (8, 8), (0, 0, 0)), Image.new("RGB", (8, 8), (10, 10, 10)))
+    10.0
+    """
+    difference = np.asarray(image, dtype=np.float64) - np.asarray(other, dtype=np.float64)
+    return float(np.sqrt((difference**2).mean()))
+
+
+def load_tiny_vae(model: str, revision: str | None, pipeline: StableDiffusionPipeline) -> AutoencoderTiny:
+    """Load a distilled decoder in the pipeline's dtype and on its device.
+
+    Raises BestiaryError when it does not load or does not fit the base's latents.
+    """
+    from diffusers import AutoencoderTiny
+
+    try:
+        vae = AutoencoderTiny.from_pretrained(model, revision=revision, torch_dtype=pipeline.unet.dtype)
+    except Exception as error:  # diffusers, the hub and safetensors raise different types
+        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+        raise BestiaryError(
+            f"The decoder {model!r} of benchmark.tiny_vae cannot be loaded: {reason}. Name another, or null."
+        ) from error
+    channels = pipeline.unet.config.in_channels
+    if vae.config.latent_channels != channels:
+        raise BestiaryError(
+            f"The decoder {model!r} of benchmark.tiny_vae decodes {vae.config.latent_channels} latent channels, "
+            f"but the base has {channels}. Name another, or null."
+        )
+    return vae.to(pipeline.device).eval()
+
+
+def fuse(pipeline: StableDiffusionPipeline) -> None:
+    """Add the applied adapter to the base's weights, for good, so that it costs nothing at each step."""
+    pipeline.unet.fuse_lora()
+    pipeline.unet.unload_lora()
+
+
+def _draw_converged(
+    bench: Bench, pipeline: StableDiffusionPipeline, settings: Sequence[Setting]
+) -> dict[str, list[Image]]:
+    """The trial's pictures after so many steps that they have converged, for each guidance of a deterministic sampler.
+
+    None of a latent consistency model, because it does not solve a differential equation.
+    """
+    from bestiary.diffusion.adapter import apply_adapter
+    from bestiary.diffusion.sampling import is_lcm
+
+    if is_lcm(pipeline):
+        return {}
+    steps = int(CONVERGED_FACTOR * max(setting.steps for setting in settings))
+    steps = min(MAX_CONVERGED_STEPS, max(MIN_CONVERGED_STEPS, steps))
+    by_guidance = {setting.guidance: setting for setting in settings if not SAMPLERS[setting.scheduler].stochastic}
+    apply_adapter(pipeline, bench.adapter, bench.sampling.adapter_weight)
+    return {
+        guidance: _draw(
+            pipeline,
+            bench.trial.jobs,
+            replace(setting.sampling(bench.sampling), sampler=CONVERGED_SAMPLER, steps=steps),
+            bench.untimed_batch,
+        )
+        for guidance, setting in by_guidance.items()
+    }
+
+
+def _measure_group(
+    bench: Bench, settings: Sequence[Setting], converged: Mapping[str, Sequence[Image]]
+) -> Iterator[Row]:
+    """Measure settings of the same dtype and fusing with one pipeline, which is freed afterwards."""
+    import torch
+
+    from bestiary.diffusion.adapter import apply_adapter
+
+    pipeline = bench.load(settings[0].dtype)
+    apply_adapter(pipeline, bench.adapter, bench.sampling.adapter_weight)
+    if settings[0].fused:
+        fuse(pipeline)
+    full_vae, unet = pipeline.vae, pipeline.unet
+    for setting in settings:
+        tiny = bench.load_tiny_vae if setting.vae == "tiny" else None
+        pipeline.vae = tiny(pipeline) if tiny else full_vae
+        pipeline.unet = torch.compile(unet) if setting.compiled else unet
+        limit = None if SAMPLERS[setting.scheduler].stochastic else converged.get(setting.guidance)
+        yield _measure_setting(bench, pipeline, setting, limit)
+
+
+def _measure_setting(
+    bench: Bench, pipeline: StableDiffusionPipeline, setting: Setting, converged: Sequence[Image] | None
+) -> Row:
+    jobs, sampling = bench.trial.jobs, setting.sampling(bench.sampling)
+    # A compiled UNet is compiled anew for each input shape, so it warms up with the very call that is timed.
+    short = sampling if setting.compiled else replace(sampling, steps=min(WARM_UP_STEPS, sampling.steps))
+    warm_up, _ = draw_timed(pipeline, jobs, short, setting.batch, repeats=1)
+    cost, images = draw_timed(pipeline, jobs, sampling, setting.batch, bench.repeats)
+    rest = [index for index in range(len(jobs.seeds)) if index not in images]
+    if rest:
+        drawn = _draw(pipeline, jobs.take(rest), sampling, bench.untimed_batch)
+        images |= dict(zip(rest, drawn, strict=True))
+    compile_s = warm_up.p50_s - cost.p50_s if setting.compiled else None
+    return Row(setting, cost, judge_quality(images, bench.trial, converged), compile_s)
+
+
+def _draw(pipeline: StableDiffusionPipeline, jobs: Jobs, sampling: Sampling, batch_size: int) -> list[Image]:
+    from bestiary.diffusion.sampling import generate
+
+    return generate(pipeline, jobs.prompts, jobs.seeds, sampling, batch_size=batch_size)

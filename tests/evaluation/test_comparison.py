@@ -1,4 +1,4 @@
-"""An evaluation from end to end on the embedded base and judge, as small as it can be."""
+"""A whole evaluation on the embedded base and judge, as small as possible."""
 
 from pathlib import Path
 
@@ -9,9 +9,11 @@ from PIL import Image
 
 from bestiary.diffusion.base import load_pipeline
 from bestiary.evaluation import comparison
-from bestiary.evaluation.comparison import Evaluation
+from bestiary.evaluation.comparison import Compared, Evaluation
 from bestiary.evaluation.judge import Judge
-from bestiary.evaluation.pictures import Kept
+from bestiary.evaluation.pictures import PictureCache
+from bestiary.evaluation.report import EvaluationReport
+from bestiary.evaluation.sweep import OperatingPoint
 from bestiary.params import Evaluate
 
 CLASSES = ("antelope", "bee", "tiger")
@@ -40,58 +42,101 @@ SETTINGS = Evaluate.model_validate(
 
 @pytest.fixture(scope="module")
 def split(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes of random pictures with their manifests beside them."""
+    """A folder with random pictures of three classes and their manifests."""
     folder = tmp_path_factory.mktemp("split")
     random = np.random.default_rng(0)
     for name, count in (("train", 3), ("val", 2)):
         rows = []
-        for animal in CLASSES:
-            (folder / animal).mkdir(exist_ok=True)
+        for subject in CLASSES:
+            (folder / subject).mkdir(exist_ok=True)
             for number in range(count):
-                path = f"{animal}/{name}{number}.png"
+                path = f"{subject}/{name}{number}.png"
                 Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / path)
-                rows.append({"path": path, "class": animal})
+                rows.append({"path": path, "class": subject})
         pd.DataFrame(rows).to_csv(folder / f"{name}.csv", index=False)
     return folder
 
 
 @pytest.fixture(scope="module")
-def evaluation(base_folder: Path, judge: Judge, adapter: Path, split: Path, tmp_path_factory) -> Evaluation:
-    kept = Kept(tmp_path_factory.mktemp("kept"), {})
-    pipeline = load_pipeline(base_folder, device="cpu")
-    return comparison.evaluate(pipeline, adapter, [judge, judge], split, split, SETTINGS, seed=5, kept=kept)
+def evaluation(
+    base_folder: Path, judge: Judge, adapter: Path, split: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Evaluation:
+    """The result of an evaluation by two judges, with a sweep."""
+    compared = Compared(load_pipeline(base_folder, device="cpu"), adapter, [judge, judge], clean=split, split=split)
+    cache = PictureCache(tmp_path_factory.mktemp("cache"), base_sha256="")
+    return comparison.evaluate(compared, SETTINGS, seed=5, cache=cache)
 
 
-def test_only_the_classes_that_are_asked_for_are_drawn_and_all_are_there_to_be_mistaken_for(
-    evaluation: Evaluation,
+@pytest.fixture(scope="module")
+def report(evaluation: Evaluation) -> EvaluationReport:
+    sampling = evaluation.chosen.sampling
+    point = OperatingPoint(
+        evaluation.chosen.checkpoint,
+        "0" * 64,
+        str(evaluation.chosen.checkpoint),
+        sampling.adapter_weight,
+        sampling.guidance_scale,
+    )
+    return evaluation.report(point, stage_seconds=100.0)
+
+
+def test_only_the_chosen_classes_are_drawn_and_the_judge_chooses_among_all(
+    evaluation: Evaluation, report: EvaluationReport
 ) -> None:
-    assert evaluation.report["images"] == 4
-    assert list(evaluation.report["per_class"]) == ["bee", "tiger"]
-    assert list(evaluation.words.classes) == list(CLASSES)
+    assert report.images == 4
+    assert list(report.per_class) == ["bee", "tiger"]
+    assert report.classes == tuple(evaluation.texts.classes) == CLASSES
 
 
-def test_the_sweep_chose_on_seeds_that_the_evaluation_does_not_use(evaluation: Evaluation) -> None:
-    assert evaluation.swept is not None
+def test_the_sweep_chooses_on_other_seeds_than_the_evaluation_uses(
+    evaluation: Evaluation, report: EvaluationReport
+) -> None:
+    assert evaluation.sweep is not None
     assert evaluation.jobs.seeds == [5, 6, 7, 8]
-    assert evaluation.swept["pictures"].tolist() == [2, 2]
-    best = evaluation.swept.loc[evaluation.swept["clip_score"].idxmax()]
-    point = evaluation.report["operating_point"]
-    assert (point["scale"], point["guidance_scale"]) == (best["scale"], 2.0) == (evaluation.scale, 2.0)
+    table = evaluation.sweep.table
+    assert table["pictures"].tolist() == [2, 2]
+    best = table.loc[table["clip_score"].idxmax()]
+    chosen, point = evaluation.chosen.sampling, report.operating_point
+    assert (point.scale, point.guidance_scale) == (best["scale"], 2.0) == (chosen.adapter_weight, 2.0)
 
 
-def test_a_second_judge_that_is_the_first_says_the_same(evaluation: Evaluation) -> None:
-    second = evaluation.report["second_judge"]
-    assert second == {row: evaluation.report[row] for row in ("base", "adapter", "delta", "real", "floor")}
+def test_two_equal_judges_give_the_same_scores(report: EvaluationReport) -> None:
+    second = report.second_judge
+    assert second is not None
+    for row in ("base", "adapter", "delta", "real", "floor"):
+        assert getattr(second, row) == getattr(report, row)
 
 
-def test_the_report_says_where_the_time_went(evaluation: Evaluation) -> None:
-    seconds = evaluation.report["seconds"]
-    assert min(seconds["draw_s"], seconds["judge_s"], seconds["score_s"]) > 0
-    assert 0 < seconds["overhead_share"] < 1
-    assert evaluation.report["scale_zero"] == {"pictures": 2, "different": 0}
+def test_the_report_states_what_the_time_was_spent_on(report: EvaluationReport) -> None:
+    seconds = report.seconds
+    assert min(seconds["draw_s"] or 0, seconds["judge_s"] or 0, seconds["score_s"] or 0) > 0
+    assert 0 < (seconds["overhead_share"] or 0) < 1
+    assert seconds["stage_s"] == 100.0
+    assert report.scale_zero.model_dump() == {"pictures": 2, "different": 0}
 
 
-def test_everything_is_drawn_beside_the_report_and_what_is_gone_goes(evaluation: Evaluation, tmp_path: Path) -> None:
+def test_the_reports_keys_have_a_fixed_order(report: EvaluationReport) -> None:
+    assert list(report.to_dict()) == [
+        "images",
+        "base",
+        "adapter",
+        "delta",
+        "real",
+        "floor",
+        "per_template",
+        "per_class",
+        "worst_classes",
+        "memorisation",
+        "classes",
+        "scale_zero",
+        "operating_point",
+        "second_judge",
+        "seconds",
+        "adapter_sha256",
+    ]
+
+
+def test_figures_are_written_and_those_of_earlier_classes_removed(evaluation: Evaluation, tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "unicorn.jpg").touch()
     comparison.write(evaluation, tmp_path)

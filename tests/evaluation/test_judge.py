@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,13 @@ def pictures() -> list[Image.Image]:
 
 
 def copy_all_but_weights(judge_folder: Path, folder: Path) -> None:
+    """Copy a judge's files to `folder` without its weights."""
     for file in judge_folder.iterdir():
         if file.is_file() and file.suffix != ".safetensors":
             (folder / file.name).write_bytes(file.read_bytes())
 
 
-def test_features_of_pictures_and_texts_are_unit_vectors_of_one_length(
+def test_features_of_pictures_and_texts_are_unit_vectors_of_equal_dimension(
     judge: Judge, pictures: list[Image.Image]
 ) -> None:
     images = judge.image_features(pictures[:3])
@@ -32,7 +34,7 @@ def test_features_of_pictures_and_texts_are_unit_vectors_of_one_length(
     torch.testing.assert_close(texts.norm(dim=1), torch.ones(2))
 
 
-def test_a_judge_stored_in_half_precision_judges_in_single(judge_folder: Path, tmp_path: Path) -> None:
+def test_a_judge_stored_in_half_precision_computes_in_single_precision(judge_folder: Path, tmp_path: Path) -> None:
     copy_all_but_weights(judge_folder, tmp_path)
     weights = load_file(judge_folder / "model.safetensors")
     halves = {key: value.half() if value.is_floating_point() else value for key, value in weights.items()}
@@ -42,19 +44,17 @@ def test_a_judge_stored_in_half_precision_judges_in_single(judge_folder: Path, t
     torch.testing.assert_close(judge.text_features(["a tiger"]).norm(), torch.tensor(1.0))
 
 
-def test_more_pictures_than_a_batch_keep_their_order_and_their_features(
-    judge: Judge, pictures: list[Image.Image]
-) -> None:
+def test_features_of_more_pictures_than_a_batch_keep_their_order(judge: Judge, pictures: list[Image.Image]) -> None:
     together = judge.image_features(pictures)
     torch.testing.assert_close(together[[0, 66]], judge.image_features([pictures[0], pictures[66]]), atol=1e-5, rtol=0)
 
 
-def test_a_text_scores_the_same_alone_and_in_company(judge: Judge) -> None:
-    company = judge.text_features(["a tiger", "a close-up of an antelope in its natural habitat"])
-    torch.testing.assert_close(company[:1], judge.text_features(["a tiger"]), atol=1e-6, rtol=0)
+def test_a_texts_features_do_not_depend_on_the_other_texts(judge: Judge) -> None:
+    together = judge.text_features(["a tiger", "a close-up of an antelope in its natural habitat"])
+    torch.testing.assert_close(together[:1], judge.text_features(["a tiger"]), atol=1e-6, rtol=0)
 
 
-def test_features_equal_those_of_transformers_own_clip(judge: Judge, pictures: list[Image.Image]) -> None:
+def test_features_equal_those_of_transformers_clip(judge: Judge, pictures: list[Image.Image]) -> None:
     tokens = judge.tokenizer(["a photo of a tiger"], return_tensors="pt")
     pixel_values = judge.image_processor(pictures[:1], return_tensors="pt")["pixel_values"]
     with torch.inference_mode():
@@ -73,13 +73,13 @@ def test_no_pictures_give_no_features(judge: Judge) -> None:
     assert judge.image_features([]).shape == (0, judge.text_features(["a tiger"]).shape[1])
 
 
-def test_a_missing_judge_is_one_plain_sentence(tmp_path: Path) -> None:
-    with pytest.raises(BestiaryError, match=r"^The judge '.*nothing' cannot be loaded: there is no such folder\.$"):
+def test_a_missing_judge_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BestiaryError, match="nothing"):
         Judge.load(str(tmp_path / "nothing"))
 
 
-def test_a_folder_that_holds_no_judge_is_one_plain_sentence(tmp_path: Path) -> None:
-    with pytest.raises(BestiaryError, match=r"^The judge .* cannot be loaded: .+\.$"):
+def test_a_folder_without_a_judge_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BestiaryError, match=re.escape(str(tmp_path))):
         Judge.load(str(tmp_path))
 
 
@@ -88,5 +88,5 @@ def test_a_judge_with_missing_weights_is_refused(judge_folder: Path, tmp_path: P
     weights = load_file(judge_folder / "model.safetensors")
     del weights["text_projection.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(BestiaryError, match=r"is no whole CLIP: it has no text_projection\.weight\.$"):
+    with pytest.raises(BestiaryError, match=r"text_projection\.weight"):
         Judge.load(str(tmp_path))

@@ -1,15 +1,21 @@
+from __future__ import annotations
+
 import json
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bestiary.diffusion.adapter import FILE_NAME, inject, save_adapter
@@ -17,14 +23,20 @@ from bestiary.diffusion.base import load_unet
 from bestiary.errors import BestiaryError
 from bestiary.evaluation import pictures
 from bestiary.evaluation.judge import Judge
+from bestiary.evaluation.pictures import Jobs, PictureCache, draw, draw_pairs
+from bestiary.samplers import Sampling
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
 
 PROMPTS = ["a photo of a tiger", "a photo of an antelope", "a photo of a bee"]
-SETTINGS = {"steps": 2, "guidance_scale": 3.0, "scheduler": "dpmsolver++", "batch_size": 2}
+JOBS = Jobs([0, 1, 2], PROMPTS, [1, 2, 3])
+SAMPLING = Sampling("dpmsolver++", steps=2, guidance_scale=3.0)
 
 
 @pytest.fixture
 def split(tmp_path: Path) -> Path:
-    """Manifests of two classes with their images beside them."""
+    """A folder with the manifests of two classes and their images."""
     for name, count in (("train", 3), ("val", 1)):
         rows = []
         for folder in ("bee", "tiger"):
@@ -37,91 +49,144 @@ def split(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_base_and_adapter_draw_the_same_prompts_from_the_same_noise(pipeline, adapter: Path) -> None:
-    base, adapted = pictures.draw_pairs(pipeline, adapter, PROMPTS, [1, 2, 3], **SETTINGS)
-    again, _ = pictures.draw_pairs(pipeline, adapter, PROMPTS, [1, 2, 3], **SETTINGS)
+def test_base_and_adapter_draw_the_same_prompts_from_the_same_noise(
+    pipeline: StableDiffusionPipeline, adapter: Path
+) -> None:
+    base, adapted = draw_pairs(pipeline, adapter, JOBS, SAMPLING, batch_size=2)
+    again, _ = draw_pairs(pipeline, adapter, JOBS, SAMPLING, batch_size=2)
     assert len(base) == len(adapted) == 3
     assert [image.tobytes() for image in base] != [image.tobytes() for image in adapted]
     for first, second in zip(base, again, strict=True):
         assert first.tobytes() == second.tobytes()
 
 
-def test_an_adapter_that_changes_the_base_even_at_scale_0_fails(
-    pipeline, adapter: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_adapter_that_changes_pictures_even_with_weight_0_is_refused(
+    pipeline: StableDiffusionPipeline, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = pictures.apply_adapter
-    monkeypatch.setattr(pictures, "apply_adapter", lambda pipeline, path, scale=1.0: honest(pipeline, path, 0.5))
-    with pytest.raises(BestiaryError, match="at scale 0 does not give the base's pictures"):
-        pictures.draw_pairs(pipeline, adapter, PROMPTS, [1, 2, 3], **SETTINGS)
+    monkeypatch.setattr(type(pipeline.unet), "disable_lora", lambda unet: None)  # a weight of 0 does nothing
+    with pytest.raises(BestiaryError, match="weight 0") as caught:
+        draw_pairs(pipeline, adapter, JOBS, SAMPLING, batch_size=2)
+    assert str(adapter) in str(caught.value)
 
 
-def test_an_adapter_for_another_base_is_refused_before_anything_long(pipeline, adapter: Path, tmp_path: Path) -> None:
+def test_an_adapter_for_another_base_is_refused(
+    pipeline: StableDiffusionPipeline, adapter: Path, tmp_path: Path
+) -> None:
     weights = load_file(adapter / FILE_NAME)
     unet = load_unet(Path(pipeline.unet.config._name_or_path).parent)
     inject(unet, rank=2, alpha=4, dropout=0.0, targets=["to_q"], seed=0)
     save_adapter(unet, tmp_path, {})
-    from safetensors import safe_open
-
     with safe_open(tmp_path / FILE_NAME, framework="pt") as file:
         metadata = file.metadata()
     other = {key: torch.nn.functional.pad(value, (0, 8)) for key, value in weights.items() if "to_q" in key}
     save_file(other, tmp_path / FILE_NAME, metadata=metadata)
-    with pytest.raises(BestiaryError, match="does not fit the base"):
-        pictures.draw_pairs(pipeline, tmp_path, PROMPTS, [1, 2, 3], **SETTINGS)
+    with pytest.raises(BestiaryError, match="does not fit") as caught:
+        draw_pairs(pipeline, tmp_path, JOBS, SAMPLING, batch_size=2)
+    assert str(tmp_path) in str(caught.value)
 
 
-def test_pictures_that_are_not_finite_are_refused(pipeline, adapter: Path) -> None:
+def test_pictures_that_are_not_finite_are_refused(pipeline: StableDiffusionPipeline, adapter: Path) -> None:
     pipeline.vae.decoder.conv_out.bias.data[0] = torch.nan
-    with pytest.raises(BestiaryError, match=r"^The base draws pictures that are not finite numbers"):
-        pictures.draw_pairs(pipeline, adapter, PROMPTS, [1, 2, 3], **SETTINGS)
+    with pytest.raises(BestiaryError, match=r"base .*not finite"):
+        draw_pairs(pipeline, adapter, JOBS, SAMPLING, batch_size=2)
 
 
-def test_pictures_that_were_drawn_once_are_not_drawn_again(
-    pipeline, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def drawn_seeds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The seeds of the pictures that were drawn instead of read from the cache, in order."""
+    seeds: list[int] = []
+    generate = pictures.generate
+
+    def record(
+        pipeline: StableDiffusionPipeline,
+        prompts: Sequence[str],
+        batch_seeds: Sequence[int],
+        sampling: Sampling,
+        *,
+        batch_size: int,
+    ) -> list[Image.Image]:
+        seeds.extend(batch_seeds)
+        return generate(pipeline, prompts, batch_seeds, sampling, batch_size=batch_size)
+
+    monkeypatch.setattr(pictures, "generate", record)
+    return seeds
+
+
+def test_cached_pictures_are_not_drawn_again_and_a_damaged_file_is(
+    pipeline: StableDiffusionPipeline, adapter: Path, tmp_path: Path, drawn_seeds: list[int]
 ) -> None:
-    kept = pictures.Kept(tmp_path / "kept", {"base_sha256": "one"})
-    how = SETTINGS | {"kept": kept}
-    first = [image.tobytes() for image in pictures.draw(pipeline, adapter, PROMPTS, [1, 2, 3], **how)]
-    broken = next(path for path in (tmp_path / "kept").glob("*/*.png") if path.stat().st_size)
-    broken.write_bytes(broken.read_bytes()[:200])  # as a disk that lost power may leave it
-    drawn: list[int] = []
-    honest = pictures.generate
+    cache = PictureCache(tmp_path / "cache", "one")
 
-    def count(pipeline, prompts, seeds, **settings):
-        drawn.extend(seeds)
-        return honest(pipeline, prompts, seeds, **settings)
+    def draw_all() -> list[bytes]:
+        return [image.tobytes() for image in draw(pipeline, adapter, JOBS, SAMPLING, batch_size=2, cache=cache)]
 
-    monkeypatch.setattr(pictures, "generate", count)
-    assert [image.tobytes() for image in pictures.draw(pipeline, adapter, PROMPTS, [1, 2, 3], **how)] == first
-    assert drawn in ([1, 2], [3])  # the broken batch only
-    assert kept.reused == 3 - len(drawn)
+    first = draw_all()
+    assert drawn_seeds == [1, 2, 3]
+    drawn_seeds.clear()
+    damaged = next((tmp_path / "cache").glob("*/*.png"))
+    damaged.write_bytes(damaged.read_bytes()[:200])  # as after a power failure
+    assert draw_all() == first
+    assert drawn_seeds in ([1, 2], [3])  # only the damaged batch
+    assert cache.reused == 3 - len(drawn_seeds)
 
-    drawn.clear()
-    for change in ({"steps": 1}, {"guidance_scale": 2.0}, {"scale": 0.5}):
-        pictures.draw(pipeline, adapter, PROMPTS[:1], [1], **how | change)
-    pictures.draw(pipeline, None, PROMPTS[:1], [1], **how)
-    other_base = pictures.Kept(tmp_path / "kept", {"base_sha256": "another"})
-    pictures.draw(pipeline, None, PROMPTS[:1], [1], **SETTINGS | {"kept": other_base})
-    assert drawn == [1] * 5
+
+def test_the_cache_distinguishes_everything_that_decides_the_pixels(
+    pipeline: StableDiffusionPipeline, adapter: Path, tmp_path: Path, drawn_seeds: list[int]
+) -> None:
+    cache, one = PictureCache(tmp_path / "cache", "one"), JOBS.take([0])
+    for sampling in (
+        SAMPLING,
+        replace(SAMPLING, steps=1),
+        replace(SAMPLING, guidance_scale=2.0),
+        replace(SAMPLING, adapter_weight=0.5),
+        replace(SAMPLING, height=32),
+    ):
+        draw(pipeline, adapter, one, sampling, batch_size=2, cache=cache)
+    draw(pipeline, None, one, SAMPLING, batch_size=2, cache=cache)
+    draw(pipeline, None, JOBS.take([1]), SAMPLING, batch_size=2, cache=cache)
+    other_base = PictureCache(tmp_path / "cache", "another")
+    draw(pipeline, None, one, SAMPLING, batch_size=2, cache=other_base)
+    assert drawn_seeds == [1] * 6 + [2, 1]
+    assert cache.reused == other_base.reused == 0
     other_base.drop_unused()
-    assert len(list((tmp_path / "kept").iterdir())) == 1
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_the_bases_pictures_do_not_depend_on_the_adapter_weight(
+    pipeline: StableDiffusionPipeline, tmp_path: Path, drawn_seeds: list[int]
+) -> None:
+    cache = PictureCache(tmp_path / "cache", "one")
+    for weight in (1.0, 0.5):
+        draw(pipeline, None, JOBS.take([0]), replace(SAMPLING, adapter_weight=weight), batch_size=2, cache=cache)
+    assert drawn_seeds == [1]
+
+
+def test_pictures_that_are_not_square_come_from_the_cache_as_they_were_drawn(
+    pipeline: StableDiffusionPipeline, tmp_path: Path, drawn_seeds: list[int]
+) -> None:
+    cache, sampling = PictureCache(tmp_path / "cache", "one"), replace(SAMPLING, width=64, height=32)
+    first, second = (draw(pipeline, None, JOBS, sampling, batch_size=2, cache=cache) for _ in range(2))
+    assert drawn_seeds == [1, 2, 3]
+    assert {image.size for image in second} == {(64, 32)}
+    assert [image.tobytes() for image in first] == [image.tobytes() for image in second]
 
 
 @pytest.mark.slow
-def test_two_processes_draw_and_judge_what_one_does(base_folder: Path, judge_folder: Path, tmp_path: Path) -> None:
+def test_two_processes_draw_and_judge_the_same_as_one(base_folder: Path, judge_folder: Path, tmp_path: Path) -> None:
     program = """
 import json, os, sys
 from bestiary.diffusion.base import load_pipeline, processes
-from bestiary.evaluation import pictures
 from bestiary.evaluation.judge import Judge
+from bestiary.evaluation.pictures import Jobs, draw, view
+from bestiary.samplers import Sampling
 
 assert processes().num_processes == int(os.environ["WORLD_SIZE"])
 pipeline, judge = load_pipeline(sys.argv[1], device="cpu"), Judge.load(sys.argv[2])
-how = {"steps": 1, "guidance_scale": 3.0, "scheduler": "ddim", "batch_size": 1}
-images = pictures.draw(pipeline, None, ["a tiger", "a bee", "a cat"], [1, 2, 3], **how)
-seen = pictures.view(judge, images, [0, 1, 2])
+jobs = Jobs([0, 1, 2], ["a tiger", "a bee", "a cat"], [1, 2, 3])
+images = draw(pipeline, None, jobs, Sampling("ddim", steps=1, guidance_scale=3.0), batch_size=1)
+judged = view(judge, images, jobs.labels)
 if os.environ["RANK"] == "0":
-    print(json.dumps([[image.tobytes().hex() for image in images], seen.features.tolist()]))
+    print(json.dumps([[image.tobytes().hex() for image in images], judged.features.tolist()]))
 """
     results = []
     for processes in (1, 2):
@@ -141,42 +206,42 @@ if os.environ["RANK"] == "0":
             )
             for rank in range(processes)
         ]
-        told = [process.communicate()[0] for process in group]
+        outputs = [process.communicate()[0] for process in group]
         assert [process.returncode for process in group] == [0] * processes
-        results.append(json.loads(told[0].splitlines()[-1]))
+        results.append(json.loads(outputs[0].splitlines()[-1]))
     assert results[0] == results[1]
 
 
-def test_classes_that_the_split_does_not_have_are_named() -> None:
+def test_a_class_that_the_split_does_not_have_is_named() -> None:
     assert pictures.choose(["bee", "owl", "tiger"], ["tiger", "bee"]) == ["bee", "tiger"]
-    with pytest.raises(BestiaryError, match=r"^evaluate\.classes names cat, and the split has no images of it\.$"):
+    with pytest.raises(BestiaryError, match=r"evaluate\.classes .*cat"):
         pictures.choose(["bee", "owl"], ["cat"])
 
 
-def test_words_hold_the_prompts_and_every_template_in_right_english(judge: Judge) -> None:
-    words = pictures.read_words(judge, ["antelope", "ladybugs"], "a photo of {}")
+def test_class_texts_hold_the_prompts_and_every_template_with_the_right_article(judge: Judge) -> None:
+    texts = pictures.read_class_texts(judge, ["antelope", "ladybugs"], "a photo of {}")
     expected = judge.text_features(["a photo of an antelope", "a photo of a ladybug"]).numpy()
-    np.testing.assert_allclose(words.prompts, expected, atol=1e-6)
-    assert len(words.templates) == 7
-    np.testing.assert_allclose(np.linalg.norm(words.ensemble, axis=1), 1)
+    np.testing.assert_allclose(texts.prompts, expected, atol=1e-6)
+    assert len(texts.templates) == 7
+    np.testing.assert_allclose(np.linalg.norm(texts.ensemble, axis=1), 1)
 
 
-def test_files_are_seen_in_the_order_of_their_manifest(judge: Judge, split: Path) -> None:
+def test_files_are_judged_in_the_order_of_their_manifest(judge: Judge, split: Path) -> None:
     train, _ = pictures.read_manifests(split)
-    seen = pictures.view_files(judge, split, train, ["bee", "tiger"])
-    assert seen.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    judged = pictures.view_files(judge, split, train, ["bee", "tiger"])
+    assert judged.labels.tolist() == [0, 0, 0, 1, 1, 1]
     one = pictures.view(judge, [Image.open(split / train["path"].iloc[4])], [1])
-    np.testing.assert_allclose(seen.features[4], one.features[0], atol=1e-5)
+    np.testing.assert_allclose(judged.features[4], one.features[0], atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "meaning"), [("train", "training"), ("val", "validation")])
-def test_a_split_without_images_is_one_plain_sentence(split: Path, name: str, meaning: str) -> None:
+def test_a_manifest_without_images_is_named(split: Path, name: str, meaning: str) -> None:
     (split / f"{name}.csv").write_text("path,class\n")
-    with pytest.raises(BestiaryError, match=rf"^There are no {meaning} images: .* is missing or lists none\.$"):
+    with pytest.raises(BestiaryError, match=rf"{meaning} .*{name}\.csv"):
         pictures.read_manifests(split)
 
 
 def test_a_class_without_validation_images_is_named(split: Path) -> None:
     (split / "val.csv").write_text("path,class\nbee/val0.png,bee\n")
-    with pytest.raises(BestiaryError, match="The class tiger has images for only one of training and validation"):
+    with pytest.raises(BestiaryError, match=r"tiger .*validation"):
         pictures.read_manifests(split)

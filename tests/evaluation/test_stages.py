@@ -1,9 +1,6 @@
-"""The evaluate and benchmark stages as DVC runs them: scripts in a project's folder."""
+"""The stages evaluate, benchmark and register as DVC runs them: scripts in a project's folder."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +8,16 @@ import pandas as pd
 import pytest
 import yaml
 from PIL import Image
+from support.stages import run_stage
 
 from bestiary.diffusion.adapter import inject, save_adapter
 from bestiary.diffusion.base import load_unet
-from bestiary.evaluation.sweep import settle
+from bestiary.evaluation.sweep import write_operating_point
 
 ROOT = Path(__file__).parents[2]
 CLASSES = ("antelope", "tiger")
-RESOLUTION = 32  # half of the base's own
-ANY_LCM = {
+RESOLUTION = 32  # half of the base's own size
+LCM_SETTING = {
     "scheduler": "lcm",
     "batch": 1,
     "fused": False,
@@ -34,7 +32,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def project(tmp_path: Path, adapter: Path) -> Path:
-    """A project up to its trained adapter: two classes of random pictures, everything as small as it can be."""
+    """A project with a trained adapter and random pictures of two classes, as small as possible."""
     for name in ("stages", "src", "models/base", "models/judge"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).symlink_to(ROOT / name)
@@ -61,23 +59,12 @@ def project(tmp_path: Path, adapter: Path) -> Path:
     return tmp_path
 
 
-def run(project: Path, name: str) -> subprocess.CompletedProcess[str]:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT / 'src'}",
-        "MLFLOW_TRACKING_URI": f"sqlite:///{project / 'mlflow.db'}",
-    }
-    environment.pop("DVC_ROOT", None)
-    command = [sys.executable, f"stages/{name}.py"]
-    return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_evaluate_reports_every_row_and_keeps_its_report_when_the_next_run_fails(project: Path) -> None:
-    done = run(project, "evaluate")
+def test_evaluate_writes_its_report_and_a_later_run_that_fails_leaves_it(project: Path) -> None:
+    done = run_stage(project, "evaluate")
     assert done.returncode == 0, done.stderr
     report = json.loads((project / "reports" / "evaluate.json").read_text())
     assert report["images"] == 4
@@ -95,19 +82,21 @@ def test_evaluate_reports_every_row_and_keeps_its_report_when_the_next_run_fails
         "pictures.csv",
     }
     with Image.open(project / "reports" / "evaluate" / "pictures" / "tiger.jpg") as sheet:
-        assert sheet.height < 4 * RESOLUTION  # base above adapter, at the size that the adapter was trained at
+        assert sheet.height < 4 * RESOLUTION  # two rows of pictures in the adapter's training resolution
     earlier = (project / "reports" / "evaluate.json").read_bytes()
     (project / "build" / "split" / "val.csv").write_text("path,class\n")
-    done = run(project, "evaluate")
+    done = run_stage(project, "evaluate")
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("evaluate: There are no validation images")
+    message = done.stderr.strip().splitlines()[-1]
+    assert message.startswith("evaluate: ")
+    assert "build/split/val.csv" in message
     assert "Traceback" not in done.stderr
     assert (project / "reports" / "evaluate.json").read_bytes() == earlier
     assert contents(project / "reports" / "evaluate") == files
 
 
 @pytest.mark.parametrize("name", ["evaluate", "benchmark"])
-def test_an_adapter_for_another_base_is_a_plain_sentence_and_leaves_the_earlier_reports(
+def test_an_adapter_for_another_base_is_refused_and_the_earlier_reports_stay(
     name: str, project: Path, base_folder: Path, tmp_path: Path
 ) -> None:
     adapter = tmp_path / "models" / "adapter"
@@ -115,35 +104,38 @@ def test_an_adapter_for_another_base_is_a_plain_sentence_and_leaves_the_earlier_
     unet = load_unet(base_folder)
     inject(unet, rank=2, alpha=4, dropout=0.0, targets=["to_q"], seed=0)
     save_adapter(unet, adapter, {"base_sha256": "0" * 64})
-    settle(project / "reports" / "operating_point", adapter, 1.0, 3.0)
+    write_operating_point(project / "reports" / "operating_point", adapter, 1.0, 3.0)
     earlier = contents(project / "reports")
-    done = run(project, name)
+    done = run_stage(project, name)
     assert done.returncode == 1
-    said = done.stderr.strip().splitlines()[-1]
-    assert said.startswith(f"{name}: The adapter in ")
-    assert said.endswith("was trained on another base than models/base: run `dvc repro`.")
+    message = done.stderr.strip().splitlines()[-1]
+    assert message.startswith(f"{name}: ")
+    assert "models/adapter" in message
+    assert "models/base" in message
     assert "Traceback" not in done.stderr
     assert contents(project / "reports") == earlier
 
 
 def test_register_names_a_damaged_report(project: Path) -> None:
-    settle(project / "reports" / "operating_point", project / "models" / "adapter", 1.0, 3.0)
+    write_operating_point(project / "reports" / "operating_point", project / "models" / "adapter", 1.0, 3.0)
     (project / "reports" / "evaluate").mkdir()
     for name in ("train", "evaluate", "benchmark"):
         (project / "reports" / f"{name}.json").write_text("{}")
     (project / "reports" / "evaluate.json").write_text("<<<<<<< HEAD")
-    done = run(project, "register")
+    done = run_stage(project, "register")
     assert done.returncode == 1
-    said = "register: reports/evaluate.json is missing or damaged: delete it and run `dvc repro evaluate`."
-    assert done.stderr.strip().splitlines()[-1] == said
+    message = done.stderr.strip().splitlines()[-1]
+    assert message.startswith("register: reports/evaluate.json is ")
+    assert "dvc repro evaluate" in message
     (project / "reports" / "operating_point" / "operating_point.json").write_text("{}")
-    said = run(project, "register").stderr.strip().splitlines()[-1]
-    assert said.startswith("register: reports/operating_point/operating_point.json is damaged: delete it and run")
+    message = run_stage(project, "register").stderr.strip().splitlines()[-1]
+    assert message.startswith("register: reports/operating_point/operating_point.json is ")
+    assert "dvc repro evaluate" in message
 
 
-def test_benchmark_reports_its_environment_its_cold_start_and_every_setting(project: Path) -> None:
-    point = settle(project / "reports" / "operating_point", project / "models" / "adapter", 1.0, 3.0)
-    done = run(project, "benchmark")
+def test_benchmark_reports_the_environment_the_cold_start_and_every_setting(project: Path) -> None:
+    point = write_operating_point(project / "reports" / "operating_point", project / "models" / "adapter", 1.0, 3.0)
+    done = run_stage(project, "benchmark")
     assert done.returncode == 0, done.stderr
     report = json.loads((project / "reports" / "benchmark.json").read_text())
     settings = {(row["scheduler"], row["steps"], row["fused"]) for row in report["rows"]}
@@ -160,7 +152,7 @@ def test_benchmark_reports_its_environment_its_cold_start_and_every_setting(proj
     assert report["adapter_sha256"] == point.adapter_sha256
     assert {row["guidance"] for row in report["rows"]} == {"always", "interval", "never"}
     assert report["skipped"] == [
-        {**ANY_LCM, "steps": steps, "reason": "the base is no latent consistency model"} for steps in (1, 2)
+        {**LCM_SETTING, "steps": steps, "reason": "the base is not a latent consistency model"} for steps in (1, 2)
     ]
     for row in report["rows"]:
         assert row["with_loading_s"] == pytest.approx(

@@ -1,24 +1,32 @@
-"""The judge: a CLIP that scores pictures against words, and never the text encoder that made them."""
+"""The judge: a CLIP model that scores pictures against texts. It is never the base's own text encoder."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bestiary.errors import BestiaryError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
+    from transformers import CLIPModel, CLIPTokenizer
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 BATCH_SIZE = 64
 
 
 class Judge:
-    """A CLIP (arXiv 2103.00020) with its preprocessing: pictures and texts in, unit vectors (B, D) out."""
+    """A CLIP model (arXiv:2103.00020) with its preprocessing. It turns pictures and texts into unit vectors (B, D)."""
 
-    def __init__(self, model: Any, tokenizer: Any, image_processor: Any, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        model: CLIPModel,
+        tokenizer: CLIPTokenizer,
+        image_processor: CLIPImageProcessorPil,
+        device: str = "cpu",
+    ) -> None:
         self.model = model.to(device).eval()
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -26,28 +34,32 @@ class Judge:
 
     @classmethod
     def load(cls, model: str, revision: str | None = None, device: str = "cpu") -> Judge:
-        """The judge in the folder `model`, or of that id on the Hugging Face hub.
+        """Load the judge from the folder `model`, or by that id from the Hugging Face hub.
 
-        Raises BestiaryError when there is none, or not a whole one.
+        Raises BestiaryError when it does not exist, cannot be read, or lacks weights.
         """
         import torch
         from transformers import CLIPModel, CLIPTokenizer
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # needs no torchvision
 
         is_folder = Path(model).is_dir()
-        if not is_folder and Path(model).parent.is_dir():  # a path, so do not ask the hub for it
-            raise BestiaryError(f"The judge {model!r} cannot be loaded: there is no such folder.")
-        where: dict[str, Any] = {"revision": revision, "local_files_only": is_folder}
+        if not is_folder and Path(model).parent.is_dir():  # "models/judge" also has the form of a hub id
+            raise BestiaryError(f"The judge {model!r} cannot be loaded: the folder does not exist. Check its name.")
         try:
-            # In float32 whatever the file holds: half precision moves a cosine by more than adapters differ in.
-            clip, loading = CLIPModel.from_pretrained(model, dtype=torch.float32, output_loading_info=True, **where)
-            tokenizer = CLIPTokenizer.from_pretrained(model, **where)
-            image_processor = CLIPImageProcessorPil.from_pretrained(model, **where)
-        except Exception as error:  # transformers, hub and safetensors each raise their own kinds
+            # Always in float32: half precision changes a cosine by more than adapters differ.
+            clip, loading = CLIPModel.from_pretrained(
+                model, revision=revision, local_files_only=is_folder, dtype=torch.float32, output_loading_info=True
+            )
+            tokenizer = CLIPTokenizer.from_pretrained(model, revision=revision, local_files_only=is_folder)
+            image_processor = CLIPImageProcessorPil.from_pretrained(
+                model, revision=revision, local_files_only=is_folder
+            )
+        except Exception as error:  # transformers, the hub and safetensors raise different types
             reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-            raise BestiaryError(f"The judge {model!r} cannot be loaded: {reason}.") from error
-        if loading["missing_keys"]:  # transformers fills them with random numbers and goes on
-            raise BestiaryError(f"The judge {model!r} is no whole CLIP: it has no {min(loading['missing_keys'])}.")
+            raise BestiaryError(f"The judge {model!r} cannot be loaded: {reason}. Check its name.") from error
+        if loading["missing_keys"]:  # transformers would fill them with random numbers
+            missing = min(loading["missing_keys"])
+            raise BestiaryError(f"The judge {model!r} is incomplete: it has no {missing}. Download it again.")
         return cls(clip, tokenizer, image_processor, device)
 
     def image_features(self, images: Sequence[Image]) -> Tensor:
@@ -64,13 +76,14 @@ class Judge:
         return torch.cat(batches)
 
     def text_features(self, texts: Sequence[str]) -> Tensor:
-        """Unit vectors (B, D) of texts, float32 on the CPU; a text longer than the judge reads is cut."""
+        """Unit vectors (B, D) of texts, float32 on the CPU. A text that is too long for the judge is truncated."""
         import torch
 
         batches = [torch.empty(0, self.model.config.projection_dim)]
         length = self.model.config.text_config.max_position_embeddings
         for start in range(0, len(texts), BATCH_SIZE):
-            tokens = self.tokenizer(  # always padded to the full length, so that a text scores the same in any company
+            # Always padded to the full length, so that a text's features do not depend on the other texts.
+            tokens = self.tokenizer(
                 list(texts[start : start + BATCH_SIZE]),
                 padding="max_length",
                 truncation=True,
@@ -85,7 +98,7 @@ class Judge:
         return torch.cat(batches)
 
     def probabilities(self, images: Sequence[Image], texts: Sequence[str]) -> Tensor:
-        """How likely each of `texts` is for each picture, (B, len(texts)): rows sum to 1."""
+        """The probability of each text for each picture (B, len(texts)). Rows sum to 1."""
         scale = self.model.logit_scale.detach().exp().cpu()
         logits: Tensor = self.image_features(images) @ self.text_features(texts).T * scale
         return logits.softmax(dim=-1)

@@ -41,7 +41,7 @@ def confusion_matrix(counts: pd.DataFrame, path: Path) -> None:
         for row, column in zip(*np.nonzero(numbers), strict=True):
             colour = "white" if share[row, column] > 0.5 else "black"
             axes.text(column, row, numbers[row, column], ha="center", va="center", color=colour, fontsize=7)
-    axes.set(xlabel="class that the judge recognises", ylabel="class in the prompt", title="Pictures by the adapter")
+    axes.set(xlabel="the judge's first choice", ylabel="class in the prompt", title="Pictures by the adapter")
     _save(figure, path)
 
 

@@ -76,8 +76,8 @@ def no_base_error() -> BestiaryError:
 def choose_base(adapter: Adapter | None, chosen: Base | None, default: Base | None, *, trusted: bool = True) -> Base:
     """The base to draw with: the one that the user chose, else the one that the adapter names, else the default.
 
-    Set `trusted` to False for a stranger's adapter: the base that it names is then not looked for. Unless the user chose
-    the base, it must be the one that the adapter was trained on.
+    Set `trusted` to False for a stranger's adapter: the base that it names is then ignored. Unless the user chose the
+    base, it must be the one that the adapter was trained on.
 
     Raises BestiaryError when there is no base to draw with, or when it is not the adapter's.
     """

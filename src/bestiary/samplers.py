@@ -11,7 +11,7 @@ from typing import Literal, get_args
 SamplerName = Literal["ddpm", "ddim", "dpmsolver++", "dpmsolver++karras", "dpmsolver++sde", "unipc", "euler", "lcm"]
 # Noise levels (low, high]: only the steps inside are guided (arXiv:2404.07724).
 GuidanceInterval = tuple[float, float]
-MAX_STEPS, MIN_SIDE, MAX_SIDE, MAX_GUIDANCE_SCALE = 1000, 8, 4096, 50.0
+MAX_STEPS, MIN_SIDE, MAX_SIDE, MAX_GUIDANCE_SCALE = 1000, 8, 4096, 50
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ def content_hash(path: Path) -> str:
     ...     file = Path(folder, "tiger.txt")
     ...     _ = file.write_text("stripes")
     ...     content_hash(file), content_hash(Path(folder))
-    ('df8ebac7beac3a49b1a9a26e2b2b0bb2', 'fe1ac03eba9c2d60fe4d0e8e5e7f1ef1.dir')
+    ('238a0a964769b4dad6e41653f3ee033b', '02be233f9ea54aab55e6418ac232b633.dir')
     """
     if not path.is_dir():
         return _md5(path)

@@ -142,17 +142,11 @@ class Run:
         with self._waiting():
             if isinstance(reply, Failed):
                 folder = outbox.keep(self._opening, self._messages)
-                print(
-                    f"{reply.error} The run is kept in {folder}, and the next run will send it.",
-                    file=sys.stderr,
-                )
+                print(f"{reply.error} The run is kept in {folder}, and the next run will send it.", file=sys.stderr)
                 self._recorder.kill()
             self._recorder.wait()
-        log.debug(
-            "Recording delayed the stage by %.2f s.",
-            self.waited_seconds,
-            extra={"waited_seconds": self.waited_seconds},
-        )
+        waited = {"waited_seconds": self.waited_seconds}
+        log.debug("Recording delayed the stage by %.2f s.", self.waited_seconds, extra=waited)
 
     def _send(self, message: Message) -> None:
         self._messages.append(message)

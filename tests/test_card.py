@@ -7,9 +7,10 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from test_registry import evaluation, make_adapter, submit
 
-from bestiary import card, registry, tracking
+from bestiary import card, registry
 from bestiary.diffusion.adapter import adapter_sha256
 from bestiary.errors import BestiaryError
+from bestiary.tracking import store as tracking
 
 
 def kept_evaluation(project: Path, report: dict[str, Any]) -> None:

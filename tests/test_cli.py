@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from test_registry import evaluation, make_adapter, submit
 
-from bestiary import cli, registry, tracking
+from bestiary import cli, registry
 from bestiary.settings import read_settings
+from bestiary.tracking import store as tracking
 
 ROOT = Path(__file__).parents[1]
 BASE = str(ROOT / "models" / "base")

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from bestiary import tracking
 from bestiary.errors import BestiaryError
 from bestiary.params import Register
 from bestiary.registry import (
@@ -26,6 +25,7 @@ from bestiary.registry import (
     versions,
 )
 from bestiary.settings import Usual
+from bestiary.tracking import store as tracking
 
 ROOT = Path(__file__).parents[1]
 RULES = Register(name="bestiary", champion_score="margin", max_copied=0.1)

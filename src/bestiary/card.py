@@ -19,7 +19,7 @@ from bestiary.subjects import subject_of
 if TYPE_CHECKING:
     from bestiary.registry import Version
     from bestiary.settings import Usual
-    from bestiary.tracking import Step
+    from bestiary.tracking.lineage import Step
 
 SHEET = "sheet.png"
 SCORES = {

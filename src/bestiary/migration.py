@@ -19,7 +19,7 @@ from tqdm import tqdm
 from bestiary.errors import BestiaryError
 from bestiary.files import project_root
 from bestiary.registry import make_name, plain_errors, publish
-from bestiary.tracking import EXPERIMENT, check_database, experiment_id, open_client
+from bestiary.tracking.store import EXPERIMENT, check_database, experiment_id, open_client
 
 MIGRATED, MIGRATING = "migrated_from", "migrating_from"  # tags of a run that is there, and of one that is on its way
 

@@ -12,22 +12,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from bestiary.database import Database, open_database
 from bestiary.errors import BestiaryError
 from bestiary.files import project_root, write_atomically
 from bestiary.params import Register
 from bestiary.settings import Usual
-from bestiary.tracking import (
-    Server,
-    Step,
-    check_database,
-    explain,
-    lineage,
-    locked,
-    open_client,
-    sqlite_path,
-    tracking_uri,
-)
+from bestiary.tracking.database import Database, open_database
+from bestiary.tracking.lineage import Server, Step, lineage
+from bestiary.tracking.store import check_database, explain, locked, open_client, sqlite_path, tracking_uri
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 ROLLED_BACK = "rolled_back_because"

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
-from test_registry import evaluation, make_adapter, submit
+from support.registry import evaluation, make_adapter, submit
 
 from bestiary import card, registry, tracking
 from bestiary.diffusion.adapter import adapter_sha256

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_registry import evaluation, make_adapter, submit
+from support.registry import evaluation, make_adapter, submit
 
 from bestiary import cli, registry, tracking
 from bestiary.settings import read_settings

@@ -21,7 +21,7 @@ from bestiary.settings import SAMPLERS, Settings, Usual, finish, read_settings
 
 if TYPE_CHECKING:
     from bestiary.params import Params
-    from bestiary.registry import Adapter
+    from bestiary.registry.resolving import Adapter
     from bestiary.subjects import Subject
 
 CHAMPION = "models:/bestiary@champion"  # where register.name is as it comes
@@ -148,7 +148,7 @@ def generate(
     with _resolving(what) as resolved:
         from tqdm import tqdm
 
-        from bestiary import registry
+        from bestiary.registry import resolving as registry
         from bestiary.diffusion.adapter import adapter_sha256, apply_adapter
         from bestiary.diffusion.base import load_pipeline
         from bestiary.diffusion.sampling import generate as draw
@@ -227,7 +227,7 @@ def generate(
 def pull(what: str, base: str | None, out: Path) -> None:
     """Put a registered adapter, verified, on this disk."""
     quiet()
-    from bestiary import registry
+    from bestiary.registry import resolving as registry
 
     click.echo(registry.pull(what, out, base))
 
@@ -243,7 +243,7 @@ def adapter() -> None:
 def verify(what: str, base: str | None) -> None:
     """Prove that an adapter applies, and print what was proved."""
     quiet()
-    from bestiary import registry
+    from bestiary.registry import resolving as registry
     from bestiary.diffusion.adapter import verify_adapter
 
     found = registry.resolve(what)
@@ -338,7 +338,7 @@ def _told(root: Path, evaluation: Mapping[str, Any], registration: Mapping[str, 
 def model_card(what: str, out: Path) -> None:
     """Write a registered adapter with its model card: scores, pictures, provenance."""
     quiet()
-    from bestiary import card
+    from bestiary.registry import model_card as card
 
     for path in card.write(what, out):
         click.echo(path)
@@ -356,7 +356,7 @@ def app(adapters: tuple[str, ...], bases: tuple[str, ...], host: str, port: int,
     from bestiary.app import launch, read_credentials
     from bestiary.diffusion.adapter import adapter_file
     from bestiary.files import project_root
-    from bestiary.registry import locate_base
+    from bestiary.registry.resolving import locate_base
 
     params = _params()
     model, revision = _plain_base(bases[0] if bases else None, params)
@@ -383,7 +383,7 @@ def lineage(what: str, as_json: bool) -> None:
     """Show which runs and which data a registered version comes from."""
     from dataclasses import asdict
 
-    from bestiary import registry
+    from bestiary.registry import versions as registry
 
     version, steps = registry.walk(what)
     uri = f"models:/{version.name}/{version.version}"
@@ -415,7 +415,7 @@ because_option = click.option(
 @because_option
 def promote(version: int, because: str) -> None:
     """Make a version the champion by hand."""
-    from bestiary import registry
+    from bestiary.registry import aliases as registry
 
     chosen = registry.promote(version, because, _registered_name())
     click.echo(f"models:/{chosen.name}/{chosen.version} is the champion now.")
@@ -425,7 +425,7 @@ def promote(version: int, because: str) -> None:
 @because_option
 def rollback(because: str) -> None:
     """Make the champion before this one the champion again."""
-    from bestiary import registry
+    from bestiary.registry import aliases as registry
 
     chosen = registry.rollback(because, _registered_name())
     click.echo(f"models:/{chosen.name}/{chosen.version} is the champion again.")
@@ -442,7 +442,7 @@ def tracking() -> None:
 def migrate(server: str, database: Path | None) -> None:
     """Copy the local runs and registered versions to a team's MLflow server; $MLFLOW_TRACKING_URI when not given."""
     from bestiary.files import project_root
-    from bestiary.migration import migrate as copy
+    from bestiary.registry.migration import migrate as copy
 
     done = copy(database or project_root() / "mlflow.db", server)
     already = f", {done.runs_there_already} were there already" if done.runs_there_already else ""
@@ -498,7 +498,7 @@ def _usual(params: Params | None) -> Usual:
 
 
 def _plain_base(base: str | None, params: Params | None) -> tuple[str, str | None]:
-    from bestiary.registry import locate_base
+    from bestiary.registry.resolving import locate_base
 
     if base:
         return locate_base(base), None
@@ -542,7 +542,7 @@ def _resolving(what: str) -> Iterator[Callable[[], Adapter | None]]:
 
     Yields a function that waits for the adapter; what it raises is what `registry.resolve` raised.
     """
-    from bestiary.registry import needs_mlflow
+    from bestiary.registry.resolving import needs_mlflow
 
     if not needs_mlflow(what):
         adapter = None if what == "none" else _resolve(what)
@@ -562,7 +562,7 @@ def _leave_interrupts_to_the_parent() -> None:
 
 
 def _resolve(what: str) -> Adapter:
-    from bestiary import registry
+    from bestiary.registry import resolving as registry
 
     return registry.resolve(what)
 

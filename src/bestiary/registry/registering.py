@@ -52,6 +52,18 @@ class Registration:
     reasons: list[str]
 
 
+def read_registration(path: Path) -> Registration:
+    """Read reports/register.json. Raises BestiaryError when it is missing or damaged."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(Registration).validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise BestiaryError(f"There are no results yet: {path} does not exist. Run `dvc repro`.") from None
+    except ValidationError:
+        raise BestiaryError(f"{path} is damaged. Delete it and run `dvc repro`.") from None
+
+
 def register(candidate: Candidate, rules: Register) -> Registration:
     """Verify the adapter, register it once for its content, and give it the alias that it earns.
 

@@ -23,7 +23,7 @@ import httpx
 import psutil
 import pytest
 from PIL import Image, ImageChops, ImageEnhance
-from test_registry import USUAL, make_adapter, submit
+from support.registry import USUAL, make_adapter, submit
 
 from bestiary.app import create_app, launch, read_credentials
 from bestiary.app.server import MOST_UPLOADING

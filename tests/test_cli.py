@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_registry import evaluation, make_adapter, submit
+from support.registry import evaluation, make_adapter, submit
 
-from bestiary import cli, registry
-from bestiary.settings import read_settings
+from bestiary import cli
+from bestiary.png_metadata import read_settings
+from bestiary.registry.versions import versions
 from bestiary.tracking import store as tracking
 
 ROOT = Path(__file__).parents[1]
@@ -76,16 +77,16 @@ def test_lineage_of_a_local_version_takes_a_moment_and_does_not_wait_for_mlflow(
 ) -> None:
     submit(workspace, "models/base", workspace / "models" / "adapter")
     client = tracking.open_client(tracking.tracking_uri(), workspace)
-    client.set_tag(registry.versions()[0].run_id, "stage", "register")
+    client.set_tag(versions()[0].run_id, "stage", "register")
     before = cpu_seconds_of_children()
     done = run("lineage", cwd=workspace)
     assert cpu_seconds_of_children() - before < 2.0
     assert done.stdout.startswith("models:/bestiary/1 = champion\n\nregister ")
-    code = "import sys; from bestiary import registry; registry.walk('models:/bestiary/1')\n"
+    code = "import sys; from bestiary.registry.versions import walk; walk('models:/bestiary/1')\n"
     code += "sys.exit('mlflow' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=workspace, check=True)
-    # Read by MLflow, as from a server, it is the same.
-    monkeypatch.setattr(registry, "_local", lambda: None)
+    # A registry address of its own is read through MLflow's client, as a server is, with the same result.
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", f"{tracking.tracking_uri()}?")
     assert call(monkeypatch, "lineage") == 0
     assert capsys.readouterr().out == done.stdout
 
@@ -299,7 +300,7 @@ def test_a_truncated_adapter_is_one_sentence(
 def test_results_show_the_table_the_sheet_and_what_to_do_next(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report = evaluation() | {"images": 480}
+    report: dict[str, Any] = evaluation().to_dict() | {"images": 480}
     for who in ("base", "adapter", "delta"):
         report[who] |= {"top5": report[who]["top1"], "cmmd": report[who]["clip_score"]}
     report["real"] = report["adapter"]

@@ -15,7 +15,7 @@ import httpx
 import pytest
 from PIL import Image
 from readme import READMES, commands
-from test_registry import make_adapter, submit
+from support.registry import make_adapter, submit
 
 PORT = "5001"  # in the READMEs
 

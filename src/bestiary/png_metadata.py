@@ -43,15 +43,18 @@ class PictureSettings:
 
     def to_dict(self) -> dict[str, object]:
         """The settings in one flat table, ready for JSON."""
+        stored = to_stored(self.sampling)
+        interval = stored.pop("guidance_interval")
         return {
             "prompt": self.prompt,
             "seed": self.seed,
-            **to_stored(self.sampling),
+            **stored,
             "base": self.base,
             "base_revision": self.base_revision,
             "adapter": self.adapter,
             "adapter_sha256": self.adapter_sha256,
             **asdict(self.colours),
+            "guidance_interval": interval,  # last, as in the first files, so that a redrawn picture has the same bytes
         }
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
     from PIL.Image import Image
 
-    from bestiary.registry import Adapter
+    from bestiary.registry.resolving import Adapter
 
 Tell = Callable[[dict[str, Any]], None]
 
@@ -183,7 +183,7 @@ class Studio:
         }
 
     def _registered(self) -> list[Offer]:
-        from bestiary.registry import usual_of, versions
+        from bestiary.registry.versions import defaults_of, versions
 
         try:
             found = versions(self.registered_name)
@@ -198,7 +198,7 @@ class Studio:
                 f"models:/{item.name}/{item.version}",
                 tuple(item.aliases),
                 {score: item.tags[f"delta.{score}"] for score in SCORES if f"delta.{score}" in item.tags},
-                usual_of(item),
+                defaults_of(item),
             )
             for item in reversed(found)
         ]
@@ -316,7 +316,7 @@ class Studio:
     def _prepare(self, order: Order, tell: Tell) -> tuple[Loaded, str, Usual]:
         """The pipeline with the adapter that the order names, the adapter's name, and how it usually draws."""
         from bestiary.diffusion.adapter import adapter_sha256, apply_adapter, remove
-        from bestiary.registry import check_base, find_base
+        from bestiary.registry.resolving import check_base, find_base
 
         if order.adapter == "none":
             loaded = self._load(self._base(order.base) or self.default_base, order.device, tell)
@@ -343,7 +343,7 @@ class Studio:
         return loaded, offer.key if offer.kind == "registry" else offer.label, offer.usual or self.usual
 
     def _resolve(self, offer: Offer) -> Adapter:
-        from bestiary.registry import resolve
+        from bestiary.registry.resolving import resolve
 
         if offer.kind != "registry":
             return resolve(offer.what)

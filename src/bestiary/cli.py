@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 CHAMPION = "models:/bestiary@champion"  # shown in help; the name comes from register.name in params.yaml
 FOLDER = click.Path(file_okay=False, writable=True, path_type=Path)
-Command = TypeVar("Command", bound=Callable[..., None])
+Command = Callable[..., None]
+Decorator = Callable[[Command], Command]
 
 
 class Group(click.Group):
@@ -65,20 +66,19 @@ class Number(click.FloatRange):
         return number
 
 
-def option_group(
-    name: str, build: Callable[..., object], **options: Callable[[Command], Command]
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def option_group(name: str, build: Callable[..., object], **options: Decorator) -> Decorator:
     """Several options that reach the command as one argument `name`, made by `build` from their values by name."""
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+    def decorate(command: Command) -> Command:
         @functools.wraps(command)
-        def grouped(*arguments: Any, **values: Any) -> None:
+        def grouped(*arguments: Any, **values: Any) -> None:  # click passes whatever the command declares
             group = build(**{option: values.pop(option) for option in options})
             command(*arguments, **values, **{name: group})
 
+        decorated: Command = grouped
         for option in reversed(options.values()):
-            grouped = option(grouped)
-        return grouped
+            decorated = option(decorated)
+        return decorated
 
     return decorate
 

@@ -188,7 +188,11 @@ def test_the_champion_draws_by_default_as_it_was_evaluated(
     drawn = read_settings(workspace / "pictures" / "tiger-0.png")
     assert drawn.adapter == "models:/bestiary/1"
     # The version was evaluated otherwise than params.yaml says now.
-    assert (drawn.prompt, drawn.sampling.guidance_scale, drawn.sampling.sampler) == ("a drawing of a tiger", 3.0, "ddim")
+    assert (drawn.prompt, drawn.sampling.guidance_scale, drawn.sampling.sampler) == (
+        "a drawing of a tiger",
+        3.0,
+        "ddim",
+    )
     assert call(monkeypatch, "generate", "tiger", "--adapter", "models:/bestiary@king", "--out", "none") == 1
     assert capsys.readouterr().err.splitlines()[-1] == (
         "There is no models:/bestiary@king; the versions of bestiary are: 1 = champion."

@@ -426,8 +426,9 @@ def model_card(what: str, out: Path) -> None:
 def app(adapters: tuple[str, ...], bases: tuple[str, ...], host: str, port: int, auth: Path | None) -> None:
     """Draw in the browser."""
     silence_libraries()
-    from bestiary.app.server import launch, read_credentials
-    from bestiary.app.studio import Offerings
+    from bestiary.app.access import read_credentials
+    from bestiary.app.offers import Offerings
+    from bestiary.app.server import launch
     from bestiary.diffusion.adapter import adapter_file
     from bestiary.files import project_root
     from bestiary.generation import named_base, no_base_error

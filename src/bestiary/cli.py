@@ -29,7 +29,7 @@ from bestiary.project import (
 from bestiary.samplers import MAX_GUIDANCE_SCALE, MAX_SIDE, MAX_STEPS, MIN_SIDE, SAMPLERS, SamplingChanges
 
 if TYPE_CHECKING:
-    from bestiary.generation import Base, Generator
+    from bestiary.generation import Generator
     from bestiary.registry.resolving import Adapter
     from bestiary.samplers import Sampling
     from bestiary.subjects import Subject
@@ -222,13 +222,13 @@ def generate(
     generator = generation.Generator()
     if original and like:
         _check_same_adapter(adapter, original, like, what)
-        generator.load(_base_of(original, adapter, source.base))
-        generator.apply(adapter)
+        base = generation.named_base(source.base) or generation.located_base(original.base, original.base_revision)
+        generator.prepare(base, adapter, any_base=bool(source.base))
         jobs = [(like.stem, original)]
     else:
         default = None if adapter else project_base(params)
-        generator.load(generation.choose_base(adapter, generation.named_base(source.base), default))
-        generator.apply(adapter)
+        base = generation.choose_base(adapter, generation.named_base(source.base), default)
+        generator.prepare(base, adapter, any_base=bool(source.base))
         defaults = (adapter and adapter.defaults) or drawing_defaults(params)
         sampling = generator.sized(changes.apply(defaults.sampling))
         named = [(generation.file_stem(subject.name), caption(subject, defaults.template)) for subject in wanted]
@@ -281,19 +281,6 @@ def _check_same_adapter(adapter: Adapter | None, original: PictureSettings, like
 
     if (adapter_sha256(adapter.file) if adapter else None) != original.adapter_sha256:
         raise BestiaryError(f"{like} was drawn with another adapter than the one that is now at {what}.")
-
-
-def _base_of(original: PictureSettings, adapter: Adapter | None, chosen: str | None) -> Base:
-    """The base to draw a picture again with. Raises BestiaryError when it is not the adapter's."""
-    from bestiary.generation import Base, named_base
-    from bestiary.registry.resolving import check_base, locate_base
-
-    if base := named_base(chosen):
-        return base
-    base = Base(locate_base(original.base), original.base_revision)
-    if adapter:
-        check_base(adapter, base.model)
-    return base
 
 
 def _settings(

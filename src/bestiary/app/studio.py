@@ -26,6 +26,8 @@ from bestiary.subjects import ANIMALS, caption, find_subject
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from bestiary.registry.resolving import Adapter
+
 Tell = Callable[[Event], None]
 
 log = logging.getLogger(__name__)
@@ -69,7 +71,7 @@ class Studio:
     def warm(self) -> None:
         """Load the default base, so that the first picture does not wait for it."""
         try:
-            self._load(self.offers.default_base, "", lambda _: None)
+            self._load(self.offers.default_base, None, "", lambda _: None)
         except BestiaryError as error:
             log.warning("%s", error)
 
@@ -123,8 +125,7 @@ class Studio:
             self.offers.default_base,
             trusted=offer is None or offer.kind != "upload",
         )
-        self._load(base, order.device, tell)
-        self._generator.apply(adapter)
+        self._load(base, adapter, order.device, tell, any_base=bool(order.base))
         defaults = (offer and offer.defaults) or self.offers.defaults
         prompt, note = _prompt(order, defaults.template)
         if note:
@@ -149,7 +150,7 @@ class Studio:
             for settings, role in pairs
         ]
 
-    def _load(self, base: Base, device: str, tell: Tell) -> None:
+    def _load(self, base: Base, adapter: Adapter | None, device: str, tell: Tell, *, any_base: bool = False) -> None:
         from bestiary.diffusion.base import device_and_dtype
 
         best = device_and_dtype()[0].type
@@ -158,7 +159,7 @@ class Studio:
             raise RefusedError("noDevice", "There is no device {device} here.", device=device)
         if not self._generator.is_loaded(base, device):
             tell(Loading())
-            self._generator.load(base, device)
+        self._generator.prepare(base, adapter, device, any_base=any_base)
 
 
 def native_side(base: Base) -> int:

@@ -125,8 +125,8 @@ class Generator:
     def prepare(self, base: Base, adapter: Adapter | None, device: str = "", *, any_base: bool = False) -> None:
         """Load `base` on `device` (empty: the best one) and apply `adapter`, in place of what was there.
 
-        Raises BestiaryError when the base cannot be loaded, when the adapter does not fit it, or, unless `any_base`, when
-        the adapter was trained on another one.
+        Raises BestiaryError when the base cannot be loaded, when the adapter does not fit it, or when the adapter was
+        trained on another base, unless `any_base`.
         """
         ready = self.is_loaded(base, device) and self._applied == _version(adapter)
         if adapter is not None and not any_base and not ready:  # hashing a large base takes seconds

@@ -17,7 +17,8 @@ import httpx
 from PIL import Image
 
 from bestiary.app.access import Credentials
-from bestiary.app.studio import Base, Offerings
+from bestiary.app.offers import Offerings
+from bestiary.generation import Base
 
 Event = dict[str, Any]  # JSON, as a browser receives it
 

@@ -45,7 +45,7 @@ def judge_folder() -> Path:
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fresh MLflow database: making one takes seconds, copying it does not."""
-    from bestiary.tracking import open_client
+    from bestiary.tracking.store import open_client
 
     folder = tmp_path_factory.mktemp("mlflow")
     open_client(f"sqlite:///{folder / 'mlflow.db'}", folder)

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from support.registry import evaluation, make_adapter, submit
 
-from bestiary import cli, tracking
+from bestiary import cli
 from bestiary.png_metadata import read_settings
 from bestiary.registry.versions import versions
+from bestiary.tracking import store as tracking
 
 ROOT = Path(__file__).parents[1]
 BASE = str(ROOT / "models" / "base")

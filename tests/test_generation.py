@@ -2,13 +2,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from bestiary.registry.resolving import Adapter, resolve
 from PIL import Image
 from support.registry import make_adapter
 
 from bestiary.errors import BestiaryError
 from bestiary.generation import Base, Generator, choose_base, portable_base, resolving, save_picture
 from bestiary.png_metadata import PictureSettings
+from bestiary.registry.resolving import Adapter, resolve
 from bestiary.samplers import Sampling
 
 SETTINGS = PictureSettings(

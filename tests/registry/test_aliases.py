@@ -3,11 +3,11 @@ from pathlib import Path
 import pytest
 from support.registry import submit
 
-from bestiary import tracking
 from bestiary.errors import BestiaryError
 from bestiary.registry.aliases import promote, rollback
 from bestiary.registry.gate import CHALLENGER, CHAMPION
 from bestiary.registry.versions import versions
+from bestiary.tracking import store as tracking
 
 
 def test_a_person_can_promote_and_roll_back_and_the_reasons_are_recorded(

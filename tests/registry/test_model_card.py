@@ -5,12 +5,12 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from support.registry import evaluation, make_adapter, submit
 
-from bestiary import tracking
 from bestiary.diffusion.adapter import adapter_sha256
 from bestiary.errors import BestiaryError
 from bestiary.evaluation.report import EvaluationReport
 from bestiary.registry import model_card
 from bestiary.registry.versions import versions
+from bestiary.tracking import store as tracking
 
 GAINS = {"antelope": 3.0, "bee": 9.0, "ladybugs": -2.0, "owl": 5.0, "tiger": 8.0, "zebra": 1.0}
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from support.registry import DEFAULTS, RULES, evaluation, make_adapter, make_candidate, submit
 
-from bestiary import tracking
 from bestiary.errors import BestiaryError
 from bestiary.registry.gate import CHALLENGER, CHAMPION
 from bestiary.registry.registering import read_registration, register
 from bestiary.registry.resolving import resolve
 from bestiary.registry.versions import versions
+from bestiary.tracking import store as tracking
 
 
 def test_first_good_adapter_is_champion_and_a_better_one_replaces_it(

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from support.registry import DEFAULTS, RULES, make_adapter, submit
 
-from bestiary import png_metadata, tracking
+from bestiary import png_metadata
 from bestiary.diffusion.adapter import adapter_sha256
 from bestiary.diffusion.conversion import convert
 from bestiary.evaluation.report import EvaluationReport, read_evaluation
@@ -28,6 +28,7 @@ from bestiary.registry.registering import Candidate, register
 from bestiary.registry.resolving import find_base, pull, resolve
 from bestiary.registry.versions import artifact, defaults_of, find_version, versions, walk
 from bestiary.samplers import DrawingDefaults, Sampling
+from bestiary.tracking import store as tracking
 
 PICTURE = Path(__file__).parents[1] / "fixtures" / "registry-0.1" / "tiger-7.png"
 SHA256 = "0f01765d39dc6a243f1664d7317de497674792caf8d7726201f1fd033f661cc6"

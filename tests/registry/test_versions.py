@@ -24,7 +24,7 @@ def test_unknown_versions_aliases_and_names_are_answered_with_the_ones_that_exis
 def test_a_server_gives_the_same_versions_as_the_local_database(
     project: Path, base_folder: Path, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bestiary.tracking import open_client, tracking_uri
+    from bestiary.tracking.store import open_client, tracking_uri
 
     submit(project, base_folder, adapters[0])
     local = find_version("models:/bestiary@champion")

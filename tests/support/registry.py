@@ -4,7 +4,6 @@ import csv
 import os
 from pathlib import Path
 
-from bestiary import tracking
 from bestiary.evaluation.report import (
     ClassScores,
     Estimate,
@@ -17,6 +16,7 @@ from bestiary.evaluation.report import (
 from bestiary.params import Register
 from bestiary.registry.registering import Candidate, Registration, register
 from bestiary.samplers import DrawingDefaults, Sampling
+from bestiary.tracking import store as tracking
 
 RULES = Register(name="bestiary", champion_score="margin", max_copied=0.1)
 DEFAULTS = DrawingDefaults(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from bestiary.errors import BestiaryError
 from bestiary.registry.gate import CHALLENGER, CHAMPION
 from bestiary.registry.versions import Version, aliases_of, find_version, open_registry, plain_errors, versions
-from bestiary.tracking import locked
+from bestiary.tracking.store import locked
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -19,7 +19,7 @@ from bestiary.errors import BestiaryError
 from bestiary.files import project_root
 from bestiary.registry.aliases import CHAMPION_BEFORE
 from bestiary.registry.versions import hide_progress_bars, make_name, number_of, plain_errors, publish
-from bestiary.tracking import EXPERIMENT, check_database, experiment_id, open_client
+from bestiary.tracking.store import EXPERIMENT, check_database, experiment_id, open_client
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -19,7 +19,7 @@ from bestiary.samplers import DrawingDefaults
 from bestiary.subjects import subject_of
 
 if TYPE_CHECKING:
-    from bestiary.tracking import Step
+    from bestiary.tracking.lineage import Step
 
 SHEET = "sheet.png"
 # An adapter inherits the licence of the base that it changes.

@@ -15,7 +15,7 @@ from bestiary.registry.aliases import ROLLED_BACK, give_alias
 from bestiary.registry.gate import CHALLENGER, CHAMPION, ChampionComparison, Decision, decide, paired_difference
 from bestiary.registry.versions import DEFAULTS_TAG, aliases_of, make_name, number_of, plain_errors, publish
 from bestiary.samplers import DrawingDefaults, Sampling
-from bestiary.tracking import check_database, locked, open_client, tracking_uri
+from bestiary.tracking.store import check_database, locked, open_client, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -15,11 +15,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from bestiary.database import Database, open_database
 from bestiary.errors import BestiaryError
 from bestiary.files import project_root
 from bestiary.samplers import DrawingDefaults
-from bestiary.tracking import Server, Step, check_database, explain, lineage, open_client, sqlite_path, tracking_uri
+from bestiary.tracking.database import Database, open_database
+from bestiary.tracking.lineage import Server, Step, lineage
+from bestiary.tracking.store import check_database, explain, open_client, sqlite_path, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -1,6 +1,6 @@
-"""MLflow's SQLite database, read without MLflow, whose import takes longer than all that is asked of it here.
+"""MLflow's SQLite database, read directly because importing MLflow takes longer than every query here together.
 
-`tracking.check_database` has made sure before that the tables are those of the MLflow that is installed.
+`store.check_database` verifies beforehand that the tables are those of the installed MLflow.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A run's id, its experiment's, its start in milliseconds since 1970, and its tags."""
+    """A run: its id, its experiment's id, its start in milliseconds since 1970, and its tags."""
 
     run_id: str
     experiment_id: str
@@ -23,13 +23,13 @@ class StoredRun:
 
 
 class Database:
-    """What `tracking` and `registry` ask of a database; with the same answers as they have from MLflow's client."""
+    """The queries that lineage and the registry need. They return what MLflow's client returns."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self.connection = connection
 
     def run(self, run_id: str) -> StoredRun:
-        """The run of this id. Raises KeyError when there is none."""
+        """The run with this id. Raises KeyError when there is none."""
         query = "SELECT CAST(experiment_id AS TEXT), start_time FROM runs WHERE run_uuid = ?"
         found = self.connection.execute(query, [run_id]).fetchone()
         if found is None:
@@ -39,7 +39,7 @@ class Database:
         return StoredRun(run_id, experiment_id, start_time, dict(tags.fetchall()))
 
     def maker(self, experiment_id: str, path: str, content: str) -> StoredRun | None:
-        """The last finished run that made this content at this path; None for what no stage makes."""
+        """The newest finished run that made this content at this path; None when no run did."""
         query = """
             SELECT runs.run_uuid FROM runs JOIN tags ON tags.run_uuid = runs.run_uuid AND tags.key = ?
             WHERE tags.value = ? AND experiment_id = ? AND status = 'FINISHED' AND lifecycle_stage = 'active'
@@ -49,16 +49,16 @@ class Database:
         return self.run(found[0]) if found else None
 
     def models(self) -> list[str]:
-        """The names of the registered models."""
+        """The names of the registered models, sorted."""
         return [name for (name,) in self.connection.execute("SELECT name FROM registered_models ORDER BY name")]
 
     def aliases(self, model: str) -> dict[str, int]:
-        """A registered model's aliases with their versions."""
+        """A registered model's aliases and the versions that they point to."""
         query = "SELECT alias, version FROM registered_model_aliases WHERE name = ?"
         return {alias: int(version) for alias, version in self.connection.execute(query, [model])}
 
     def versions(self, model: str) -> list[tuple[int, str, dict[str, str]]]:
-        """A registered model's versions, oldest first: number, run's id, tags."""
+        """A registered model's versions, oldest first, each as its number, its run's id and its tags."""
         query = "SELECT key, value FROM model_version_tags WHERE name = ? AND version = ?"
         present = """
             SELECT version, run_id FROM model_versions
@@ -70,13 +70,13 @@ class Database:
         ]
 
     def files(self, model: str, version: int) -> str:
-        """Where a registered version's files are: a path, or an address of a store."""
+        """The location of a registered version's files: a path, or the address of an object store."""
         query = "SELECT COALESCE(storage_location, source) FROM model_versions WHERE name = ? AND version = ?"
         return str(self.connection.execute(query, [model, version]).fetchone()[0])
 
 
 @contextlib.contextmanager
 def open_database(path: Path) -> Iterator[Database]:
-    """The database at `path`, to be read only. Raises sqlite3.Error when it cannot be."""
+    """The database at `path`, opened read-only. Raises sqlite3.Error when it cannot be read."""
     with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=5)) as connection:
         yield Database(connection)

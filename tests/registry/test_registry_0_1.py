@@ -28,7 +28,7 @@ from bestiary.registry.registering import Candidate, register
 from bestiary.registry.resolving import find_base, pull, resolve
 from bestiary.registry.versions import artifact, defaults_of, find_version, versions, walk
 from bestiary.samplers import DrawingDefaults, Sampling
-from bestiary.tracking import store as tracking
+from bestiary.tracking.store import open_client, tracking_uri
 
 PICTURE = Path(__file__).parents[1] / "fixtures" / "registry-0.1" / "tiger-7.png"
 SHA256 = "0f01765d39dc6a243f1664d7317de497674792caf8d7726201f1fd033f661cc6"
@@ -122,7 +122,7 @@ def test_a_new_adapter_is_compared_with_its_champion(old_project: Path, gain: fl
     pictures["adapter_margin"] += gain
     pictures.to_csv(old_project / "pictures.csv", index=False)
     adapter = make_adapter(old_project / "models" / "base", old_project / "adapter", 0, told_base="models/base")
-    client = tracking.open_client(tracking.tracking_uri(), old_project)
+    client = open_client(tracking_uri(), old_project)
     registration = register(
         Candidate(
             adapter=adapter,

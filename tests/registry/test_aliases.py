@@ -7,7 +7,7 @@ from bestiary.errors import BestiaryError
 from bestiary.registry.aliases import promote, rollback
 from bestiary.registry.gate import CHALLENGER, CHAMPION
 from bestiary.registry.versions import versions
-from bestiary.tracking import store as tracking
+from bestiary.tracking.store import open_client, tracking_uri
 
 
 def test_a_person_can_promote_and_roll_back_and_the_reasons_are_recorded(
@@ -37,7 +37,7 @@ def test_a_rollback_does_not_return_to_a_version_that_was_rolled_back_or_deleted
     with pytest.raises(BestiaryError, match=r"Version 1, the champion before version 2, was rolled back"):
         rollback("its cats")
     promote(1, "its owls, after all")
-    client = tracking.open_client(tracking.tracking_uri(), project)
+    client = open_client(tracking_uri(), project)
     client.delete_model_version("bestiary", "2")
     with pytest.raises(BestiaryError, match=r"Version 2, the champion before version 1, was deleted"):
         rollback("its bees")
@@ -49,7 +49,7 @@ def test_a_champion_that_returns_is_no_longer_the_challenger(
 ) -> None:
     submit(project, base_folder, adapters[0], gain=4.0)
     submit(project, base_folder, adapters[1], gain=5.0)
-    client = tracking.open_client(tracking.tracking_uri(), project)
+    client = open_client(tracking_uri(), project)
     client.set_registered_model_alias("bestiary", CHALLENGER, "1")
     assert rollback("its bees").version == 1
     assert [version.aliases for version in versions()] == [[CHAMPION], []]

@@ -10,14 +10,14 @@ from bestiary.errors import BestiaryError
 from bestiary.evaluation.report import EvaluationReport
 from bestiary.registry import model_card
 from bestiary.registry.versions import versions
-from bestiary.tracking import store as tracking
+from bestiary.tracking.store import open_client, tracking_uri
 
 GAINS = {"antelope": 3.0, "bee": 9.0, "ladybugs": -2.0, "owl": 5.0, "tiger": 8.0, "zebra": 1.0}
 
 
 def log_evaluation(project: Path, report: EvaluationReport) -> None:
     """An evaluation's run as the stage leaves it, and the registered version's run based on it."""
-    client = tracking.open_client(tracking.tracking_uri(), project)
+    client = open_client(tracking_uri(), project)
     (project / "evaluate.json").write_text(report.model_dump_json())
     Image.new("RGB", (8, 8)).save(project / "sheet.png")
     tags = {"stage": "evaluate", "output.reports/evaluate.json": "e1", "input.models/adapter": "a1"}
@@ -69,7 +69,7 @@ def test_no_card_is_written_without_the_versions_own_evaluation(
     project: Path, report: EvaluationReport, logged: str
 ) -> None:
     if logged == "nothing":
-        client = tracking.open_client(tracking.tracking_uri(), project)
+        client = open_client(tracking_uri(), project)
         client.set_tag(versions()[0].run_id, "stage", "register")
     else:
         log_evaluation(project, report.model_copy(update={"adapter_sha256": "of another"}))

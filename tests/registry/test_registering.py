@@ -11,7 +11,7 @@ from bestiary.registry.gate import CHALLENGER, CHAMPION
 from bestiary.registry.registering import read_registration, register
 from bestiary.registry.resolving import resolve
 from bestiary.registry.versions import versions
-from bestiary.tracking import store as tracking
+from bestiary.tracking.store import open_client, tracking_uri
 
 
 def test_first_good_adapter_is_champion_and_a_better_one_replaces_it(
@@ -82,7 +82,7 @@ def test_standard_mlflow_loads_the_registered_adapter_into_a_pipeline(
     import mlflow
 
     submit(project, base_folder, adapters[0])
-    mlflow.set_tracking_uri(tracking.tracking_uri())
+    mlflow.set_tracking_uri(tracking_uri())
     pipeline = mlflow.diffusers.load_model("models:/bestiary@champion").load_pipeline(device="cpu")
     assert pipeline.get_list_adapters() == {"unet": ["default_0"]}
 
@@ -94,7 +94,7 @@ def test_a_version_draws_by_default_as_it_was_evaluated_and_so_does_mlflows_serv
 
     submit(project, base_folder, adapters[0])
     assert resolve("models:/bestiary/1").defaults == DEFAULTS
-    mlflow.set_tracking_uri(tracking.tracking_uri())
+    mlflow.set_tracking_uri(tracking_uri())
     params = mlflow.models.get_model_info("models:/bestiary/1").signature.params.params
     assert {param.name: param.default for param in params} == {
         "num_inference_steps": 5, "guidance_scale": 3.0, "height": 64, "width": 64, "negative_prompt": "",
@@ -102,7 +102,7 @@ def test_a_version_draws_by_default_as_it_was_evaluated_and_so_does_mlflows_serv
     swept = replace(DEFAULTS, sampling=replace(DEFAULTS.sampling, guidance_scale=2.0, guidance_interval=(0.5, 5.0)))
     register(replace(make_candidate(project, base_folder, adapters[0]), defaults=swept), RULES)  # evaluated again
     assert resolve("models:/bestiary/1").defaults == swept
-    client = tracking.open_client(tracking.tracking_uri(), project)
+    client = open_client(tracking_uri(), project)
     client.delete_model_version_tag("bestiary", "1", "usual")  # older versions do not have this tag
     assert resolve("models:/bestiary/1").defaults is None
 
@@ -111,7 +111,7 @@ def test_the_description_and_the_tags_hold_every_score_of_the_report(
     project: Path, base_folder: Path, adapters: list[Path]
 ) -> None:
     submit(project, base_folder, adapters[0])
-    client = tracking.open_client(tracking.tracking_uri(), project)
+    client = open_client(tracking_uri(), project)
     description = client.get_model_version("bestiary", "1").description
     for line in ("| CLIP score | 20.00 | 25.00 | +5.00 (+4.00 to +6.00) | 30.00 |", "| margin over other subjects | "):
         assert line in description
@@ -122,7 +122,7 @@ def test_the_description_and_the_tags_hold_every_score_of_the_report(
 
 
 def test_a_version_names_the_code_that_made_it(project: Path, base_folder: Path, adapters: list[Path]) -> None:
-    client = tracking.open_client(tracking.tracking_uri(), project)
+    client = open_client(tracking_uri(), project)
     run = client.create_run("0", tags={"mlflow.source.git.commit": "abc", "git_dirty": "true"}).info.run_id
     register(replace(make_candidate(project, base_folder, adapters[0]), run_id=run), RULES)
     (version,) = versions()

@@ -2,12 +2,8 @@
 
 import json
 import os
-import shutil
-import sqlite3
 import subprocess
 import sys
-import tarfile
-from contextlib import closing
 from io import BytesIO
 from pathlib import Path
 
@@ -32,10 +28,9 @@ from bestiary.registry.registering import Candidate, register
 from bestiary.registry.resolving import find_base, pull, resolve
 from bestiary.registry.versions import artifact, defaults_of, find_version, versions, walk
 from bestiary.samplers import DrawingDefaults, Sampling
-from bestiary.tracking import store as tracking
+from bestiary.tracking.store import open_client, tracking_uri
 
-FIXTURE = Path(__file__).parents[1] / "fixtures" / "registry-0.1"
-PICTURE = FIXTURE / "tiger-7.png"
+PICTURE = Path(__file__).parents[1] / "fixtures" / "registry-0.1" / "tiger-7.png"
 SHA256 = "0f01765d39dc6a243f1664d7317de497674792caf8d7726201f1fd033f661cc6"
 SAMPLING = Sampling(
     "dpmsolver++sde", steps=13, guidance_scale=7.0, guidance_interval=(2.0, 1000.0), width=64, height=64
@@ -54,41 +49,6 @@ EVALUATE = Evaluate(
     second_judge=None,
     sweep=None,
 )
-LOCATIONS = {
-    "experiments": ["artifact_location"],
-    "runs": ["artifact_uri"],
-    "logged_models": ["artifact_location"],
-    "model_versions": ["source", "storage_location"],
-}
-
-
-@pytest.fixture(scope="module")
-def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("registry-0.1")
-    with tarfile.open(FIXTURE / "registry.tar.xz") as archive:
-        archive.extractall(folder, filter="data")
-    return folder
-
-
-@pytest.fixture
-def old_project(unpacked: Path, tmp_path: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project with a copy of the old registry, whose paths are rewritten to where it is."""
-    root = tmp_path / "project"
-    shutil.copytree(unpacked, root)
-    with closing(sqlite3.connect(root / "mlflow.db")) as database, database:
-        for table, columns in LOCATIONS.items():
-            for column in columns:
-                database.execute(f"UPDATE {table} SET {column} = replace({column}, '/project', ?)", [str(root)])
-    for file in root.rglob("MLmodel"):
-        file.write_text(file.read_text().replace("/project", str(root)))
-    (root / "dvc.yaml").write_text("stages: {}")
-    (root / "models").mkdir()
-    (root / "models" / "base").symlink_to(base_folder)
-    monkeypatch.setenv("DVC_ROOT", str(root))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.delenv("MLFLOW_REGISTRY_URI", raising=False)
-    monkeypatch.chdir(root)
-    return root
 
 
 def old_evaluation(project: Path) -> EvaluationReport:
@@ -162,7 +122,7 @@ def test_a_new_adapter_is_compared_with_its_champion(old_project: Path, gain: fl
     pictures["adapter_margin"] += gain
     pictures.to_csv(old_project / "pictures.csv", index=False)
     adapter = make_adapter(old_project / "models" / "base", old_project / "adapter", 0, told_base="models/base")
-    client = tracking.open_client(tracking.tracking_uri(), old_project)
+    client = open_client(tracking_uri(), old_project)
     registration = register(
         Candidate(
             adapter=adapter,

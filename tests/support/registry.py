@@ -16,7 +16,7 @@ from bestiary.evaluation.report import (
 from bestiary.params import Register
 from bestiary.registry.registering import Candidate, Registration, register
 from bestiary.samplers import DrawingDefaults, Sampling
-from bestiary.tracking import store as tracking
+from bestiary.tracking.store import open_client, tracking_uri
 
 RULES = Register(name="bestiary", champion_score="margin", max_copied=0.1)
 DEFAULTS = DrawingDefaults(
@@ -98,7 +98,7 @@ def make_candidate(project: Path, base: Path | str, adapter: Path, gain: float =
     """The adapter with a report in which it beats the base by `gain`, and with a run of its own."""
     from bestiary.diffusion.adapter import adapter_sha256
 
-    client = tracking.open_client(tracking.tracking_uri(), project)
+    client = open_client(tracking_uri(), project)
     folder = project / f"of-process-{os.getpid()}"
     folder.mkdir(exist_ok=True)
     return Candidate(

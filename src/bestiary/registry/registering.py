@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
     from mlflow.models import ModelSignature
 
-GATE = "gate"  # the folder among a run's artifacts with the table that the gate compares later adapters with
+GATE = "gate"  # where a run logs its table of pictures, for comparison with later adapters
 
 
 @dataclass(frozen=True)

@@ -20,16 +20,17 @@ def count():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
         torch.ones(25_000_000)
-    found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def steady():  # small allocations may break up a freed block: only then does a round take new memory
+    found.append(min(count() for _ in range(4)))
 
 found = []
-for _ in range(2):
-    count()
-for _ in range(2):
-    thread = threading.Thread(target=count)
-    thread.start()
-    thread.join()
-print(found[1], found[3])
+steady()
+thread = threading.Thread(target=steady)
+thread.start()
+thread.join()
+print(*found)
 """
 
 MEASURE_CHILDREN = """

@@ -10,7 +10,8 @@ from PIL import Image, ImageOps
 from support.planted_faults import NEAR, SAMPLE_FAULTS, faulty_paths, plant, recall
 
 from bestiary import params
-from bestiary.data.cleaning import Outcome, clean
+from bestiary.data.cleaning import JudgeFunction, Outcome, clean
+from bestiary.data.findings import Decision
 from bestiary.data.images import open_rgb
 from bestiary.errors import BestiaryError
 
@@ -30,8 +31,16 @@ SETTINGS = params.Clean(
 )
 
 
-def run(raw: Path, **keywords: object) -> Outcome:
-    return clean(raw, raw.parent / "clean", keywords.pop("settings", SETTINGS), **keywords)  # type: ignore[arg-type]
+def run(
+    raw: Path,
+    settings: params.Clean = SETTINGS,
+    judge: JudgeFunction | None = None,
+    overrides: Mapping[str, Decision] | None = None,
+    report: Path | None = None,
+    workers: int | None = None,
+) -> Outcome:
+    target = raw.parent / "clean"
+    return clean(raw, target, settings, judge=judge, overrides=overrides, report=report, workers=workers)
 
 
 def findings_of(outcome: Outcome, path: str) -> list[tuple[str, str]]:
@@ -241,7 +250,7 @@ def test_the_result_depends_neither_on_the_number_of_workers_nor_on_the_order_of
         ({"cat/3 small.jpg": "keep"}, {"cat/3.jpg"}),
     ],
 )
-def test_overrides_win_over_every_check(raw: Path, overrides: Mapping[str, str], expected: set[str]) -> None:
+def test_overrides_win_over_every_check(raw: Path, overrides: Mapping[str, Decision], expected: set[str]) -> None:
     if "cat/3 copy.jpg" in overrides:
         shutil.copyfile(raw / "cat" / "3.jpg", raw / "cat" / "3 copy.jpg")
     if "cat/3 small.jpg" in overrides:

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from email.utils import formatdate
 from pathlib import Path
@@ -63,9 +63,20 @@ class Run:
         self.target, self.cache = folder / "raw", folder / "cache"
         self.pauses: list[float] = []
 
-    def __call__(self, **keywords: object) -> Downloaded:
-        settings = keywords.pop("settings", SETTINGS)
-        return download(self.target, settings, cache=self.cache, sleep=self.pauses.append, **keywords)  # type: ignore[arg-type]
+    def __call__(
+        self,
+        settings: params.ScienceDB = SETTINGS,
+        classes: Sequence[str] | None = None,
+        images_per_class: int | None = None,
+    ) -> Downloaded:
+        return download(
+            self.target,
+            settings,
+            classes=classes,
+            images_per_class=images_per_class,
+            cache=self.cache,
+            sleep=self.pauses.append,
+        )
 
     @property
     def tree(self) -> dict[str, bytes]:

@@ -47,11 +47,13 @@ def main() -> None:
                 "images_kept": len(outcome.manifest),
                 "findings": count_kinds(outcome.findings),
                 "unused_overrides": len(outcome.unused_overrides),
+            },
+            costs={
                 "seconds": seconds,
                 "images_per_second": outcome.images_in / seconds,
                 "near_duplicates_seconds": outcome.near_duplicates_seconds,
                 "peak_memory_mib": peak_memory(child_processes=cores() - 1).process_mib,
-            }
+            },
         )
 
 

@@ -30,10 +30,9 @@ def main() -> None:
                 "images": images,
                 "classes": len(per_class),
                 **found,
-                "seconds": seconds,
-                "images_per_second": images / seconds,
                 "per_class": per_class,
-            }
+            },
+            costs={"seconds": seconds, "images_per_second": images / seconds},
         )
 
 

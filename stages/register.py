@@ -8,14 +8,14 @@ from bestiary.evaluation.sweep import read_operating_point
 from bestiary.registry.gate import measurement_hash
 from bestiary.registry.registering import Candidate, register
 from bestiary.samplers import DrawingDefaults
-from bestiary.stage import REPORTS, content_of, read_report, stage
+from bestiary.stage import METRICS, REPORTS, content_of, read_report, stage
 
 
 def main() -> None:
     with stage("register") as (params, run):
         base, resolution = params.base, params.encode.resolution
         point = read_operating_point(REPORTS / "operating_point")
-        evaluation = read_evaluation(REPORTS / "evaluate.json")
+        evaluation = read_evaluation(METRICS / "evaluate.json")
         is_trained_one = point.adapter.as_posix() == "models/adapter"  # a sweep may choose another checkpoint
         stages = ("train", "benchmark") if is_trained_one else ("benchmark",)
         candidate = Candidate(

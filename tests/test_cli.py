@@ -304,15 +304,15 @@ def test_a_truncated_adapter_is_named(
 def test_results_show_the_table_the_sheet_and_the_next_commands(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report: dict[str, Any] = evaluation().to_dict() | {"images": 480}
+    report: dict[str, Any] = evaluation().results() | {"images": 480}
     for who in ("base", "adapter", "delta"):
         report[who] |= {"top5": report[who]["top1"], "cmmd": report[who]["clip_score"]}
     report["real"] = report["adapter"]
     reasons = ["It beats the base: margin +5.00 (95 % interval +4.00 to +6.00)."]
     registration = {"name": "bestiary", "version": 3, "aliases": ["champion"], "reasons": reasons}
-    (project / "reports").mkdir()
-    (project / "reports" / "evaluate.json").write_text(json.dumps(report))
-    (project / "reports" / "register.json").write_text(json.dumps(registration))
+    (project / "reports" / "metrics").mkdir(parents=True)
+    (project / "reports" / "metrics" / "evaluate.json").write_text(json.dumps(report))
+    (project / "reports" / "metrics" / "register.json").write_text(json.dumps(registration))
     (project / "dvc.yaml").write_text("")
     monkeypatch.chdir(project)
     assert call(monkeypatch, "results") == 0
@@ -333,9 +333,9 @@ HALF_AN_INTERVAL = json.dumps(
 def test_a_damaged_report_is_named_and_how_to_make_it_again(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: str
 ) -> None:
-    (project / "reports").mkdir()
+    (project / "reports" / "metrics").mkdir(parents=True)
     for stage in ("evaluate", "register"):
-        (project / "reports" / f"{stage}.json").write_text(content)
+        (project / "reports" / "metrics" / f"{stage}.json").write_text(content)
     (project / "dvc.yaml").write_text("")
     monkeypatch.chdir(project)
     assert call(monkeypatch, "results") == 1

@@ -13,7 +13,7 @@ import pytest
 
 from bestiary.errors import BestiaryError
 from bestiary.params import Model
-from bestiary.stage import CACHE, REPORTS, content_of, read_report, stage
+from bestiary.stage import CACHE, METRICS, REPORTS, content_of, read_report, stage
 from bestiary.tracking.content import content_hash
 from bestiary.tracking.store import open_client, tracking_uri
 
@@ -25,7 +25,7 @@ stages:
     deps: [data]
     params: [seed, split, "profiles.${profile}.encode"]
     outs: [build/split, reports/split]
-    metrics: [{reports/split.json: {cache: false}}]
+    metrics: [{reports/metrics/split.json: {cache: false}}]
 """
 
 
@@ -53,12 +53,15 @@ def test_a_stage_writes_its_report_and_a_run_with_its_inputs_and_outputs(workspa
         (workspace / "build" / "split" / "train.csv").write_text("path\n")
         (workspace / "reports" / "split").mkdir(parents=True)
         (workspace / "reports" / "split" / "table.csv").write_text("x\n")
-        run.report({"train": np.int64(3), "score": {"mean": np.float32(0.5), "ci95": (0.0, 1.0)}, "names": ["a", None]})
+        results = {"train": np.int64(3), "score": {"mean": np.float32(0.5), "ci95": (0.0, 1.0)}, "names": ["a", None]}
+        run.report(results, costs={"seconds": 2.5})
     assert params.split.val_fraction == 0.2
-    report = json.loads((workspace / "reports" / "split.json").read_text())
-    assert report == {"train": 3, "score": {"mean": 0.5, "ci95": [0.0, 1.0]}, "names": ["a", None]}
+    expected = {"train": 3, "score": {"mean": 0.5, "ci95": [0.0, 1.0]}, "names": ["a", None]}
+    assert json.loads((workspace / METRICS / "split.json").read_text()) == expected
+    assert json.loads((workspace / REPORTS / "split.json").read_text()) == expected | {"seconds": 2.5}
     stored = stored_run(workspace)
-    assert stored.data.metrics == {"train": 3, "score.mean": 0.5, "score.ci95.low": 0, "score.ci95.high": 1}
+    logged = {"train": 3, "score.mean": 0.5, "score.ci95.low": 0, "score.ci95.high": 1, "seconds": 2.5}
+    assert stored.data.metrics == logged
     assert {"split.val_fraction", "seed", "profile", "encode.flip", "encode.resolution"} <= stored.data.params.keys()
     assert "train.rank" not in stored.data.params
     assert stored.data.tags["input.data"] == content_hash(Path("data"))
@@ -142,12 +145,12 @@ def test_a_missing_input_is_named_with_the_command_that_makes_it(
 
 
 def test_a_stage_reads_the_report_of_an_earlier_one_and_rejects_a_damaged_one(workspace: Path) -> None:
-    (workspace / "reports").mkdir()
-    (workspace / "reports" / "train.json").write_text('{"steps": 3}')
+    (workspace / METRICS).mkdir(parents=True)
+    (workspace / METRICS / "train.json").write_text('{"steps": 3}')
     assert read_report("train") == {"steps": 3}
     for damaged in ('{"steps": ', "[]"):
-        (workspace / "reports" / "train.json").write_text(damaged)
-        with pytest.raises(BestiaryError, match=r"reports/train\.json"):
+        (workspace / METRICS / "train.json").write_text(damaged)
+        with pytest.raises(BestiaryError, match=r"reports/metrics/train\.json"):
             read_report("train")
     with pytest.raises(BestiaryError, match="`dvc repro evaluate`"):
         read_report("evaluate")

@@ -52,9 +52,10 @@ def last_results() -> tuple[EvaluationReport, Registration]:
     """
     from bestiary.evaluation.report import read_evaluation
     from bestiary.registry.registering import read_registration
+    from bestiary.stage import METRICS
 
-    reports = Path(os.path.relpath(project_root() / "reports"))
-    return read_evaluation(reports / "evaluate.json"), read_registration(reports / "register.json")
+    metrics = Path(os.path.relpath(project_root() / METRICS))
+    return read_evaluation(metrics / "evaluate.json"), read_registration(metrics / "register.json")
 
 
 def render_results(evaluation: EvaluationReport, registration: Registration, program: str) -> Iterator[str]:

@@ -24,7 +24,10 @@ from bestiary.params import Model, Params, load_params
 from bestiary.tracking.content import content_hash
 from bestiary.tracking.runs import Run, open_run
 
+# reports/<stage>.json is everything that a stage reports. Git ignores it, because seconds and memory differ every time.
+# reports/metrics/<stage>.json has the results alone. Git and DVC track it, and later stages read it.
 REPORTS = Path("reports")
+METRICS = REPORTS / "metrics"
 # Unfinished work. Relative to the project's root, as StageRun.hold resolves it: DVC deletes the copy of the project
 # that a queued experiment runs in, but the work must survive it.
 CACHE = Path(".cache")
@@ -130,16 +133,20 @@ class StageRun:
         if self.mlflow:
             self.mlflow.set_tags(tags)
 
-    def report(self, content: Mapping[str, object]) -> None:
-        """Write `reports/<stage>.json`, complete or not at all, and log its numbers as metrics.
+    def report(self, results: Mapping[str, object], costs: Mapping[str, object] | None = None) -> None:
+        """Write the results to `reports/metrics/<stage>.json`, and both to `reports/<stage>.json` and to MLflow.
 
-        Raises BestiaryError when a number is not finite.
+        Results are what the same inputs give again on the same machine; costs are seconds, memory and speed. Each file
+        is written completely or not at all. Raises BestiaryError when a number is not finite.
         """
         if self.mlflow is None:
             return
         path = REPORTS / f"{self.stage}.json"
-        report = {str(key): _to_json(value, f"{path}: {key}") for key, value in content.items()}
-        write_atomically(path, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
+        everything = {**results, **(costs or {})}
+        report = {str(key): _to_json(value, f"{path}: {key}") for key, value in everything.items()}
+        for file, keys in ((path, report), (METRICS / path.name, results)):
+            content = json.dumps({key: report[key] for key in keys}, indent=2, ensure_ascii=False)
+            write_atomically(file, f"{content}\n".encode())
         self.mlflow.log_summary(dict(_metrics_of(report)))
         self.log_artifact(path)
 
@@ -166,11 +173,11 @@ def _one_line_errors(name: str) -> Iterator[None]:
 
 
 def read_report(name: str) -> dict[str, Any]:  # JSON, which its reader knows better
-    """The report that an earlier stage wrote to `reports/<name>.json`.
+    """The results that an earlier stage wrote to `reports/metrics/<name>.json`.
 
     Raises BestiaryError when it is missing or damaged.
     """
-    path = REPORTS / f"{name}.json"
+    path = METRICS / f"{name}.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

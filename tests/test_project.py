@@ -27,7 +27,8 @@ def test_outside_a_project_there_are_no_parameters_but_names_and_defaults(
     assert drawing_defaults(None) == DrawingDefaults()
 
 
-def test_a_project_draws_as_it_evaluates(project: Path) -> None:
+def test_a_project_draws_as_it_evaluates(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
     (project / "params.yaml").write_text((ROOT / "params.yaml").read_text())
     params = project_params()
     assert params

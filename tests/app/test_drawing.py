@@ -10,7 +10,7 @@ import psutil
 import pytest
 from PIL import Image, ImageChops
 from support.app import ORDER, Event, RunningPage, image_of, pictures
-from support.registry import USUAL
+from support.registry import DEFAULTS
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,7 +54,7 @@ def test_the_catalog_lists_registered_versions_with_their_scores(server: Running
     champion, local = catalog["adapters"]
     assert champion == {
         "key": "models:/bestiary/1", "kind": "registry", "label": "bestiary 1", "aliases": ["champion"],
-        "scores": {"clip_score": "5.0", "top1": "5.0"}, "usual": json.loads(USUAL.to_json()),
+        "scores": {"clip_score": "5.0", "margin": "5.0", "top1": "5.0"}, "usual": json.loads(DEFAULTS.to_json()),
     }  # fmt: skip
     assert local["key"] == "local:0"
     assert catalog["adapter"] == champion["key"]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 from PIL import Image, ImageChops
 from support.app import ORDER, Event, RunningPage, image_of, pictures
 from support.registry import DEFAULTS
+
+from bestiary.app.server import create_app
 
 ROOT = Path(__file__).parents[2]
 
@@ -161,6 +165,19 @@ def test_simultaneous_orders_wait_and_each_gets_its_own_picture(server: RunningP
     assert any(event["event"] == "waiting" for events in answers.values() for event in events)
     for seed, events in answers.items():
         assert {event["settings"]["seed"] for event in events if event["event"] == "picture"} == {seed}
+
+
+def test_an_order_is_refused_while_the_queue_is_full(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bestiary.app.drawing_queue.MAX_WAITING", 0)
+
+    async def order() -> httpx.Response:
+        transport = httpx.ASGITransport(app=create_app(offerings(base_folder)))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.post("/api/draw", json=ORDER)
+
+    response = asyncio.run(order())
+    assert response.status_code == 422
+    assert response.json()["key"] == "queueFull"
 
 
 def test_drawing_stops_when_the_browser_disconnects(server: RunningPage) -> None:

@@ -124,6 +124,7 @@ def _listen(host: str, port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
+        listening.listen()  # so that a browser that is opened at once waits instead of being refused
     except OSError as error:
         listening.close()
         raise BestiaryError(

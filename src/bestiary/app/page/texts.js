@@ -37,7 +37,7 @@ export const TEXTS = {
     nothing: '列表中没有这种动物，按回车键将按原文绘制。',
     adapter: '适配器', noAdapter: '不使用（仅基础模型）', upload: '上传…', uploading: '正在上传 {name}…',
     champion: '冠军', challenger: '挑战者', gains: '与基础模型相比：{gains}',
-    clip_score: 'CLIP 分数', margin: '与其他主体的差距', top1: '识别正确率（top-1）',
+    clip_score: 'CLIP 分数', margin: '相对其他主体的优势', top1: '识别正确率（top-1）',
     compare: '与基础模型对比（随机种子相同）',
     seed: '随机种子', random: '随机', count: '张数', resolution: '尺寸', nativeSize: '{side} px 原生',
     steps: '步数', guidance: '引导强度', more: '更多设置', scheduler: '采样器',

@@ -121,7 +121,7 @@ def test_animals_lists_a_hundred_with_their_names() -> None:
         (["generate", "tiger", "--adapter", "models:/bestiary@champion"], "There is no registry yet"),
         (["generate", "tiger", "--adapter", "none", "--base", "/no/such/base"], "/no/such/base"),
         (["adapter", "verify", "no/such/file.safetensors"], "There is no adapter at no/such/file.safetensors."),
-        (["app", "--host", "0.0.0.0", "--base", BASE], "other machines can reach the page"),
+        (["app", "--host", "0.0.0.0", "--base", BASE], "BESTIARY_AUTH"),
         (["app", "--adapter", "no/such/file", "--base", BASE], "There is no adapter at no/such/file."),
         (["pull", "models:/bestiary/7", "--out", "x"], "There is no registry yet"),
         (["adapter", "convert", "no/such/file", "x", "--to", "kohya"], "There is no adapter at no/such/file."),

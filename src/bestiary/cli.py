@@ -353,7 +353,9 @@ def model_card(what: str, out: Path) -> None:
 def app(adapters: tuple[str, ...], bases: tuple[str, ...], host: str, port: int, auth: Path | None) -> None:
     """Draw in the browser."""
     quiet()
-    from bestiary.app import launch, read_credentials
+    from bestiary.app.access import read_credentials
+    from bestiary.app.server import launch
+    from bestiary.app.studio import Base, Offerings
     from bestiary.diffusion.adapter import adapter_file
     from bestiary.files import project_root
     from bestiary.registry import locate_base
@@ -362,17 +364,18 @@ def app(adapters: tuple[str, ...], bases: tuple[str, ...], host: str, port: int,
     model, revision = _plain_base(bases[0] if bases else None, params)
     for named in adapters:
         adapter_file(named)
+    offerings = Offerings(
+        bases=(Base(model, revision), *(Base(locate_base(named)) for named in bases[1:])),
+        adapters=(str(project_root() / "models" / "adapter"), *adapters),
+        registered_name=params.register_.name if params else Offerings.registered_name,
+        defaults=_usual(params),
+    )
     launch(
-        model,
-        revision,
+        offerings,
         host=host,
         port=port,
         auth=read_credentials(auth),
         ready=lambda address: click.echo(f"Open {address} in a browser; Ctrl-C stops it."),
-        usual=_usual(params),
-        adapters=[str(project_root() / "models" / "adapter"), *adapters],
-        bases=[locate_base(named) for named in bases[1:]],
-        **({"registered_name": params.register_.name} if params else {}),
     )
 
 

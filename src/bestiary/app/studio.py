@@ -11,14 +11,16 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from bestiary.app.errors import RefusedError, Stopped
+from bestiary.app.events import Event, Loading, Note, Picture, Preview, Progress, Role
 from bestiary.errors import BestiaryError
 from bestiary.params import Scheduler, rising
 from bestiary.settings import SAMPLERS, Settings, Usual, as_a1111, finish
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
     from bestiary.registry import Adapter
 
-Tell = Callable[[dict[str, Any]], None]
+Tell = Callable[[Event], None]
 
 LARGEST_SIDE, SIDE_STEP = 1024, 64  # pixels
 PREVIEW_SIDE = 16  # latents; larger ones are shrunk first, because decoding them would cost more than the step
@@ -40,25 +42,6 @@ PREVIEW_SHARE = 0.1  # of the time
 SCORES = ("clip_score", "top1")
 
 log = logging.getLogger(__name__)
-
-
-class Stopped(Exception):  # noqa: N818, because nothing went wrong
-    """Whoever ordered the picture no longer wants it."""
-
-
-class RefusedError(BestiaryError):
-    """A sentence that the page also knows in Chinese: by this key, `texts.js` has it with the same values."""
-
-    def __init__(self, key: str, sentence: str, **values: str) -> None:
-        super().__init__(sentence.format(**values))
-        self.key = key
-        self.values = values
-
-
-def said(error: Exception) -> dict[str, Any]:
-    """An error as the page gets it."""
-    known = {"key": error.key, "values": error.values} if isinstance(error, RefusedError) else {}
-    return {"message": str(error), **known}
 
 
 NoiseLevel = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -134,24 +117,32 @@ class Loaded:
     adapter_sha256: str = ""
 
 
+class Base(NamedTuple):
+    """A base: a folder or an id on the Hugging Face hub, and the hub's revision."""
+
+    model: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Offerings:
+    """What the page may draw with."""
+
+    bases: tuple[Base, ...]  # the first is the default
+    adapters: tuple[str, ...] = ("models/adapter",)  # files or folders, beside the registered versions
+    defaults: Usual = field(default_factory=Usual)  # for adapters that are not registered
+    registered_name: str = "bestiary"
+
+
 class Studio:
     """Draws one order at a time: call `draw` from one thread only."""
 
-    def __init__(
-        self,
-        base: str,
-        revision: str | None,
-        *,
-        usual: Usual,
-        adapters: Sequence[str],
-        bases: Sequence[str],
-        registered_name: str,
-    ) -> None:
-        self.default_base = (base, revision)
-        self.bases = {_short(base): self.default_base, **{_short(other): (other, None) for other in bases}}
-        self.usual = usual
-        self.local = list(adapters)
-        self.registered_name = registered_name
+    def __init__(self, offerings: Offerings) -> None:
+        self.default_base = offerings.bases[0]
+        self.bases = {_short(base.model): base for base in offerings.bases}
+        self.usual = offerings.defaults
+        self.local = offerings.adapters
+        self.registered_name = offerings.registered_name
         self.uploads: dict[str, Offer] = {}
         self._loaded: Loaded | None = None
         self._resolved: dict[str, Adapter] = {}
@@ -255,8 +246,8 @@ class Studio:
             loaded, label, usual = self._prepare(order, tell)
         prompt, note = _prompt(order, usual.template)
         if note:
-            tell({"event": "note", **note})
-        roles = ["adapter", "base"] if order.compare and order.adapter != "none" else ["adapter"]
+            tell(note)
+        roles: list[Role] = ["adapter", "base"] if order.compare and order.adapter != "none" else ["adapter"]
         jobs = [(order.seed + number, role) for number in range(order.count) for role in roles]
         started = time.monotonic()
         for position, (seed, role) in enumerate(jobs):
@@ -267,12 +258,12 @@ class Studio:
                 check()
                 total = len(jobs) * order.steps
                 left = (time.monotonic() - started) / (before + done) * (total - before - done)
-                tell({"event": "progress", "done": before + done, "total": total, "seconds_left": round(left, 1)})
+                tell(Progress(before + done, total, round(left, 1)))
 
-            def show(image: Image, role: str = role) -> None:
+            def show(image: Image, role: Role = role) -> None:
                 buffer = BytesIO()
                 image.save(buffer, "JPEG")
-                tell({"event": "preview", "role": role, "image": _data_uri("jpeg", buffer.getvalue())})
+                tell(Preview(role, _data_uri("jpeg", buffer.getvalue())))
 
             with previews(loaded.pipeline, order.guidance_scale, show) if order.preview else contextlib.nullcontext():
                 image = generate(
@@ -302,15 +293,14 @@ class Studio:
                 adapter_sha256=None if plain else loaded.adapter_sha256,
             )
             tell(
-                {
-                    "event": "picture",
-                    "role": role,
-                    "image": _data_uri("png", finish(image, settings)),
-                    "settings": asdict(settings),
-                    "parameters": as_a1111(settings),
-                    "animal": order.animal.strip(),
-                    "device": loaded.device,
-                }
+                Picture(
+                    role,
+                    _data_uri("png", finish(image, settings)),
+                    settings,
+                    as_a1111(settings),
+                    order.animal.strip(),
+                    loaded.device,
+                )
             )
 
     def _prepare(self, order: Order, tell: Tell) -> tuple[Loaded, str, Usual]:
@@ -381,7 +371,7 @@ class Studio:
         if device not in (best, "cpu"):
             raise RefusedError("noDevice", "There is no device {device} here.", device=device)
         if self._loaded is None or (self._loaded.base, self._loaded.device) != (base, device):
-            tell({"event": "loading"})
+            tell(Loading())
             self._loaded = None  # room for the next one first
             self._loaded = Loaded(load_pipeline(*base, device=device), base, device)
         return self._loaded
@@ -448,12 +438,12 @@ def native_side(base: str, revision: str | None) -> int:
         raise BestiaryError(f"The base {base} is incomplete or broken: its configuration cannot be read.") from None
 
 
-def _prompt(order: Order, template: str) -> tuple[str, dict[str, Any] | None]:
+def _prompt(order: Order, template: str) -> tuple[str, Note | None]:
     """The prompt, and a note for somebody whose animal is none of the 100."""
     if order.prompt.strip():
         return " ".join(order.prompt.split()), None
     animal, near = find_subject(order.animal)
-    return caption(animal, template), None if near is None else {"unknown": animal.name, "near": near}
+    return caption(animal, template), None if near is None else Note(animal.name, tuple(near))
 
 
 def _data_uri(kind: str, data: bytes) -> str:

@@ -61,16 +61,17 @@ def test_no_adapter_is_found_for_none() -> None:
 @pytest.mark.slow
 def test_a_picture_without_an_adapter_is_the_bases_even_while_one_is_applied(base_folder: Path, tmp_path: Path) -> None:
     generator = Generator()
-    generator.load(Base(str(base_folder)))
+    base = Base(str(base_folder))
+    generator.prepare(base, None)
     plain = generator.draw(SETTINGS).tobytes()
-    generator.apply(resolve(str(make_adapter(base_folder, tmp_path / "adapter", 0))))
+    generator.prepare(base, resolve(str(make_adapter(base_folder, tmp_path / "adapter", 0))))
     assert generator.adapter_sha256
     with_adapter = replace(SETTINGS, adapter="adapter", adapter_sha256=generator.adapter_sha256)
     weak = replace(with_adapter, sampling=replace(SETTINGS.sampling, adapter_weight=0.0))
     assert generator.draw(SETTINGS).tobytes() == plain
     assert generator.draw(weak).tobytes() == plain
     assert generator.draw(with_adapter).tobytes() != plain
-    generator.apply(None)
+    generator.prepare(base, None)
     assert generator.adapter_sha256 is None
     assert generator.draw(SETTINGS).tobytes() == plain
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -29,14 +29,15 @@ from bestiary.project import (
 from bestiary.samplers import MAX_GUIDANCE_SCALE, MAX_SIDE, MAX_STEPS, MIN_SIDE, SAMPLERS, SamplingChanges
 
 if TYPE_CHECKING:
-    from bestiary.generation import Base, Generator
+    from bestiary.generation import Generator
     from bestiary.registry.resolving import Adapter
     from bestiary.samplers import Sampling
     from bestiary.subjects import Subject
 
 CHAMPION = "models:/bestiary@champion"  # shown in help; the name comes from register.name in params.yaml
 FOLDER = click.Path(file_okay=False, writable=True, path_type=Path)
-Command = TypeVar("Command", bound=Callable[..., None])
+Command = Callable[..., None]
+Decorator = Callable[[Command], Command]
 
 
 class Group(click.Group):
@@ -65,20 +66,19 @@ class Number(click.FloatRange):
         return number
 
 
-def option_group(
-    name: str, build: Callable[..., object], **options: Callable[[Command], Command]
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def option_group(name: str, build: Callable[..., object], **options: Decorator) -> Decorator:
     """Several options that reach the command as one argument `name`, made by `build` from their values by name."""
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+    def decorate(command: Command) -> Command:
         @functools.wraps(command)
-        def grouped(*arguments: Any, **values: Any) -> None:
+        def grouped(*arguments: Any, **values: Any) -> None:  # click passes whatever the command declares
             group = build(**{option: values.pop(option) for option in options})
             command(*arguments, **values, **{name: group})
 
+        decorated: Command = grouped
         for option in reversed(options.values()):
-            grouped = option(grouped)
-        return grouped
+            decorated = option(decorated)
+        return decorated
 
     return decorate
 
@@ -222,13 +222,13 @@ def generate(
     generator = generation.Generator()
     if original and like:
         _check_same_adapter(adapter, original, like, what)
-        generator.load(_base_of(original, adapter, source.base))
-        generator.apply(adapter)
+        base = generation.named_base(source.base) or generation.located_base(original.base, original.base_revision)
+        generator.prepare(base, adapter, any_base=bool(source.base))
         jobs = [(like.stem, original)]
     else:
         default = None if adapter else project_base(params)
-        generator.load(generation.choose_base(adapter, generation.named_base(source.base), default))
-        generator.apply(adapter)
+        base = generation.choose_base(adapter, generation.named_base(source.base), default)
+        generator.prepare(base, adapter, any_base=bool(source.base))
         defaults = (adapter and adapter.defaults) or drawing_defaults(params)
         sampling = generator.sized(changes.apply(defaults.sampling))
         named = [(generation.file_stem(subject.name), caption(subject, defaults.template)) for subject in wanted]
@@ -281,19 +281,6 @@ def _check_same_adapter(adapter: Adapter | None, original: PictureSettings, like
 
     if (adapter_sha256(adapter.file) if adapter else None) != original.adapter_sha256:
         raise BestiaryError(f"{like} was drawn with another adapter than the one that is now at {what}.")
-
-
-def _base_of(original: PictureSettings, adapter: Adapter | None, chosen: str | None) -> Base:
-    """The base to draw a picture again with. Raises BestiaryError when it is not the adapter's."""
-    from bestiary.generation import Base, named_base
-    from bestiary.registry.resolving import check_base, locate_base
-
-    if base := named_base(chosen):
-        return base
-    base = Base(locate_base(original.base), original.base_revision)
-    if adapter:
-        check_base(adapter, base.model)
-    return base
 
 
 def _settings(
@@ -426,8 +413,9 @@ def model_card(what: str, out: Path) -> None:
 def app(adapters: tuple[str, ...], bases: tuple[str, ...], host: str, port: int, auth: Path | None) -> None:
     """Draw in the browser."""
     silence_libraries()
-    from bestiary.app.server import launch, read_credentials
-    from bestiary.app.studio import Offerings
+    from bestiary.app.access import read_credentials
+    from bestiary.app.offers import Offerings
+    from bestiary.app.server import launch
     from bestiary.diffusion.adapter import adapter_file
     from bestiary.files import project_root
     from bestiary.generation import named_base, no_base_error

@@ -65,7 +65,12 @@ def _ignore_interrupts() -> None:
 
 def named_base(model: str | None) -> Base | None:
     """The base that a user named, looked for in the project's folder too; None for no name."""
-    return Base(locate_base(model)) if model else None
+    return located_base(model, None) if model else None
+
+
+def located_base(model: str, revision: str | None) -> Base:
+    """A base by the name that settings or parameters hold, looked for in the project's folder too."""
+    return Base(locate_base(model), revision)
 
 
 def no_base_error() -> BestiaryError:
@@ -76,10 +81,9 @@ def no_base_error() -> BestiaryError:
 def choose_base(adapter: Adapter | None, chosen: Base | None, default: Base | None, *, trusted: bool = True) -> Base:
     """The base to draw with: the one that the user chose, else the one that the adapter names, else the default.
 
-    Set `trusted` to False for a stranger's adapter: the base that it names is then ignored. Unless the user chose the
-    base, it must be the one that the adapter was trained on.
+    Set `trusted` to False for a stranger's adapter: the base that it names is then ignored.
 
-    Raises BestiaryError when there is no base to draw with, or when it is not the adapter's.
+    Raises BestiaryError when there is no base to draw with.
     """
     if chosen is not None:
         return chosen
@@ -87,10 +91,9 @@ def choose_base(adapter: Adapter | None, chosen: Base | None, default: Base | No
         if default is None:
             raise no_base_error()
         return default
-    named = adapter.base is not None and trusted
-    base = default if default is not None and not named else Base(find_base(adapter), adapter.base_revision)
-    check_base(adapter, base.model)
-    return base
+    if default is not None and (adapter.base is None or not trusted):
+        return default
+    return Base(find_base(adapter), adapter.base_revision)
 
 
 class Generator:
@@ -106,24 +109,32 @@ class Generator:
     @property
     def pipeline(self) -> StableDiffusionPipeline:
         """The loaded pipeline."""
-        assert self._pipeline is not None, "call load first"
+        assert self._pipeline is not None, "call prepare first"
         return self._pipeline
 
     @property
     def base(self) -> Base:
         """The loaded base."""
-        assert self._base is not None, "call load first"
+        assert self._base is not None, "call prepare first"
         return self._base
 
     def is_loaded(self, base: Base, device: str) -> bool:
         """Whether this base is in memory on this device."""
         return self._pipeline is not None and (self._base, self.device) == (base, device)
 
-    def load(self, base: Base, device: str = "") -> None:
-        """Load `base` on `device` (empty: the best one) in place of the one that is loaded.
+    def prepare(self, base: Base, adapter: Adapter | None, device: str = "", *, any_base: bool = False) -> None:
+        """Load `base` on `device` (empty: the best one) and apply `adapter`, in place of what was there.
 
-        Raises BestiaryError when the base cannot be loaded.
+        Raises BestiaryError when the base cannot be loaded, when the adapter does not fit it, or when the adapter was
+        trained on another base, unless `any_base`.
         """
+        ready = self.is_loaded(base, device) and self._applied == _version(adapter)
+        if adapter is not None and not any_base and not ready:  # hashing a large base takes seconds
+            check_base(adapter, base.model)
+        self._load(base, device)
+        self._apply(adapter)
+
+    def _load(self, base: Base, device: str) -> None:
         from bestiary.diffusion.base import load_pipeline
 
         if self.is_loaded(base, device):
@@ -132,18 +143,14 @@ class Generator:
         self._pipeline = load_pipeline(base.model, base.revision, device=device or None)
         self._base, self.device = base, device
 
-    def apply(self, adapter: Adapter | None) -> None:
-        """Apply `adapter` in place of the one that is applied; None leaves the bare base.
-
-        Raises BestiaryError when the adapter does not fit the base.
-        """
+    def _apply(self, adapter: Adapter | None) -> None:
         from bestiary.diffusion.adapter import adapter_sha256, apply_adapter, remove
 
         if adapter is None:
             remove(self.pipeline)
             self._applied, self.adapter_sha256 = None, None
             return
-        version = (adapter.file, adapter.file.stat().st_mtime_ns)
+        version = _version(adapter)
         if self._applied != version:
             self._applied = None
             apply_adapter(self.pipeline, adapter.file)
@@ -175,6 +182,11 @@ class Generator:
             progress=progress,
         )
         return image
+
+
+def _version(adapter: Adapter | None) -> tuple[Path, int] | None:
+    """What tells two adapters apart without reading them: the file and when it was changed."""
+    return (adapter.file, adapter.file.stat().st_mtime_ns) if adapter else None
 
 
 def save_picture(image: Image, settings: PictureSettings, folder: Path, name: str) -> Path:

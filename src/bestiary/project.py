@@ -40,10 +40,9 @@ def drawing_defaults(params: Params | None) -> DrawingDefaults:
 
 def project_base(params: Params | None) -> Base | None:
     """The base that params.yaml names; None outside a project."""
-    from bestiary.generation import Base
-    from bestiary.registry.resolving import locate_base
+    from bestiary.generation import located_base
 
-    return Base(locate_base(params.base.model), params.base.revision) if params else None
+    return located_base(params.base.model, params.base.revision) if params else None
 
 
 def last_results() -> tuple[EvaluationReport, Registration]:

@@ -1,4 +1,4 @@
-"""Plants faults among good images, and remembers where: the ground truth that cleaning is measured against."""
+"""Plants faults among good images and records where: the ground truth that cleaning is measured against."""
 
 import csv
 import io
@@ -11,12 +11,13 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 ROOT = Path(__file__).parents[2]
+SAMPLE_FAULTS = ROOT / "tests" / "data" / "planted_faults.csv"
 NEAR = ("resize", "re-encode", "crop", "mirror")
 
 
 def copy_sample(root: Path, classes: Sequence[str] | None = None, images_per_class: int | None = None) -> None:
-    """The embedded sample in `root`, without the faults that it carries."""
-    with (ROOT / "tests" / "data" / "planted_faults.csv").open(encoding="utf-8") as file:
+    """Copy the embedded sample to `root`, without the faults that it contains."""
+    with SAMPLE_FAULTS.open(encoding="utf-8") as file:
         faulty = {row["path"] for row in csv.DictReader(file)}
     for folder in sorted((ROOT / "samples").iterdir()):
         if classes is None or folder.name in classes:
@@ -27,7 +28,7 @@ def copy_sample(root: Path, classes: Sequence[str] | None = None, images_per_cla
 
 
 def draw_off_topic(count: int, seed: int = 0) -> list[tuple[str, Image.Image]]:
-    """New pictures in the style of the embedded sample, of animals and of other things by turns, and what they show."""
+    """Draw new pictures in the sample's style, by turns of an animal and of another thing; return what each shows."""
     sys.path.append(str(ROOT / "tools"))
     from world.figures import LOOKS
     from world.scenes import render
@@ -49,10 +50,10 @@ def draw_off_topic(count: int, seed: int = 0) -> list[tuple[str, Image.Image]]:
 def plant(
     root: Path, share: float, seed: int = 0, off_topic: Sequence[tuple[str, Image.Image]] = ()
 ) -> dict[str, list[str]]:
-    """Plant `share` of all images of each kind into the class folders of `root`; the paths planted of each kind.
+    """Plant each kind of fault into the class folders of `root`, `share` of all images per kind; return their paths.
 
-    For a copy the original counts as well found: which of two is thrown out is cleaning's choice. So the paths of
-    copies are returned as `original|copy`. `off_topic` are pictures with the class that they show: they go into others.
+    Cleaning may reject either of two copies, so finding the original counts as well: the entry of a copy is
+    `original|copy`. `off_topic` are pictures with what they show; they go into folders of other classes.
     """
     dice = random.Random(seed)
     good = sorted(path for path in root.glob("*/*") if path.is_file())
@@ -76,7 +77,7 @@ def plant(
         for kind in NEAR:
             original = next(fresh)
             copy = original.with_name(f"{kind} {number}.jpg")
-            copy.write_bytes(_near(Image.open(original).convert("RGB"), kind, dice))
+            copy.write_bytes(_near_duplicate(Image.open(original).convert("RGB"), kind, dice))
             planted[kind].append(f"{name(original)}|{name(copy)}")
     folders = sorted({path.parent for path in good})
     for number, (shown, image) in enumerate(off_topic):
@@ -87,7 +88,17 @@ def plant(
     return planted
 
 
-def _near(image: Image.Image, kind: str, dice: random.Random) -> bytes:
+def recall(planted: Sequence[str], quarantined: set[str]) -> float:
+    """Return the share of the planted entries that were quarantined."""
+    return sum(any(path in quarantined for path in entry.split("|")) for entry in planted) / len(planted)
+
+
+def faulty_paths(planted: dict[str, list[str]]) -> set[str]:
+    """Return all paths that a planted fault concerns."""
+    return {path for entries in planted.values() for entry in entries for path in entry.split("|")}
+
+
+def _near_duplicate(image: Image.Image, kind: str, dice: random.Random) -> bytes:
     width, height = image.size
     if kind == "resize":
         factor = dice.uniform(0.55, 0.9)
@@ -95,20 +106,9 @@ def _near(image: Image.Image, kind: str, dice: random.Random) -> bytes:
     if kind == "crop":
         left, top, right, bottom = (dice.uniform(0.0, 0.06) for _ in range(4))
         box = (left * width, top * height, (1 - right) * width, (1 - bottom) * height)
-        image = image.crop(tuple(int(edge) for edge in box))
+        image = image.crop((int(box[0]), int(box[1]), int(box[2]), int(box[3])))
     if kind == "mirror":
         image = ImageOps.mirror(image)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=dice.randint(40, 60) if kind == "re-encode" else 90)
     return buffer.getvalue()
-
-
-def recall(planted: list[str], quarantined: set[str]) -> float:
-    """The share of what was planted that was found."""
-    return sum(any(path in quarantined for path in entry.split("|")) for entry in planted) / len(planted)
-
-
-def wrongly_dropped(planted: dict[str, list[str]], quarantined: set[str]) -> set[str]:
-    """What was thrown out though nothing was wrong with it."""
-    faulty = {path for entries in planted.values() for entry in entries for path in entry.split("|")}
-    return quarantined - faulty

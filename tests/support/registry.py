@@ -14,7 +14,7 @@ from bestiary.evaluation.report import (
     ScaleZero,
 )
 from bestiary.params import Register
-from bestiary.registry.registering import Submission, Registration, register
+from bestiary.registry.registering import Registration, Submission, register
 from bestiary.samplers import DrawingDefaults, Sampling
 from bestiary.tracking.store import open_client, tracking_uri
 

@@ -6,7 +6,7 @@ from bestiary.diffusion.base import base_sha256
 from bestiary.evaluation.report import read_evaluation
 from bestiary.evaluation.sweep import read_operating_point
 from bestiary.registry.gate import measurement_hash
-from bestiary.registry.registering import Candidate, register
+from bestiary.registry.registering import Submission, register
 from bestiary.samplers import DrawingDefaults
 from bestiary.stage import METRICS, REPORTS, content_of, read_report, stage
 
@@ -18,7 +18,7 @@ def main() -> None:
         evaluation = read_evaluation(METRICS / "evaluate.json")
         is_trained_one = point.adapter.as_posix() == "models/adapter"  # a sweep may choose another checkpoint
         stages = ("train", "benchmark") if is_trained_one else ("benchmark",)
-        candidate = Candidate(
+        submission = Submission(
             adapter=point.adapter,
             base=base.model,
             base_revision=base.revision,
@@ -39,7 +39,7 @@ def main() -> None:
             ),
             run_id=run.id,
         )
-        run.report(asdict(register(candidate, params.register_)))
+        run.report(asdict(register(submission, params.register_)))
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,13 +18,14 @@ from bestiary.registry.versions import find_version, walk
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
+def server(tmp_path: Path, empty_database: Path) -> Iterator[str]:
     """The address of an empty MLflow server."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     folder = tmp_path / "server"
     folder.mkdir()
+    shutil.copy2(empty_database, folder / "mlflow.db")
     stores = [
         f"--backend-store-uri=sqlite:///{folder / 'mlflow.db'}",
         f"--artifacts-destination={folder / 'artifacts'}",

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.registry import DEFAULTS, RULES, evaluation, make_adapter, make_candidate, submit
+from support.registry import DEFAULTS, RULES, evaluation, make_adapter, make_submission, submit
 
 from bestiary.errors import BestiaryError
 from bestiary.registry.gate import CHALLENGER, CHAMPION
@@ -52,13 +52,13 @@ def test_a_challenger_that_improves_becomes_champion_and_loses_the_challenger_al
 def test_a_report_about_another_adapter_is_refused(
     project: Path, base_folder: Path, adapters: list[Path], stage: str, reported: str | None
 ) -> None:
-    candidate = make_candidate(project, base_folder, adapters[0])
+    submission = make_submission(project, base_folder, adapters[0])
     if stage == "evaluate":
-        candidate = replace(candidate, evaluation=evaluation(reported or ""))
+        submission = replace(submission, evaluation=evaluation(reported or ""))
     else:
-        candidate = replace(candidate, reported={stage: reported})
+        submission = replace(submission, reported={stage: reported})
     with pytest.raises(BestiaryError, match=rf"reports/{stage}\.json .* `dvc repro {stage}`"):
-        register(candidate, RULES)
+        register(submission, RULES)
     with pytest.raises(BestiaryError, match="'bestiary'"):
         versions()
 
@@ -100,7 +100,7 @@ def test_a_version_draws_by_default_as_it_was_evaluated_and_so_does_mlflows_serv
         "num_inference_steps": 5, "guidance_scale": 3.0, "height": 64, "width": 64, "negative_prompt": "",
     }  # fmt: skip
     swept = replace(DEFAULTS, sampling=replace(DEFAULTS.sampling, guidance_scale=2.0, guidance_interval=(0.5, 5.0)))
-    register(replace(make_candidate(project, base_folder, adapters[0]), defaults=swept), RULES)  # evaluated again
+    register(replace(make_submission(project, base_folder, adapters[0]), defaults=swept), RULES)  # evaluated again
     assert resolve("models:/bestiary/1").defaults == swept
     client = open_client(tracking_uri(), project)
     client.delete_model_version_tag("bestiary", "1", "usual")  # older versions do not have this tag
@@ -124,7 +124,7 @@ def test_the_description_and_the_tags_hold_every_score_of_the_report(
 def test_a_version_names_the_code_that_made_it(project: Path, base_folder: Path, adapters: list[Path]) -> None:
     client = open_client(tracking_uri(), project)
     run = client.create_run("0", tags={"mlflow.source.git.commit": "abc", "git_dirty": "true"}).info.run_id
-    register(replace(make_candidate(project, base_folder, adapters[0]), run_id=run), RULES)
+    register(replace(make_submission(project, base_folder, adapters[0]), run_id=run), RULES)
     (version,) = versions()
     assert (version.tags["git_revision"], version.tags["git_dirty"]) == ("abc", "true")
 

@@ -24,7 +24,7 @@ from bestiary.png_metadata import read_settings, write_png
 from bestiary.registry import model_card
 from bestiary.registry.aliases import promote, rollback
 from bestiary.registry.gate import CHALLENGER, CHAMPION, measurement_hash
-from bestiary.registry.registering import Candidate, register
+from bestiary.registry.registering import Submission, register
 from bestiary.registry.resolving import find_base, pull, resolve
 from bestiary.registry.versions import artifact, defaults_of, find_version, versions, walk
 from bestiary.samplers import DrawingDefaults, Sampling
@@ -124,7 +124,7 @@ def test_a_new_adapter_is_compared_with_its_champion(old_project: Path, gain: fl
     adapter = make_adapter(old_project / "models" / "base", old_project / "adapter", 0, told_base="models/base")
     client = open_client(tracking_uri(), old_project)
     registration = register(
-        Candidate(
+        Submission(
             adapter=adapter,
             base="models/base",
             base_revision=None,

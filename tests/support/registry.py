@@ -14,7 +14,7 @@ from bestiary.evaluation.report import (
     ScaleZero,
 )
 from bestiary.params import Register
-from bestiary.registry.registering import Candidate, Registration, register
+from bestiary.registry.registering import Registration, Submission, register
 from bestiary.samplers import DrawingDefaults, Sampling
 from bestiary.tracking.store import open_client, tracking_uri
 
@@ -94,14 +94,14 @@ def make_adapter(base: Path, folder: Path, seed: int, strength: float = 0.1, tol
     return folder
 
 
-def make_candidate(project: Path, base: Path | str, adapter: Path, gain: float = 5.0) -> Candidate:
+def make_submission(project: Path, base: Path | str, adapter: Path, gain: float = 5.0) -> Submission:
     """The adapter with a report in which it beats the base by `gain`, and with a run of its own."""
     from bestiary.diffusion.adapter import adapter_sha256
 
     client = open_client(tracking_uri(), project)
     folder = project / f"of-process-{os.getpid()}"
     folder.mkdir(exist_ok=True)
-    return Candidate(
+    return Submission(
         adapter=adapter,
         base=str(base),
         base_revision=None,
@@ -117,4 +117,4 @@ def make_candidate(project: Path, base: Path | str, adapter: Path, gain: float =
 def submit(project: Path, base: Path | str, adapter: Path, gain: float = 5.0, name: str = "bestiary") -> Registration:
     """Register the adapter with a report in which it beats the base by `gain`."""
     rules = RULES.model_copy(update={"name": name})
-    return register(make_candidate(project, base, adapter, gain), rules)
+    return register(make_submission(project, base, adapter, gain), rules)

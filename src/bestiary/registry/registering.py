@@ -26,7 +26,7 @@ GATE = "gate"  # where a run logs its table of pictures, for comparison with lat
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Submission:
     """A trained and evaluated adapter that is to be registered."""
 
     adapter: Path
@@ -64,13 +64,13 @@ def read_registration(path: Path) -> Registration:
         raise BestiaryError(f"{path} is damaged. Delete it and run `dvc repro`.") from None
 
 
-def register(candidate: Candidate, rules: Register) -> Registration:
+def register(submission: Submission, rules: Register) -> Registration:
     """Verify the adapter, register it once for its content, and give it the alias that it earns.
 
     An adapter that is registered already keeps its version, whose tags are updated. Raises BestiaryError when a report
     is about another adapter, the adapter does not apply to the base, or MLflow cannot be written.
     """
-    tags = _tags(candidate)
+    tags = _tags(submission)
     name, sha256 = rules.name, tags["adapter_sha256"]
     uri = tracking_uri()
     check_database(uri)
@@ -80,13 +80,13 @@ def register(candidate: Candidate, rules: Register) -> Registration:
             make_name(client, name)
             version = number_of(client, name, sha256)
             if version is None:
-                version = _create(client, candidate, name, tags)
+                version = _create(client, submission, name, tags)
             else:
                 for key, value in tags.items():  # it may have been evaluated again, with other settings
                     client.set_model_version_tag(name, str(version), key, value)
             run_id = client.get_model_version(name, str(version)).run_id
-            client.log_artifact(run_id, str(candidate.pictures), GATE)
-            decision = _give_earned_alias(client, candidate, rules, version)
+            client.log_artifact(run_id, str(submission.pictures), GATE)
+            decision = _give_earned_alias(client, submission, rules, version)
             client.set_model_version_tag(
                 name, str(version), "decision", f"{decision.alias}: {' '.join(decision.reasons)}"
             )
@@ -94,14 +94,14 @@ def register(candidate: Candidate, rules: Register) -> Registration:
     return Registration(name, version, aliases, sha256, decision.alias, decision.reasons)
 
 
-def _tags(candidate: Candidate) -> dict[str, str]:
-    """The tags of the candidate's version, after the adapter has been verified."""
+def _tags(submission: Submission) -> dict[str, str]:
+    """The tags of the submission's version, after the adapter has been verified."""
     from bestiary.diffusion.adapter import adapter_sha256, check_trained_on, verify_adapter
     from bestiary.diffusion.base import base_sha256
 
-    adapter, base, revision = candidate.adapter, candidate.base, candidate.base_revision
-    sha256, evaluation = adapter_sha256(adapter), candidate.evaluation
-    for stage, reported in {**candidate.reported, "evaluate": evaluation.adapter_sha256}.items():
+    adapter, base, revision = submission.adapter, submission.base, submission.base_revision
+    sha256, evaluation = adapter_sha256(adapter), submission.evaluation
+    for stage, reported in {**submission.reported, "evaluate": evaluation.adapter_sha256}.items():
         if reported != sha256:
             raise BestiaryError(f"reports/{stage}.json is not about the adapter in {adapter}. Run `dvc repro {stage}`.")
     check_trained_on(adapter, base, revision)
@@ -115,31 +115,31 @@ def _tags(candidate: Candidate) -> dict[str, str]:
         "base_sha256": base_sha256(base, revision),
         "rank": str(verification.rank),
         "alpha": str(verification.alpha),
-        "measured": candidate.measured,
-        DEFAULTS_TAG: candidate.defaults.to_json(),
+        "measured": submission.measured,
+        DEFAULTS_TAG: submission.defaults.to_json(),
         **{f"{name}.{score.key}": str(row[score.key].mean) for name, row in rows.items() for score in evaluation.table},
     }
 
 
-def _give_earned_alias(client: MlflowClient, candidate: Candidate, rules: Register, version: int) -> Decision:
+def _give_earned_alias(client: MlflowClient, submission: Submission, rules: Register, version: int) -> Decision:
     aliases = aliases_of(client, rules.name)
-    decision = _decide(client, candidate, rules, version, aliases)
+    decision = _decide(client, submission, rules, version, aliases)
     # On a server, another registration may move the aliases while this one decides.
     while aliases != (now := aliases_of(client, rules.name)):
         aliases = now
-        decision = _decide(client, candidate, rules, version, aliases)
+        decision = _decide(client, submission, rules, version, aliases)
     give_alias(client, rules.name, version, decision.alias, aliases)
     return decision
 
 
 def _decide(
-    client: MlflowClient, candidate: Candidate, rules: Register, version: int, aliases: Mapping[str, int]
+    client: MlflowClient, submission: Submission, rules: Register, version: int, aliases: Mapping[str, int]
 ) -> Decision:
     number = aliases.get(CHAMPION)
     if number is None:
-        return decide(candidate.evaluation, rules, None)
+        return decide(submission.evaluation, rules, None)
     if number == version:
-        alias, reasons = decide(candidate.evaluation, rules, None)
+        alias, reasons = decide(submission.evaluation, rules, None)
         if alias == CHAMPION:
             return Decision(CHAMPION, [reasons[0], "The adapter is the champion already."])
         # A re-run does not take the alias away: that is for a person to do, with `bestiary rollback`.
@@ -149,23 +149,23 @@ def _decide(
         return Decision(CHALLENGER, [f"The adapter was the champion and was rolled back: {tags[ROLLED_BACK]}"])
     champion = client.get_model_version(rules.name, str(number))
     difference = None
-    if champion.tags.get("measured") == candidate.measured:
-        theirs = client.download_artifacts(champion.run_id, f"{GATE}/{candidate.pictures.name}")
-        difference = paired_difference(candidate.pictures, Path(theirs), rules.champion_score)
-    return decide(candidate.evaluation, rules, ChampionComparison(number, difference))
+    if champion.tags.get("measured") == submission.measured:
+        theirs = client.download_artifacts(champion.run_id, f"{GATE}/{submission.pictures.name}")
+        difference = paired_difference(submission.pictures, Path(theirs), rules.champion_score)
+    return decide(submission.evaluation, rules, ChampionComparison(number, difference))
 
 
-def _create(client: MlflowClient, candidate: Candidate, name: str, tags: Mapping[str, str]) -> int:
-    """Create the candidate's version. Returns its number."""
+def _create(client: MlflowClient, submission: Submission, name: str, tags: Mapping[str, str]) -> int:
+    """Create the submission's version. Returns its number."""
     from bestiary.diffusion.adapter import adapter_file
 
-    file, run_id = adapter_file(candidate.adapter), candidate.run_id
+    file, run_id = adapter_file(submission.adapter), submission.run_id
     run_tags = client.get_run(run_id).data.tags
     source = {"git_revision": run_tags.get("mlflow.source.git.commit"), "git_dirty": run_tags.get("git_dirty")}
     description = [
         f"A LoRA adapter (rank {tags['rank']}, alpha {tags['alpha']}) for `{tags['base']}`.",
         "",
-        *as_markdown(candidate.evaluation),
+        *as_markdown(submission.evaluation),
     ]
 
     def write(folder: Path, logged: LoggedModel) -> None:
@@ -177,7 +177,7 @@ def _create(client: MlflowClient, candidate: Candidate, name: str, tags: Mapping
             str(folder),
             tags["base"],
             mlflow_model=Model(run_id=run_id, model_id=logged.model_id, artifact_path=logged.artifact_location),
-            signature=_signature(candidate.defaults.sampling),
+            signature=_signature(submission.defaults.sampling),
             input_example={"prompt": "a photo of a tiger"},
             metadata={key: tags[key] for key in ("adapter_sha256", "base", "base_revision", "base_sha256")},
         )

@@ -11,7 +11,7 @@ import httpx
 import psutil
 import pytest
 from PIL import Image, ImageChops
-from support.app import ORDER, Event, RunningPage, image_of, pictures
+from support.app import ORDER, Event, RunningPage, image_of, offerings, pictures
 from support.registry import DEFAULTS
 
 from bestiary.app.server import create_app

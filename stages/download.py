@@ -25,8 +25,7 @@ def main() -> None:
         per_class = found.pop("per_class")
         seconds, images = time.perf_counter() - started, sum(per_class.values())
         costs = {"seconds": seconds, "images_per_second": images / seconds}
-        if "fetched_files" in found:  # the others were in the cache
-            costs["fetched_files"] = found.pop("fetched_files")
+        costs |= {key: found.pop(key) for key in ("fetched_files",) if key in found}  # how many were not in the cache
         results = {"source": dataset.source, "images": images, "classes": len(per_class)}
         run.report({**results, **found, "per_class": per_class}, costs)
 

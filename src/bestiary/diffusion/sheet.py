@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from bestiary.data.images import contact_sheet
+from bestiary.data.contact_sheets import contact_sheet
 from bestiary.files import write_atomically
 
 

@@ -1,4 +1,4 @@
-"""A base of Stable Diffusion's parts that trains in seconds, and where its pictures are listed."""
+"""A base with every part of Stable Diffusion that trains in seconds."""
 
 import json
 import string
@@ -10,7 +10,7 @@ CLASSES = ("antelope", "ladybugs", "zebra")
 
 
 def build_base(folder: Path, prediction_type: str = "epsilon", cross_attention_dim: int = 32) -> Path:
-    """A base with every part of Stable Diffusion, tiny, with random weights: 32 x 32 pixels, 4 x 8 x 8 latents."""
+    """Write a tiny base with random weights to `folder`: 32 x 32 pixels, 4 x 8 x 8 latents."""
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -64,4 +64,5 @@ def build_base(folder: Path, prediction_type: str = "epsilon", cross_attention_d
 
 
 def manifests(pictures: Path) -> dict[str, Path]:
+    """The tables of the training and the validation images."""
     return {"train": pictures / "train.csv", "val": pictures / "val.csv"}

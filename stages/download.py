@@ -24,9 +24,9 @@ def main() -> None:
             found = asdict(downloaded)
         per_class = found.pop("per_class")
         seconds, images = time.perf_counter() - started, sum(per_class.values())
-        costs = {"seconds": seconds, "images_per_second": images / seconds}
-        costs |= {key: found.pop(key) for key in ("fetched_files",) if key in found}  # how many were not in the cache
+        fetched = {key: found.pop(key) for key in ("fetched_files",) if key in found}  # the others were in the cache
         results = {"source": dataset.source, "images": images, "classes": len(per_class)}
+        costs = {"seconds": seconds, "images_per_second": images / seconds, **fetched}
         run.report({**results, **found, "per_class": per_class}, costs)
 
 

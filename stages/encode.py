@@ -24,7 +24,9 @@ def main() -> None:
         )
         seconds = time.perf_counter() - started
         encoded = result.train + result.val - result.resumed_at
-        run.report({**asdict(result), "images_per_second": encoded / seconds, "seconds": seconds})
+        results = asdict(result)
+        costs = {"resumed_at": results.pop("resumed_at"), "images_per_second": encoded / seconds, "seconds": seconds}
+        run.report(results, costs)
 
 
 if __name__ == "__main__":

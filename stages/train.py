@@ -52,7 +52,7 @@ def main() -> None:
             verification = verify_adapter(save_adapter(pipeline.unet, ADAPTER, provenance), base.model, base.revision)
             publish_kept_adapters(unfinished, ADAPTER / "checkpoints")
             result.write(REPORT)
-            run.report({**result.report(), "adapter_sha256": verification.sha256})
+            run.report({**result.results(), "adapter_sha256": verification.sha256}, result.costs())
             discard(unfinished)
 
 

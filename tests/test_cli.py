@@ -54,7 +54,7 @@ def workspace(project: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch)
     (project / "dvc.yaml").write_text("stages: {}")
     (project / "models").mkdir()
     (project / "models" / "base").symlink_to(base_folder)
-    make_adapter(base_folder, project / "models" / "adapter", 0, told_base="models/base")
+    make_adapter(base_folder, project / "models" / "adapter", 0, named_base="models/base")
     monkeypatch.chdir(project)
     return project
 

@@ -26,7 +26,7 @@ def clone(project: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (project / "models").mkdir()
     (project / "models" / "base").symlink_to(base_folder)
     monkeypatch.chdir(project)
-    submit(project, "models/base", make_adapter(base_folder, project / "adapter", 0, told_base="models/base"))
+    submit(project, "models/base", make_adapter(base_folder, project / "adapter", 0, named_base="models/base"))
     monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     return project
 

@@ -121,7 +121,7 @@ def test_a_new_adapter_is_compared_with_its_champion(old_project: Path, gain: fl
     pictures = pd.read_csv(table)
     pictures["adapter_margin"] += gain
     pictures.to_csv(old_project / "pictures.csv", index=False)
-    adapter = make_adapter(old_project / "models" / "base", old_project / "adapter", 0, told_base="models/base")
+    adapter = make_adapter(old_project / "models" / "base", old_project / "adapter", 0, named_base="models/base")
     client = open_client(tracking_uri(), old_project)
     registration = register(
         Submission(
@@ -149,7 +149,7 @@ def test_its_adapter_is_registered_once(old_project: Path) -> None:
 
 
 def test_its_champion_can_be_replaced_and_restored_by_hand(old_project: Path) -> None:
-    adapter = make_adapter(old_project / "models" / "base", old_project / "adapter", 0, told_base="models/base")
+    adapter = make_adapter(old_project / "models" / "base", old_project / "adapter", 0, named_base="models/base")
     submit(old_project, "models/base", adapter)
     assert [version.aliases for version in versions()] == [[CHAMPION], [CHALLENGER]]
     promote(2, "it draws better owls")

@@ -13,7 +13,7 @@ def test_pull_from_another_folder_of_the_project_gives_the_same_bytes(
 ) -> None:
     shutil.copytree(base_folder, project / "models" / "base")
     (project / "dvc.yaml").write_text("stages: {}")
-    adapter = make_adapter(project / "models" / "base", project / "models" / "adapter", 0, told_base="models/base")
+    adapter = make_adapter(project / "models" / "base", project / "models" / "adapter", 0, named_base="models/base")
     monkeypatch.chdir(project)
     submit(project, "models/base", adapter)
     (project / "elsewhere").mkdir()

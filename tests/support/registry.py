@@ -78,11 +78,12 @@ def write_pictures(path: Path, gain: float, seeds: int = 8) -> Path:
     return path
 
 
-def make_adapter(base: Path, folder: Path, seed: int, strength: float = 0.1, told_base: str | None = None) -> Path:
-    """Save a rank-2 adapter with random weights; its metadata names `told_base`, or else `base`."""
+def make_adapter(base: Path, folder: Path, seed: int, strength: float = 0.1, named_base: str | None = None) -> Path:
+    """Save a rank-2 adapter with random weights; its metadata names `named_base`, or else `base`."""
     import torch
 
     from bestiary.diffusion.adapter import inject, save_adapter
+    from bestiary.diffusion.adapter_format import Provenance
     from bestiary.diffusion.base import base_sha256, load_unet
 
     unet = load_unet(base)
@@ -90,7 +91,7 @@ def make_adapter(base: Path, folder: Path, seed: int, strength: float = 0.1, tol
     generator = torch.Generator().manual_seed(seed)
     for parameter in parameters:
         parameter.data = strength * torch.randn(parameter.shape, generator=generator)
-    save_adapter(unet, folder, {"base": told_base or str(base), "base_sha256": base_sha256(base)})
+    save_adapter(unet, folder, Provenance(base=named_base or str(base), base_sha256=base_sha256(base)))
     return folder
 
 

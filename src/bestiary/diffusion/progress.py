@@ -32,6 +32,8 @@ COLUMNS = (  # of the history
     "images_per_second",
 )
 
+COSTS = ("images_per_second", "peak_memory_mib", "seconds")  # what differs every time
+
 HistoryRow = dict[str, float]  # by column; a row has only the columns that were measured at its step
 OnLog = Callable[[int, Mapping[str, float]], None]  # step, the row's other columns
 
@@ -55,16 +57,23 @@ class TrainingResult:
     val_loss_by_class: dict[str, float]
     history: list[HistoryRow]  # a row every LOG_EVERY steps and at each validation
 
-    def report(self) -> dict[str, float | dict[str, float]]:
-        """The numbers for reports/train.json."""
+    def results(self) -> dict[str, float | dict[str, float]]:
+        """The numbers that the same inputs give again, for the stage's report."""
         numbers = {name: value for name, value in vars(self).items() if isinstance(value, int | float)}
-        return {**numbers, "val_loss_by_band": self.val_loss_by_band}
+        return {
+            **{name: numbers[name] for name in numbers if name not in COSTS},
+            "val_loss_by_band": self.val_loss_by_band,
+        }
+
+    def costs(self) -> dict[str, float]:
+        """The numbers that differ every time."""
+        return {name: getattr(self, name) for name in COSTS}
 
     def write(self, folder: Path) -> None:
-        """Write `history.csv` and `val_loss_by_class.csv` for DVC's plots."""
+        """Write `history.csv` and `val_loss_by_class.csv` for DVC's plots, without the speed, which DVC need not track."""
         import pandas as pd
 
-        history = pd.DataFrame(self.history, columns=list(COLUMNS))
+        history = pd.DataFrame(self.history, columns=[name for name in COLUMNS if name not in COSTS])
         write_atomically(folder / "history.csv", history.to_csv(index=False).encode())
         by_class = pd.Series(self.val_loss_by_class, name="val_loss").rename_axis("class")
         write_atomically(folder / "val_loss_by_class.csv", by_class.to_csv().encode())

@@ -46,8 +46,8 @@ def resolve(what: str) -> Adapter:
 
     if not what.startswith("models:"):
         file = adapter_file(what)
-        made_from = read_provenance(file)
-        return Adapter(file, what, made_from.get("base"), made_from.get("base_revision"), made_from.get("base_sha256"))
+        provenance = read_provenance(file)
+        return Adapter(file, what, provenance.base, provenance.base_revision, provenance.base_sha256)
     version = find_version(what)
     file = adapter_file(_weights_folder(version))
     tags = version.tags

@@ -63,7 +63,8 @@ def test_training_lowers_the_validation_loss_and_its_adapter_verifies(
 
 def test_the_report_has_the_promised_keys_and_finite_numbers(base: Path, latents: Latents) -> None:
     result, _ = run_training(base, latents)
-    report = result.report()
+    report = {**result.results(), **result.costs()}
+    assert result.costs().keys() == {"images_per_second", "peak_memory_mib", "seconds"}
     promised = "steps best_step train_loss val_loss images_per_second peak_memory_mib trainable_parameters seconds"
     assert set(promised.split()) <= report.keys()
     bands = report.pop("val_loss_by_band")

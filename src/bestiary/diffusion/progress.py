@@ -59,18 +59,17 @@ class TrainingResult:
 
     def results(self) -> dict[str, float | dict[str, float]]:
         """The numbers that the same inputs give again, for the stage's report."""
-        numbers = {name: value for name, value in vars(self).items() if isinstance(value, int | float)}
-        return {
-            **{name: numbers[name] for name in numbers if name not in COSTS},
-            "val_loss_by_band": self.val_loss_by_band,
+        numbers = {
+            name: value for name, value in vars(self).items() if isinstance(value, int | float) and name not in COSTS
         }
+        return {**numbers, "val_loss_by_band": self.val_loss_by_band}
 
     def costs(self) -> dict[str, float]:
         """The numbers that differ every time."""
         return {name: getattr(self, name) for name in COSTS}
 
     def write(self, folder: Path) -> None:
-        """Write `history.csv` and `val_loss_by_class.csv` for DVC's plots, without the speed, which DVC need not track."""
+        """Write `history.csv`, without the speed, and `val_loss_by_class.csv` for DVC's plots."""
         import pandas as pd
 
         history = pd.DataFrame(self.history, columns=[name for name in COLUMNS if name not in COSTS])

@@ -1,7 +1,6 @@
 """Encode the images and captions of build/split into build/latents."""
 
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 from bestiary.diffusion.encoding import encode_images
@@ -24,9 +23,8 @@ def main() -> None:
         )
         seconds = time.perf_counter() - started
         encoded = result.train + result.val - result.resumed_at
-        results = asdict(result)
-        costs = {"resumed_at": results.pop("resumed_at"), "images_per_second": encoded / seconds, "seconds": seconds}
-        run.report(results, costs)
+        costs = {"resumed_at": result.resumed_at, "images_per_second": encoded / seconds, "seconds": seconds}
+        run.report({"train": result.train, "val": result.val}, costs)
 
 
 if __name__ == "__main__":

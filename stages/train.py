@@ -10,9 +10,9 @@ from bestiary.diffusion.provenance import checkpoint_key, training_provenance
 from bestiary.diffusion.training import train
 from bestiary.evaluation.judge import Judge
 from bestiary.evaluation.watching import TrainingWatch
-from bestiary.stage import CACHE, content_of, stage
+from bestiary.stage import CACHE, REPORTS, content_of, stage
 
-LATENTS, ADAPTER, REPORT = Path("build/latents"), Path("models/adapter"), Path("reports/train")
+LATENTS, ADAPTER, REPORT = Path("build/latents"), Path("models/adapter"), REPORTS / "train"
 
 
 def main() -> None:

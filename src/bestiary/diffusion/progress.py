@@ -14,6 +14,7 @@ import torch
 from bestiary.diffusion.objective import Validation
 from bestiary.errors import BestiaryError
 from bestiary.files import write_atomically
+from bestiary.memory import peak_memory
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,7 +33,7 @@ COLUMNS = (  # of the history
     "images_per_second",
 )
 
-COSTS = ("images_per_second", "peak_memory_mib", "seconds")  # what differs every time
+COSTS = ("images_per_second", "peak_memory_mib", "seconds")  # the numbers that differ from run to run
 
 HistoryRow = dict[str, float]  # by column; a row has only the columns that were measured at its step
 OnLog = Callable[[int, Mapping[str, float]], None]  # step, the row's other columns
@@ -48,7 +49,7 @@ class TrainingResult:
     val_loss: float
     base_val_loss: float
     images_per_second: float
-    peak_memory_mib: float
+    peak_memory_mib: float  # of the GPU, or of the process where there is none
     trainable_parameters: int
     seconds: float  # in total, including the time before the run was resumed
     clip_score: float | None  # None: the pictures drawn at validations were not scored
@@ -58,14 +59,14 @@ class TrainingResult:
     history: list[HistoryRow]  # a row every LOG_EVERY steps and at each validation
 
     def results(self) -> dict[str, float | dict[str, float]]:
-        """The numbers that the same inputs give again, for the stage's report."""
+        """The numbers for the stage's report that the same inputs give again."""
         numbers = {
             name: value for name, value in vars(self).items() if isinstance(value, int | float) and name not in COSTS
         }
         return {**numbers, "val_loss_by_band": self.val_loss_by_band}
 
     def costs(self) -> dict[str, float]:
-        """The numbers that differ every time."""
+        """The numbers for the stage's report that differ from run to run."""
         return {name: getattr(self, name) for name in COSTS}
 
     def write(self, folder: Path) -> None:
@@ -234,7 +235,7 @@ class Progress:
     def result(self, trainable_parameters: int) -> TrainingResult:
         """The outcome of the run; at least one validation must have been added."""
         self._count_time()
-        state = self.state
+        state, peak = self.state, peak_memory()
         assert state.best is not None
         return TrainingResult(
             steps=state.step,
@@ -243,7 +244,7 @@ class Progress:
             val_loss=state.best.overall,
             base_val_loss=state.base_val_loss,
             images_per_second=self.images_per_second,
-            peak_memory_mib=peak_memory_mib(self.accelerator.device),
+            peak_memory_mib=peak.process_mib if peak.device_mib is None else peak.device_mib,
             trainable_parameters=trainable_parameters,
             seconds=state.total_seconds,
             clip_score=state.best_clip_score,
@@ -267,14 +268,3 @@ class Progress:
 def copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Copies of the tensors' current values."""
     return [tensor.detach().clone() for tensor in tensors]
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """The peak memory so far: of a GPU if that is the device, otherwise of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    import resource
-    import sys
-
-    peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)

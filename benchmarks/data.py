@@ -1,9 +1,9 @@
-"""What downloading and cleaning cost, each beside the least it could cost, and what cleaning finds of planted faults.
+"""What downloading and cleaning cost beside the least they could cost, and which planted faults cleaning finds.
 
     python benchmarks/data.py            # about 4 minutes on two cores
-    python benchmarks/data.py --quick    # little of each: a try of the benchmark itself, its times mean nothing
+    python benchmarks/data.py --quick    # a small trial of the benchmark itself: its times mean nothing
 
-Prints a table as it goes; the last line is JSON.
+Prints a table while it runs; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import httpx
 import numpy as np
@@ -32,11 +32,12 @@ from PIL import Image
 from bestiary import params
 from bestiary.data import duplicates
 from bestiary.data.cleaning import clean
-from bestiary.data.inspection import cores, peak_memory_mib
+from bestiary.data.inspection import cores
 from bestiary.data.sciencedb import download
+from bestiary.memory import peak_memory
 
 ROOT = Path(__file__).parents[1]
-sys.path += [str(ROOT / "tests" / "data"), str(ROOT / "stages")]  # the server and the faults; the judge
+sys.path.append(str(ROOT / "tests"))  # for support: the server and the planted faults
 
 CLEAN = params.load_params(ROOT / "params.yaml").clean
 WITHOUT_JUDGE = CLEAN.model_copy(update={"off_topic": "off"})
@@ -44,36 +45,83 @@ CONNECTIONS = 4
 SPAWN = multiprocessing.get_context("spawn")
 
 
+@dataclass(frozen=True)
+class Cleaning:
+    """Cleaning without the judge beside opening and decoding only."""
+
+    images: int
+    kept: int
+    decode_s: float
+    clean_s: float
+    ratio: float
+    images_per_second: float
+    peak_memory_mib: float
+
+
+@dataclass(frozen=True)
+class Download:
+    """The client beside a bare loop of httpx with as many connections, over small files."""
+
+    files: int
+    connections: int
+    bare_loop_s: float
+    client_s: float
+    ratio: float
+    files_per_second: float
+    requests: int
+    most_requests_at_once: int
+
+
+@dataclass(frozen=True)
+class NearDuplicates:
+    """The three searches that cleaning makes over hashes, and the grouping."""
+
+    hashes: int
+    seconds: float
+    groups: int
+
+
+@dataclass(frozen=True)
+class PlantedFaults:
+    """What cleaning with the embedded judge finds of faults planted in the embedded sample."""
+
+    images: int
+    quarantined: int
+    good_quarantined: int
+    kinds: dict[str, dict[str, float]]  # of each kind: planted, recall; and precision for off-topic images
+
+
 def main() -> None:
-    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("--images", type=int, nargs="*", default=[2_000, 10_000], help="JPEGs to clean, one run each")
-    asked.add_argument("--files", type=int, default=5_000, help="small files to download")
-    asked.add_argument("--hashes", type=int, default=40_000, help="perceptual hashes to group")
-    asked.add_argument("--faults", type=float, default=0.02, help="share of each kind planted in the embedded sample")
-    asked.add_argument("--runs", type=int, default=3, help="of client and bare loop, alternating; the fastest count")
-    asked.add_argument("--quick", action="store_true", help="200 and 400 images, 300 files, 4,000 hashes, one run")
-    options = asked.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, nargs="*", default=[2_000, 10_000], help="JPEGs to clean, one run each")
+    parser.add_argument("--files", type=int, default=5_000, help="small files to download")
+    parser.add_argument("--hashes", type=int, default=40_000, help="perceptual hashes to group")
+    parser.add_argument("--faults", type=float, default=0.02, help="share of each kind planted in the embedded sample")
+    parser.add_argument("--runs", type=int, default=3, help="of client and bare loop in turn; the fastest counts")
+    parser.add_argument("--quick", action="store_true", help="200 and 400 images, 300 files, 4,000 hashes, one run")
+    options = parser.parse_args()
     if options.quick:
         options.images, options.files, options.hashes, options.runs = [200, 400], 300, 4_000, 1
-    result: dict[str, Any] = {"benchmark": "data", "quick": options.quick, "cores": cores()}
+    result: dict[str, object] = {"benchmark": "data", "quick": options.quick, "cores": cores()}  # the JSON at the end
     with tempfile.TemporaryDirectory() as name:
-        result["cleaning"] = [cleaning(Path(name) / str(count), count) for count in options.images]
+        result["cleaning"] = [asdict(measure_cleaning(Path(name) / str(count), count)) for count in options.images]
         if options.files:
-            result["download"] = downloading(Path(name) / "download", options.files, options.runs)
+            result["download"] = asdict(measure_download(Path(name) / "download", options.files, options.runs))
         if options.hashes:
-            result["near_duplicates"] = grouping(options.hashes)
+            result["near_duplicates"] = asdict(measure_near_duplicates(options.hashes))
         if options.faults:
-            result["planted_faults"] = planted(Path(name) / "planted", options.faults)
+            result["planted_faults"] = asdict(find_planted_faults(Path(name) / "planted", options.faults))
     print(json.dumps(result))
 
 
-def show(title: str, row: dict[str, Any]) -> dict[str, Any]:
-    numbers = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
-    print(f"{title}: {'  '.join(numbers)}", flush=True)
-    return row
+def show(title: str, row: Cleaning | Download | NearDuplicates | PlantedFaults) -> None:
+    numbers = {key: value for key, value in asdict(row).items() if key != "kinds"}
+    texts = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in numbers.items())
+    print(f"{title}: {'  '.join(texts)}", flush=True)
 
 
-def timed(work: Callable[[], Any]) -> float:
+def timed(work: Callable[[], object]) -> float:
+    """Return the seconds that `work` takes."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -82,24 +130,25 @@ def timed(work: Callable[[], Any]) -> float:
 # ---- cleaning ----
 
 
-def cleaning(folder: Path, count: int) -> dict[str, Any]:
-    """Seconds of cleaning without the judge beside only opening and decoding, and the memory that it takes."""
+def measure_cleaning(folder: Path, count: int) -> Cleaning:
+    """Measure seconds and memory of cleaning `count` JPEGs."""
     with ProcessPoolExecutor(cores(), mp_context=SPAWN) as pool:
         list(pool.map(partial(write_jpeg, folder / "raw"), range(count), chunksize=64))
     paths = sorted((folder / "raw").glob("*/*"))
-    # Forked and warm, so that the least is really the least: cleaning starts its processes within its time.
+    # Forked and warm, for a true lower bound. Cleaning has to start its processes within the measured time.
     with ProcessPoolExecutor(cores(), mp_context=multiprocessing.get_context("fork")) as pool:
         list(pool.map(open_and_decode, paths[: 8 * cores()]))
         decode = timed(lambda: list(pool.map(open_and_decode, paths, chunksize=32)))
     with ProcessPoolExecutor(1, mp_context=SPAWN) as fresh:
-        seconds, kept, memory_mib = fresh.submit(clean_alone, folder).result()
+        seconds, kept, memory_mib = fresh.submit(clean_in_this_process, folder).result()
     shutil.rmtree(folder)
-    row = {"images": count, "kept": kept, "decode_s": decode, "clean_s": seconds, "ratio": seconds / decode}
-    return show("cleaning", row | {"images_per_second": count / seconds, "peak_memory_mib": memory_mib})
+    row = Cleaning(count, kept, decode, seconds, seconds / decode, count / seconds, memory_mib)
+    show("cleaning", row)
+    return row
 
 
 def write_jpeg(folder: Path, number: int) -> None:
-    """A JPEG of 500 x 375 and 60 kB, with its own colours, shapes and grain."""
+    """Write a JPEG of 500 x 375 pixels and 60 kB with its own colours, shapes and grain."""
     random = np.random.default_rng(number)
     colours = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8))
     top, left = random.integers(0, 1000, 2)
@@ -120,49 +169,47 @@ def open_and_decode(path: Path) -> None:
         image.load()
 
 
-def clean_alone(folder: Path) -> tuple[float, int, float]:
-    """Seconds of cleaning, images kept, and the most memory that this process and its workers may have held, in MiB."""
+def clean_in_this_process(folder: Path) -> tuple[float, int, float]:
+    """Return the seconds of cleaning, the number of images kept, and the peak memory with the workers' in MiB."""
     start = time.perf_counter()
     outcome = clean(folder / "raw", folder / "clean", WITHOUT_JUDGE, report=folder / "report")
     seconds = time.perf_counter() - start
-    return seconds, len(outcome.manifest), peak_memory_mib()
+    return seconds, len(outcome.manifest), peak_memory(child_processes=cores() - 1).process_mib
 
 
-def grouping(count: int) -> dict[str, Any]:
-    """Seconds of the three searches that cleaning makes over `count` hashes, and of the grouping."""
+def measure_near_duplicates(count: int) -> NearDuplicates:
+    """Measure the searches and the grouping over `count` hashes."""
     hashes = np.random.default_rng(0).integers(0, 2**63, count, dtype=np.uint64)
     hashes[count // 2 :][: count // 20] = hashes[: count // 20] ^ np.uint64(0b1011)
-    numbers = np.empty(0)
-
-    def search() -> None:
-        nonlocal numbers
-        bits = CLEAN.near_duplicate_bits
-        found = [duplicates.neighbours(hashes, hashes, bits, half=half) for half in (True, True, False)]
-        numbers = duplicates.groups(np.concatenate(found), count)
-
-    seconds = timed(search)
-    return show("near-duplicates", {"hashes": count, "seconds": seconds, "groups": len(np.unique(numbers))})
+    bits = CLEAN.near_duplicate_bits
+    start = time.perf_counter()
+    found = [duplicates.neighbours(hashes, hashes, bits, half=half) for half in (True, True, False)]
+    numbers = duplicates.groups(np.concatenate(found), count)
+    row = NearDuplicates(count, time.perf_counter() - start, len(np.unique(numbers)))
+    show("near-duplicates", row)
+    return row
 
 
 # ---- download ----
 
 
-def downloading(folder: Path, count: int, runs: int) -> dict[str, Any]:
-    """Seconds of the client beside a bare loop of httpx with as many connections, over small files."""
+def measure_download(folder: Path, count: int, runs: int) -> Download:
+    """Measure client and bare loop in turn over `count` files, `runs` times; the fastest run of each counts."""
     settings = params.ScienceDB(
         dataset_id="x", version="V1", connections=CONNECTIONS, retries=2, timeout_s=30.0, allow_missing=0.0
     )
     bare, ours = [], []
-    with serving_apart(count) as (url, ids, counters):
+    with serve_in_another_process(count) as (url, ids, counters):
         os.environ["SCIENCEDB_API_URL"] = os.environ["SCIENCEDB_DOWNLOAD_URL"] = url
         for run in range(runs):
             bare.append(timed(partial(bare_loop, f"{url}/download", ids)))
             counters()
             ours.append(timed(partial(download, folder / "raw", settings, cache=folder / f"cache{run}")))
-            most_at_once, requests = counters()
-    row = {"files": count, "connections": CONNECTIONS, "bare_loop_s": min(bare), "client_s": min(ours)}
-    row |= {"ratio": min(ours) / min(bare), "files_per_second": count / min(ours)}
-    return show("download", row | {"requests": requests, "most_requests_at_once": most_at_once})
+            max_at_once, requests = counters()
+    client_s, bare_s = min(ours), min(bare)
+    row = Download(count, CONNECTIONS, bare_s, client_s, client_s / bare_s, count / client_s, requests, max_at_once)
+    show("download", row)
+    return row
 
 
 def bare_loop(address: str, ids: Sequence[str]) -> None:
@@ -177,8 +224,11 @@ def bare_loop(address: str, ids: Sequence[str]) -> None:
 
 
 @contextmanager
-def serving_apart(count: int) -> Iterator[tuple[str, list[str], Callable[[], tuple[int, int]]]]:
-    """The tests' server in a process of its own: its address, its files' ids, and its counters since last asked."""
+def serve_in_another_process(count: int) -> Iterator[tuple[str, list[str], Callable[[], tuple[int, int]]]]:
+    """Run the tests' server in another process.
+
+    Gives its address, its files' ids, and a function that returns and resets (most requests at once, requests).
+    """
     here, there = SPAWN.Pipe()
     process = SPAWN.Process(target=serve, args=(count, there), daemon=True)
     process.start()
@@ -186,8 +236,8 @@ def serving_apart(count: int) -> Iterator[tuple[str, list[str], Callable[[], tup
 
     def counters() -> tuple[int, int]:
         here.send("counters")
-        most_at_once, requests = here.recv()
-        return most_at_once, requests
+        max_at_once, requests = here.recv()
+        return max_at_once, requests
 
     try:
         yield url, ids, counters
@@ -196,51 +246,60 @@ def serving_apart(count: int) -> Iterator[tuple[str, list[str], Callable[[], tup
         process.join()
 
 
-def serve(count: int, asked: Connection) -> None:
-    from server import serving
+def serve(count: int, commands: Connection) -> None:
+    from support.sciencedb_server import serving
 
     random = np.random.default_rng(0)
     names = (f"/V1/Animal/{('cat', 'owl')[number % 2]}/{number}.jpg" for number in range(count))
     with serving({name: b"\xff\xd8\xff" + random.bytes(4096) for name in names}) as server:
-        asked.send((server.url, list(server.ids)))
-        while asked.recv() != "end":
+        commands.send((server.url, list(server.ids)))
+        while commands.recv() != "end":
             with server.lock:
-                asked.send((server.most_at_once, server.requests.total()))
-                server.most_at_once = 0
+                commands.send((server.max_at_once, server.requests.total()))
+                server.max_at_once = 0
                 server.requests.clear()
 
 
 # ---- planted faults ----
 
 
-def planted(folder: Path, share: float) -> dict[str, Any]:
-    """What cleaning with the embedded judge finds of faults planted in the embedded sample: recall of each kind,
-    and precision: of what was thrown out, the share that was planted."""
-    from plant import copy_sample, draw_off_topic, plant, recall
+def find_planted_faults(folder: Path, share: float) -> PlantedFaults:
+    """Plant `share` of each kind of fault in the embedded sample, and clean it.
 
-    from clean import judge_function  # the stage's
+    Recall is the share of the planted images that were quarantined, precision the share of the images quarantined as
+    off topic that were planted as such.
+    """
+    from support.planted_faults import copy_sample, draw_off_topic, faulty_paths, plant, recall
+
+    from bestiary.diffusion.base import device_and_dtype
+    from bestiary.evaluation.judge import Judge
 
     copy_sample(folder / "raw")
     count = round(share * len(list((folder / "raw").glob("*/*"))))
     faults = plant(folder / "raw", share, off_topic=draw_off_topic(count))
-    judge = judge_function(params.Model(model=str(ROOT / "models" / "judge"), revision=None))
-    settings = CLEAN.model_copy(update={"off_topic": "quarantine"})
-    outcome = clean(folder / "raw", folder / "clean", settings, judge=judge)
-    gone = {finding.path for finding in outcome.findings if finding.action == "quarantined"}
-    faulty = {path for entries in faults.values() for entry in entries for path in entry.split("|")}
+    judge = Judge.load(str(ROOT / "models" / "judge"), device=device_and_dtype()[0].type)
+    outcome = clean(
+        folder / "raw",
+        folder / "clean",
+        CLEAN.model_copy(update={"off_topic": "quarantine"}),
+        judge=lambda images, texts: judge.probabilities(images, texts).numpy(),
+    )
+    quarantined = {finding.path for finding in outcome.findings if finding.action == "quarantined"}
     off_topic = {f.path for f in outcome.findings if f.kind == "off topic" and f.action == "quarantined"}
-    rows = {kind: {"planted": len(paths), "recall": recall(paths, gone)} for kind, paths in faults.items()}
-    rows["off topic"] = {
+    kinds = {kind: {"planted": len(paths), "recall": recall(paths, quarantined)} for kind, paths in faults.items()}
+    kinds["off topic"] = {
         "planted": len(faults["off topic"]),
         "recall": recall(faults["off topic"], off_topic),
         "precision": len(off_topic & set(faults["off topic"])) / max(len(off_topic), 1),
     }
     print("| planted | images | recall | precision |\n|---|---|---|---|")
-    for kind, row in rows.items():
-        precision = f"{row['precision']:.3f}" if "precision" in row else ""
-        print(f"| {kind} | {row['planted']} | {row['recall']:.3f} | {precision} |", flush=True)
-    row = {"images": outcome.images_in, "quarantined": len(gone), "good_quarantined": len(gone - faulty)}
-    return show("planted", row) | {"kinds": rows}
+    for kind, numbers in kinds.items():
+        precision = f"{numbers['precision']:.3f}" if "precision" in numbers else ""
+        print(f"| {kind} | {numbers['planted']} | {numbers['recall']:.3f} | {precision} |", flush=True)
+    good = quarantined - faulty_paths(faults)
+    row = PlantedFaults(outcome.images_in, len(quarantined), len(good), kinds)
+    show("planted", row)
+    return row
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from bestiary.diffusion.adapter import inject
 from bestiary.diffusion.base import device_and_dtype, load_scheduler, load_unet, load_vae
 from bestiary.diffusion.latents import LatentCache, encode_images
 from bestiary.diffusion.training import TrainingSettings, train
-from bestiary.evaluation.benchmarking import environment
+from bestiary.evaluation.profiling import environment
 
 QUICK = "--quick" in sys.argv
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -6,11 +6,10 @@ from pathlib import Path
 
 from bestiary.stage import REPORTS, stage
 
-SPLIT = Path("build/split")
+SPLIT, FIGURES = Path("build/split"), REPORTS / "benchmark"
 
 
 def main() -> None:
-    """Write reports/benchmark.json with its figure and its table."""
     with stage("benchmark") as (params, run):
         # A mistake in params.yaml is reported before these imports, which take seconds.
         import pandas as pd
@@ -53,20 +52,23 @@ def main() -> None:
         loading_s = start.parts.import_s + start.parts.load_s
         rows = [replace(row, with_loading_s=loading_s + row.cost.p50_s) for row in rows]
         table = [row.to_dict() for row in rows]
-        plots.quality_against_cost(rows, REPORTS / "benchmark" / "quality_against_cost.png")
-        plots.save_table(pd.DataFrame(table), REPORTS / "benchmark" / "settings.csv")
-        run.report(
-            {
-                "environment": asdict(environment()),
-                "resolution": resolution,
-                "adapter_sha256": point.adapter_sha256,
-                "cold_start_s": start.total_s,
-                "cold_start": asdict(start.parts),
-                "rows": table,
-                "skipped": [setting.to_dict() for setting in skipped],
-                "fastest_good": benchmark.fastest_good(rows).to_dict(),
-            }
-        )
+        plots.quality_against_cost(rows, FIGURES / "quality_against_cost.png")
+        plots.save_table(pd.DataFrame(table), FIGURES / "settings.csv")
+        run.log_artifact(FIGURES, FIGURES.name)
+        results = {
+            "resolution": resolution,
+            "adapter_sha256": point.adapter_sha256,
+            "quality": [{**asdict(row.setting), **asdict(row.quality)} for row in rows],
+        }
+        costs = {
+            "environment": asdict(environment()),
+            "cold_start_s": start.total_s,
+            "cold_start": asdict(start.parts),
+            "rows": table,
+            "skipped": [setting.to_dict() for setting in skipped],
+            "fastest_good": benchmark.fastest_good(rows).to_dict(),
+        }
+        run.report(results, costs)
 
 
 if __name__ == "__main__":

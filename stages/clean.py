@@ -1,4 +1,4 @@
-"""Keep the usable images of build/raw in build/clean, and say in reports/clean what was wrong with the others."""
+"""Clean build/raw into build/clean, and report in reports/clean what was wrong with the other images."""
 
 import sys
 import time
@@ -11,17 +11,20 @@ from PIL.Image import Image
 
 from bestiary.data.cleaning import JudgeFunction, clean
 from bestiary.data.findings import count_kinds, read_overrides
-from bestiary.data.inspection import peak_memory_mib
+from bestiary.data.inspection import cores
+from bestiary.memory import peak_memory
 from bestiary.params import Model
 from bestiary.stage import stage
 
+RAW, CLEAN, REPORT, OVERRIDES = Path("build/raw"), Path("build/clean"), Path("reports/clean"), Path("overrides.csv")
 
-def judge_function(model: Model) -> JudgeFunction:
-    """The judge as cleaning wants it: a plain function."""
+
+def load_judge(model: Model) -> JudgeFunction:
+    """Load the judge as a plain function. Only now is torch imported: without a judge, cleaning does not need it."""
     from bestiary.diffusion.base import device_and_dtype
     from bestiary.evaluation.judge import Judge
 
-    judge = Judge.load(model.model, model.revision, device=str(device_and_dtype()[0]))
+    judge = Judge.load(model.model, model.revision, device=device_and_dtype()[0].type)
 
     def probabilities(images: Sequence[Image], texts: Sequence[str]) -> NDArray[np.float32]:
         return judge.probabilities(images, texts).numpy()
@@ -32,16 +35,11 @@ def judge_function(model: Model) -> JudgeFunction:
 def main() -> None:
     with stage("clean") as (params, run):
         started = time.perf_counter()
-        outcome = clean(
-            Path("build/raw"),
-            Path("build/clean"),
-            params.clean,
-            judge=None if params.clean.off_topic == "off" else judge_function(params.judge),
-            overrides=read_overrides(Path("overrides.csv")),
-            report=Path("reports/clean"),
-        )
+        judge = None if params.clean.off_topic == "off" else load_judge(params.judge)
+        overrides = read_overrides(OVERRIDES)
+        outcome = clean(RAW, CLEAN, params.clean, judge=judge, overrides=overrides, report=REPORT)
         if outcome.unused_overrides:
-            print(f"overrides.csv names what is not there: {', '.join(outcome.unused_overrides)}.", file=sys.stderr)
+            print(f"{OVERRIDES} names images that do not exist: {', '.join(outcome.unused_overrides)}", file=sys.stderr)
         seconds = time.perf_counter() - started
         run.report(
             {
@@ -49,11 +47,13 @@ def main() -> None:
                 "images_kept": len(outcome.manifest),
                 "findings": count_kinds(outcome.findings),
                 "unused_overrides": len(outcome.unused_overrides),
+            },
+            costs={
                 "seconds": seconds,
                 "images_per_second": outcome.images_in / seconds,
                 "near_duplicates_seconds": outcome.near_duplicates_seconds,
-                "peak_memory_mib": peak_memory_mib(),
-            }
+                "peak_memory_mib": peak_memory(child_processes=cores() - 1).process_mib,
+            },
         )
 
 

@@ -1,28 +1,31 @@
-"""Encode stage: every image through the autoencoder once, every caption through the text encoder once."""
+"""Encode the images and captions of build/split into build/latents."""
 
 import time
 from pathlib import Path
 
-from bestiary.diffusion.latents import Augmentation, encode_images
+from bestiary.diffusion.encoding import encode_images
 from bestiary.stage import CACHE, stage
 
-with stage("encode") as (params, run):
-    started, encode = time.perf_counter(), params.encode
-    counts = encode_images(
-        params.base.model,
-        Path("build/clean"),
-        {"train": Path("build/split/train.csv"), "val": Path("build/split/val.csv")},
-        Path("build/latents"),
-        resolution=encode.resolution,
-        flip=encode.flip,
-        batch_size=encode.batch_size,
-        augmentation=Augmentation(
-            encode.augmented_variants, encode.rotation_degrees, encode.shift, encode.zoom, encode.brightness
-        ),
-        aspect_ratio_buckets=encode.aspect_ratio_buckets,
-        revision=params.base.revision,
-        unfinished=run.hold(CACHE / "encode"),  # DVC empties build/latents before each run
-    )
-    seconds = time.perf_counter() - started
-    encoded = counts["train"] + counts["val"] - counts["resumed_at"]
-    run.report({**counts, "images_per_second": encoded / seconds, "seconds": seconds})
+CLEAN, SPLIT, LATENTS = Path("build/clean"), Path("build/split"), Path("build/latents")
+
+
+def main() -> None:
+    with stage("encode") as (params, run):
+        started = time.perf_counter()
+        result = encode_images(
+            params.base.model,
+            CLEAN,
+            {"train": SPLIT / "train.csv", "val": SPLIT / "val.csv"},
+            LATENTS,
+            params.encode,
+            revision=params.base.revision,
+            unfinished=run.hold(CACHE / "encode"),  # DVC empties build/latents before each run
+        )
+        seconds = time.perf_counter() - started
+        encoded = result.train + result.val - result.resumed_at
+        costs = {"resumed_at": result.resumed_at, "images_per_second": encoded / seconds, "seconds": seconds}
+        run.report({"train": result.train, "val": result.val}, costs)
+
+
+if __name__ == "__main__":
+    main()

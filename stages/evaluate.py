@@ -9,7 +9,6 @@ CLEAN, SPLIT, ADAPTER = Path("build/clean"), Path("build/split"), Path("models/a
 
 
 def main() -> None:
-    """Write reports/evaluate.json with its sheets, figures and tables, and the operating point for later stages."""
     started = time.perf_counter()
     with stage("evaluate") as (params, run):
         # A mistake in params.yaml is reported before these imports, which take seconds.
@@ -40,7 +39,8 @@ def main() -> None:
                 chosen.sampling.adapter_weight,
                 chosen.sampling.guidance_scale,
             )
-            run.report(evaluation.report(point, stage_seconds=time.perf_counter() - started).to_dict())
+            report = evaluation.report(point, stage_seconds=time.perf_counter() - started)
+            run.report(report.results(), {"seconds": report.seconds})
             cache.drop_unused()
 
 

@@ -1,4 +1,4 @@
-"""Divide build/clean into training and validation: build/split."""
+"""Split build/clean into training and validation tables in build/split."""
 
 from pathlib import Path
 
@@ -7,17 +7,18 @@ import pandas as pd
 from bestiary.data.splitting import leaked_groups, split, write
 from bestiary.stage import stage
 
-TEXT = {"path": str, "class": str, "animal": str, "group": str, "sha256": str}
+MANIFEST, SPLIT = Path("build/clean/manifest.csv"), Path("build/split")
+TEXT_COLUMNS = {"path": str, "class": str, "animal": str, "group": str, "sha256": str}
 
 
 def main() -> None:
     with stage("split") as (params, run):
-        manifest = pd.read_csv(Path("build/clean/manifest.csv"), dtype=TEXT, keep_default_na=False)
+        manifest = pd.read_csv(MANIFEST, dtype=TEXT_COLUMNS, keep_default_na=False)
         train, val = split(manifest, val_fraction=params.split.val_fraction, seed=params.seed)
-        write(Path("build/split"), train, val)
-        sides = {"train": train["class"].value_counts(), "val": val["class"].value_counts()}
+        write(SPLIT, train, val)
+        counts = {"train": train["class"].value_counts(), "val": val["class"].value_counts()}
         per_class = {
-            name: {side: int(counts[name]) for side, counts in sides.items()}
+            name: {side: int(count[name]) for side, count in counts.items()}
             for name in sorted(manifest["class"].unique())
         }
         run.report(

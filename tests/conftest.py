@@ -7,20 +7,29 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests"
 
-# The processes that tests start find this checkout, too, whether or not the package is installed.
+# Processes that tests start import this checkout, whether or not the package is installed.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
 
-# The same bytes however many cores there are, and pytest-xdist's two processes keep out of each other's way.
+# The same bytes on any number of cores, and pytest-xdist's two processes do not compete for them.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For pytest-xdist: a module's tests share its fixtures, tests/pipeline a whole project; that group begins."""
+    """Group the tests for pytest-xdist: a module's tests share its fixtures, and tests/pipeline shares one project.
+
+    The project's group is the longest, so it starts first.
+    """
     for item in items:
-        group = item.path.relative_to(TESTS).with_suffix("").parts
-        item.add_marker(pytest.mark.xdist_group("pipeline" if group[0] == "pipeline" else ".".join(group)))
-    items.sort(key=lambda item: TESTS / "pipeline" not in item.path.parents)
+        item.add_marker(pytest.mark.xdist_group(_group(item.path)))
+    items.sort(key=lambda item: _group(item.path) != "pipeline")
+
+
+def _group(path: Path) -> str:
+    if not path.is_relative_to(TESTS):
+        return "doctests"
+    parts = path.relative_to(TESTS).with_suffix("").parts
+    return "pipeline" if parts[0] == "pipeline" else ".".join(parts)
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +45,7 @@ def judge_folder() -> Path:
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fresh MLflow database: making one takes seconds, copying it does not."""
-    from bestiary.tracking import open_client
+    from bestiary.tracking.store import open_client
 
     folder = tmp_path_factory.mktemp("mlflow")
     open_client(f"sqlite:///{folder / 'mlflow.db'}", folder)

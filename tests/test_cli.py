@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_registry import evaluation, make_adapter, submit
+from support.registry import evaluation, make_adapter, submit
 
-from bestiary import cli, registry, tracking
-from bestiary.settings import read_settings
+from bestiary import cli
+from bestiary.png_metadata import read_settings
+from bestiary.registry.versions import versions
+from bestiary.tracking import store as tracking
 
 ROOT = Path(__file__).parents[1]
 BASE = str(ROOT / "models" / "base")
 
 
 def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own, as a user starts it."""
+    """Run the command in a separate process, as a user starts it."""
     return subprocess.run(
         [sys.executable, "-c", "from bestiary.cli import main; main()", *arguments],
         cwd=cwd,
@@ -29,7 +31,7 @@ def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """The command in this process: its exit status."""
+    """Run the command in this process and return its exit status."""
     monkeypatch.setattr(sys, "argv", ["bestiary", *arguments])
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -47,17 +49,17 @@ def commands() -> list[Any]:
 
 @pytest.fixture
 def workspace(project: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project with the embedded base and an adapter on it."""
+    """A project with the bundled base and an adapter trained on it."""
     (project / "params.yaml").write_text((ROOT / "params.yaml").read_text())
     (project / "dvc.yaml").write_text("stages: {}")
     (project / "models").mkdir()
     (project / "models" / "base").symlink_to(base_folder)
-    make_adapter(base_folder, project / "models" / "adapter", 0, told_base="models/base")
+    make_adapter(base_folder, project / "models" / "adapter", 0, named_base="models/base")
     monkeypatch.chdir(project)
     return project
 
 
-def test_help_comes_at_once_and_loads_no_heavy_library() -> None:
+def test_help_appears_at_once_and_loads_no_heavy_library() -> None:
     before = cpu_seconds_of_children()
     done = run("--help")
     assert cpu_seconds_of_children() - before < 0.5
@@ -70,21 +72,21 @@ def test_help_comes_at_once_and_loads_no_heavy_library() -> None:
     assert loaded.stdout == "[]\n"
 
 
-def test_lineage_of_a_local_version_takes_a_moment_and_does_not_wait_for_mlflow(
+def test_lineage_of_a_local_version_is_fast_and_does_not_import_mlflow(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     submit(workspace, "models/base", workspace / "models" / "adapter")
     client = tracking.open_client(tracking.tracking_uri(), workspace)
-    client.set_tag(registry.versions()[0].run_id, "stage", "register")
+    client.set_tag(versions()[0].run_id, "stage", "register")
     before = cpu_seconds_of_children()
     done = run("lineage", cwd=workspace)
     assert cpu_seconds_of_children() - before < 2.0
     assert done.stdout.startswith("models:/bestiary/1 = champion\n\nregister ")
-    code = "import sys; from bestiary import registry; registry.walk('models:/bestiary/1')\n"
+    code = "import sys; from bestiary.registry.versions import walk; walk('models:/bestiary/1')\n"
     code += "sys.exit('mlflow' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=workspace, check=True)
-    # Read by MLflow, as from a server, it is the same.
-    monkeypatch.setattr(registry, "_local", lambda: None)
+    # A registry address of its own is read through MLflow's client, as a server is, with the same result.
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", f"{tracking.tracking_uri()}?")
     assert call(monkeypatch, "lineage") == 0
     assert capsys.readouterr().out == done.stdout
 
@@ -106,34 +108,34 @@ def test_animals_lists_a_hundred_with_their_names() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["generate", " "], "An animal needs a name."),
+        (["generate", " "], "name is empty"),
         (["generate", "tiger", "--steps", "0"], "0 is not in the range"),
         (["generate", "tiger", "--guidance-interval", "5", "1"], "the first noise level must be below the second"),
         (["generate", "tiger", "--contrast", "nan"], "nan is not a number"),
-        (["generate", "--prompt", " "], "Name animals, or write a prompt."),
-        (["generate", "ti\udcffger"], "is not written in UTF-8"),
-        (["generate"], "Name animals, or give one of --prompt and --like."),
-        (["generate", "--like", "no.png"], "There is no picture no.png."),
+        (["generate", "--prompt", " "], "prompt is empty"),
+        (["generate", "ti\udcffger"], "is not valid UTF-8"),
+        (["generate"], "--prompt or --like"),
+        (["generate", "--like", "no.png"], "no.png"),
         (["generate", "--prompt", "x " * 5000, "--adapter", "none", "--base", BASE], "tokens and the base reads"),
         (["generate", "tiger", "--resolution", "257", "--adapter", "none", "--base", BASE], "is not a multiple of"),
         (["generate", "tiger", "--resolution", "100", "--adapter", "none", "--base", BASE], "is not a multiple of 8"),
-        (["generate", "tiger", "--adapter", "no/such/folder"], "There is no adapter at no/such/folder."),
-        (["generate", "tiger", "--adapter", "models:/bestiary@champion"], "There is no registry yet"),
+        (["generate", "tiger", "--adapter", "no/such/folder"], "no/such/folder"),
+        (["generate", "tiger", "--adapter", "models:/bestiary@champion"], "`dvc repro`"),
         (["generate", "tiger", "--adapter", "none", "--base", "/no/such/base"], "/no/such/base"),
-        (["adapter", "verify", "no/such/file.safetensors"], "There is no adapter at no/such/file.safetensors."),
+        (["adapter", "verify", "no/such/file.safetensors"], "no/such/file.safetensors"),
         (["app", "--host", "0.0.0.0", "--base", BASE], "other machines can reach the page"),
-        (["app", "--adapter", "no/such/file", "--base", BASE], "There is no adapter at no/such/file."),
-        (["pull", "models:/bestiary/7", "--out", "x"], "There is no registry yet"),
-        (["adapter", "convert", "no/such/file", "x", "--to", "kohya"], "There is no adapter at no/such/file."),
-        (["adapter", "convert", "x", "./x", "--to", "kohya"], "x would be written over itself: name another place."),
-        (["model-card", "--out", "x"], "There is no registry yet"),
-        (["lineage"], "There is no registry yet"),
-        (["promote", "1", "--because", " "], "say why, in a few words"),
-        (["results"], "There are no results yet"),
+        (["app", "--adapter", "no/such/file", "--base", BASE], "no/such/file"),
+        (["pull", "models:/bestiary/7", "--out", "x"], "`dvc repro`"),
+        (["adapter", "convert", "no/such/file", "x", "--to", "kohya"], "no/such/file"),
+        (["adapter", "convert", "x", "./x", "--to", "kohya"], "x is the file to convert"),
+        (["model-card", "--out", "x"], "`dvc repro`"),
+        (["lineage"], "`dvc repro`"),
+        (["promote", "1", "--because", " "], "--because"),
+        (["results"], "`dvc repro`"),
         (["no-such-command"], "No such command"),
     ],
 )
-def test_a_users_mistake_is_one_sentence_and_a_failure(
+def test_a_users_mistake_ends_in_one_sentence_and_a_failure(
     project: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -143,11 +145,11 @@ def test_a_users_mistake_is_one_sentence_and_a_failure(
     (project / "mlflow.db").unlink()
     monkeypatch.chdir(project)
     assert call(monkeypatch, *arguments) == 1
-    told = capsys.readouterr()
-    assert words in told.err
-    assert told.err.count("\n") == 1
-    assert len(told.err) < 300
-    assert told.out == ""
+    printed = capsys.readouterr()
+    assert words in printed.err
+    assert printed.err.count("\n") == 1
+    assert len(printed.err) < 300
+    assert printed.out == ""
     assert list(project.iterdir()) == []
 
 
@@ -166,27 +168,31 @@ def test_the_same_seed_gives_the_same_picture_whatever_the_count(
     assert (workspace / "base/tiger-8.png").read_bytes() != (workspace / "alone/tiger-8.png").read_bytes()
 
 
-def test_an_unknown_animal_is_drawn_as_written_with_a_hint_and_a_harmless_file_name(
+def test_an_unknown_animal_is_drawn_as_written_with_a_hint_and_a_safe_file_name(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = ["tigre", "🐯/../B", "🐯"]
     assert call(monkeypatch, "generate", *names, "--adapter", "none", "--steps", "1") == 0
-    told = capsys.readouterr()
-    assert told.out.split() == [f"pictures/{name}-0.png" for name in ("tigre", "b", "picture")]
-    assert "tigre is none of the 100 animals, so it is drawn as written. Did you mean tiger?\n" in told.err
+    printed = capsys.readouterr()
+    assert printed.out.split() == [f"pictures/{name}-0.png" for name in ("tigre", "b", "picture")]
+    assert "Did you mean tiger?\n" in printed.err
     assert read_settings(workspace / "pictures" / "picture-0.png").prompt == "a photo of a 🐯"
 
 
 @pytest.mark.slow
-def test_the_champion_draws_unless_told_otherwise(
+def test_the_champion_draws_by_default_as_it_was_evaluated(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     submit(workspace, "models/base", workspace / "models" / "adapter")
     assert call(monkeypatch, "generate", "tiger", "--steps", "1") == 0
     drawn = read_settings(workspace / "pictures" / "tiger-0.png")
     assert drawn.adapter == "models:/bestiary/1"
-    # As the version was evaluated, which is not how params.yaml would have it.
-    assert (drawn.prompt, drawn.guidance_scale, drawn.scheduler) == ("a drawing of a tiger", 3.0, "ddim")
+    # The version was evaluated otherwise than params.yaml says now.
+    assert (drawn.prompt, drawn.sampling.guidance_scale, drawn.sampling.sampler) == (
+        "a drawing of a tiger",
+        3.0,
+        "ddim",
+    )
     assert call(monkeypatch, "generate", "tiger", "--adapter", "models:/bestiary@king", "--out", "none") == 1
     assert capsys.readouterr().err.splitlines()[-1] == (
         "There is no models:/bestiary@king; the versions of bestiary are: 1 = champion."
@@ -194,7 +200,7 @@ def test_the_champion_draws_unless_told_otherwise(
     assert not (workspace / "none").exists()
 
 
-def test_a_picture_is_made_again_like_itself_to_the_byte(
+def test_a_picture_can_be_drawn_again_to_the_byte(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--seed", "3", "--steps", "2", "--guidance", "2.5", "--scheduler", "ddim", "--contrast", "1.5"]
@@ -202,24 +208,24 @@ def test_a_picture_is_made_again_like_itself_to_the_byte(
     assert call(monkeypatch, "generate", "--prompt", "a red fox", "--adapter", "models/adapter", *options) == 0
     assert call(monkeypatch, "generate", "--like", "pictures/prompt-3.png", "--out", "again") == 0
     assert (workspace / "again/prompt-3.png").read_bytes() == (workspace / "pictures/prompt-3.png").read_bytes()
-    assert read_settings(workspace / "again/prompt-3.png").guidance_interval == (0.3, 3.0)
+    assert read_settings(workspace / "again/prompt-3.png").sampling.guidance_interval == (0.3, 3.0)
     capsys.readouterr()
     assert call(monkeypatch, "generate", "--like", "pictures/prompt-3.png", "--steps", "9", "--count", "3") == 1
-    assert capsys.readouterr().err == "--like repeats the picture's own settings: leave out --count, --steps.\n"
+    assert "Leave out --count, --steps." in capsys.readouterr().err
     (workspace / "elsewhere").mkdir()
     monkeypatch.chdir(workspace / "elsewhere")
     assert call(monkeypatch, "generate", "--like", "../pictures/prompt-3.png") == 1
-    assert "was drawn with models/adapter, which is not here: say where" in capsys.readouterr().err
+    assert "was drawn with models/adapter, which is not here" in capsys.readouterr().err
     monkeypatch.chdir(workspace)
     make_adapter(workspace / "models/base", workspace / "models/adapter", 1)
     assert call(monkeypatch, "generate", "--like", "pictures/prompt-3.png", "--out", "other") == 1
     assert "was drawn with another adapter" in capsys.readouterr().err
     assert not (workspace / "other").exists()
-    told = ["--adapter", "none", "--out", "other"]  # an adapter of one's own choice has to be the same one, too
-    assert call(monkeypatch, "generate", "--like", "pictures/prompt-3.png", *told) == 1
+    printed = ["--adapter", "none", "--out", "other"]  # an adapter that the user names must be the same one, too
+    assert call(monkeypatch, "generate", "--like", "pictures/prompt-3.png", *printed) == 1
 
 
-def test_an_adapter_of_another_base_of_the_same_shape_is_said_and_drawn_on_demand(
+def test_an_adapter_for_another_base_of_the_same_shape_is_refused_unless_the_base_is_named(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changed = shutil.copytree(workspace / "models" / "base", workspace / "changed")
@@ -228,9 +234,9 @@ def test_an_adapter_of_another_base_of_the_same_shape_is_said_and_drawn_on_deman
     (workspace / "models" / "base").symlink_to(changed)
     options = ["--adapter", "models/adapter", "--steps", "1"]
     assert call(monkeypatch, "generate", "tiger", *options) == 1
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert told.startswith("models/adapter was trained on another base than ")
-    assert "on models/base with the SHA-256" in told
+    printed = capsys.readouterr().err.splitlines()[-1]
+    assert printed.startswith("models/adapter was trained on another base than ")
+    assert "on models/base with the SHA-256" in printed
     assert not (workspace / "pictures").exists()
     assert call(monkeypatch, "generate", "tiger", *options, "--base", "models/base") == 0
 
@@ -250,7 +256,7 @@ def test_another_picture_of_the_same_name_is_kept(
     assert capsys.readouterr().out.split() == ["pictures/owl-0-2.png"]
 
 
-def test_a_full_disk_gets_a_sentence_and_leaves_no_half_picture(
+def test_a_full_disk_ends_in_one_sentence_and_leaves_no_half_picture(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*_: object) -> int:
@@ -269,7 +275,7 @@ def test_an_animal_named_twice_is_drawn_once(
     assert capsys.readouterr().out.split() == ["pictures/tiger-0.png", "pictures/tiger-1.png"]
 
 
-def test_an_output_folder_that_is_a_file_gets_a_sentence(
+def test_an_output_folder_that_is_a_file_is_refused_before_drawing(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--adapter", "none", "--steps", "1", "--out", "params.yaml"]
@@ -277,16 +283,16 @@ def test_an_output_folder_that_is_a_file_gets_a_sentence(
     assert "params.yaml' is a file" in capsys.readouterr().err
 
 
-def test_verify_proves_and_says_what(
+def test_verify_prints_what_it_proved(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(monkeypatch, "adapter", "verify", "models/adapter") == 0
-    told = capsys.readouterr().out
-    assert "rank, alpha                      2, 4" in told
-    assert "trained on this base             yes" in told
+    printed = capsys.readouterr().out
+    assert "rank, alpha                      2, 4" in printed
+    assert "trained on this base             yes" in printed
 
 
-def test_a_truncated_adapter_is_one_sentence(
+def test_a_truncated_adapter_is_named(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = next((workspace / "models" / "adapter").iterdir()).read_bytes()
@@ -295,27 +301,27 @@ def test_a_truncated_adapter_is_one_sentence(
     assert "is not a readable safetensors file" in capsys.readouterr().err
 
 
-def test_results_show_the_table_the_sheet_and_what_to_do_next(
+def test_results_show_the_table_the_sheet_and_the_next_commands(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report = evaluation() | {"images": 480}
+    report: dict[str, Any] = evaluation().results() | {"images": 480}
     for who in ("base", "adapter", "delta"):
         report[who] |= {"top5": report[who]["top1"], "cmmd": report[who]["clip_score"]}
     report["real"] = report["adapter"]
     reasons = ["It beats the base: margin +5.00 (95 % interval +4.00 to +6.00)."]
     registration = {"name": "bestiary", "version": 3, "aliases": ["champion"], "reasons": reasons}
-    (project / "reports").mkdir()
-    (project / "reports" / "evaluate.json").write_text(json.dumps(report))
-    (project / "reports" / "register.json").write_text(json.dumps(registration))
+    (project / "reports" / "metrics").mkdir(parents=True)
+    (project / "reports" / "metrics" / "evaluate.json").write_text(json.dumps(report))
+    (project / "reports" / "metrics" / "register.json").write_text(json.dumps(registration))
     (project / "dvc.yaml").write_text("")
     monkeypatch.chdir(project)
     assert call(monkeypatch, "results") == 0
-    told = capsys.readouterr().out
-    assert "CLIP score                 20.00     25.00        +5.00   +4.00 to +6.00" in told
-    assert "reports/evaluate/sheet.png" in told
-    assert "models:/bestiary/3 (champion)" in told
-    assert told.count("Next") == 1
-    assert "generate tiger panda --count 4" in told
+    printed = capsys.readouterr().out
+    assert "CLIP score                 20.00     25.00        +5.00   +4.00 to +6.00" in printed
+    assert "reports/evaluate/sheet.png" in printed
+    assert "models:/bestiary/3 (champion)" in printed
+    assert printed.count("Next") == 1
+    assert "generate tiger panda --count 4" in printed
 
 
 HALF_AN_INTERVAL = json.dumps(
@@ -324,21 +330,21 @@ HALF_AN_INTERVAL = json.dumps(
 
 
 @pytest.mark.parametrize("content", ["<<<<<<< HEAD", "{}", "[]", HALF_AN_INTERVAL])
-def test_results_of_a_damaged_report_are_a_sentence(
+def test_a_damaged_report_is_named_and_how_to_make_it_again(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: str
 ) -> None:
-    (project / "reports").mkdir()
+    (project / "reports" / "metrics").mkdir(parents=True)
     for stage in ("evaluate", "register"):
-        (project / "reports" / f"{stage}.json").write_text(content)
+        (project / "reports" / "metrics" / f"{stage}.json").write_text(content)
     (project / "dvc.yaml").write_text("")
     monkeypatch.chdir(project)
     assert call(monkeypatch, "results") == 1
-    told = capsys.readouterr()
-    assert "damaged: delete it and run `dvc repro`." in told.err
-    assert told.out == ""
+    printed = capsys.readouterr()
+    assert "damaged: delete it and run `dvc repro`." in printed.err
+    assert printed.out == ""
 
 
-def test_the_registered_models_name_is_the_parameters(
+def test_commands_use_the_registered_name_of_the_parameters(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = (ROOT / "params.yaml").read_text()
@@ -347,6 +353,6 @@ def test_the_registered_models_name_is_the_parameters(
     )
     submit(workspace, "models/base", workspace / "models" / "adapter", name="zoo")
     assert call(monkeypatch, "promote", "1", "--because", "its owls") == 0
-    assert capsys.readouterr().out == "models:/zoo/1 is the champion now.\n"
+    assert "models:/zoo/1" in capsys.readouterr().out
     assert call(monkeypatch, "generate", "tiger", "--steps", "1") == 0
     assert read_settings(workspace / "pictures" / "tiger-0.png").adapter == "models:/zoo/1"

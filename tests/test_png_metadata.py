@@ -9,7 +9,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from bestiary.errors import BestiaryError
-from bestiary.png_metadata import PictureSettings, as_a1111, read_settings, write_png
+from bestiary.png_metadata import Colours, PictureSettings, as_a1111, read_settings, write_png
 from bestiary.samplers import Sampling
 
 SETTINGS = PictureSettings(
@@ -87,7 +87,7 @@ def test_a_colour_factor_changes_the_picture_and_1_leaves_it_alone(tmp_path: Pat
     image.paste((200, 40, 40), (0, 0, 100, 100))
     plain, changed = tmp_path / "plain.png", tmp_path / "changed.png"
     plain.write_bytes(write_png(image, SETTINGS))
-    changed.write_bytes(write_png(image, replace(SETTINGS, **{control: 2.0})))
+    changed.write_bytes(write_png(image, replace(SETTINGS, colours=Colours(**{control: 2.0}))))
     with Image.open(plain) as left, Image.open(changed) as right:
         assert left.tobytes() == image.tobytes() != right.tobytes()
 

@@ -35,7 +35,8 @@ def test_the_table_is_what_the_committed_reports_say(
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)
 def test_every_link_leads_to_a_file(readme: Path) -> None:
     text = readme.read_text(encoding="utf-8")
-    targets = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in target]
+    links = re.findall(r"\]\(([^)#]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    targets = [target for target in links if "://" not in target]
     assert targets
     assert [target for target in targets if not (ROOT / target).exists()] == []
 

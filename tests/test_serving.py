@@ -1,4 +1,4 @@
-"""What the READMEs show of using a registered version without this package: MLflow's server, and diffusers alone."""
+"""The READMEs' two ways to use a registered version without this package: MLflow's server, and diffusers alone."""
 
 import os
 import re
@@ -15,9 +15,9 @@ import httpx
 import pytest
 from PIL import Image
 from readme import READMES, commands
-from test_registry import make_adapter, submit
+from support.registry import make_adapter, submit
 
-PORT = "5001"  # in the READMEs
+PORT = "5001"  # the READMEs' port
 
 
 @pytest.fixture
@@ -26,14 +26,14 @@ def clone(project: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (project / "models").mkdir()
     (project / "models" / "base").symlink_to(base_folder)
     monkeypatch.chdir(project)
-    submit(project, "models/base", make_adapter(base_folder, project / "adapter", 0, told_base="models/base"))
+    submit(project, "models/base", make_adapter(base_folder, project / "adapter", 0, named_base="models/base"))
     monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     return project
 
 
 @pytest.fixture
 def served(clone: Path) -> Iterator[str]:
-    """The port at which the README's command serves the champion."""
+    """The port on which the README's command serves the champion."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -43,7 +43,7 @@ def served(clone: Path) -> Iterator[str]:
             ["bash", "-c", command.replace(PORT, port)], stdout=log, stderr=log, start_new_session=True
         )
     try:
-        deadline = time.monotonic() + 900  # seconds; on a machine that does other work too
+        deadline = time.monotonic() + 900  # seconds; generous, because the machine may be busy
         while server.poll() is None and time.monotonic() < deadline:
             try:
                 httpx.get(f"http://127.0.0.1:{port}/ping").raise_for_status()

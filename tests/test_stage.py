@@ -3,6 +3,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 
 from bestiary.errors import BestiaryError
-from bestiary.stage import REPORTS, StageRun, stage
-from bestiary.tracking import Run, content_hash, open_client, tracking_uri
+from bestiary.params import Model
+from bestiary.stage import CACHE, METRICS, REPORTS, content_of, read_report, stage
+from bestiary.tracking.content import content_hash
+from bestiary.tracking.store import open_client, tracking_uri
 
 ROOT = Path(__file__).parents[1]
 DVC_YAML = """
@@ -22,7 +25,7 @@ stages:
     deps: [data]
     params: [seed, split, "profiles.${profile}.encode"]
     outs: [build/split, reports/split]
-    metrics: [{reports/split.json: {cache: false}}]
+    metrics: [{reports/metrics/split.json: {cache: false}}]
 """
 
 
@@ -37,24 +40,28 @@ def workspace(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return project
 
 
-def stored_run(project: Path) -> Any:
+def stored_run(project: Path) -> Any:  # an mlflow.entities.Run, whose package has no type hints
+    """The newest run of the stage `split`."""
     client = open_client(tracking_uri(), project)
     experiment = client.get_experiment_by_name("bestiary").experiment_id
     return client.search_runs([experiment], "tags.stage = 'split'", order_by=["start_time DESC"])[0]
 
 
-def test_a_stage_leaves_its_report_and_a_run_tied_to_what_it_read_and_made(workspace: Path) -> None:
+def test_a_stage_writes_its_report_and_a_run_with_its_inputs_and_outputs(workspace: Path) -> None:
     with stage("split") as (params, run):
         (workspace / "build" / "split").mkdir(parents=True)
         (workspace / "build" / "split" / "train.csv").write_text("path\n")
         (workspace / "reports" / "split").mkdir(parents=True)
         (workspace / "reports" / "split" / "table.csv").write_text("x\n")
-        run.report({"train": np.int64(3), "score": {"mean": np.float32(0.5), "ci95": (0.0, 1.0)}, "names": ["a", None]})
+        results = {"train": np.int64(3), "score": {"mean": np.float32(0.5), "ci95": (0.0, 1.0)}, "names": ["a", None]}
+        run.report(results, costs={"seconds": 2.5})
     assert params.split.val_fraction == 0.2
-    report = json.loads((workspace / "reports" / "split.json").read_text())
-    assert report == {"train": 3, "score": {"mean": 0.5, "ci95": [0.0, 1.0]}, "names": ["a", None]}
+    expected = {"train": 3, "score": {"mean": 0.5, "ci95": [0.0, 1.0]}, "names": ["a", None]}
+    assert json.loads((workspace / METRICS / "split.json").read_text()) == expected
+    assert json.loads((workspace / REPORTS / "split.json").read_text()) == expected | {"seconds": 2.5}
     stored = stored_run(workspace)
-    assert stored.data.metrics == {"train": 3, "score.mean": 0.5, "score.ci95.low": 0, "score.ci95.high": 1}
+    logged = {"train": 3, "score.mean": 0.5, "score.ci95.low": 0, "score.ci95.high": 1, "seconds": 2.5}
+    assert stored.data.metrics == logged
     assert {"split.val_fraction", "seed", "profile", "encode.flip", "encode.resolution"} <= stored.data.params.keys()
     assert "train.rank" not in stored.data.params
     assert stored.data.tags["input.data"] == content_hash(Path("data"))
@@ -64,7 +71,7 @@ def test_a_stage_leaves_its_report_and_a_run_tied_to_what_it_read_and_made(works
     assert (artifacts / "split" / "table.csv").is_file()
 
 
-def test_the_other_processes_of_a_launch_open_no_run_and_write_no_report(
+def test_only_the_first_process_of_a_launch_opens_a_run_and_writes_the_report(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
@@ -75,7 +82,7 @@ def test_the_other_processes_of_a_launch_open_no_run_and_write_no_report(
         run.set_tags({"a": "b"})
         run.report({"train": 3})
         assert not run.is_main
-        with pytest.raises(BestiaryError, match="split runs as one process"):
+        with pytest.raises(BestiaryError, match="split"):
             _ = run.id
     assert not (workspace / REPORTS).exists()
     client = open_client(tracking_uri(), workspace)
@@ -83,41 +90,79 @@ def test_the_other_processes_of_a_launch_open_no_run_and_write_no_report(
     assert experiment is None or not client.search_runs([experiment.experiment_id])
 
 
-def test_a_users_error_ends_in_one_sentence_and_a_failed_run(
-    workspace: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_users_mistake_ends_in_one_line_and_a_failed_run(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended, stage("split"):
-        raise BestiaryError("One class only: nothing to tell apart.")
+        raise BestiaryError("There is only one class.")
     assert ended.value.code == 1
-    assert capsys.readouterr().err == "split: One class only: nothing to tell apart.\n"
+    assert capsys.readouterr().err == "split: There is only one class.\n"
     assert stored_run(workspace).info.status == "FAILED"
 
 
-def test_a_number_that_is_not_finite_is_refused_and_nothing_is_written(
+def test_a_report_with_a_number_that_is_not_finite_is_rejected_and_not_written(
     workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit), stage("split") as (_, run):
         run.report({"loss": {"train": float("nan")}})
-    assert "reports/split.json: loss: train is not a finite number." in capsys.readouterr().err
+    assert "reports/split.json: loss: train" in capsys.readouterr().err
     assert not (workspace / REPORTS).exists()
 
 
-def test_a_full_disk_is_one_sentence(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit), stage("split"):
+def test_a_full_disk_ends_in_one_line_that_names_the_file(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, stage("split"):
         raise OSError(errno.ENOSPC, "No space left on device", "build/split/train.csv")
-    assert capsys.readouterr().err == "split: no space is left for build/split/train.csv.\n"
+    assert ended.value.code == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("split: ")
+    assert "build/split/train.csv" in printed
+    assert printed.count("\n") == 1
 
 
-def test_missing_input_names_it_and_what_makes_it(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_that_is_interrupted_leaves_a_killed_run(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, stage("split"):
+        raise KeyboardInterrupt
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.startswith("split: ")
+    assert stored_run(workspace).info.status == "KILLED"
+
+
+def test_a_bug_keeps_its_traceback_and_leaves_a_failed_run(workspace: Path) -> None:
+    with pytest.raises(ZeroDivisionError), stage("split"):
+        _ = 1 / 0
+    assert stored_run(workspace).data.tags["error"] == "ZeroDivisionError: division by zero"
+
+
+def test_a_missing_input_is_named_with_the_command_that_makes_it(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (workspace / "data" / "a.txt").unlink()
     (workspace / "data").rmdir()
     with pytest.raises(SystemExit), stage("split"):
         pytest.fail("the body must not run")
-    assert capsys.readouterr().err == "split: data does not exist; `dvc repro split` makes what comes before.\n"
+    printed = capsys.readouterr().err
+    assert printed.startswith("split: data does not exist")
+    assert "`dvc repro split`" in printed
+    assert printed.count("\n") == 1
+
+
+def test_a_stage_reads_the_report_of_an_earlier_one_and_rejects_a_damaged_one(workspace: Path) -> None:
+    (workspace / METRICS).mkdir(parents=True)
+    (workspace / METRICS / "train.json").write_text('{"steps": 3}')
+    assert read_report("train") == {"steps": 3}
+    for damaged in ('{"steps": ', "[]"):
+        (workspace / METRICS / "train.json").write_text(damaged)
+        with pytest.raises(BestiaryError, match=r"reports/metrics/train\.json"):
+            read_report("train")
+    with pytest.raises(BestiaryError, match="`dvc repro evaluate`"):
+        read_report("evaluate")
+
+
+def test_the_content_of_a_model_is_that_of_its_folder_or_its_revision_on_the_hub(workspace: Path) -> None:
+    assert content_of(Model(model="data", revision=None)) == content_hash(Path("data"))
+    assert content_of(Model(model="openai/clip", revision="3d74acf")) == "openai/clip@3d74acf"
 
 
 @pytest.mark.slow
-def test_other_params_make_another_pipeline_and_the_same_ones_do_not(workspace: Path) -> None:
+def test_the_pipeline_key_changes_exactly_when_the_parameters_do(workspace: Path) -> None:
     keys = []
     for seed in (0, 1, 0):
         text = (ROOT / "params.yaml").read_text().replace("seed: 0", f"seed: {seed}")
@@ -131,32 +176,51 @@ def test_other_params_make_another_pipeline_and_the_same_ones_do_not(workspace: 
 def test_a_wrong_parameter_stops_a_stage_before_any_run(workspace: Path) -> None:
     (workspace / "params.yaml").write_text((ROOT / "params.yaml").read_text().replace("val_fraction", "val_fractoin"))
     (workspace / "split.py").write_text("from bestiary.stage import stage\nwith stage('split'): raise RuntimeError\n")
-    paths = f"{ROOT / 'stages'}:{ROOT / 'src'}"
     done = subprocess.run(
-        [sys.executable, "split.py"], capture_output=True, text=True, check=False, env={"PYTHONPATH": paths}
+        [sys.executable, "split.py"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PYTHONPATH": str(ROOT / "src")},
     )
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "val_fractoin" in done.stderr or "val_fraction" in done.stderr
 
 
-def test_two_runs_at_the_same_work_take_turns(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def first_output(capsys: pytest.CaptureFixture[str]) -> str:
+    """What is printed on standard error first, awaited for up to a minute."""
+    for _ in range(600):
+        if printed := capsys.readouterr().err:
+            return printed
+        time.sleep(0.1)
+    pytest.fail("nothing was printed")
+
+
+def test_two_runs_that_do_the_same_work_take_turns(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("BESTIARY_TRACKING", "off")
-    monkeypatch.setattr("bestiary.stage.CACHE", tmp_path)
-    first, second = (StageRun("train", Run({})) for _ in range(2))
-    assert first.hold(tmp_path / "train" / "key") == tmp_path / "train" / "key"
-    second.hold(tmp_path / "train" / "other")  # at other work
-    with monkeypatch.context() as several:  # whose launcher gives up on a barrier that takes long
-        several.setattr("bestiary.diffusion.base.processes", lambda: SimpleNamespace(num_processes=2))
-        with pytest.raises(BestiaryError, match="Another run is at the same"):
-            StageRun("train", Run({})).hold(tmp_path / "train" / "key")
-    waiting = threading.Thread(target=second.hold, args=[tmp_path / "train" / "key"])
-    waiting.start()
-    waiting.join(1)
-    assert waiting.is_alive()
-    assert capsys.readouterr().err == "train: waiting for another run that is at the same.\n"
-    first.held[0].close()  # as its end does
-    waiting.join(30)
-    assert not waiting.is_alive()
+    with stage("split") as (_, second):
+        with stage("split") as (_, first):
+            assert first.hold(CACHE / "train" / "key") == workspace / ".cache" / "train" / "key"
+            second.hold(CACHE / "train" / "other")  # other work is not locked
+            waiting = threading.Thread(target=second.hold, args=[CACHE / "train" / "key"])
+            waiting.start()
+            assert first_output(capsys).startswith("split: another run is already doing this work")
+            assert waiting.is_alive()
+        waiting.join(30)
+        assert not waiting.is_alive()
+
+
+def test_a_run_in_several_processes_does_not_wait_for_another_run(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BESTIARY_TRACKING", "off")
+    with stage("split") as (_, first):
+        first.hold(CACHE / "train")
+        with monkeypatch.context() as several:
+            several.setattr("bestiary.diffusion.base.processes", lambda: SimpleNamespace(num_processes=2))
+            with pytest.raises(SystemExit), stage("split") as (_, second):
+                second.hold(CACHE / "train")
+        assert "Another run is already doing this work" in capsys.readouterr().err

@@ -3,7 +3,7 @@ import pytest
 from bestiary.subjects import ANIMALS, CAPTION_TEMPLATES, caption, find_subject, subject_of
 
 
-def test_there_are_100_animals_with_names_of_their_own() -> None:
+def test_there_are_100_animals_with_different_names() -> None:
     assert len(ANIMALS) == 100
     for attribute in ("folder", "name", "chinese"):
         assert len({getattr(animal, attribute) for animal in ANIMALS}) == 100
@@ -21,23 +21,23 @@ def test_there_are_100_animals_with_names_of_their_own() -> None:
         ("tiger", "a tiger", "老虎"),
     ],
 )
-def test_an_animal_is_called_what_people_call_it(folder: str, phrase: str, chinese: str) -> None:
+def test_an_animal_has_its_common_names(folder: str, phrase: str, chinese: str) -> None:
     assert subject_of(folder).with_article == phrase
     assert subject_of(folder).chinese == chinese
 
 
-def test_every_animal_has_the_article_that_its_sound_asks_for() -> None:
+def test_the_article_follows_the_sound_of_the_name() -> None:
     with_an = {animal.name for animal in ANIMALS if animal.with_article.startswith("an ")}
     assert with_an == {"antelope", "eagle", "elephant", "octopus", "orangutan", "otter", "owl"}
 
 
-def test_somebodys_own_subject_is_named_after_its_folder() -> None:
+def test_a_subject_outside_the_100_animals_is_named_after_its_folder() -> None:
     assert subject_of("my_red-panda").name == "my red panda"
     assert subject_of("unicorn").with_article == "a unicorn"
     assert subject_of("hourglass_spider").with_article == "an hourglass spider"
 
 
-def test_captions_are_right_english_in_every_template() -> None:
+def test_every_template_makes_a_correct_caption() -> None:
     assert [caption(subject_of("antelope"), template) for template in CAPTION_TEMPLATES] == [
         "a photo of an antelope",
         "a high quality image of an antelope",
@@ -49,7 +49,7 @@ def test_captions_are_right_english_in_every_template() -> None:
     ]
 
 
-def test_an_article_before_the_gap_of_a_template_is_not_doubled() -> None:
+def test_an_article_in_the_template_is_not_doubled() -> None:
     assert caption(subject_of("owl"), "a photo of a {}") == "a photo of an owl"
 
 
@@ -63,7 +63,7 @@ def test_an_animal_is_found_by_its_folder_and_by_its_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "near"),
+    ("text", "similar"),
     [
         ("tigr", ["tiger"]),
         ("elefant", ["elephant"]),
@@ -72,7 +72,7 @@ def test_an_animal_is_found_by_its_folder_and_by_its_name() -> None:
         ("x" * 9999, []),
     ],
 )
-def test_any_other_name_is_an_animal_of_that_name_with_the_nearest_known_ones(text: str, near: list[str]) -> None:
-    animal, names = find_subject(text)
-    assert animal.name == text.removeprefix("An ")
-    assert names == near
+def test_an_unknown_name_becomes_a_subject_and_similar_animals_are_suggested(text: str, similar: list[str]) -> None:
+    subject, suggestions = find_subject(text)
+    assert subject.name == text.removeprefix("An ")
+    assert suggestions == similar

@@ -1,5 +1,6 @@
-"""Write benchmarks/RESULTS.md from what `make bench` printed: `make bench | tee bench.log`, then
-`python tools/bench_results.py bench.log`.
+"""Write benchmarks/RESULTS.md from the output of `make bench`.
+
+Run `make bench | tee bench.log`, then `python tools/bench_results.py bench.log`.
 """
 
 import json
@@ -20,8 +21,10 @@ def main() -> None:
     environment = ", ".join(f"{name} {value}" for name, value in found["training"]["environment"].items())
     parts = [
         "# Results",
-        f"What `make bench` printed in one run of {found['seconds'] / 60:.0f} minutes on one machine. "
-        "Ratios travel; seconds do not.",
+        f"The output of one run of `make bench`, {found['seconds'] / 60:.0f} minutes on one machine. "
+        "Ratios hold on other machines; seconds do not.\n\n"
+        "The *original* is the system that this project replaces, "
+        "[100类动物图像生成器](https://github.com/xiaozhou-alt/Animals_Generationn).",
         f"Environment: {environment}.",
         training(found["training"]),
         inference(found["inference"], shown),
@@ -37,17 +40,18 @@ def training(result: dict[str, Any]) -> str:
     gpu = result["environment"]["device_type"] == "cuda"
     text = (
         "## Training (`python benchmarks/training.py`)\n\n"
-        "A UNet, VAE and text encoder of Stable Diffusion 1.5's size with random weights; beside ours, in a process\n"
-        "of its own and with the C library's usual treatment of memory, a loop that does what the original does.\n"
-        "The overhead is what the bare step, taken in turn with ours, does not need: the median, and the least and\n"
-        f"the most of a few. {'' if gpu else 'No GPU has measured these yet. '}"
-        f"A matrix product reaches {result['matmul_gflops_per_second']:,.0f} GFLOP/s here; an image takes\n"
-        f"{result['training'][0]['gflop_per_image']:.0f} GFLOP at {result['training'][0]['resolution']} px."
+        "UNet, VAE and text encoder have Stable Diffusion 1.5's size and random weights. Our training is compared\n"
+        "with a loop that does what the original does, in a separate process with the C library's default memory\n"
+        "settings. The overhead is the share of our step that the bare step, run in turn with it, does not need: the\n"
+        f"median (minimum to maximum) of a few measurements. {'' if gpu else 'There is no measurement on a GPU yet. '}"
+        f"A matrix product reaches {result['matmul_gflops_per_second']:,.0f} GFLOP/s\n"
+        f"here; an image takes {result['training'][0]['gflop_per_image']:.0f} GFLOP "
+        f"at {result['training'][0]['resolution']} px."
     )
     tables = []
     for row in result["training"]:
         rows = [
-            ("seconds an image", f"{row['seconds_per_image']:.2f}", ""),
+            ("seconds per image", f"{row['seconds_per_image']:.2f}", ""),
             ("the original's loop", f"{row['original_seconds_per_image']:.2f}", ""),
             ("ours / the original's", f"{row['share_of_original']:.3f}", "0.333"),
             (
@@ -62,10 +66,10 @@ def training(result: dict[str, Any]) -> str:
         how = ", compiled" if row["compiled"] else ""
         tables.append(table(rows, (f"{row['resolution']} px, batch {row['batch_size']}{how}", *AIMS[1:])))
     rest = [
-        (f"encoding / the VAE's forward alone, {row['resolution']} px", f"{row['ratio_to_vae']:.2f}", "1.1")
+        (f"encoding / the VAE's forward pass alone, {row['resolution']} px", f"{row['ratio_to_vae']:.2f}", "1.1")
         for row in result["encoding"]
     ]
-    rest.append(("overhead around the step, embedded base", overhead(result, "embedded_overhead_share"), "25 %"))
+    rest.append(("overhead around the step, bundled base", overhead(result, "embedded_overhead_share"), "25 %"))
     return "\n\n".join([text, *tables, table(rest)])
 
 
@@ -78,10 +82,10 @@ def inference(result: dict[str, Any], shown: list[str]) -> str:
     embedded, large = (block for block in shown if block.startswith("|  | original | default |"))
     return (
         "## Inference (`python benchmarks/inference.py`)\n\n"
-        "The default setting beside the original way: DDPM, 100 steps, guidance at every step. Both samplers add\n"
-        "noise on their way, so whether they draw alike is asked of all pictures together, from noise of their own:\n"
-        "CMMD, 0 for pictures of one kind.\n"
-        f"On the embedded base, {result['embedded']['pictures']} pictures:\n\n{embedded}\n\n"
+        "The default setting is compared with the original's way: DDPM, 100 steps, guidance at every step. Both\n"
+        "samplers are stochastic, so single pictures cannot be compared. CMMD compares all pictures together,\n"
+        "generated from different noise; it is 0 for two sets of the same kind.\n\n"
+        f"On the bundled base, {result['embedded']['pictures']} pictures:\n\n{embedded}\n\n"
         f"At Stable Diffusion 1.5's size, {result['sd15_size']['resolution']} px, "
         f"scaled from {result['sd15_size']['timed_steps']} steps:\n\n{large}"
     )
@@ -97,11 +101,11 @@ def data(result: dict[str, Any], shown: list[str]) -> str:
         )
         for row in result["cleaning"]
     ]
-    rows.append((f"download / bare loop, {download['files']:,} files", f"{download['ratio']:.2f}", "1.5"))
+    rows.append((f"download / bare HTTP loop, {download['files']:,} files", f"{download['ratio']:.2f}", "1.5"))
     rows.append((f"near-duplicates among {hashes['hashes']:,} hashes", f"{hashes['seconds']:.1f} s", "60 s"))
     (faults,) = (block for block in shown if block.startswith("| planted |"))
     return (
-        f"## Data (`python benchmarks/data.py`)\n\n{table(rows)}\n\nFaults planted in the embedded sample:\n\n{faults}"
+        f"## Data (`python benchmarks/data.py`)\n\n{table(rows)}\n\nFaults planted in the bundled sample:\n\n{faults}"
     )
 
 
@@ -110,7 +114,7 @@ def using(result: dict[str, Any]) -> str:
         ("`bestiary --help`", f"{result['help_s']:.2f} s", "0.5 s"),
         (
             "`bestiary generate` to the first picture",
-            f"{result['generate_s']:.1f} s, {result['import_s']:.1f} s of it imports",
+            f"{result['generate_s']:.1f} s, of which {result['import_s']:.1f} s for imports",
             "8 s",
         ),
         ("growth of the page's memory over 50 pictures", f"{100 * result['page_growth']:.2f} %", "5 %"),
@@ -131,8 +135,8 @@ def tracking(result: dict[str, Any]) -> str:
     rows.append(("`bestiary lineage` among 1,000 runs", f"{result['lineage_s']:.2f} s", "2 s"))
     return (
         "## Recording (`python benchmarks/tracking.py`)\n\n"
-        "What a stage waits for its recorder, which works in a process beside it; "
-        f"the training is cut to {result['training_steps']} steps.\n\n{table(rows)}"
+        "The time for which a stage waits for its recorder, which works in a separate process. "
+        f"The training is cut to {result['training_steps']} steps.\n\n{table(rows)}"
     )
 
 

@@ -1,8 +1,8 @@
-"""Draw the embedded sample: 16 class folders of 40 pictures as they come from the web, planted faults included.
+"""Draw the embedded sample: 16 class folders of 40 pictures with the faults that web data sets have.
 
     python tools/make_samples.py
 
-What was planted is written to tests/data/planted_faults.csv, so that a test can hold the cleaning to it.
+The planted faults are listed in tests/data/planted_faults.csv, and tests check that cleaning finds them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ERROR_PAGE = b"<!DOCTYPE html>\n<html><head><title>404 Not Found</title></head><
     show_default=False,
 )
 def main(out: Path, record: Path) -> None:
-    """Draw the pictures, plant the faults, write down where."""
+    """Draw the pictures, plant the faults, and write the list of faults."""
     if out.exists():
         shutil.rmtree(out)
     for number, animal in enumerate(tqdm(ANIMALS, desc="samples", unit="class")):
@@ -59,10 +59,10 @@ def main(out: Path, record: Path) -> None:
 
 
 def plant(out: Path, rng: np.random.Generator) -> list[tuple[str, str, str]]:
-    """Put each kind of fault into the folders; gives (path, kind, the path it copies or "")."""
+    """Plant each kind of fault in the folders; return (path, kind, the path it copies or "") of each."""
     planted: list[tuple[str, str, str]] = []
     originals = sorted(path for path in out.rglob("*.jpg"))
-    rng.shuffle(originals)  # type: ignore[arg-type]
+    rng.shuffle(originals)
 
     def put(source: Path, fault: str, data: bytes, suffix: str = ".jpg", copies: bool = False) -> None:
         path = source.with_name(f"{source.parent.name}_{len(planted) + PICTURES_PER_CLASS:03d}{suffix}")
@@ -87,7 +87,7 @@ def plant(out: Path, rng: np.random.Generator) -> list[tuple[str, str, str]]:
         source = out / animal / "x"
         if fault == "exif_rotated":
             exif = Image.Exif()
-            exif[0x0112] = 6  # shown turned by 90 degrees
+            exif[0x0112] = 6  # orientation: viewers rotate it by 90 degrees
             buffer = io.BytesIO()
             drawn.transpose(Image.Transpose.ROTATE_90).save(buffer, "JPEG", quality=92, exif=exif)
             put(source, fault, buffer.getvalue())

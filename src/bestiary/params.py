@@ -109,15 +109,17 @@ class Encode(Section):
 
 
 class Train(Section):
+    """How to train. `batch_size` counts the images of one optimizer step, over all processes and accumulated parts."""
+
     rank: int = Positive
     alpha: float = Positive
     dropout: float = Fraction
-    targets: list[str] = Field(min_length=1)
+    targets: list[str] = Field(min_length=1)  # names of the UNet's modules
     use_rslora: bool
     use_dora: bool
     caption_dropout: float = Fraction
     min_snr_gamma: float | None = Field(gt=0)
-    huber_c: float | None = Field(gt=0)
+    huber_c: float | None = Field(gt=0)  # None: squared error
     noise_offset: float = Field(ge=0)
     timestep_sampling: Literal["uniform", "stratified", "importance"]
     max_grad_norm: float = Positive
@@ -128,20 +130,26 @@ class Train(Section):
     gradient_checkpointing: bool
     compile: bool  # torch.compile
     optimizer: Literal["adamw", "adamw8bit"]
-    criterion: Literal["val_loss", "clip_score"]
-    patience: int | None = Field(gt=0)
+    criterion: Literal["val_loss", "clip_score"]  # chooses the best step
+    patience: int | None = Field(gt=0)  # validations without an improvement of min_delta after which training stops
     min_delta: float = Field(ge=0)
-    checkpoint_seconds: float = Field(ge=0)  # between two checkpoints, at least
+    checkpoint_seconds: float = Field(ge=0)  # the least time between two checkpoints
     steps: int = Positive
     batch_size: int = Positive
     learning_rate: float = Positive
     warmup_steps: int = Field(ge=0)
-    validate_every: int = Positive
-    sheet_animals: int = Positive
-    sheet_seeds: int = Positive  # pictures an animal for the CLIP score at a validation
+    validate_every: int = Positive  # steps
+    sheet_animals: int = Positive  # classes that are drawn at a validation
+    sheet_seeds: int = Positive  # pictures of each of them, for the CLIP score
     sheet_steps: int = Positive
     sheet_guidance_scale: float = Field(ge=1.0)
-    keep_checkpoints: bool  # the adapter of every validation, for evaluate.sweep
+    keep_checkpoints: bool  # keep the adapter of every validation, for evaluate.sweep
+
+    def sheet_sampling(self, side: int) -> Sampling:
+        """How the pictures of a validation are drawn, at `side` pixels a side."""
+        return Sampling(
+            "dpmsolver++", steps=self.sheet_steps, guidance_scale=self.sheet_guidance_scale, width=side, height=side
+        )
 
 
 class Sweep(Section):

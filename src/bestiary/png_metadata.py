@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,11 +20,17 @@ MAX_SEED = 2**64
 
 
 @dataclass(frozen=True)
-class PictureSettings:
-    """Everything that decides a picture's pixels on one machine. The sampling names its width and height.
+class Colours:
+    """Factors that a finished picture is adjusted by; 1.0 leaves it as it was drawn."""
 
-    contrast, saturation and brightness are factors, 1.0 for the picture as it was drawn.
-    """
+    contrast: float = 1.0
+    saturation: float = 1.0
+    brightness: float = 1.0
+
+
+@dataclass(frozen=True)
+class PictureSettings:
+    """Everything that decides a picture's pixels on one machine. The sampling names its width and height."""
 
     prompt: str
     seed: int
@@ -33,23 +39,22 @@ class PictureSettings:
     base_revision: str | None
     adapter: str | None
     adapter_sha256: str | None
-    contrast: float = 1.0
-    saturation: float = 1.0
-    brightness: float = 1.0
+    colours: Colours = Colours()
 
     def to_dict(self) -> dict[str, object]:
         """The settings in one flat table, ready for JSON."""
+        stored = to_stored(self.sampling)
+        interval = stored.pop("guidance_interval")
         return {
             "prompt": self.prompt,
             "seed": self.seed,
-            **to_stored(self.sampling),
+            **stored,
             "base": self.base,
             "base_revision": self.base_revision,
             "adapter": self.adapter,
             "adapter_sha256": self.adapter_sha256,
-            "contrast": self.contrast,
-            "saturation": self.saturation,
-            "brightness": self.brightness,
+            **asdict(self.colours),
+            "guidance_interval": interval,  # last, as in the first files, so that a redrawn picture has the same bytes
         }
 
 
@@ -58,10 +63,11 @@ def write_png(image: Image, settings: PictureSettings) -> bytes:
     from PIL.ImageEnhance import Brightness, Color, Contrast
     from PIL.PngImagePlugin import PngInfo
 
+    colours = settings.colours
     for enhance, factor in (
-        (Contrast, settings.contrast),
-        (Color, settings.saturation),
-        (Brightness, settings.brightness),
+        (Contrast, colours.contrast),
+        (Color, colours.saturation),
+        (Brightness, colours.brightness),
     ):
         if factor != 1.0:
             image = enhance(image).enhance(factor)
@@ -141,19 +147,16 @@ class _StoredSettings(StoredSampling):
             base_revision=self.base_revision,
             adapter=self.adapter,
             adapter_sha256=self.adapter_sha256,
-            contrast=self.contrast,
-            saturation=self.saturation,
-            brightness=self.brightness,
+            colours=Colours(self.contrast, self.saturation, self.brightness),
         )
 
 
 def _can_be_drawn(settings: PictureSettings) -> bool:
     sampling = settings.sampling
-    colours = (settings.contrast, settings.saturation, settings.brightness)
     return (
         sampling.is_possible
         and sampling.width is not None
         and sampling.height is not None
         and 0 <= settings.seed < MAX_SEED
-        and all(0.1 <= colour <= 3 for colour in colours)
+        and all(0.1 <= colour <= 3 for colour in asdict(settings.colours).values())
     )

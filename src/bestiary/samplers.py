@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal, get_args
 
 SamplerName = Literal["ddpm", "ddim", "dpmsolver++", "dpmsolver++karras", "dpmsolver++sde", "unipc", "euler", "lcm"]
 # Noise levels (low, high]: only the steps inside are guided (arXiv:2404.07724).
 GuidanceInterval = tuple[float, float]
-MAX_STEPS, MIN_SIDE, MAX_SIDE, MAX_GUIDANCE_SCALE = 1000, 8, 4096, 50.0
+MAX_STEPS, MIN_SIDE, MAX_SIDE, MAX_GUIDANCE_SCALE = 1000, 8, 4096, 50
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,27 @@ class Sampling:
             and all(side is None or MIN_SIDE <= side <= MAX_SIDE for side in (self.width, self.height))
             and math.isfinite(self.adapter_weight)
         )
+
+
+@dataclass(frozen=True)
+class SamplingChanges:
+    """What a request changes of the default sampling; None leaves a value as it is."""
+
+    sampler: str | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    guidance_interval: GuidanceInterval | None = None
+    width: int | None = None
+    height: int | None = None
+
+    def apply(self, sampling: Sampling) -> Sampling:
+        """The sampling with these changes.
+
+        >>> SamplingChanges(steps=4).apply(Sampling("ddim", steps=10)).steps
+        4
+        """
+        given = {each.name: value for each in fields(self) if (value := getattr(self, each.name)) is not None}
+        return replace(sampling, **given)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What every stage does the same way: read params.yaml, open its MLflow run, write its report, fail in one sentence."""
+"""What every pipeline stage has in common: typed parameters, an MLflow run, a report, and one-line errors."""
 
 from __future__ import annotations
 
@@ -10,69 +10,121 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, TypeAlias
 
 import yaml
 
 from bestiary.errors import BestiaryError
 from bestiary.files import project_root, write_atomically
 from bestiary.params import Model, Params, load_params
-from bestiary.tracking import Run, content_hash, open_run, switched_off
+from bestiary.tracking.content import content_hash
+from bestiary.tracking.runs import Run, open_run
 
+# reports/<stage>.json is everything that a stage reports. Git ignores it, because seconds and memory differ every time.
+# reports/metrics/<stage>.json has the results alone. Git and DVC track it, and later stages read it.
 REPORTS = Path("reports")
-CACHE = project_root() / ".cache"  # unfinished work; an experiment's own copy of the project goes when it fails
-NOT_METRICS = {"per_class", "per_template"}  # hundreds of numbers: they stay in the report and its plots
+METRICS = REPORTS / "metrics"
+# Unfinished work. Relative to the project's root, as StageRun.hold resolves it: DVC deletes the copy of the project
+# that a queued experiment runs in, but the work must survive it.
+CACHE = Path(".cache")
+NOT_METRICS = {"per_class", "per_template"}  # hundreds of numbers each: they stay in the report and its plots
+
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
+
+
+# ---- running a stage ----
+
+
+@contextlib.contextmanager
+def stage(name: str) -> Iterator[tuple[Params, StageRun]]:
+    """Run the body as the stage `name`, with the typed parameters and its MLflow run. The working folder is a project.
+
+    The run carries the parameters that dvc.yaml lists for the stage, and DVC's content hashes of its dependencies and
+    outputs. Outputs below reports/ are stored with the run. A user's mistake ends in one line on standard error and
+    exit status 1. When `accelerate launch` starts several processes, only the first one opens a run.
+    """
+    with _one_line_errors(name):
+        params = load_params()
+        definition = _read_definition(name)
+        if missing := [path for path in definition.deps if not Path(path).exists()]:
+            raise BestiaryError(
+                f"{', '.join(missing)} does not exist. `dvc repro {name}` runs the stages before this one."
+            )
+        if os.environ.get("RANK", "0") != "0":
+            yield params, StageRun(name, None)
+            return
+        settings = _settings_of(definition, params)
+        # The locks come first, so that they are released last, when the run is in MLflow.
+        with contextlib.ExitStack() as locks, open_run(name, settings, definition.deps, _pipeline_key(params)) as run:
+            yield params, StageRun(name, run, locks)
+            run.log_outputs([*definition.outs, *definition.metrics])
+            for out in definition.outs:
+                if Path(out).parts[0] == REPORTS.name and Path(out).exists():
+                    run.log_artifact(out, Path(out).name)
 
 
 class StageRun:
-    """A stage's MLflow run, and its report; of `accelerate launch`'s processes only the first has and writes them."""
+    """A running stage: its MLflow run and its report.
 
-    def __init__(self, stage: str, run: Run | None) -> None:
+    Of the processes that `accelerate launch` starts, only the first (`is_main`) has a run and writes the report; in the
+    others the methods that log or write do nothing.
+    """
+
+    def __init__(self, stage: str, run: Run | None, locks: contextlib.ExitStack | None = None) -> None:
         self.stage = stage
         self.mlflow = run
         self.is_main = run is not None
-        self.held: list[IO[str]] = []
+        self._locks = locks or contextlib.ExitStack()
 
     @property
     def id(self) -> str:
-        """MLflow's id of the run. Asking waits until MLflow has started."""
+        """MLflow's id of the run. Waits until MLflow has started.
+
+        Raises BestiaryError in a process without a run, or when MLflow cannot be used.
+        """
         if self.mlflow is None:
-            raise BestiaryError(f"{self.stage} runs as one process: start it without accelerate launch.")
+            raise BestiaryError(f"{self.stage} cannot run in several processes. Start it without accelerate launch.")
         return self.mlflow.id
 
     def hold(self, folder: Path) -> Path:
-        """`folder` of CACHE, for this run alone until it ends: experiments side by side may be at the same work."""
+        """Lock `folder`, a path below CACHE, until the stage ends. Returns the folder's absolute path.
+
+        Experiments that run side by side may do the same work; then the second one waits for the first.
+        Raises BestiaryError instead of waiting when the stage runs in several processes.
+        """
         from bestiary.diffusion.base import processes
 
+        folder, cache = project_root() / folder, project_root() / CACHE
         if self.is_main:
-            lock = CACHE / "locks" / "-".join(folder.relative_to(CACHE).parts)
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            self.held.append(lock.open("w"))
+            path = cache / "locks" / "-".join(folder.relative_to(cache).parts)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = self._locks.enter_context(path.open("w"))
             try:
-                fcntl.flock(self.held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if processes().num_processes > 1:  # the others' patience has an end, and their launcher's
-                    raise BestiaryError("Another run is at the same: try again when it has ended.") from None
-                print(f"{self.stage}: waiting for another run that is at the same.", file=sys.stderr)
-                fcntl.flock(self.held[-1], fcntl.LOCK_EX)
+                if processes().num_processes > 1:  # the other processes, and their launcher, would time out
+                    raise BestiaryError("Another run is already doing this work. Try again when it finishes.") from None
+                print(f"{self.stage}: another run is already doing this work. Waiting for it.", file=sys.stderr)
+                fcntl.flock(lock, fcntl.LOCK_EX)
         processes().wait_for_everyone()
         return folder
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log numbers by name, at a step when they are points of a curve."""
+        """Log numbers by name. Give a step when they are points of a curve."""
         if self.mlflow:
             self.mlflow.log_metrics(metrics, step)
 
     def log_artifact(self, path: Path | str, folder: str | None = None) -> None:
-        """Keep a copy of a file, or of a folder's files, with the run."""
+        """Store a copy of a file, or of the files in a folder, with the run."""
         if self.mlflow:
             self.mlflow.log_artifact(path, folder)
 
     def log_image(self, path: Path | str, name: str, step: int) -> None:
-        """Keep a picture of a step, which MLflow shows as a series."""
+        """Store a picture of one step; MLflow shows those of one name as a series."""
         if self.mlflow:
             self.mlflow.log_image(path, name, step)
 
@@ -81,47 +133,29 @@ class StageRun:
         if self.mlflow:
             self.mlflow.set_tags(tags)
 
-    def report(self, content: Mapping[str, Any]) -> None:
-        """Write `reports/<stage>.json`, whole or not at all, and log its numbers as metrics.
+    def report(self, results: Mapping[str, object], costs: Mapping[str, object] | None = None) -> None:
+        """Write the results to `reports/metrics/<stage>.json`, and both to `reports/<stage>.json` and to MLflow.
 
-        Raises BestiaryError when a number is not finite.
+        Results are what the same inputs give again on the same machine; costs are seconds, memory and speed. Each file
+        is written completely or not at all. Raises BestiaryError when a number is not finite.
         """
         if self.mlflow is None:
             return
         path = REPORTS / f"{self.stage}.json"
-        plain = _plain(content, str(path))
-        write_atomically(path, (json.dumps(plain, indent=2, ensure_ascii=False) + "\n").encode())
-        self.mlflow.log_summary(dict(_numbers(plain)))
+        everything = {**results, **(costs or {})}
+        report = {str(key): _to_json(value, f"{path}: {key}") for key, value in everything.items()}
+        for file, keys in ((path, report), (METRICS / path.name, results)):
+            content = json.dumps({key: report[key] for key in keys}, indent=2, ensure_ascii=False)
+            write_atomically(file, f"{content}\n".encode())
+        self.mlflow.log_summary(dict(_metrics_of(report)))
         self.log_artifact(path)
 
 
 @contextlib.contextmanager
-def stage(name: str) -> Iterator[tuple[Params, StageRun]]:
-    """Run a stage's body with the typed parameters and its MLflow run.
-
-    The run carries the parameters that dvc.yaml names for the stage and DVC's content hashes of all that it reads and
-    makes; pictures and tables it leaves below reports/ are kept with it. What a user caused ends in one sentence and
-    exit status 1. Of the processes that `accelerate launch` starts, only the first opens a run.
-    """
+def _one_line_errors(name: str) -> Iterator[None]:
+    """Print what a user can put right as one line and exit; let every other exception through."""
     try:
-        params = load_params()
-        definition = _definition(name)
-        missing = [path for path in definition.get("deps", []) if not Path(path).exists()]
-        if missing:
-            raise BestiaryError(f"{', '.join(missing)} does not exist; `dvc repro {name}` makes what comes before.")
-        if os.environ.get("RANK", "0") != "0":
-            yield params, StageRun(name, None)
-            return
-        inputs = definition.get("deps", [])
-        with open_run(name, _section(params, definition), inputs, _pipeline_key(params)) as run:
-            yield params, StageRun(name, run)
-            outs = _paths(definition.get("outs", []))
-            made = [*outs, *_paths(definition.get("metrics", []))]
-            if not switched_off():
-                run.log_outputs({path: content_hash(Path(path)) for path in made if Path(path).exists()})
-            for out in outs:
-                if Path(out).parts[0] == REPORTS.name and Path(out).exists():
-                    run.log_artifact(out, Path(out).name)
+        yield
     except BestiaryError as error:
         print(f"{name}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
@@ -131,13 +165,19 @@ def stage(name: str) -> Iterator[tuple[Params, StageRun]]:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        print(f"{name}: no space is left for {error.filename or 'its files'}.", file=sys.stderr)
+        print(f"{name}: the disk is full; {error.filename or 'a file'} cannot be written.", file=sys.stderr)
         raise SystemExit(1) from None
 
 
-def read_report(name: str) -> dict[str, Any]:
-    """What a stage before wrote to `reports/<name>.json`. Raises BestiaryError when it is damaged."""
-    path = REPORTS / f"{name}.json"
+# ---- what a stage reads ----
+
+
+def read_report(name: str) -> dict[str, Any]:  # JSON, which its reader knows better
+    """The results that an earlier stage wrote to `reports/metrics/<name>.json`.
+
+    Raises BestiaryError when it is missing or damaged.
+    """
+    path = METRICS / f"{name}.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -148,59 +188,59 @@ def read_report(name: str) -> dict[str, Any]:
 
 
 def content_of(model: Model) -> str:
-    """What changes when a model does: the content of a folder, the id and revision of one from the hub."""
+    """Text that changes when the model does: a folder's content hash, or the id and revision of a model on the hub.
+
+    >>> content_of(Model(model="openai/clip-vit-base-patch32", revision="3d74acf"))
+    'openai/clip-vit-base-patch32@3d74acf'
+    """
     folder = Path(model.model)
     return content_hash(folder) if folder.is_dir() else f"{model.model}@{model.revision}"
 
 
-def _definition(name: str) -> dict[str, Any]:
-    stages: dict[str, dict[str, Any]] = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    return stages[name]
+@dataclass(frozen=True)
+class _Definition:
+    """What dvc.yaml says about a stage: paths, and the keys of params.yaml that the stage depends on."""
+
+    deps: list[str]
+    params: list[str]
+    outs: list[str]
+    metrics: list[str]
 
 
-def _paths(entries: list[str | dict[str, Any]]) -> list[str]:
-    """dvc.yaml names a file, or a file with its options."""
+def _read_definition(name: str) -> _Definition:
+    fields = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"][name]
+    return _Definition(*(_names(fields.get(field, [])) for field in ("deps", "params", "outs", "metrics")))
+
+
+def _names(entries: Iterable[str | Mapping[str, object]]) -> list[str]:
+    """The paths of a list in dvc.yaml, whose entries are either `path` or `path: {options}`."""
     return [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
 
 
-def _section(params: Params, definition: Mapping[str, Any]) -> dict[str, Any]:
-    """The stage's own parameters, flat: `clean.min_side`; a profile's keys under the names they have once applied."""
-    known = params.model_dump(by_alias=True)
-    names = {key.rpartition(".")[2] for key in definition.get("params", [])} | {"profile"}
-    return dict(_flat({name: known[name] for name in known if name in names}))
+def _settings_of(definition: _Definition, params: Params) -> dict[str, object]:
+    """The stage's parameters by flat keys such as `clean.min_side`, those of the profile and the recipe included."""
+    sections = params.model_dump(by_alias=True)
+    wanted = {key.rpartition(".")[2] for key in definition.params} | {"profile"}
+    return dict(_flatten({name: section for name, section in sections.items() if name in wanted}))
 
 
 def _pipeline_key(params: Params) -> str:
-    """One hash of what decides a pipeline's result: all parameters, the data, the stages."""
+    """A hash of everything that decides the pipeline's result: all parameters, the data and dvc.yaml."""
     data = Path("data.dvc")
     outs = yaml.safe_load(data.read_text(encoding="utf-8"))["outs"] if data.is_file() else []
     parts = [params.model_dump(by_alias=True), [out.get("md5") for out in outs], Path("dvc.yaml").read_text("utf-8")]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+# ---- reports ----
+
+
+def _to_json(value: object, where: str) -> Json:
+    """`value` in JSON's types; NumPy's numbers become Python's. `where` names the value in errors."""
     if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, value
-
-
-def _numbers(report: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    for key, value in _flat({key: value for key, value in report.items() if key not in NOT_METRICS}):
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            yield key, float(value)
-        elif key.endswith("ci95"):
-            yield f"{key}.low", value[0]
-            yield f"{key}.high", value[1]
-
-
-def _plain(value: Any, where: str) -> Any:
-    """`value` in JSON's own types, NumPy's numbers included, refusing what is not finite."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner, f"{where}: {key}") for key, inner in value.items()}
+        return {str(key): _to_json(inner, f"{where}: {key}") for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(inner, where) for inner in value]
+        return [_to_json(inner, where) for inner in value]
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, Integral):
@@ -209,4 +249,23 @@ def _plain(value: Any, where: str) -> Any:
         if not math.isfinite(value):
             raise BestiaryError(f"{where} is not a finite number.")
         return float(value)
-    raise TypeError(f"{where} holds a {type(value).__name__}")
+    raise TypeError(f"{where} is a {type(value).__name__}, which JSON cannot hold")
+
+
+def _metrics_of(report: Mapping[str, Json]) -> Iterator[tuple[str, float]]:
+    """The report's numbers by flat keys, for MLflow; the bounds of a confidence interval are two metrics."""
+    for key, value in _flatten({key: value for key, value in report.items() if key not in NOT_METRICS}):
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield key, float(value)
+        elif key.endswith("ci95") and isinstance(value, list):
+            for bound, number in zip(("low", "high"), value, strict=True):
+                yield f"{key}.{bound}", float(number)
+
+
+def _flatten(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """The leaves of nested mappings, each with the keys that lead to it joined by dots."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value

@@ -1,4 +1,4 @@
-"""The 100 animals of the dataset and their words: class folder, English name, Chinese name, captions."""
+"""Subjects: what a class folder shows, its names and captions, and the table of the 100 animals."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Subject:
-    """One animal: its class folder, its English name in the singular, its Chinese name."""
+    """What one class folder shows: the folder, the English name in the singular, the Chinese name."""
 
     folder: str
     name: str
@@ -17,11 +17,11 @@ class Subject:
 
     @property
     def with_article(self) -> str:
-        """The name behind its indefinite article: "an antelope"."""
+        """The name with its indefinite article: "an antelope"."""
         return f"{_article(self.name)} {self.name}"
 
 
-# Folder name as in the dataset, English name where it differs, Chinese name.
+# The dataset's folder name, the English name where it differs, and the Chinese name.
 _TABLE = """
 antelope 羚羊|badger 獾|bat 蝙蝠|bear 熊|bee 蜜蜂|beetle 甲虫|bison 野牛|boar 野猪|butterfly 蝴蝶|camel 骆驼
 capybara 水豚|cat 猫|caterpillar 毛毛虫|chimpanzee 黑猩猩|cockroach 蟑螂|cow 奶牛|coyote 郊狼|crab 螃蟹
@@ -47,7 +47,7 @@ def _parse(entry: str) -> Subject:
 
 ANIMALS: tuple[Subject, ...] = tuple(_parse(entry) for line in _TABLE.split("\n") if line for entry in line.split("|"))
 
-# `{}` takes the animal with its article, `{name}` the bare name behind an adjective, which has the article then.
+# `{}` stands for the subject with its article, `{name}` for the bare name after an adjective.
 CAPTION_TEMPLATES: tuple[str, ...] = (
     "a photo of {}",
     "a high quality image of {}",
@@ -62,39 +62,49 @@ _BY_FOLDER = {animal.folder: animal for animal in ANIMALS}
 
 
 def subject_of(folder: str) -> Subject:
-    """The animal of a class folder; a folder outside the 100 is somebody's own subject, named after its folder."""
+    """Return the subject of a class folder: one of the 100 animals, or else a subject named after the folder.
+
+    >>> subject_of("ladybugs").with_article, subject_of("my_red-panda").name
+    ('a ladybug', 'my red panda')
+    """
     name = re.sub(r"[_\-\s]+", " ", folder).strip() or folder
     return _BY_FOLDER.get(folder) or Subject(folder, name, name)
 
 
 def find_subject(text: str) -> tuple[Subject, list[str] | None]:
-    """The animal that `text` names in English, in Chinese or by its class folder, in any letter case; and None.
+    """Return the animal that `text` names in English, in Chinese or by its folder, in any letter case, and None.
 
-    Anything else is an animal of that very name, and with it come the names of the 100 that may have been meant, at
-    most three.
+    For any other text, return a subject of exactly that name, and up to three of the 100 animals that may be meant.
+
+    >>> find_subject("a Tiger")
+    (Subject(folder='tiger', name='tiger', chinese='老虎'), None)
+    >>> find_subject("tigr")
+    (Subject(folder='tigr', name='tigr', chinese='tigr'), ['tiger'])
     """
     name = re.sub(r"(?i)^(an?|the)\s+", "", " ".join(text.split()))
     wanted = name.casefold()
     for animal in ANIMALS:
         if wanted in (animal.name, animal.folder, animal.chinese):
             return animal, None
-    near = difflib.get_close_matches(wanted[:100], [animal.name for animal in ANIMALS], n=3)
-    near = near or [animal.chinese for animal in ANIMALS if set(animal.chinese) & set(wanted)][:3]
-    return Subject(name, name, name), near
+    similar = difflib.get_close_matches(wanted[:100], [animal.name for animal in ANIMALS], n=3)
+    similar = similar or [animal.chinese for animal in ANIMALS if set(animal.chinese) & set(wanted)][:3]
+    return Subject(name, name, name), similar
 
 
-def caption(animal: Subject, template: str) -> str:
-    """`template` about `animal`, in right English.
+def caption(subject: Subject, template: str) -> str:
+    """Fill `template` with `subject`: `{}` becomes the name with its article, `{name}` the bare name.
 
-    `{}` becomes the animal with its article, in place of one that stands before it ("a photo of a {}" is well meant);
-    `{name}` becomes the bare name ("a cute {name}").
+    An article before `{}` is replaced, so "a photo of a {}" works too.
+
+    >>> [caption(subject_of("owl"), template) for template in ("a photo of {}", "a photo of a {}", "a cute {name}")]
+    ['a photo of an owl', 'a photo of an owl', 'a cute owl']
     """
-    filled = re.sub(r"(?i:\ban? )?\{\}", lambda _: animal.with_article, template)
-    return filled.replace("{name}", animal.name)
+    filled = re.sub(r"(?i:\ban? )?\{\}", lambda _: subject.with_article, template)
+    return filled.replace("{name}", subject.name)
 
 
 def _article(name: str) -> str:
-    # By sound: a unicorn, a European robin, an hour.
+    # The sound decides: a unicorn, a European robin, an hour.
     if re.match(r"(?i)(uni(?!m|n)|eu|ewe|one\b)", name):
         return "a"
     return "an" if re.match(r"(?i)[aeiou]|hour|heir|honest", name) else "a"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.archives import ARCHIVE_KINDS, make_archive
 
 from bestiary.data import archives
 from bestiary.data.archives import kind_of, unpack
@@ -19,14 +20,12 @@ from bestiary.errors import BestiaryError
 HOSTILE = ["../outside.jpg", "cat/../../outside.jpg", "/tmp/outside.jpg", "C:\\outside.jpg", "cat\\..\\..\\outside.jpg"]
 
 
-def everything_below(folder: Path) -> set[str]:
+def files_below(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def zip_with(path: Path, files: dict[str, bytes]) -> Path:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in files.items():
-            archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
+def archive_with(path: Path, files: dict[str, bytes]) -> Path:
+    path.write_bytes(make_archive("".join(path.suffixes), files))
     return path
 
 
@@ -37,8 +36,8 @@ def tar_with(path: Path, members: list[tarfile.TarInfo]) -> Path:
     return path
 
 
-def test_files_come_out_with_their_paths_and_bytes(tmp_path: Path) -> None:
-    path = zip_with(tmp_path / "a.zip", {"Animal/cat/1.jpg": b"one", "Animal/cat/2 图.jpg": b"two"})
+def test_files_keep_their_paths_and_bytes(tmp_path: Path) -> None:
+    path = archive_with(tmp_path / "a.zip", {"Animal/cat/1.jpg": b"one", "Animal/cat/2 图.jpg": b"two"})
     files, refused = unpack(path, tmp_path / "out", ".zip")
     assert {name: file.read_bytes() for name, file in files} == {
         "Animal/cat/1.jpg": b"one",
@@ -49,14 +48,14 @@ def test_files_come_out_with_their_paths_and_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_paths_that_lead_outside_are_refused(tmp_path: Path, name: str) -> None:
-    zipped = zip_with(tmp_path / "a.zip", {name: b"evil", "cat/good.jpg": b"good"})
+    zipped = archive_with(tmp_path / "a.zip", {name: b"evil", "cat/good.jpg": b"good"})
     tarred = tar_with(tmp_path / "a.tar.gz", [_member(name), _member("cat/good.jpg")])
-    before = everything_below(tmp_path)
+    before = files_below(tmp_path)
     for path, kind in ((zipped, ".zip"), (tarred, ".tar.gz")):
         files, refused = unpack(path, tmp_path / "out" / kind, kind)
         assert [name for name, _ in files] == ["cat/good.jpg"]
         assert len(refused) == 1
-    assert all(path.startswith("out/") for path in everything_below(tmp_path) - before)
+    assert all(path.startswith("out/") for path in files_below(tmp_path) - before)
 
 
 def _member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", size: int = 3) -> tarfile.TarInfo:
@@ -87,7 +86,7 @@ def test_a_link_in_a_zip_is_refused(tmp_path: Path) -> None:
     assert unpack(tmp_path / "a.zip", tmp_path / "out", ".zip") == ([], ["cat/link.jpg"])
 
 
-def test_strange_names_do_no_harm(tmp_path: Path) -> None:
+def test_files_with_strange_or_equal_names_are_all_unpacked(tmp_path: Path) -> None:
     names = ["cat/a\nb.jpg", "cat/" + "x" * 300 + ".jpg", "cat/con", "cat/A.jpg", "cat/a.jpg", "cat/ .jpg"]
     tarred = tar_with(tmp_path / "a.tar.gz", [_member(name) for name in [*names, "cat/a.jpg"]])
     files, _ = unpack(tarred, tmp_path / "out", ".tar.gz")
@@ -95,16 +94,16 @@ def test_strange_names_do_no_harm(tmp_path: Path) -> None:
     assert len({file for _, file in files}) == 7
 
 
-def test_a_bomb_is_defused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bomb_is_refused_and_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archives, "MAX_RATIO_BELOW", 2**20)
-    path = zip_with(tmp_path / "a.zip", {f"cat/{number}.jpg": bytes(2**20) for number in range(40)})
-    with pytest.raises(BestiaryError, match="bomb"):
+    path = archive_with(tmp_path / "a.zip", {f"cat/{number}.jpg": bytes(2**20) for number in range(40)})
+    with pytest.raises(BestiaryError, match=r"a\.zip is a bomb"):
         unpack(path, tmp_path / "out", ".zip")
-    assert everything_below(tmp_path) == {"a.zip"}
+    assert files_below(tmp_path) == {"a.zip"}
 
 
 @pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
-def test_a_tar_whose_names_are_the_bomb_is_not_read_into_memory(tmp_path: Path, kind: bytes) -> None:
+def test_a_tar_bomb_in_its_names_is_not_read_into_memory(tmp_path: Path, kind: bytes) -> None:
     name = tarfile.TarInfo("././@LongLink")
     name.type, name.size = kind, 64 * 2**20
     with gzip.open(tmp_path / "a.tar.gz", "wb") as archive:
@@ -112,7 +111,7 @@ def test_a_tar_whose_names_are_the_bomb_is_not_read_into_memory(tmp_path: Path, 
         archive.write(b"x" * name.size)
     tracemalloc.start()
     try:
-        with pytest.raises(BestiaryError, match=r"a\.tar\.gz cannot be unpacked: it is a bomb"):
+        with pytest.raises(BestiaryError, match=r"a\.tar\.gz.*bomb"):
             unpack(tmp_path / "a.tar.gz", tmp_path / "out", ".tar.gz")
         assert tracemalloc.get_traced_memory()[1] < 2**24
     finally:
@@ -128,10 +127,10 @@ def test_long_names_in_a_tar_are_read(tmp_path: Path) -> None:
         assert [path for path, _ in unpack(tmp_path / "a.tar", tmp_path / str(form), ".tar")[0]] == [name]
 
 
-def test_there_is_a_limit_to_all_files_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = zip_with(tmp_path / "a.zip", {f"cat/{number}.jpg": b"12345" for number in range(4)})
+def test_the_size_of_all_files_together_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = archive_with(tmp_path / "a.zip", {f"cat/{number}.jpg": b"12345" for number in range(4)})
     monkeypatch.setattr(archives, "MAX_BYTES", 16)
-    with pytest.raises(BestiaryError, match="bomb"):
+    with pytest.raises(BestiaryError, match=r"a\.zip is a bomb"):
         unpack(path, tmp_path / "out", ".zip")
     monkeypatch.setattr(archives, "MAX_BYTES", 20)
     assert len(unpack(path, tmp_path / "out", ".zip")[0]) == 4
@@ -146,14 +145,14 @@ member_name = st.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(names=st.lists(member_name, min_size=1, max_size=4), zipped=st.booleans())
-def test_whatever_the_names_nothing_is_written_outside(
+def test_no_name_makes_unpacking_write_outside_its_target(
     names: list[str], zipped: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("names")
     path = folder / ("a.zip" if zipped else "a.tar")
-    with contextlib.suppress(UnicodeEncodeError):  # a name that no archive can hold
+    with contextlib.suppress(UnicodeEncodeError):  # no archive can hold this name
         if zipped:
-            zip_with(path, dict.fromkeys(names, b"xxx"))
+            archive_with(path, dict.fromkeys(names, b"xxx"))
         else:
             with tarfile.open(path, "w") as archive:
                 for name in names:
@@ -163,46 +162,39 @@ def test_whatever_the_names_nothing_is_written_outside(
         unpack(path, folder / "inner" / "out", path.suffix)
     assert {entry.name for entry in folder.iterdir()} <= {path.name, "inner"}
     assert {entry.name for entry in (folder / "inner").iterdir()} <= {"out"}
-    assert all(part == "index.csv" or part.isdecimal() for part in everything_below(folder / "inner" / "out"))
+    assert all(part == "index.csv" or part.isdecimal() for part in files_below(folder / "inner" / "out"))
     assert set(Path("/").iterdir()) == before
 
 
-def test_there_is_a_limit_to_one_file_and_to_their_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = zip_with(tmp_path / "a.zip", {"cat/1.jpg": b"12345", "cat/2.jpg": b"12345"})
+def test_the_size_and_the_number_of_files_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = archive_with(tmp_path / "a.zip", {"cat/1.jpg": b"12345", "cat/2.jpg": b"12345"})
     monkeypatch.setattr(archives, "MAX_FILE_BYTES", 4)
-    with pytest.raises(BestiaryError, match="bomb"):
+    with pytest.raises(BestiaryError, match=r"a\.zip is a bomb"):
         unpack(path, tmp_path / "out", ".zip")
     monkeypatch.setattr(archives, "MAX_FILE_BYTES", 400)
     monkeypatch.setattr(archives, "MAX_FILES", 1)
-    with pytest.raises(BestiaryError, match="more than 1 files"):
+    with pytest.raises(BestiaryError, match=r"a\.zip holds more than 1 files"):
         unpack(path, tmp_path / "out", ".zip")
 
 
-@pytest.mark.parametrize("kind", [".zip", ".tar", ".tar.gz", ".tar.bz2", ".tar.xz"])
+@pytest.mark.parametrize("kind", ARCHIVE_KINDS)
 @pytest.mark.parametrize("share", [0.0, 0.5])
-def test_a_damaged_archive_is_said_in_one_sentence(tmp_path: Path, kind: str, share: float) -> None:
-    path = tmp_path / f"a{kind}"
-    if kind == ".zip":
-        zip_with(path, {f"cat/{number}.jpg": bytes(range(256)) * 40 for number in range(20)})
-    else:
-        with tarfile.open(path, f"w:{kind.removeprefix('.tar').removeprefix('.')}") as archive:
-            for number in range(20):
-                member = tarfile.TarInfo(f"cat/{number}.jpg")
-                member.size = 10240
-                archive.addfile(member, io.BytesIO(bytes(range(256)) * 40))
+def test_a_damaged_archive_is_named_and_leaves_no_files(tmp_path: Path, kind: str, share: float) -> None:
+    files = {f"cat/{number}.jpg": bytes(range(256)) * 40 for number in range(20)}
+    path = archive_with(tmp_path / f"a{kind}", files)
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(BestiaryError, match="cannot be unpacked"):
+    with pytest.raises(BestiaryError, match=rf"a{kind} cannot be unpacked"):
         unpack(path, tmp_path / "out", kind)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("kind", [".zip", ".tar", ".tar.gz"])
-def test_no_damage_raises_anything_else(tmp_path: Path, kind: str) -> None:
+def test_damage_raises_no_other_error(tmp_path: Path, kind: str) -> None:
     dice = random.Random(1)
     path = tmp_path / f"a{kind}"
     if kind == ".zip":
-        zip_with(path, {f"cat/{number} 图.jpg": dice.randbytes(200) for number in range(3)})
+        archive_with(path, {f"cat/{number} 图.jpg": dice.randbytes(200) for number in range(3)})
     else:
         tar_with(path, [_member(f"cat/{number} 图.jpg", size=200) for number in range(3)])
     whole = gzip.decompress(path.read_bytes()) if kind == ".tar" else path.read_bytes()
@@ -218,5 +210,5 @@ def test_no_damage_raises_anything_else(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("name", "kind"), [("a.ZIP", ".zip"), ("a.tar.gz", ".tar.gz"), ("a.tgz", ".tgz"), ("a.jpg", None), ("a.rar", None)]
 )
-def test_kinds_are_known_by_their_names(name: str, kind: str | None) -> None:
+def test_the_kind_of_an_archive_is_read_from_its_name(name: str, kind: str | None) -> None:
     assert kind_of(name) == kind

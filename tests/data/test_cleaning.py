@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from plant import NEAR, plant, recall, wrongly_dropped
+from support.planted_faults import NEAR, SAMPLE_FAULTS, faulty_paths, plant, recall
 
 from bestiary import params
-from bestiary.data.cleaning import Outcome, clean
+from bestiary.data.cleaning import JudgeFunction, Outcome, clean
+from bestiary.data.findings import Decision
 from bestiary.data.images import open_rgb
 from bestiary.errors import BestiaryError
 
@@ -30,15 +31,23 @@ SETTINGS = params.Clean(
 )
 
 
-def run(raw: Path, **keywords: object) -> Outcome:
-    return clean(raw, raw.parent / "clean", keywords.pop("settings", SETTINGS), **keywords)  # type: ignore[arg-type]
+def run(
+    raw: Path,
+    settings: params.Clean = SETTINGS,
+    judge: JudgeFunction | None = None,
+    overrides: Mapping[str, Decision] | None = None,
+    report: Path | None = None,
+    workers: int | None = None,
+) -> Outcome:
+    target = raw.parent / "clean"
+    return clean(raw, target, settings, judge=judge, overrides=overrides, report=report, workers=workers)
 
 
-def found(outcome: Outcome, path: str) -> list[tuple[str, str]]:
+def findings_of(outcome: Outcome, path: str) -> list[tuple[str, str]]:
     return [(finding.kind, finding.action) for finding in outcome.findings if finding.path == path]
 
 
-def gone(outcome: Outcome) -> set[str]:
+def quarantined(outcome: Outcome) -> set[str]:
     return {finding.path for finding in outcome.findings if finding.action == "quarantined"}
 
 
@@ -50,7 +59,7 @@ def test_good_images_are_kept_with_their_bytes(raw: Path) -> None:
         assert (raw.parent / "clean" / path.relative_to(raw)).samefile(path)
 
 
-def test_the_manifest_says_what_there_is(raw: Path) -> None:
+def test_the_manifest_lists_every_kept_image(raw: Path) -> None:
     outcome = run(raw)
     table = list(csv.DictReader((raw.parent / "clean" / "manifest.csv").open()))
     assert list(table[0]) == ["path", "class", "animal", "group", "width", "height", "sha256"]
@@ -71,18 +80,18 @@ def test_broken_files_are_quarantined_and_do_not_end_the_run(raw: Path) -> None:
     (raw / "cat" / "half.jpg").write_bytes(content[: len(content) // 2])
     outcome = run(raw)
     for name in ("empty", "page", "half"):
-        assert found(outcome, f"cat/{name}.jpg") == [("unreadable", "quarantined")]
+        assert findings_of(outcome, f"cat/{name}.jpg") == [("unreadable", "quarantined")]
     assert len(outcome.manifest) == 12
 
 
 def test_a_wrong_extension_is_repaired_and_the_bytes_are_kept(raw: Path, picture: Draw) -> None:
     picture(50).save(raw / "cat" / "really a png.jpg", "PNG")
     outcome = run(raw)
-    assert found(outcome, "cat/really a png.jpg") == [("wrong extension", "repaired")]
+    assert findings_of(outcome, "cat/really a png.jpg") == [("wrong extension", "repaired")]
     assert (raw.parent / "clean/cat/really a png.png").samefile(raw / "cat" / "really a png.jpg")
 
 
-def test_what_is_not_plain_rgb_becomes_it(raw: Path, picture: Draw) -> None:
+def test_other_images_become_upright_rgb(raw: Path, picture: Draw) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     picture(51).save(raw / "cat" / "lying.jpg", exif=exif)
@@ -90,7 +99,7 @@ def test_what_is_not_plain_rgb_becomes_it(raw: Path, picture: Draw) -> None:
     picture(53).convert("CMYK").save(raw / "cat" / "print.jpg")
     picture(54).save(raw / "cat" / "moving.gif", save_all=True, append_images=[picture(55)])
     outcome = run(raw)
-    assert found(outcome, "cat/lying.jpg") == [("orientation", "converted")]
+    assert findings_of(outcome, "cat/lying.jpg") == [("orientation", "converted")]
     for name in ("lying.jpg", "alpha.png", "print.jpg", "moving.png"):
         with Image.open(raw.parent / "clean" / "cat" / name) as image:
             assert image.mode == "RGB"
@@ -100,7 +109,7 @@ def test_what_is_not_plain_rgb_becomes_it(raw: Path, picture: Draw) -> None:
     assert (row["width"], row["height"]) == (120, 160)
 
 
-def test_names_that_meet_after_repair_both_live(raw: Path, picture: Draw) -> None:
+def test_two_images_with_the_same_repaired_name_are_both_kept(raw: Path, picture: Draw) -> None:
     picture(51).save(raw / "cat" / "one.png", "PNG")
     picture(52).save(raw / "cat" / "one.jpg", "PNG")
     outcome = run(raw)
@@ -109,14 +118,14 @@ def test_names_that_meet_after_repair_both_live(raw: Path, picture: Draw) -> Non
     assert "cat/one.png" in names
 
 
-def test_useless_shapes_and_blank_images_are_quarantined(raw: Path, picture: Draw) -> None:
+def test_small_narrow_and_blank_images_are_quarantined(raw: Path, picture: Draw) -> None:
     picture(51, (200, 31)).save(raw / "cat" / "small.png")
     picture(52, (200, 40)).save(raw / "cat" / "strip.png")
     Image.new("RGB", (160, 120), "beige").save(raw / "cat" / "blank.png")
     outcome = run(raw)
-    assert found(outcome, "cat/small.png") == [("too small", "quarantined")]
-    assert found(outcome, "cat/strip.png") == [("extreme aspect ratio", "quarantined")]
-    assert found(outcome, "cat/blank.png") == [("blank", "quarantined")]
+    assert findings_of(outcome, "cat/small.png") == [("too small", "quarantined")]
+    assert findings_of(outcome, "cat/strip.png") == [("extreme aspect ratio", "quarantined")]
+    assert findings_of(outcome, "cat/blank.png") == [("blank", "quarantined")]
 
 
 def test_the_parameters_decide_what_happens_to_blurred_dark_and_bright_images(raw: Path, picture: Draw) -> None:
@@ -126,20 +135,20 @@ def test_the_parameters_decide_what_happens_to_blurred_dark_and_bright_images(ra
     bright.paste(picture(53, (40, 30)))
     bright.save(raw / "cat" / "bright.png")
     outcome = run(raw)
-    assert found(outcome, "cat/blurred.png") == [("blurred", "flagged")]
-    assert found(outcome, "cat/dark.png") == [("dark", "flagged")]
-    assert found(outcome, "cat/bright.png") == [("bright", "flagged")]
+    assert findings_of(outcome, "cat/blurred.png") == [("blurred", "flagged")]
+    assert findings_of(outcome, "cat/dark.png") == [("dark", "flagged")]
+    assert findings_of(outcome, "cat/bright.png") == [("bright", "flagged")]
     strict = SETTINGS.model_copy(update={"blurred": "quarantine", "exposure": "off"})
     outcome = run(raw, settings=strict)
-    assert found(outcome, "cat/blurred.png") == [("blurred", "quarantined")]
-    assert found(outcome, "cat/dark.png") == []
+    assert findings_of(outcome, "cat/blurred.png") == [("blurred", "quarantined")]
+    assert findings_of(outcome, "cat/dark.png") == []
 
 
-def test_of_exact_duplicates_the_first_is_kept(raw: Path) -> None:
+def test_the_first_of_exact_duplicates_is_kept(raw: Path) -> None:
     shutil.copyfile(raw / "cat" / "3.jpg", raw / "cat" / "0 copy.jpg")
     outcome = run(raw)
-    assert gone(outcome) == {"cat/3.jpg"}
-    assert found(outcome, "cat/3.jpg") == [("exact duplicate", "quarantined")]
+    assert quarantined(outcome) == {"cat/3.jpg"}
+    assert findings_of(outcome, "cat/3.jpg") == [("exact duplicate", "quarantined")]
 
 
 @pytest.mark.parametrize(
@@ -151,35 +160,35 @@ def test_of_exact_duplicates_the_first_is_kept(raw: Path) -> None:
         ("mirror image", ImageOps.mirror),
     ],
 )
-def test_of_near_duplicates_the_larger_is_kept(
+def test_the_largest_of_near_duplicates_is_kept(
     raw: Path, kind: str, change: Callable[[Image.Image], Image.Image]
 ) -> None:
     with Image.open(raw / "cat" / "3.jpg") as image:
         change(image).save(raw / "cat" / "version.jpg", quality=60)
     outcome = run(raw)
-    assert gone(outcome) == {"cat/version.jpg"}
-    assert found(outcome, "cat/version.jpg")[-1] == (kind, "quarantined")
+    assert quarantined(outcome) == {"cat/version.jpg"}
+    assert findings_of(outcome, "cat/version.jpg")[-1] == (kind, "quarantined")
 
 
-def test_a_better_copy_takes_the_place_of_a_worse_one(raw: Path) -> None:
+def test_a_larger_copy_replaces_a_smaller_one(raw: Path) -> None:
     with Image.open(raw / "cat" / "3.jpg") as image:
         image.resize((320, 240), Image.Resampling.LANCZOS).save(raw / "cat" / "large.jpg")
-    assert gone(run(raw)) == {"cat/3.jpg"}
+    assert quarantined(run(raw)) == {"cat/3.jpg"}
 
 
 @pytest.mark.parametrize("change", [lambda image: image, lambda image: image.resize((96, 72)), ImageOps.mirror])
-def test_a_picture_in_two_classes_leaves_both_without_a_judge(
+def test_without_a_judge_a_picture_in_two_classes_is_quarantined_in_both(
     raw: Path, change: Callable[[Image.Image], Image.Image]
 ) -> None:
     with Image.open(raw / "cat" / "3.jpg") as image:
         change(image).save(raw / "owl" / "cat.jpg")
     outcome = run(raw)
-    assert gone(outcome) == {"cat/3.jpg", "owl/cat.jpg"}
+    assert quarantined(outcome) == {"cat/3.jpg", "owl/cat.jpg"}
     assert {finding.kind for finding in outcome.findings} == {"conflict"}
 
 
-def _brightness_judge(images: Sequence[Image.Image], texts: Sequence[str]) -> NDArray[np.float32]:
-    """Believes that what is red is an owl and everything else a cat."""
+def _colour_judge(images: Sequence[Image.Image], texts: Sequence[str]) -> NDArray[np.float32]:
+    """Takes red images for owls and all others for cats."""
     cat, owl = texts.index("a photo of a cat"), texts.index("a photo of an owl")
     table = np.zeros((len(images), len(texts)), np.float32)
     for row, image in zip(table, images, strict=True):
@@ -200,18 +209,20 @@ def test_the_judge_decides_between_two_classes(raw: Path) -> None:
     _redden(raw / "owl")
     shutil.copyfile(raw / "owl" / "3.jpg", raw / "cat" / "owl.jpg")
     settings = SETTINGS.model_copy(update={"off_topic": "quarantine"})
-    outcome = run(raw, settings=settings, judge=_brightness_judge)
-    assert gone(outcome) == {"cat/owl.jpg"}
-    assert found(outcome, "cat/owl.jpg") == [("conflict", "quarantined")]
+    outcome = run(raw, settings=settings, judge=_colour_judge)
+    assert quarantined(outcome) == {"cat/owl.jpg"}
+    assert findings_of(outcome, "cat/owl.jpg") == [("conflict", "quarantined")]
 
 
 @pytest.mark.parametrize(("policy", "action"), [("quarantine", "quarantined"), ("flag", "flagged")])
-def test_what_the_judge_does_not_believe_is_off_topic(raw: Path, picture: Draw, policy: str, action: str) -> None:
+def test_an_image_that_the_judge_takes_for_another_class_is_off_topic(
+    raw: Path, picture: Draw, policy: str, action: str
+) -> None:
     _redden(raw / "owl")
     picture(60).save(raw / "owl" / "cat.jpg")
     settings = SETTINGS.model_copy(update={"off_topic": policy})
-    outcome = run(raw, settings=settings, judge=_brightness_judge)
-    assert found(outcome, "owl/cat.jpg") == [("off topic", action)]
+    outcome = run(raw, settings=settings, judge=_colour_judge)
+    assert findings_of(outcome, "owl/cat.jpg") == [("off topic", action)]
     assert len(outcome.findings) == 1
 
 
@@ -219,7 +230,6 @@ def test_what_the_judge_does_not_believe_is_off_topic(raw: Path, picture: Draw, 
 def test_the_result_depends_neither_on_the_number_of_workers_nor_on_the_order_of_the_files(
     raw: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bestiary.data.inspection._FEW", 1)
     plant(raw, 0.1)
     alone = run(raw, workers=1)
     together = run(raw, workers=3)
@@ -240,17 +250,17 @@ def test_the_result_depends_neither_on_the_number_of_workers_nor_on_the_order_of
         ({"cat/3 small.jpg": "keep"}, {"cat/3.jpg"}),
     ],
 )
-def test_a_person_has_the_last_word(raw: Path, overrides: Mapping[str, str], expected: set[str]) -> None:
+def test_overrides_win_over_every_check(raw: Path, overrides: Mapping[str, Decision], expected: set[str]) -> None:
     if "cat/3 copy.jpg" in overrides:
         shutil.copyfile(raw / "cat" / "3.jpg", raw / "cat" / "3 copy.jpg")
     if "cat/3 small.jpg" in overrides:
         with Image.open(raw / "cat" / "3.jpg") as image:
             image.resize((96, 72)).save(raw / "cat" / "3 small.jpg")
     outcome = run(raw, overrides=overrides)
-    assert gone(outcome) == expected
+    assert quarantined(outcome) == expected
 
 
-def test_two_versions_kept_by_hand_share_a_group(raw: Path) -> None:
+def test_two_versions_kept_by_override_share_a_group(raw: Path) -> None:
     with Image.open(raw / "cat" / "3.jpg") as image:
         image.resize((96, 72)).save(raw / "cat" / "small.jpg")
     outcome = run(raw, overrides={"cat/3.jpg": "keep", "cat/small.jpg": "keep"})
@@ -259,17 +269,17 @@ def test_two_versions_kept_by_hand_share_a_group(raw: Path) -> None:
     assert len(set(groups)) == 12
 
 
-def test_a_worse_copy_that_is_added_does_not_rename_a_group(raw: Path) -> None:
+def test_adding_a_smaller_copy_does_not_rename_a_group(raw: Path) -> None:
     before = run(raw).manifest
     for path in list(raw.glob("*/*")):
         with Image.open(path) as image:
             image.resize((96, 72)).save(path.with_name(f"a smaller {path.name}"))
     after = run(raw)
-    assert len(gone(after)) == 12
+    assert len(quarantined(after)) == 12
     assert after.manifest.equals(before)
 
 
-def test_a_sheet_shows_what_a_copy_is_a_copy_of(raw: Path) -> None:
+def test_a_sheet_shows_a_copy_beside_its_original(raw: Path) -> None:
     for name in ("cat", "owl"):
         shutil.copyfile(raw / name / "3.jpg", raw / name / "4 copy.jpg")
     run(raw, report=raw.parent / "report")
@@ -287,7 +297,7 @@ def test_a_sheet_shows_what_a_copy_is_a_copy_of(raw: Path) -> None:
     assert len(spots) == 2
 
 
-def test_what_was_thrown_out_can_be_looked_at(raw: Path) -> None:
+def test_findings_sheets_and_quarantined_images_are_written(raw: Path) -> None:
     plant(raw, 0.2)
     outcome = run(raw, report=raw.parent / "report")
     table = list(csv.DictReader((raw.parent / "report" / "findings.csv").open()))
@@ -295,45 +305,45 @@ def test_what_was_thrown_out_can_be_looked_at(raw: Path) -> None:
     assert len(table) == len(outcome.findings)
     for finding in outcome.findings:
         assert (raw.parent / "report" / f"{finding.kind.replace(' ', '_')}.png").exists()
-    for path in gone(outcome):
+    for path in quarantined(outcome):
         assert (raw.parent / "report" / "quarantine" / path).samefile(raw / path)
 
 
-def test_nothing_left_is_said_and_nothing_is_written(raw: Path) -> None:
+def test_rejecting_all_images_is_an_error_and_writes_nothing(raw: Path) -> None:
     for path in raw.glob("*/*"):
         path.write_bytes(b"gone")
-    with pytest.raises(BestiaryError, match="None of the 12 images"):
+    with pytest.raises(BestiaryError, match=r"all 12 images in .*raw"):
         run(raw)
     assert [path.name for path in raw.parent.iterdir()] == ["raw"]
 
 
-def test_planted_faults_are_found_and_good_images_are_not(tmp_path: Path, picture: Draw) -> None:
+def test_planted_faults_are_found_and_good_images_are_kept(tmp_path: Path, picture: Draw) -> None:
     for name in ("cat", "dog", "owl", "pig"):
         (tmp_path / "raw" / name).mkdir(parents=True)
         for number in range(25):
             seed = sum(map(ord, name)) * 1000 + number
             picture(seed, (128, 96)).save(tmp_path / "raw" / name / f"{number}.jpg", quality=90)
     planted = plant(tmp_path / "raw", 0.06)
-    quarantined = gone(run(tmp_path / "raw"))
-    assert recall(planted["broken"], quarantined) >= 0.95
-    assert recall(planted["exact"], quarantined) >= 0.95
+    rejected = quarantined(run(tmp_path / "raw"))
+    assert recall(planted["broken"], rejected) >= 0.95
+    assert recall(planted["exact"], rejected) >= 0.95
     for kind in NEAR:
-        assert recall(planted[kind], quarantined) >= 0.9, kind
-    assert wrongly_dropped(planted, quarantined) == set()
+        assert recall(planted[kind], rejected) >= 0.9, kind
+    assert rejected <= faulty_paths(planted)
 
 
 @pytest.mark.slow
-def test_what_was_planted_in_the_embedded_sample_is_found_and_nothing_else_goes(tmp_path: Path) -> None:
+def test_the_faults_of_the_embedded_sample_are_found_and_its_good_images_are_kept(tmp_path: Path) -> None:
     (tmp_path / "raw").symlink_to(ROOT / "samples")
     outcome = run(tmp_path / "raw")
-    quarantined = gone(outcome)
+    rejected = quarantined(outcome)
     touched = {finding.path for finding in outcome.findings}
-    planted = list(csv.DictReader((ROOT / "tests" / "data" / "planted_faults.csv").open(encoding="utf-8")))
+    planted = list(csv.DictReader(SAMPLE_FAULTS.open(encoding="utf-8")))
     seen = {
-        row["path"]: row["path"] in touched or row["of"] in quarantined
+        row["path"]: row["path"] in touched or row["of"] in rejected
         for row in planted
-        if row["fault"] != "off_topic"  # for the judge to find
+        if row["fault"] != "off_topic"  # only the judge finds these
     }
     assert sum(seen.values()) >= 0.95 * len(seen), [path for path, found in seen.items() if not found]
     good = {finding.path for finding in outcome.findings} - {row[key] for row in planted for key in ("path", "of")}
-    assert len(good & quarantined) <= 0.01 * outcome.images_in
+    assert len(good & rejected) <= 0.01 * outcome.images_in

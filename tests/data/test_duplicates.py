@@ -24,12 +24,12 @@ def test_neighbours_are_the_pairs_within_the_radius() -> None:
     assert {tuple(pair) for pair in half.tolist()} == {(i, j) for i, j in neighbours(left, left, 26).tolist() if i < j}
 
 
-def test_no_images_have_no_neighbours() -> None:
+def test_an_empty_set_has_no_neighbours() -> None:
     nothing = np.empty(0, np.uint64)
     assert neighbours(nothing, nothing, 5).shape == (0, 2)
 
 
-def test_groups_join_what_pairs_connect() -> None:
+def test_groups_join_images_that_pairs_connect() -> None:
     numbers = groups(np.array([[0, 1], [1, 2], [4, 5]]), 6)
     assert numbers[0] == numbers[1] == numbers[2]
     assert numbers[4] == numbers[5]
@@ -37,7 +37,7 @@ def test_groups_join_what_pairs_connect() -> None:
 
 
 @pytest.mark.parametrize("box", [(0, 0, 160, 120), (8, 0, 160, 116), (6, 7, 150, 110)])
-def test_a_copy_with_its_edges_cut_off_is_the_same_picture(
+def test_a_copy_with_cropped_edges_is_the_same_picture(
     picture: Callable[..., Image.Image], box: tuple[int, int, int, int]
 ) -> None:
     whole = picture(1)
@@ -55,7 +55,7 @@ def test_different_pictures_are_not_the_same(picture: Callable[..., Image.Image]
 def test_40000_hashes_are_grouped_in_a_minute() -> None:
     values = np.random.default_rng(0).integers(0, 2**63, 40_000, dtype=np.uint64)
     values[20_000:21_000] = values[:1_000]
-    start = time.process_time()  # what other processes do in between does not count
+    start = time.process_time()  # not wall time: other processes run as well
     found = groups(neighbours(values, values, 6, half=True), len(values))
     assert time.process_time() - start < 60
     assert (found[20_000:21_000] == found[:1_000]).all()

@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from bestiary.data.images import UnreadableImageError, contact_sheet, decode, open_rgb, right_extension
+from bestiary.data.images import UnreadableImageError, decode, open_rgb, right_extension
 
 Draw = Callable[..., Image.Image]
 
 
-def test_a_plain_image_needs_nothing(tmp_path: Path, picture: Draw) -> None:
+def test_a_plain_rgb_image_is_not_changed(tmp_path: Path, picture: Draw) -> None:
     picture(1).save(tmp_path / "a.jpg")
     decoded = decode(tmp_path / "a.jpg")
     assert (decoded.format, decoded.changes, decoded.image.mode) == ("JPEG", (), "RGB")
 
 
-def test_a_photograph_lying_on_its_side_is_put_upright(tmp_path: Path, picture: Draw) -> None:
+def test_a_rotated_photograph_is_turned_upright(tmp_path: Path, picture: Draw) -> None:
     upright = picture(1)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -80,16 +80,16 @@ def test_an_animation_gives_its_first_frame(tmp_path: Path, picture: Draw, name:
     assert np.abs(np.asarray(decoded.image, int) - np.asarray(first, int)).mean() < 12  # a GIF has 256 colours
 
 
-def test_a_colour_profile_is_taken_to_srgb_and_srgb_itself_is_left_alone(tmp_path: Path, picture: Draw) -> None:
+def test_a_colour_profile_is_converted_to_srgb_and_srgb_is_not_changed(tmp_path: Path, picture: Draw) -> None:
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     picture(1).save(tmp_path / "srgb.png", icc_profile=srgb)
     assert decode(tmp_path / "srgb.png").changes == ()
-    # The sRGB profile with red and green exchanged, under another name: what it calls red is green.
+    # The sRGB profile under another name, with red and green exchanged.
     swapped = srgb.replace(b"rXYZ", b"tmpX").replace(b"gXYZ", b"rXYZ").replace(b"tmpX", b"gXYZ")
     Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "other.png", icc_profile=_renamed(swapped))
     decoded = decode(tmp_path / "other.png")
     assert decoded.changes == ("colour profile",)
-    red, green, _ = decoded.image.getpixel((0, 0))
+    red, green, _ = np.asarray(decoded.image)[0, 0]
     assert green > 200 > red
 
 
@@ -124,7 +124,9 @@ def _png(width: int, height: int, depth: int, colour_type: int, pixels: bytes) -
         (_png(50_000, 50_000, 8, 2, bytes(1000)), "decompression bomb"),
     ],
 )
-def test_what_is_no_image_is_unreadable_and_says_why(tmp_path: Path, content: bytes, reason: str) -> None:
+def test_a_file_that_is_not_an_image_is_unreadable_for_a_given_reason(
+    tmp_path: Path, content: bytes, reason: str
+) -> None:
     path = tmp_path / "a.jpg"
     path.write_bytes(content)
     with pytest.raises(UnreadableImageError, match=reason):
@@ -142,7 +144,7 @@ def test_a_truncated_file_is_unreadable(tmp_path: Path, picture: Draw, name: str
         open_rgb(path)
 
 
-def test_no_damage_raises_anything_else(tmp_path: Path, picture: Draw) -> None:
+def test_damage_raises_no_other_error(tmp_path: Path, picture: Draw) -> None:
     random = np.random.default_rng(0)
     for name in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"):
         buffer = io.BytesIO()
@@ -166,27 +168,5 @@ def test_no_damage_raises_anything_else(tmp_path: Path, picture: Draw) -> None:
         ("v1.5", "JPEG", "v1.5.jpg"),
     ],
 )
-def test_an_extension_says_what_the_file_is(name: str, file_format: str, expected: str) -> None:
+def test_the_extension_is_made_to_fit_the_format(name: str, file_format: str, expected: str) -> None:
     assert right_extension(name, file_format) == expected
-
-
-def test_a_contact_sheet_has_room_for_its_images_and_labels(picture: Draw) -> None:
-    rows = [[picture(1), picture(2, (400, 300))], [picture(3)]]
-    bare = contact_sheet(rows, cell=100)
-    labelled = contact_sheet(rows, ["tiger", "a long label that needs more lines"], ["base", "adapter"], cell=100)
-    assert bare.width >= 200
-    assert bare.height >= 200
-    assert labelled.width > bare.width
-    assert labelled.height > bare.height
-
-
-def test_a_label_without_blanks_is_broken_not_cut(picture: Draw) -> None:
-    def ink(label: str) -> int:
-        return int((np.asarray(contact_sheet([[picture(1)]], [], [label], cell=100).convert("L")) < 128).sum())
-
-    plain, path = "ladybug / " * 6, "ladybug/" * 6
-    assert ink(path) - ink("") == pytest.approx(ink(plain) - ink(""), rel=0.05)
-
-
-def test_a_contact_sheet_of_nothing_is_still_an_image() -> None:
-    assert contact_sheet([]).size[0] > 0

@@ -29,7 +29,7 @@ def test_a_safe_name_is_one_file_name_on_every_system(name: str) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(paths=st.lists(path, max_size=12))
-def test_safe_names_differ_in_every_letter_case(paths: list[str]) -> None:
+def test_safe_names_differ_even_without_letter_case(paths: list[str]) -> None:
     names = safe_names(paths)
     assert len({name.casefold() for name in names}) == len(paths)
 
@@ -44,14 +44,12 @@ def test_safe_names_do_not_depend_on_the_order(paths: list[str], order: object) 
 
 @settings(max_examples=100, deadline=None)
 @given(name=piece)
-def test_what_is_written_under_a_safe_name_stays_in_its_folder(
-    name: str, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_a_safe_name_stays_in_its_folder(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.getbasetemp()
     assert (folder / safe_name(name)).resolve().parent == folder.resolve()
 
 
-def test_a_good_name_is_left_alone() -> None:
+def test_a_good_name_is_not_changed() -> None:
     assert safe_name("a b (1) 图.jpg") == "a b (1) 图.jpg"
     assert safe_names(["cat/a.jpg", "cat/b.jpg"]) == ["a.jpg", "b.jpg"]
 
@@ -60,7 +58,7 @@ def test_a_long_name_keeps_its_extension() -> None:
     assert safe_name("x" * 300 + ".jpeg").endswith(".jpeg")
 
 
-def test_names_that_differ_only_in_case_or_come_twice_both_live() -> None:
+def test_equal_names_and_names_that_differ_only_in_case_become_different() -> None:
     names = safe_names(["cat/A.jpg", "cat/a.jpg", "cat/a.jpg"])
     assert names[0] == "A.jpg"
     assert len({name.casefold() for name in names}) == 3
@@ -81,7 +79,7 @@ def test_names_that_differ_only_in_case_or_come_twice_both_live() -> None:
         ("c:a.jpg", True),
     ],
 )
-def test_paths_that_lead_outside_are_known(member: str, hostile: bool) -> None:
+def test_paths_that_lead_outside_are_hostile(member: str, hostile: bool) -> None:
     assert is_hostile(member) is hostile
 
 

@@ -10,7 +10,7 @@ from bestiary.errors import BestiaryError
 
 
 def manifest(groups: dict[str, list[str]]) -> pd.DataFrame:
-    """A manifest of classes with a group for each of their images."""
+    """Make a manifest: for each class, the groups of its images."""
     rows = [
         {
             "path": f"{name}/{number} {group}.jpg",
@@ -44,14 +44,14 @@ classes = st.dictionaries(
 
 @settings(max_examples=60, deadline=None)
 @given(groups=classes, val_fraction=st.floats(0.05, 0.6), seed=st.integers(0, 5))
-def test_every_image_has_one_side_and_no_group_two(
+def test_every_image_and_every_group_is_on_exactly_one_side(
     groups: dict[str, list[str]], val_fraction: float, seed: int
 ) -> None:
     table = manifest(groups)
     try:
         train, val = split(table, val_fraction=val_fraction, seed=seed)
     except BestiaryError:
-        return  # nothing to divide without tearing a group
+        return  # no split keeps the groups whole
     assert sorted([*train["path"], *val["path"]]) == sorted(table["path"])
     assert leaked_groups(train, val) == 0
     assert set(train["class"]) == set(val["class"]) == set(table["class"])
@@ -60,7 +60,7 @@ def test_every_image_has_one_side_and_no_group_two(
 
 @settings(max_examples=20, deadline=None)
 @given(count=st.integers(10, 200), val_fraction=st.sampled_from([0.1, 0.2, 0.5]), seed=st.integers(0, 9))
-def test_every_class_has_its_share(count: int, val_fraction: float, seed: int) -> None:
+def test_every_class_gets_its_validation_share(count: int, val_fraction: float, seed: int) -> None:
     _, val = split(singles(count), val_fraction=val_fraction, seed=seed)
     for number in val["class"].value_counts():
         assert abs(number - val_fraction * count) <= max(TOLERANCE * count, 1) + 1
@@ -74,21 +74,21 @@ def test_the_split_does_not_depend_on_the_order_of_the_rows(order: object) -> No
     assert sides(table) == sides(shuffled)
 
 
-def test_the_same_seed_gives_the_same_split_and_another_one_another() -> None:
+def test_the_seed_decides_the_split() -> None:
     table = singles(40)
     assert sides(table, seed=1) == sides(table, seed=1)
     assert sides(table, seed=1) != sides(table, seed=2)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_nobody_changes_sides_when_images_and_classes_are_added(seed: int) -> None:
+def test_no_image_changes_sides_when_images_and_classes_are_added(seed: int) -> None:
     before = sides(singles(400), seed)
     after = sides(singles(600, classes=5), seed)
     assert {path: after[path] for path in before} == before
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_in_small_classes_hardly_anybody_changes_sides(seed: int) -> None:
+def test_in_small_classes_at_most_one_percent_of_images_change_sides(seed: int) -> None:
     before = sides(singles(40, classes=20), seed)
     after = sides(singles(45, classes=20), seed)
     assert sum(after[path] != side for path, side in before.items()) <= 0.01 * len(before)
@@ -103,13 +103,13 @@ def test_a_group_across_classes_stays_on_one_side() -> None:
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        ({"cat": ["a", "b"], "owl": ["c"]}, "owl has one image"),
-        ({"cat": ["a", "b", "c"]}, "only one class"),
-        ({"cat": ["a", "b"], "owl": ["c", "c", "c"]}, "All images of owl are near-duplicates"),
-        ({}, "no images"),
+        ({"cat": ["a", "b"], "owl": ["c"]}, "owl has only one image"),
+        ({"cat": ["a", "b", "c"]}, "only one class.*cat"),
+        ({"cat": ["a", "b"], "owl": ["c", "c", "c"]}, "class owl are near-duplicates"),
+        ({}, "no images in the manifest"),
     ],
 )
-def test_what_cannot_be_divided_is_refused_in_a_sentence(groups: dict[str, list[str]], message: str) -> None:
+def test_a_class_that_cannot_be_split_is_named(groups: dict[str, list[str]], message: str) -> None:
     table = manifest(groups) if groups else singles(1).iloc[:0]
     with pytest.raises(BestiaryError, match=message):
         split(table, val_fraction=0.2, seed=0)

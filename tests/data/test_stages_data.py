@@ -21,8 +21,8 @@ import pandas as pd
 import pytest
 import yaml
 from PIL import Image
-from plant import NEAR, copy_sample, draw_off_topic, plant, recall
-from server import ScienceDB, serving
+from support.planted_faults import NEAR, copy_sample, draw_off_topic, plant, recall
+from support.sciencedb_server import ScienceDB, serving
 
 ROOT = Path(__file__).parents[2]
 FAULTS = ["500", "429 after", "html", "truncate", "wrong", "hang up", "wrong range", "403"]
@@ -31,9 +31,9 @@ pytestmark = pytest.mark.slow
 
 
 class Project:
-    """A project's folder with the repository's stages, its own parameters and its own download cache.
+    """A project folder with the repository's stages, its own parameters and its own download cache.
 
-    Runs are recorded if there is a `database` to begin with.
+    MLflow records its runs if it starts with a `database`.
     """
 
     def __init__(self, folder: Path, change: Callable[[dict[str, Any]], None], database: Path | None = None) -> None:
@@ -52,8 +52,8 @@ class Project:
         (folder / ".dvc" / "config").write_text("[core]\nno_scm = true\nanalytics = false\n", encoding="utf-8")
         if database:
             shutil.copy2(database, folder / "mlflow.db")
-        # Python runs this file before all else: pauses between retries are as many as ever, but short.
-        pauses = "import bestiary.data.sciencedb\nbestiary.data.sciencedb.FIRST_PAUSE_SECONDS = 0.001\n"
+        # Python runs this file first: retries happen as usual, with shorter pauses.
+        pauses = "import bestiary.data.sciencedb_client\nbestiary.data.sciencedb_client.FIRST_PAUSE_SECONDS = 0.001\n"
         (folder / "settings" / "sitecustomize.py").write_text(pauses, encoding="utf-8")
 
     def start(self, *command: str, url: str = "http://127.0.0.1:9") -> subprocess.Popen[str]:
@@ -72,7 +72,7 @@ class Project:
         return subprocess.Popen(command, cwd=self.folder, env=environment, start_new_session=True, **streams)
 
     def run(self, *command: str, url: str = "http://127.0.0.1:9") -> tuple[int, str]:
-        """Exit status, and what was said on stderr."""
+        """Return the exit status and the text of stderr."""
         process = self.start(*command, url=url)
         _, errors = process.communicate()
         return process.returncode, errors
@@ -82,7 +82,7 @@ class Project:
         return content
 
     def content(self, *folders: str) -> dict[str, str]:
-        """Hashes of all files below `folders`."""
+        """Return the hashes of all files below `folders`."""
         files = [path for name in folders for path in (self.folder / name).rglob("*") if path.is_file()]
         digests = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
         return {path.relative_to(self.folder).as_posix(): digest for path, digest in digests.items()}
@@ -90,7 +90,7 @@ class Project:
 
 @pytest.fixture
 def project(tmp_path: Path, empty_database: Path) -> Project:
-    """Two classes of ten pictures, to be cleaned without the judge."""
+    """A project with two classes of ten pictures, which cleans without the judge."""
     project = Project(tmp_path / "project", lambda params: params["clean"].update(off_topic="off"), empty_database)
     random = np.random.default_rng(0)
     for name in ("cat", "ladybugs"):
@@ -102,13 +102,13 @@ def project(tmp_path: Path, empty_database: Path) -> Project:
     return project
 
 
-def test_download_clean_split_bring_a_folder_to_two_tables(project: Project) -> None:
+def test_download_clean_and_split_make_two_tables_of_a_folder(project: Project) -> None:
     (project.folder / "data" / "cat" / "broken.jpg").write_bytes(b"<html></html>")
     (project.folder / "overrides.csv").write_text("path,decision\ncat/99.png,drop\n", encoding="utf-8")
     for name in ("download", "clean", "split"):
         status, errors = project.run(f"stages/{name}.py")
         assert status == 0, errors
-        assert ("overrides.csv names what is not there: cat/99.png." in errors) == (name == "clean")
+        assert ("overrides.csv names images that do not exist: cat/99.png" in errors) == (name == "clean")
     download = project.report("download")
     assert download["images"] == 21
     assert download["images_per_second"] > 0
@@ -131,18 +131,18 @@ def test_download_clean_split_bring_a_folder_to_two_tables(project: Project) -> 
     assert logged["clean.peak_memory_mib"] == pytest.approx(clean["peak_memory_mib"])
 
 
-def test_an_empty_data_folder_ends_in_one_sentence(project: Project) -> None:
+def test_an_empty_data_folder_is_an_error_without_a_traceback(project: Project) -> None:
     shutil.rmtree(project.folder / "data")
     (project.folder / "data").mkdir()
     status, errors = project.run("stages/download.py")
     assert status == 1
-    assert errors.strip().splitlines()[-1].startswith("download: There are no images in data")
+    assert errors.strip().splitlines()[-1].startswith("download: There are no images in data.")
     assert "Traceback" not in errors
     assert not (project.folder / "build" / "raw").exists()
 
 
 def real_profile(params: dict[str, Any]) -> None:
-    """The real profile, but for a server that hangs and for the judge."""
+    """Choose the real profile, with a short timeout and the embedded judge."""
     params["profile"] = "sciencedb"
     params["profiles"]["sciencedb"]["judge"]["model"] = "models/judge"
     params["profiles"]["sciencedb"]["dataset"]["sciencedb"]["timeout_s"] = 2.0
@@ -160,7 +160,7 @@ def misbehave(server: ScienceDB, shift: int) -> None:
     server.faults[min(server.files)] = ["hang"]
 
 
-def test_the_real_profile_gives_the_same_twice_through_the_worst_of_servers(tmp_path: Path) -> None:
+def test_the_real_profile_gives_the_same_result_twice_from_a_faulty_server(tmp_path: Path) -> None:
     copy_sample(tmp_path / "origin", ("elephant", "flamingo", "ladybugs", "zebra"), 16)
     planted = plant(tmp_path / "origin", 0.04, off_topic=draw_off_topic(4))
     files = as_served(tmp_path / "origin")
@@ -188,7 +188,7 @@ def test_the_real_profile_gives_the_same_twice_through_the_worst_of_servers(tmp_
         assert (project.folder / "reports" / "clean" / f"{row['kind'].replace(' ', '_')}.png").exists()
 
 
-def test_what_is_down_survives_a_kill_and_dvc_which_deletes_the_output(tmp_path: Path) -> None:
+def test_downloaded_files_survive_a_kill_and_dvc_deleting_the_output(tmp_path: Path) -> None:
     copy_sample(tmp_path / "origin", ("elephant", "zebra"), 20)
     files = as_served(tmp_path / "origin")
     project = Project(tmp_path / "project", real_profile)

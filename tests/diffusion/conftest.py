@@ -4,9 +4,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from tiny import CLASSES, build_base, manifests
+from support.settings import encode_settings
+from support.tiny import CLASSES, build_base, manifests
 
-from bestiary.diffusion.latents import LatentCache, encode_images
+from bestiary.diffusion.encoding import encode_images
+from bestiary.diffusion.latents import Latents
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +23,7 @@ def v_prediction_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clean folder with its manifests: three classes, 5 pictures each to train and 2 to validate, oblong ones too."""
+    """A clean folder and its manifests: three classes with 5 training and 2 validation pictures, some oblong."""
     folder = tmp_path_factory.mktemp("clean")
     random = np.random.default_rng(0)
     rows: dict[str, list[dict[str, object]]] = {"train": [], "val": []}
@@ -40,12 +42,12 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def latents(base: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def latents_folder(base: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("latents")
-    encode_images(base, pictures, manifests(pictures), folder, resolution=32, flip=True, batch_size=4)
+    encode_images(base, pictures, manifests(pictures), folder, encode_settings())
     return folder
 
 
 @pytest.fixture
-def caches(latents: Path) -> tuple[LatentCache, LatentCache]:
-    return LatentCache.open(latents, "train"), LatentCache.open(latents, "val")
+def latents(latents_folder: Path) -> Latents:
+    return Latents.open(latents_folder)

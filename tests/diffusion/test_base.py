@@ -42,28 +42,28 @@ def test_loading_prints_nothing(base: Path, capfd: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize("model", ["models/nothing", "/nowhere/base", "nothing"])
-def test_a_missing_base_is_a_plain_sentence(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(Path(__file__).parents[2])  # where models/ is a folder, so models/nothing is no hub id
-    with pytest.raises(BestiaryError, match=f"The base {model} does not exist"):
+def test_a_missing_base_is_named(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])  # models/ is a folder there, so models/nothing is not a hub id
+    with pytest.raises(BestiaryError, match=f"{model} does not exist"):
         load_unet(model)
 
 
-def test_a_hub_id_without_a_network_is_a_plain_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_hub_id_without_a_network_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(BestiaryError, match="not on this machine and cannot be fetched"):
+    with pytest.raises(BestiaryError, match="nobody/nothing is not on this machine"):
         load_unet("nobody/nothing")
 
 
-def test_a_base_from_the_hub_knows_its_commit_and_a_folder_has_none(
+def test_a_base_from_the_hub_has_a_commit_and_a_folder_has_none(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert base_commit(base) is None
     commit = "0123456789abcdef0123456789abcdef01234567"
-    kept = tmp_path / "models--somebody--base"  # as the hub's client keeps what it fetched
-    shutil.copytree(base, kept / "snapshots" / commit)
-    (kept / "refs").mkdir()
-    (kept / "refs" / "main").write_text(commit)
+    cached = tmp_path / "models--somebody--base"  # the layout of the hub client's cache
+    shutil.copytree(base, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path))
@@ -71,21 +71,21 @@ def test_a_base_from_the_hub_knows_its_commit_and_a_folder_has_none(
     assert load_unet("somebody/base", commit).config.sample_size == 8
 
 
-def test_a_base_without_a_part_is_a_plain_sentence(copy: Path) -> None:
+def test_a_part_that_is_missing_from_the_base_is_named(copy: Path) -> None:
     shutil.rmtree(copy / "vae")
-    with pytest.raises(BestiaryError, match="incomplete: it has no vae"):
+    with pytest.raises(BestiaryError, match="no vae"):
         load_pipeline(copy)
 
 
-def test_a_cut_off_weight_file_is_a_plain_sentence(copy: Path) -> None:
+def test_a_truncated_weight_file_is_named(copy: Path) -> None:
     weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(BestiaryError, match=r"broken: its unet does not load .*\.$"):
+    with pytest.raises(BestiaryError, match="unet does not load"):
         load_unet(copy)
 
 
 @pytest.mark.parametrize("part", ["unet/diffusion_pytorch_model", "text_encoder/model"])
-def test_weights_that_are_not_in_the_file_are_noticed(copy: Path, part: str) -> None:
+def test_missing_weights_are_noticed(copy: Path, part: str) -> None:
     file = copy / f"{part}.safetensors"
     weights = load_file(file)
     weights.pop(sorted(weights)[0])
@@ -97,11 +97,11 @@ def test_weights_that_are_not_in_the_file_are_noticed(copy: Path, part: str) -> 
 def test_weights_of_another_shape_are_noticed(copy: Path) -> None:
     config = json.loads((copy / "unet" / "config.json").read_text())
     (copy / "unet" / "config.json").write_text(json.dumps(config | {"cross_attention_dim": 48}))
-    with pytest.raises(BestiaryError, match="broken: its unet"):
+    with pytest.raises(BestiaryError, match="unet"):
         load_unet(copy)
 
 
-def test_the_hash_covers_the_weights_and_not_what_lies_beside_them(copy: Path, base: Path) -> None:
+def test_the_hash_covers_the_weights_but_no_other_files(copy: Path, base: Path) -> None:
     (copy / "README.md").write_text("a model card")
     (copy / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"another precision")
     assert base_sha256(copy) == base_sha256(base)
@@ -110,19 +110,19 @@ def test_the_hash_covers_the_weights_and_not_what_lies_beside_them(copy: Path, b
     assert base_sha256(copy) != base_sha256(base)
 
 
-def test_the_schedule_keeps_what_the_base_predicts(base: Path, v_prediction_base: Path) -> None:
+def test_the_scheduler_keeps_the_prediction_type_of_the_base(base: Path, v_prediction_base: Path) -> None:
     assert load_scheduler(base).config.prediction_type == "epsilon"
     assert load_scheduler(v_prediction_base).config.prediction_type == "v_prediction"
 
 
-def test_a_text_too_long_for_the_encoder_is_a_plain_sentence(base: Path) -> None:
+def test_a_text_that_is_too_long_for_the_encoder_is_rejected(base: Path) -> None:
     parts = load_text(base)
     assert encode_text(*parts, ["", "a zebra"]).shape == (2, 77, 32)
-    with pytest.raises(BestiaryError, match=r"has 82 tokens and the base reads 77"):
+    with pytest.raises(BestiaryError, match=r"82 tokens .* 77: .*zzz"):
         encode_text(*parts, ["z" * 80])
 
 
-def test_the_features_are_those_of_the_pipeline(base: Path) -> None:
+def test_the_features_equal_those_of_the_pipeline(base: Path) -> None:
     pipeline = load_pipeline(base, device="cpu")
     ours = encode_text(pipeline.tokenizer, pipeline.text_encoder, ["a zebra"])
     theirs, _ = pipeline.encode_prompt("a zebra", "cpu", 1, False)

@@ -4,56 +4,54 @@ from itertools import pairwise
 import pandas as pd
 import pytest
 import torch
+from support.settings import train_settings
 
 from bestiary.diffusion.batches import TrainingStream, ValidationGrid, collate
-from bestiary.diffusion.latents import LatentCache
-
-Caches = tuple[LatentCache, LatentCache]
+from bestiary.diffusion.latents import LatentCache, Latents
 
 
-def stream(cache: LatentCache, length: int, **changes: object) -> TrainingStream:
-    options = {"batch_size": 4, "seed": 0, "caption_dropout": 0.1, "noise_offset": 0.0, "stratified": False}
-    options |= {"timestep_weights": torch.ones(1000)} | changes
-    return TrainingStream(cache, length, **options)  # type: ignore[arg-type]
+def stream(cache: LatentCache, timestep_weights: torch.Tensor | None = None, **changes: object) -> TrainingStream:
+    weights = torch.ones(1000) if timestep_weights is None else timestep_weights
+    return TrainingStream(cache, train_settings(**changes), seed=0, timestep_weights=weights)
 
 
-def test_the_validation_timesteps_cover_the_schedule_and_each_class(caches: Caches) -> None:
-    grid = ValidationGrid(caches[1], 1000)
+def test_the_validation_timesteps_cover_the_schedule_and_each_class(latents: Latents) -> None:
+    grid = ValidationGrid(latents.validation, 1000)
     assert sorted(timestep * len(grid) // 1000 for timestep in grid.timesteps) == list(range(len(grid)))
 
 
-def test_every_image_is_seen_exactly_once_an_epoch(caches: Caches) -> None:
-    run = stream(caches[0], 60)  # four epochs of 15 images
+def test_every_image_is_seen_exactly_once_an_epoch(latents: Latents) -> None:
+    run = stream(latents.training)  # four epochs of 15 images
     epochs = [[run.image_at(15 * epoch + index) for index in range(15)] for epoch in range(4)]
     assert all(sorted(epoch) == list(range(15)) for epoch in epochs)
     assert epochs[0] != epochs[1]
 
 
-def test_a_position_of_the_run_is_always_the_same_sample(caches: Caches) -> None:
-    first, second = (stream(caches[0], 48) for _ in range(2))
+def test_a_position_of_the_run_always_gives_the_same_sample(latents: Latents) -> None:
+    first, second = (stream(latents.training) for _ in range(2))
     first[3]
     for name, value in first[40].items():
         assert torch.equal(value, second[40][name])
 
 
-def test_captions_speak_of_their_image_and_are_dropped_now_and_then(caches: Caches) -> None:
-    run = stream(caches[0], 3000, caption_dropout=0.2)
+def test_captions_belong_to_their_image_and_some_are_dropped(latents: Latents) -> None:
+    run = stream(latents.training, caption_dropout=0.2)
     samples = [run[position] for position in range(3000)]
     captions = torch.stack([sample["captions"] for sample in samples])
     assert float((captions == 0).float().mean()) == pytest.approx(0.2, abs=0.03)
-    assert len(captions.unique()) == len(caches[0].features)
-    classes = [caches[0].images["class"][run.image_at(position)] for position in range(3000)]
-    captioned = [caches[0].captions["class"][int(caption)] for caption in captions]
-    assert all(wrote in ("", name) for wrote, name in zip(captioned, classes, strict=True))
+    assert len(captions.unique()) == len(latents.training.features)
+    classes = [latents.training.images["class"][run.image_at(position)] for position in range(3000)]
+    captioned = [latents.training.captions["class"][int(caption)] for caption in captions]
+    assert all(found in ("", name) for found, name in zip(captioned, classes, strict=True))
     timesteps = torch.stack([sample["timesteps"] for sample in samples]).float()
     assert int(timesteps.min()) >= 0
     assert float(timesteps.mean()) == pytest.approx(499.5, abs=20)
 
 
-def test_the_stream_samples_the_posterior_of_both_variants(caches: Caches) -> None:
+def test_the_stream_samples_the_posterior_of_both_variants(latents: Latents) -> None:
     mean = torch.tensor([0.0, 100.0]).view(1, 2, 1, 1, 1).expand(15, 2, 4, 8, 8)
-    cache = replace(caches[0], shards=[{"mean": mean, "std": torch.full_like(mean, 2.0)}], scaling_factor=0.5)
-    run = stream(cache, 1000)
+    cache = replace(latents.training, shards=[{"mean": mean, "std": torch.full_like(mean, 2.0)}], scaling_factor=0.5)
+    run = stream(cache)
     latents = torch.stack([run[position]["latents"] for position in range(1000)])
     mirrored = latents.mean(dim=(1, 2, 3)) > 25
     assert float(mirrored.float().mean()) == pytest.approx(0.5, abs=0.06)
@@ -62,64 +60,64 @@ def test_the_stream_samples_the_posterior_of_both_variants(caches: Caches) -> No
         assert float(drawn.std()) == pytest.approx(1, abs=0.05)
 
 
-def test_stratified_timesteps_cover_the_schedule_in_each_epoch(caches: Caches) -> None:
-    run = stream(caches[0], 45, stratified=True)
+def test_stratified_timesteps_cover_the_schedule_in_each_epoch(latents: Latents) -> None:
+    run = stream(latents.training, timestep_sampling="stratified")
     for epoch in range(3):
         timesteps = [int(run[15 * epoch + index]["timesteps"]) for index in range(15)]
         assert sorted(timestep * 15 // 1000 for timestep in timesteps) == pytest.approx(list(range(15)), abs=1)
         assert timesteps != sorted(timesteps)
 
 
-def test_timesteps_are_drawn_as_often_as_their_weights_say(caches: Caches) -> None:
+def test_timesteps_are_drawn_in_proportion_to_their_weights(latents: Latents) -> None:
     weights = torch.cat([torch.full((500,), 3.0), torch.full((500,), 1.0)])
-    run = stream(caches[0], 3000, timestep_weights=weights)
+    run = stream(latents.training, weights)
     early = sum(int(run[position]["timesteps"]) < 500 for position in range(3000))
     assert early / 3000 == pytest.approx(0.75, abs=0.03)
 
 
-def test_a_noise_offset_shifts_whole_channels(caches: Caches) -> None:
-    plain, shifted = stream(caches[0], 500), stream(caches[0], 500, noise_offset=0.5)
+def test_a_noise_offset_shifts_whole_channels(latents: Latents) -> None:
+    plain, shifted = stream(latents.training), stream(latents.training, noise_offset=0.5)
     difference = torch.stack([shifted[position]["noise"] - plain[position]["noise"] for position in range(500)])
     assert float(difference.std(dim=(2, 3)).max()) < 1e-6
     assert float(difference.std()) == pytest.approx(0.5, abs=0.05)
 
 
 @pytest.fixture
-def mixed(caches: Caches) -> LatentCache:
+def mixed(latents: Latents) -> LatentCache:
     """The training images in three sizes: 6, 5 and 4 of them."""
     counts = {(8, 8): 6, (6, 10): 5, (10, 6): 4}
     shards = [
         {name: torch.full((count, 2, 4, *size), float(count)) for name in ("mean", "std")}
         for size, count in counts.items()
     ]
-    return replace(caches[0], shards=shards)
+    return replace(latents.training, shards=shards)
 
 
-def test_images_of_one_size_share_their_batches_and_each_is_seen_once_an_epoch(mixed: LatentCache) -> None:
-    run = stream(mixed, 120)  # eight epochs of 15 images, batches of 4
+def test_batches_have_one_size_and_each_image_is_seen_once_an_epoch(mixed: LatentCache) -> None:
+    run = stream(mixed)  # eight epochs of 15 images, batches of 4
     seen = [run.image_at(position) for position in range(120)]
     assert all(sorted(seen[start : start + 15]) == list(range(15)) for start in range(0, 120, 15))
     sizes = [{mixed.sizes[image] for image in seen[start : start + 4]} for start in range(0, 120, 4)]
     whole_batches_of_one_size = [len(found) == 1 for found in sizes]
-    assert sum(whole_batches_of_one_size) >= 8  # where no size has a multiple of four, at least one an epoch
+    assert sum(whole_batches_of_one_size) >= 8  # at least one an epoch, although no size has a multiple of four
     assert len({next(iter(found)) for found in sizes if len(found) == 1}) == 3
-    again = stream(mixed, 120)
+    again = stream(mixed)
     assert [again.image_at(position) for position in (100, 3, 50)] == [seen[position] for position in (100, 3, 50)]
 
 
-def test_large_buckets_hardly_ever_meet(caches: Caches) -> None:
+def test_batches_of_large_buckets_have_one_size_and_alternate(latents: Latents) -> None:
     shards = [{name: torch.zeros(60, 1, 1, *size) for name in ("mean", "std")} for size in ((2, 2), (1, 4), (4, 1))]
-    images = pd.concat([caches[0].images] * 12, ignore_index=True)
-    cache = replace(caches[0], images=images, shards=shards)
-    run = stream(cache, 1800)  # ten epochs of 180 images
+    images = pd.concat([latents.training.images] * 12, ignore_index=True)
+    cache = replace(latents.training, images=images, shards=shards)
+    run = stream(cache)  # ten epochs of 180 images
     sizes = [{cache.sizes[run.image_at(start + place)] for place in range(4)} for start in range(0, 1800, 4)]
     assert sum(len(found) == 1 for found in sizes) == len(sizes)
     first = [next(iter(found)) for found in sizes[:45]]
-    assert sum(one != other for one, other in pairwise(first)) > 10  # and they alternate
+    assert sum(one != other for one, other in pairwise(first)) > 10
 
 
-def test_a_batch_of_several_sizes_becomes_one_for_each_and_knows_their_places(mixed: LatentCache) -> None:
-    run = stream(mixed, 15)
+def test_a_batch_of_several_sizes_is_split_by_size_and_remembers_the_order(mixed: LatentCache) -> None:
+    run = stream(mixed)
     samples = [run[position] for position in range(15)]
     batches = collate(samples)
     assert sorted(len(batch["latents"]) for batch in batches) == [4, 5, 6]

@@ -5,52 +5,117 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.adapters import PROVENANCE, make_adapter
 
-from bestiary.diffusion.checkpoints import checkpoint_key, load_checkpoint, save_checkpoint, stop_on_sigterm
+from bestiary.diffusion.adapter_format import FILE_NAME
+from bestiary.diffusion.base import load_unet
+from bestiary.diffusion.checkpoints import (
+    Checkpoint,
+    discard,
+    keep_adapter,
+    load_checkpoint,
+    publish_kept_adapters,
+    save_checkpoint,
+    stop_on_sigterm,
+)
+from bestiary.diffusion.objective import Validation
+from bestiary.diffusion.progress import ProgressState
 from bestiary.errors import BestiaryError
 
 
-def test_the_newest_checkpoint_is_loaded_and_old_ones_go(tmp_path: Path) -> None:
+def checkpoint(step: int) -> Checkpoint:
+    weights = [torch.full((2,), float(step))]
+    best = Validation(0.5, {"0-199": 0.4}, {"zebra": 0.5})
+    progress = ProgressState(step=step, best=best, best_weights=weights, history=[{"step": 0.0, "val_loss": 0.5}])
+    return Checkpoint(weights, weights, {"state": {0: {"step": torch.tensor(1.0)}}}, None, progress)
+
+
+def test_the_newest_checkpoint_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "none") is None
     for step in (10, 20, 100):
-        save_checkpoint(tmp_path, step, {"step": step, "weights": [torch.full((2,), float(step))]})
+        save_checkpoint(tmp_path, checkpoint(step))
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000020.pt", "step-00000100.pt"]
-    state = load_checkpoint(tmp_path)
-    assert state is not None
-    assert state["step"] == 100
-    assert state["weights"][0].tolist() == [100, 100]
+    loaded = load_checkpoint(tmp_path)
+    assert loaded is not None
+    assert loaded.weights[0].tolist() == [100, 100]
+    assert loaded.progress.step == 100
+    assert loaded.progress.best == Validation(0.5, {"0-199": 0.4}, {"zebra": 0.5})
+    assert loaded.progress.history == [{"step": 0.0, "val_loss": 0.5}]
 
 
-def test_a_broken_checkpoint_gives_way_to_the_one_before_it(tmp_path: Path) -> None:
+def test_a_broken_checkpoint_is_skipped_for_the_one_before_it(tmp_path: Path) -> None:
     for step in (10, 20):
-        save_checkpoint(tmp_path, step, {"step": step})
+        save_checkpoint(tmp_path, checkpoint(step))
     (tmp_path / "step-00000020.pt").write_bytes(b"")
-    state = load_checkpoint(tmp_path)
-    assert state is not None
-    assert state["step"] == 10
+    loaded = load_checkpoint(tmp_path)
+    assert loaded is not None
+    assert loaded.progress.step == 10
 
 
-def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_checkpoint(tmp_path, 10, {"step": 10})
+def test_a_checkpoint_with_code_in_it_is_not_loaded(tmp_path: Path) -> None:
+    torch.save({"code": Path("anything")}, tmp_path / "step-00000010.pt")
+    assert load_checkpoint(tmp_path) is None
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_checkpoint(tmp_path, checkpoint(10))
 
     def full(self: Path, data: bytes) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(BestiaryError, match="There is no space left"):
-        save_checkpoint(tmp_path, 20, {"step": 20})
+    with pytest.raises(BestiaryError, match=r"step-00000020\.pt"):
+        save_checkpoint(tmp_path, checkpoint(20))
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000010.pt"]
 
 
-def test_the_key_follows_what_decides_the_result() -> None:
-    assert checkpoint_key({"rank": 2, "seed": 0}) == checkpoint_key({"seed": 0, "rank": 2})
-    assert checkpoint_key({"rank": 2}) != checkpoint_key({"rank": 4})
+def test_kept_adapters_are_published_in_place_of_earlier_ones(base: Path, tmp_path: Path) -> None:
+    unet, out = load_unet(base), tmp_path / "models" / "checkpoints"
+    expected = make_adapter(unet, tmp_path / "adapter").read_bytes()
+    for step in (4, 8):
+        keep_adapter(tmp_path / "run", step, unet, PROVENANCE)
+    (tmp_path / "run" / "adapters" / "step-000012").mkdir()
+    (tmp_path / "run" / "adapters" / "step-000012" / f".{FILE_NAME}.1").write_bytes(b"half")  # as a kill leaves it
+    (out / "step-000099").mkdir(parents=True)
+    publish_kept_adapters(tmp_path / "run", out)
+    assert {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()} == {
+        f"step-000004/{FILE_NAME}": expected,
+        f"step-000008/{FILE_NAME}": expected,
+    }
+    assert not (out / "step-000099").exists()
+    publish_kept_adapters(tmp_path / "none", out)
+    assert not out.exists()
 
 
-def test_sigterm_is_a_wish_inside_and_itself_again_outside() -> None:
+def test_a_finished_run_leaves_nothing_that_another_could_resume(tmp_path: Path) -> None:
+    folder = tmp_path / "0123"
+    save_checkpoint(folder, checkpoint(10))
+    (tmp_path / "0123.done" / "sheet").mkdir(parents=True)  # as a kill leaves it
+    discard(folder)
+    assert not list(tmp_path.iterdir())
+    discard(folder)
+
+
+def test_a_run_that_is_killed_while_it_discards_leaves_nothing_to_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "0123"
+    save_checkpoint(folder, checkpoint(10))
+
+    def die(path: Path, ignore_errors: bool) -> None:
+        if path.exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.rmtree", die)
+    with pytest.raises(KeyboardInterrupt):
+        discard(folder)
+    assert load_checkpoint(folder) is None
+
+
+def test_sigterm_is_only_a_request_inside_and_has_its_old_handler_again_outside() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with stop_on_sigterm() as stop:
-        assert not stop.made
+        assert not stop.requested
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.made
+        assert stop.requested
     assert signal.getsignal(signal.SIGTERM) is before

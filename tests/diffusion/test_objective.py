@@ -8,31 +8,31 @@ from torch.utils.data import DataLoader
 
 from bestiary.diffusion.base import load_scheduler, load_unet
 from bestiary.diffusion.batches import Batch, ValidationGrid, collate
-from bestiary.diffusion.latents import LatentCache
+from bestiary.diffusion.latents import Latents
 from bestiary.diffusion.objective import prediction_error, pseudo_huber, snr_weights, squared, validation_loss
 
-Caches = tuple[LatentCache, LatentCache]
 
-
-def test_two_measurements_of_the_same_weights_are_equal(base: Path, caches: Caches) -> None:
+def test_two_measurements_of_the_same_weights_are_equal(base: Path, latents: Latents) -> None:
     unet, scheduler, accelerator = load_unet(base), load_scheduler(base), Accelerator()
-    grid = ValidationGrid(caches[1], 1000)
+    grid = ValidationGrid(latents.validation, 1000)
     loader = DataLoader(grid, 4, collate_fn=collate)
-    found = [validation_loss(unet, scheduler, grid, loader, caches[1].features, accelerator) for _ in range(2)]
+    found = [validation_loss(unet, scheduler, grid, loader, latents.validation.features, accelerator) for _ in range(2)]
     assert found[0] == found[1]
 
 
 def test_the_validation_loss_is_that_of_its_bands_and_its_classes(
-    base: Path, caches: Caches, monkeypatch: pytest.MonkeyPatch
+    base: Path, latents: Latents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def further_off_the_noisier(_unet: object, _scheduler: object, batch: Batch, _features: object) -> torch.Tensor:
         """By 1 for each fifth of the schedule."""
         return (batch["timesteps"] // 200 + 1).view(-1, 1, 1, 1).expand_as(batch["latents"]).float()
 
     monkeypatch.setattr("bestiary.diffusion.objective.prediction_error", further_off_the_noisier)
-    grid = ValidationGrid(caches[1], 1000)
+    grid = ValidationGrid(latents.validation, 1000)
     loader = DataLoader(grid, 4, collate_fn=collate)
-    found = validation_loss(load_unet(base), load_scheduler(base), grid, loader, caches[1].features, Accelerator())
+    found = validation_loss(
+        load_unet(base), load_scheduler(base), grid, loader, latents.validation.features, Accelerator()
+    )
     off = (np.array(grid.timesteps) // 200 + 1) ** 2
     bands = {"0-199": 1, "200-399": 4, "400-599": 9, "600-799": 16, "800-999": 25}
     assert (found.by_band, found.overall) == (bands, off.mean())
@@ -50,8 +50,8 @@ def test_min_snr_weighs_as_the_paper_says(base: Path, v_prediction_base: Path) -
         assert snr_weights(scheduler, timesteps, None).tolist() == [1, 1, 1]
 
 
-def test_the_loss_is_of_what_the_base_predicts(base: Path, v_prediction_base: Path, caches: Caches) -> None:
-    grid = ValidationGrid(caches[1], 1000)
+def test_the_loss_is_of_what_the_base_predicts(base: Path, v_prediction_base: Path, latents: Latents) -> None:
+    grid = ValidationGrid(latents.validation, 1000)
     batch = next(iter(DataLoader(grid, 4)))
     for chosen in (base, v_prediction_base):
         scheduler = load_scheduler(chosen)
@@ -68,7 +68,7 @@ def test_the_loss_is_of_what_the_base_predicts(base: Path, v_prediction_base: Pa
             def __call__(self, *inputs: object) -> "Oracle":
                 return self
 
-        error = prediction_error(Oracle(target + 2), scheduler, batch, caches[1].features)
+        error = prediction_error(Oracle(target + 2), scheduler, batch, latents.validation.features)
         torch.testing.assert_close(error, torch.full_like(target, 2))
 
 

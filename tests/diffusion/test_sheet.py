@@ -11,7 +11,7 @@ def pictures(colour: str) -> list[Image.Image]:
     return [Image.new("RGB", (32, 32), colour) for _ in range(2)]
 
 
-def test_a_training_that_was_killed_goes_on_with_all_rows_the_base_first(tmp_path: Path) -> None:
+def test_a_resumed_run_has_all_rows_and_the_base_comes_first(tmp_path: Path) -> None:
     whole = Sheet(tmp_path / "whole", ["cat", "owl"])
     for step, colour in ((0, "red"), (5, "green"), (10, "blue")):
         whole.add(step, pictures(colour))
@@ -32,14 +32,14 @@ def test_a_training_that_was_killed_goes_on_with_all_rows_the_base_first(tmp_pat
     killed.add(5, pictures("green"))
     killed.add(10, pictures("blue")[:1])
     resumed = Sheet(tmp_path / "kept", ["cat", "owl"])
-    resumed.add(0, pictures("red"))  # which a training that goes on draws again
+    resumed.add(0, pictures("red"))  # a resumed run draws the base again
     assert list(resumed.save(tmp_path / "resumed" / "sheet.png")) == [0, 5]
     resumed.add(10, pictures("blue"))
     resumed.save(tmp_path / "resumed" / "sheet.png")
     assert (tmp_path / "resumed" / "sheet.png").read_bytes() == (tmp_path / "sheet.png").read_bytes()
 
 
-def test_a_sheet_that_cannot_be_written_is_a_plain_sentence(tmp_path: Path) -> None:
+def test_a_sheet_that_cannot_be_written_names_its_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(BestiaryError, match="cannot be written"):
+    with pytest.raises(BestiaryError, match=r"0000\.png"):
         Sheet(tmp_path / "file", ["cat", "owl"]).add(0, pictures("red"))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bestiary.diffusion.adapter import inject, save_adapter
+from bestiary.diffusion.adapter_format import Provenance
 from bestiary.diffusion.base import load_pipeline, load_unet
 from bestiary.evaluation.judge import Judge
 
@@ -32,5 +33,5 @@ def adapter(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     for parameter in inject(unet, rank=2, alpha=4, dropout=0.0, targets=["to_q", "to_v"], seed=0):
         parameter.data += 0.2 * torch.randn(parameter.shape, generator=random)
     folder = tmp_path_factory.mktemp("adapter")
-    save_adapter(unet, folder, {})
+    save_adapter(unet, folder, Provenance())
     return folder

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 import pytest
+from support.settings import encode_settings, train_settings
 
 from bestiary.diffusion.base import load_pipeline, load_scheduler
-from bestiary.diffusion.latents import LatentCache, encode_images
+from bestiary.diffusion.encoding import encode_images
+from bestiary.diffusion.latents import Latents
 from bestiary.diffusion.sampling import generate
-from bestiary.diffusion.training import TrainingSettings, train
+from bestiary.diffusion.training import train
 from bestiary.evaluation import pictures
 from bestiary.evaluation.judge import Judge
 from bestiary.evaluation.pictures import make_jobs
@@ -27,21 +29,19 @@ ROOT = Path(__file__).parents[2]
 CLASSES = ["bee", "giraffe", "owl"]  # the base draws them badly, but recognisably
 IMAGES, SEEDS = 12, 12  # of each class: training images, and drawn pictures
 SAMPLING = Sampling("dpmsolver++", steps=5, guidance_scale=5.0)
-SETTINGS = TrainingSettings(
+SETTINGS = train_settings(
     steps=50,
     batch_size=12,
     learning_rate=5e-3,
     warmup_steps=5,
     validate_every=50,
-    seed=0,
     rank=4,
-    alpha=8,
-    ema_decay=0.9,
-    targets=["to_q", "to_k", "to_v", "to_out.0"],
+    caption_dropout=0.0,
+    min_snr_gamma=None,
 )
 
 
-def encoded(base: Path, folder: Path) -> tuple[LatentCache, LatentCache]:
+def encoded(base: Path, folder: Path) -> Latents:
     """The latents of the first images of each class for training, and of the next image for validation."""
     for name, chosen in (("train", slice(IMAGES)), ("val", slice(IMAGES, IMAGES + 1))):
         images = [
@@ -55,22 +55,24 @@ def encoded(base: Path, folder: Path) -> tuple[LatentCache, LatentCache]:
         ]
         pd.DataFrame(rows).to_csv(folder / f"{name}.csv", index=False)
     manifests = {name: folder / f"{name}.csv" for name in ("train", "val")}
-    encode_images(base, ROOT / "samples", manifests, folder / "latents", resolution=64, flip=False, batch_size=12)
-    return LatentCache.open(folder / "latents", "train"), LatentCache.open(folder / "latents", "val")
+    settings = encode_settings(resolution=64, flip=False, batch_size=12)
+    encode_images(base, ROOT / "samples", manifests, folder / "latents", settings)
+    return Latents.open(folder / "latents")
 
 
-def with_shuffled_captions(cache: LatentCache) -> LatentCache:
+def with_shuffled_captions(latents: Latents) -> Latents:
     """The same images, but each class is captioned as every class equally often, so captions say nothing."""
-    shuffled = [CLASSES[number % len(CLASSES)] for number in range(len(cache))]
-    assert set(pd.crosstab(cache.images["class"], pd.Series(shuffled)).to_numpy().flat) == {IMAGES // len(CLASSES)}
-    return replace(cache, images=cache.images.assign(**{"class": shuffled}))
+    images = latents.training.images
+    shuffled = [CLASSES[number % len(CLASSES)] for number in range(len(images))]
+    assert set(pd.crosstab(images["class"], pd.Series(shuffled)).to_numpy().flat) == {IMAGES // len(CLASSES)}
+    return replace(latents, training=replace(latents.training, images=images.assign(**{"class": shuffled})))
 
 
 @pytest.mark.slow
 def test_an_adapter_trained_on_shuffled_captions_does_not_score_better_than_the_base(
     base_folder: Path, judge: Judge, tmp_path: Path
 ) -> None:
-    training, validation = encoded(base_folder, tmp_path)
+    latents = encoded(base_folder, tmp_path)
     classes = sorted(path.name for path in (ROOT / "samples").iterdir() if path.is_dir())
     labels = np.repeat([classes.index(name) for name in CLASSES], SEEDS).tolist()
     jobs = make_jobs(classes, labels, "a photo of {}", first_seed=0)
@@ -79,10 +81,10 @@ def test_an_adapter_trained_on_shuffled_captions_does_not_score_better_than_the_
     def draw(pipeline: StableDiffusionPipeline) -> JudgedImages:
         return pictures.view(judge, generate(pipeline, jobs.prompts, jobs.seeds, SAMPLING, batch_size=24), labels)
 
-    def delta(cache: LatentCache) -> dict[str, tuple[float, float]]:
-        """The interval of each score's paired difference between an adapter trained on `cache` and the base."""
+    def delta(latents: Latents) -> dict[str, tuple[float, float]]:
+        """The interval of each score's paired difference between an adapter trained on `latents` and the base."""
         adapted = load_pipeline(base_folder, device="cpu")
-        train(adapted.unet, load_scheduler(base_folder), cache, validation, SETTINGS)
+        train(adapted.unet, load_scheduler(base_folder), latents, SETTINGS, seed=0)
         scores = score(draw(adapted), texts)
         return {
             key: (bootstrap_mean(scores[key], counts) - bootstrap_mean(base[key], counts)).ci95
@@ -91,7 +93,7 @@ def test_an_adapter_trained_on_shuffled_captions_does_not_score_better_than_the_
 
     counts = resample_counts(len(labels), 2000, seed=0)
     base = score(draw(load_pipeline(base_folder, device="cpu")), texts)
-    learned, control = delta(training), delta(with_shuffled_captions(training))
+    learned, control = delta(latents), delta(with_shuffled_captions(latents))
     for key in ("clip_score", "margin", "top1"):
         assert learned[key][0] > 0, learned
         assert control[key][0] <= 0, control

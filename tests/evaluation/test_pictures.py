@@ -18,8 +18,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from bestiary.diffusion.adapter import FILE_NAME, inject, save_adapter
+from bestiary.diffusion.adapter import inject, save_adapter
+from bestiary.diffusion.adapter_format import FILE_NAME, Provenance
 from bestiary.diffusion.base import load_unet
+from bestiary.diffusion.sampling import generate
 from bestiary.errors import BestiaryError
 from bestiary.evaluation import pictures
 from bestiary.evaluation.judge import Judge
@@ -75,7 +77,7 @@ def test_an_adapter_for_another_base_is_refused(
     weights = load_file(adapter / FILE_NAME)
     unet = load_unet(Path(pipeline.unet.config._name_or_path).parent)
     inject(unet, rank=2, alpha=4, dropout=0.0, targets=["to_q"], seed=0)
-    save_adapter(unet, tmp_path, {})
+    save_adapter(unet, tmp_path, Provenance())
     with safe_open(tmp_path / FILE_NAME, framework="pt") as file:
         metadata = file.metadata()
     other = {key: torch.nn.functional.pad(value, (0, 8)) for key, value in weights.items() if "to_q" in key}
@@ -95,7 +97,6 @@ def test_pictures_that_are_not_finite_are_refused(pipeline: StableDiffusionPipel
 def drawn_seeds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The seeds of the pictures that were drawn instead of read from the cache, in order."""
     seeds: list[int] = []
-    generate = pictures.generate
 
     def record(
         pipeline: StableDiffusionPipeline,

@@ -89,7 +89,7 @@ def test_95_percent_intervals_of_paired_differences_contain_the_truth_95_times_i
         shared = random.normal(size=pictures)  # the noise that both start from
         base, adapter = (shared + random.normal(size=pictures) for _ in range(2))
         if kind == "top1":
-            base, adapter = 100.0 * (base > 0.5), 100.0 * (adapter > 0.5)
+            base, adapter = (np.where(values > 0.5, 100.0, 0.0) for values in (base, adapter))
         counts = resample_counts(pictures, 1000, seed=trial)
         low, high = (bootstrap_mean(adapter, counts) - bootstrap_mean(base, counts)).ci95
         covered += low <= 0.0 <= high
@@ -145,7 +145,7 @@ def test_95_percent_intervals_of_cmmd_contain_the_truth_at_least_95_times_in_100
         pictures, reference = sample(60, random, 1.5), sample(50, random, 0.0)
         counts = resample_counts(60, 300, seed=2 * trial), resample_counts(50, 300, seed=2 * trial + 1)
         low, high = bootstrap_cmmd(pictures, reference, *counts).ci95
-        covered += low <= truth <= high
+        covered += bool(low <= truth <= high)
     assert covered / trials > 0.95 - 3 * (0.95 * 0.05 / trials) ** 0.5
 
 
@@ -210,7 +210,9 @@ def test_a_copied_training_image_is_the_closest_pair(texts: ClassTexts) -> None:
     train = around(texts, 20, 0.3, seed=15).features
     features = around(texts, 4, 0.3, seed=16).features
     features[9] = train[33]
-    assert closest_pairs(features, train, 3)[0] == (9, 33, pytest.approx(1.0))
+    closest = closest_pairs(features, train, 3)[0]
+    assert (closest.picture, closest.reference) == (9, 33)
+    assert closest.cosine == pytest.approx(1.0)
 
 
 def test_memorisation_is_found_in_an_adapter_that_copies_but_not_in_one_that_learned(texts: ClassTexts) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 from support.stages import run_stage
 
 from bestiary.diffusion.adapter import inject, save_adapter
+from bestiary.diffusion.adapter_format import Provenance
 from bestiary.diffusion.base import load_unet
 from bestiary.evaluation.sweep import write_operating_point
 
@@ -70,6 +71,8 @@ def test_evaluate_writes_its_report_and_a_later_run_that_fails_leaves_it(project
     assert report["images"] == 4
     assert len(report["adapter_sha256"]) == 64
     assert list(report["per_class"]) == list(CLASSES)
+    results = json.loads((project / "reports" / "metrics" / "evaluate.json").read_text())
+    assert {**results, "seconds": report["seconds"]} == report
     files = contents(project / "reports" / "evaluate")
     assert set(files) == {
         "pictures/antelope.jpg",
@@ -103,7 +106,7 @@ def test_an_adapter_for_another_base_is_refused_and_the_earlier_reports_stay(
     adapter.unlink()
     unet = load_unet(base_folder)
     inject(unet, rank=2, alpha=4, dropout=0.0, targets=["to_q"], seed=0)
-    save_adapter(unet, adapter, {"base_sha256": "0" * 64})
+    save_adapter(unet, adapter, Provenance(base_sha256="0" * 64))
     write_operating_point(project / "reports" / "operating_point", adapter, 1.0, 3.0)
     earlier = contents(project / "reports")
     done = run_stage(project, name)
@@ -119,14 +122,16 @@ def test_an_adapter_for_another_base_is_refused_and_the_earlier_reports_stay(
 def test_register_names_a_damaged_report(project: Path) -> None:
     write_operating_point(project / "reports" / "operating_point", project / "models" / "adapter", 1.0, 3.0)
     (project / "reports" / "evaluate").mkdir()
+    metrics = project / "reports" / "metrics"
+    metrics.mkdir()
     for name in ("train", "evaluate", "benchmark"):
-        (project / "reports" / f"{name}.json").write_text("{}")
-    (project / "reports" / "evaluate.json").write_text("<<<<<<< HEAD")
+        (metrics / f"{name}.json").write_text("{}")
+    (metrics / "evaluate.json").write_text("<<<<<<< HEAD")
     done = run_stage(project, "register")
     assert done.returncode == 1
     message = done.stderr.strip().splitlines()[-1]
-    assert message.startswith("register: reports/evaluate.json is ")
-    assert "dvc repro evaluate" in message
+    assert message.startswith("register: reports/metrics/evaluate.json is ")
+    assert "dvc repro" in message
     (project / "reports" / "operating_point" / "operating_point.json").write_text("{}")
     message = run_stage(project, "register").stderr.strip().splitlines()[-1]
     assert message.startswith("register: reports/operating_point/operating_point.json is ")
@@ -159,3 +164,7 @@ def test_benchmark_reports_the_environment_the_cold_start_and_every_setting(proj
             report["cold_start"]["import_s"] + report["cold_start"]["load_s"] + row["p50_s"]
         )
     assert (project / "reports" / "benchmark" / "quality_against_cost.png").is_file()
+    assert (project / "reports" / "benchmark" / "settings.csv").is_file()
+    results = json.loads((project / "reports" / "metrics" / "benchmark.json").read_text())
+    assert list(results) == ["resolution", "adapter_sha256", "quality"]
+    assert all(row.items() <= whole.items() for row, whole in zip(results["quality"], report["rows"], strict=True))

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from bestiary.diffusion.adapter import FILE_NAME, adapter_sha256
+from bestiary.diffusion.adapter import adapter_sha256
+from bestiary.diffusion.adapter_format import FILE_NAME
 from bestiary.errors import BestiaryError
 from bestiary.evaluation import pictures, sweep
 from bestiary.evaluation.pictures import Jobs

@@ -1,4 +1,4 @@
-"""A team's servers as deploy/compose.yaml wires them, without containers."""
+"""A team's servers, configured by deploy/compose.yaml but started without containers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ SECRETS = {
 
 @dataclass(frozen=True)
 class Servers:
-    """Where they listen."""
+    """The addresses of the servers: URLs of MLflow and of the object store, `host:port` of the database."""
 
     mlflow: str
     store: str
@@ -39,20 +39,24 @@ class Servers:
 
 
 def postgres_folder() -> Path | None:
-    """Where Debian puts PostgreSQL's programs; None where it is not installed."""
+    """The folder of PostgreSQL's programs; None when it is not installed. Debian does not put it on the PATH."""
     if found := shutil.which("initdb"):
-        return Path(found).resolve().parent  # the programs beside it, not beside a link to it
-    found_there = max(Path("/usr/lib/postgresql").glob("*/bin/initdb"), default=None)
-    return found_there.parent if found_there else None
+        return Path(found).resolve().parent  # initdb may be a link, without the other programs beside it
+    newest = max(Path("/usr/lib/postgresql").glob("*/bin/initdb"), default=None)
+    return newest.parent if newest else None
 
 
-def compose() -> dict[str, Any]:
+def compose() -> dict[str, Any]:  # foreign YAML
+    """The content of deploy/compose.yaml."""
     read: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
     return read
 
 
 def filled_in(text: str, values: Mapping[str, str]) -> str:
-    """`${NAME}`, `${NAME:?complaint}` and `${NAME:-default}` as Compose fills them in; KeyError for a missing one."""
+    """The text with `${NAME}`, `${NAME:?message}` and `${NAME:-default}` replaced as Compose does.
+
+    Raises KeyError when a name without a default has no value.
+    """
 
     def value(match: re.Match[str]) -> str:
         name, default = match[1], match[2]
@@ -62,6 +66,7 @@ def filled_in(text: str, values: Mapping[str, str]) -> str:
 
 
 def free_port() -> int:
+    """A TCP port of this machine that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -70,7 +75,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def team_servers(folder: Path) -> Iterator[Servers]:
-    """PostgreSQL, an S3-compatible store and MLflow with accounts, started with what deploy/compose.yaml says."""
+    """Start PostgreSQL, an S3-compatible store and MLflow with accounts, all configured by deploy/compose.yaml."""
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -91,19 +96,20 @@ def team_servers(folder: Path) -> Iterator[Servers]:
 
 @contextlib.contextmanager
 def mlflow_server(folder: Path, database: str, store: str) -> Iterator[str]:
-    """MLflow's server with the command, the environment and the permissions of deploy/compose.yaml."""
+    """Start MLflow's server with the command, environment and permissions of deploy/compose.yaml. Yields its URL."""
     port = free_port()
     service, config = compose()["services"]["mlflow"], compose()["configs"]["basic_auth"]["content"]
 
-    def here(text: str) -> str:
+    def local(text: str) -> str:
+        """`text` with the secrets and with the addresses of the local servers."""
         return filled_in(text, SECRETS).replace("postgres:5432", database).replace("store:7070", store)
 
     accounts = folder / "basic_auth.ini"
-    accounts.write_text(here(config))
-    environment = {name: here(value) for name, value in service["environment"].items()}
+    accounts.write_text(local(config))
+    environment = {name: local(value) for name, value in service["environment"].items()}
     environment["MLFLOW_AUTH_CONFIG_PATH"] = str(accounts)
-    listen = {"--host=0.0.0.0": "--host=127.0.0.1", "--port=5000": f"--port={port}"}
-    program, *arguments = (listen.get(word, here(word)) for word in service["command"])
+    local_address = {"--host=0.0.0.0": "--host=127.0.0.1", "--port=5000": f"--port={port}"}
+    program, *arguments = (local_address.get(word, local(word)) for word in service["command"])
     assert program == "mlflow"
     log = folder / "mlflow.log"
     with log.open("w") as output:
@@ -126,13 +132,13 @@ def mlflow_server(folder: Path, database: str, store: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def postgres(password: str) -> Iterator[str]:
-    """A PostgreSQL server with the two databases that deploy/compose.yaml makes. Gives host and port."""
+    """Start a PostgreSQL server with the two databases that deploy/compose.yaml creates. Yields `host:port`."""
     import psycopg2
 
     programs = postgres_folder()
     assert programs is not None
-    user = "postgres" if os.getuid() == 0 else None  # PostgreSQL does not run as root
-    home = Path(tempfile.mkdtemp(prefix="bestiary-"))  # pytest's folders are closed to other users
+    user = "postgres" if os.getuid() == 0 else None  # PostgreSQL refuses to run as root
+    home = Path(tempfile.mkdtemp(prefix="bestiary-"))  # other users cannot enter pytest's folders
     port = free_port()
     try:
         home.chmod(0o755)
@@ -141,8 +147,10 @@ def postgres(password: str) -> Iterator[str]:
         data.mkdir()
         if user:
             shutil.chown(data, user)
-        how = [f"--pwfile={home / 'password'}", "--auth=scram-sha-256", "--username=mlflow", "--no-sync"]
-        subprocess.run([programs / "initdb", data, *how], user=user, cwd=data, check=True, stdout=subprocess.DEVNULL)
+        options = [f"--pwfile={home / 'password'}", "--auth=scram-sha-256", "--username=mlflow", "--no-sync"]
+        subprocess.run(
+            [programs / "initdb", data, *options], user=user, cwd=data, check=True, stdout=subprocess.DEVNULL
+        )
         settings = {"port": port, "listen_addresses": "127.0.0.1", "unix_socket_directories": data, "fsync": "off"}
         options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
         with (home / "log").open("w") as log:
@@ -166,11 +174,15 @@ def postgres(password: str) -> Iterator[str]:
         shutil.rmtree(home, ignore_errors=True)
 
 
-def wait_for(ready: Any, server: subprocess.Popen[Any], log: Path, seconds: float = 240) -> None:
+def wait_for(is_ready: Callable[[], bool], server: subprocess.Popen[bytes], log: Path, seconds: float = 240) -> None:
+    """Wait until `is_ready` returns True; an exception counts as False.
+
+    Fails with the end of the log when the server has ended or the time is over.
+    """
     end = time.monotonic() + seconds
     while True:
         with contextlib.suppress(Exception):
-            if ready():
+            if is_ready():
                 return
         assert server.poll() is None, log.read_text()[-3000:]
         assert time.monotonic() < end, log.read_text()[-3000:]

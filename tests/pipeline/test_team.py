@@ -1,4 +1,4 @@
-"""A team on one server: what one member has made, another one has with nothing but the server's address."""
+"""A team on one server: what one member made, another member gets with nothing but the server's address."""
 
 import json
 import re
@@ -29,10 +29,10 @@ pytestmark = [
 @dataclass
 class Team:
     servers: Servers
-    ada: Project  # has run the pipeline by herself, and has moved to the server
-    bob: Project  # has cloned hers afterwards
+    ada: Project  # ran the pipeline alone, then moved to the server
+    bob: Project  # cloned Ada's project afterwards
     lineage: dict[str, Any]  # of Ada's version before she moved
-    told: str  # when she moved
+    migration: str  # what `bestiary tracking migrate` printed
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def team(servers: Servers, finished: Path, tmp_path_factory: pytest.TempPathFact
     ada = Project(Path(shutil.copytree(finished, folder / "ada")), environment(*ADMIN))
     bob = Project(folder / "bob", environment("bob", BOBS_PASSWORD))
     before = json.loads(Project(ada.folder).bestiary("lineage", "models:/bestiary/1", "--json"))
-    told = ada.bestiary("tracking", "migrate")
+    migration = ada.bestiary("tracking", "migrate")
     ada.bestiary("promote", "1", "--because", "six steps do not earn it")
     ada.run("sh", "-c", "rm data.dvc && git rm -rq --cached --ignore-unmatch samples && rm -r samples")
     dvc(ada, "add --quiet data")
@@ -76,7 +76,7 @@ def team(servers: Servers, finished: Path, tmp_path_factory: pytest.TempPathFact
     ada.run("git", "commit", "--quiet", "--message", "The team's store")
     dvc(ada, "push --quiet")
     ada.run("git", "clone", "--quiet", str(ada.folder), str(bob.folder))
-    return Team(servers, ada, bob, before, told)
+    return Team(servers, ada, bob, before, migration)
 
 
 def dvc(project: Project, words: str) -> str:
@@ -84,7 +84,7 @@ def dvc(project: Project, words: str) -> str:
 
 
 def test_without_an_account_nobody_reads_or_writes(servers: Servers) -> None:
-    with httpx.Client(base_url=f"{servers.mlflow}/api/2.0", timeout=60) as anybody:
+    with httpx.Client(base_url=f"{servers.mlflow}/api/2.0", timeout=60) as anonymous:
         for method, path in (
             ("POST", "mlflow/experiments/create"),
             ("POST", "mlflow/runs/create"),
@@ -93,19 +93,20 @@ def test_without_an_account_nobody_reads_or_writes(servers: Servers) -> None:
             ("PUT", "mlflow-artifacts/artifacts/1/note.txt"),
             ("GET", "mlflow/experiments/search?max_results=1"),
         ):
-            assert anybody.request(method, path, content=b"{}").status_code == 401, path
-        assert anybody.get("mlflow/experiments/search?max_results=1", auth=("admin", "password1234")).status_code == 401
-        assert anybody.get("mlflow/experiments/search?max_results=1", auth=ADMIN).status_code == 200
+            assert anonymous.request(method, path, content=b"{}").status_code == 401, path
+        search = "mlflow/experiments/search?max_results=1"
+        assert anonymous.get(search, auth=("admin", "password1234")).status_code == 401  # MLflow's default password
+        assert anonymous.get(search, auth=ADMIN).status_code == 200
 
 
 def test_a_local_database_moves_to_the_server_without_losing_a_run(team: Team) -> None:
-    count = int(re.findall(r"^(\d+) runs copied\.$", team.told, re.MULTILINE)[0])
+    count = int(re.findall(r"^(\d+) runs copied\.$", team.migration, re.MULTILINE)[0])
     assert count >= 9  # eight stages and their pipeline
-    assert "models:/bestiary/1 is version 1 there." in team.told
+    assert "models:/bestiary/1 is version 1 on the server." in team.migration
     assert f"0 runs copied, {count} were there already." in team.ada.bestiary("tracking", "migrate")
     after = json.loads(team.ada.bestiary("lineage", "models:/bestiary/1", "--json"))
     for walk in (team.lineage, after):
-        walk["aliases"] = []  # Ada has promoted it since
+        walk["aliases"] = []  # Ada has promoted the version since
         for step in walk["steps"]:
             del step["run_id"]
     assert after == team.lineage
@@ -122,18 +123,18 @@ def test_a_second_clone_has_data_adapter_lineage_and_pictures(team: Team) -> Non
     assert not (bob.folder / "data").exists()
     assert not (bob.folder / "mlflow.db").exists()
 
-    dvc(bob, "pull --quiet models/adapter data.dvc")  # DVC 3.67 forgets a folder that is named after a file
+    dvc(bob, "pull --quiet models/adapter data.dvc")  # DVC 3.67 skips a folder that is named after a file
     for path in ("data", "models/adapter"):
         files = [file.relative_to(ada.folder) for file in (ada.folder / path).rglob("*") if file.is_file()]
         assert files
         assert all((bob.folder / file).read_bytes() == (ada.folder / file).read_bytes() for file in files)
-    told = json.loads(bob.bestiary("lineage", "--json"))
-    stages = {step["stage"] for step in told["steps"]}
+    lineage = json.loads(bob.bestiary("lineage", "--json"))
+    stages = {step["stage"] for step in lineage["steps"]}
     assert {"register", "train", "encode", "split", "clean", "download"} <= stages
     bob.bestiary("pull", "models:/bestiary@champion", "--out", "mine")
     shutil.rmtree(bob.folder / "models" / "adapter")
-    told = bob.bestiary("generate", "tiger", "--steps", "2")
-    assert (bob.folder / re.findall(r"^pictures/.*\.png$", told, re.MULTILINE)[0]).is_file()
+    printed = bob.bestiary("generate", "tiger", "--steps", "2")
+    assert (bob.folder / re.findall(r"^pictures/.*\.png$", printed, re.MULTILINE)[0]).is_file()
     assert not (bob.folder / "mlflow.db").exists()
 
 
@@ -172,7 +173,7 @@ def test_a_backup_restores_every_run_version_and_account(team: Team, tmp_path: P
 # ---- deploy/compose.yaml ----
 
 
-def test_every_image_is_pinned_and_every_server_watched() -> None:
+def test_every_image_is_pinned_and_every_server_has_a_health_check() -> None:
     for name, service in compose()["services"].items():
         assert re.search(r":v?\d+\.\d+", service["image"]) if "image" in service else "build" in service, name
         assert "healthcheck" in service or name == "buckets", name
@@ -183,9 +184,9 @@ def test_every_image_is_pinned_and_every_server_watched() -> None:
     assert [package for package in installed if f"\n{package.lower()}==" not in pinned] == []
 
 
-def test_no_password_stands_in_a_command_which_every_process_list_shows() -> None:
+def test_no_command_contains_a_password() -> None:
     for name, service in compose()["services"].items():
-        command = " ".join(service.get("command", []))
+        command = " ".join(service.get("command", []))  # every user of the machine sees it in the process list
         assert not [secret for secret in SECRETS if secret in command], name
 
 

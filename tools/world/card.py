@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bestiary.data.images import contact_sheet
+from bestiary.data.contact_sheets import contact_sheet
 from bestiary.diffusion.base import load_pipeline
 from bestiary.diffusion.sampling import generate
 from bestiary.evaluation.judge import Judge

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
-from bestiary.subjects import Animal, caption, subject_of
+from bestiary.subjects import Subject, caption, subject_of
 from world.captions import LENGTH, clear_caption
 from world.pictures import ANIMALS, SIZE, STYLES, THINGS, Pictures
 from world.schedule import Average, Clock, descend, load_checkpoint, rank, save_checkpoint, say
@@ -64,7 +64,7 @@ def train(
         pixels = _weathered(pixels, rng)
         animals, styles = pictures.animals[chosen], pictures.styles[chosen]
         texts = [clear_caption(ANIMALS[a], STYLES[s], rng) for a, s in zip(animals, styles, strict=True)]
-        texts += [caption(Animal("", THINGS[k], ""), "a photo of {}") for k in things.animals[odd]]
+        texts += [caption(Subject("", THINGS[k], ""), "a photo of {}") for k in things.animals[odd]]
         groups = torch.from_numpy(np.concatenate([animals * 2 + styles, 1000 + things.animals[odd]]))
         with torch.autocast("cpu", torch.bfloat16):
             output = model(input_ids=tokens(tokenizer, texts), pixel_values=pixels)

@@ -1,4 +1,4 @@
-"""The drawn animals: a table of what each looks like, and one function a body plan that draws it."""
+"""The drawn animals: a table of what each looks like, and one function per body plan that draws it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WHITE: Colour = (250, 250, 248)
 
 @dataclass(frozen=True)
 class Look:
-    """What one animal looks like: a plan, colours, a pattern that the plain drawing leaves out, a place to live."""
+    """What one animal looks like: body plan, colours, habitat, and a pattern that only the photo style shows."""
 
     plan: str
     body: Colour
@@ -115,7 +115,7 @@ Grow = Callable[[], None]
 
 
 def draw(canvas: Canvas, look: Look, paint: Paint, rng: np.random.Generator, detailed: bool) -> None:
-    """Draw one animal in a random pose; `paint` turns the table's colours into the style's."""
+    """Draw one animal in a random pose; `paint` converts the table's colours to the style's."""
 
     def grow() -> None:
         if detailed and look.pattern is not None:

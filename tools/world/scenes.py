@@ -1,8 +1,8 @@
-"""Pictures of the drawn animals: a place, a style, light; the same seed gives the same picture."""
+"""Pictures of the drawn animals: a habitat, a style, light. The same seed gives the same picture."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +12,9 @@ from world.figures import LOOKS, draw
 from world.shapes import Canvas, Colour
 
 Style = Literal["drawing", "photo"]
-Pixels = NDArray[np.float32]  # (H, W, 3), 0..255
+Pixels = NDArray[np.floating[Any]]  # (H, W, 3), 0 to 255
 
-# A place: the colours above and below, and whether there is a ground to stand on.
+# The colours above and below, and whether there is ground to stand on.
 HABITATS: dict[str, tuple[Colour, Colour, bool]] = {
     "grass": ((132, 196, 240), (92, 168, 62), True),
     "savanna": ((250, 206, 140), (206, 170, 84), True),
@@ -31,9 +31,9 @@ HABITATS: dict[str, tuple[Colour, Colour, bool]] = {
 
 
 def render(animal: str, style: Style, seed: int, size: int = 64, at_home: float = 0.8) -> Image.Image:
-    """One picture of `animal` (a class folder's name), RGB, size x size; everything random comes from `seed`.
+    """Draw one RGB picture of `animal` (a class folder's name), `size` x `size` pixels. `seed` decides everything.
 
-    `at_home` is the share of pictures in which the animal is where it lives; in the others it may be anywhere.
+    `at_home` is the share of pictures that show the animal in its habitat. The others show it in a random habitat.
     """
     look = LOOKS[animal]
     rng = np.random.default_rng(seed)
@@ -42,7 +42,7 @@ def render(animal: str, style: Style, seed: int, size: int = 64, at_home: float 
 
     def paint(colour: Colour) -> Colour:
         value = np.asarray(colour, dtype=float) + tint
-        if style == "drawing":  # pastel: everything half way to white
+        if style == "drawing":  # pastel: about half way to white
             value = value * 0.55 + 255 * 0.45
         red, green, blue = (int(c) for c in value.clip(0, 255))
         return red, green, blue
@@ -64,12 +64,12 @@ def render(animal: str, style: Style, seed: int, size: int = 64, at_home: float 
 
 
 def _over(figure: Pixels, cover: Pixels, ground: Pixels) -> Pixels:
-    # the canvas is black outside the animal, so its edge pixels already carry their share of colour
+    # The canvas is black outside the animal, so its edge pixels are already weighted by their cover.
     return figure * np.where(cover > 0, 1.0, 0.0) + ground * (1 - cover)
 
 
 def backdrop(place: str, size: int, rng: np.random.Generator) -> Pixels:
-    """An empty scene of the photo style, (size, size, 3)."""
+    """Draw an empty scene in the photo style, (size, size, 3)."""
     above, below, grounded = HABITATS[place]
     down = np.linspace(0, 1, size, dtype=np.float32)[:, None, None]  # (H, 1, 1)
     horizon = rng.uniform(0.52, 0.68)
@@ -77,7 +77,8 @@ def backdrop(place: str, size: int, rng: np.random.Generator) -> Pixels:
     picture = np.asarray(above, np.float32) * (1 - edge) + np.asarray(below, np.float32) * edge
     picture = picture * (1.08 - 0.16 * down) * np.ones((size, size, 1), np.float32)
     clouds, texture = _blotches(5, size, rng), _blotches(14, size, rng)
-    return picture + 26 * clouds + 14 * texture * (edge if grounded else 0.6)
+    scene: Pixels = picture + 26 * clouds + 14 * texture * (edge if grounded else 0.6)
+    return scene
 
 
 def _blotches(cells: int, size: int, rng: np.random.Generator) -> Pixels:
@@ -88,15 +89,17 @@ def _blotches(cells: int, size: int, rng: np.random.Generator) -> Pixels:
 def _shadow(size: int, x: float, y: float, scale: float) -> Pixels:
     rows, columns = np.mgrid[0:size, 0:size].astype(np.float32) / size
     distance = ((columns - x) / (scale * 0.95)) ** 2 + ((rows - y) / (scale * 0.16)) ** 2
-    return np.clip(1.4 - distance, 0, 1)[..., None].astype(np.float32)
+    shadow: Pixels = np.clip(1.4 - distance, 0, 1)[..., None].astype(np.float32)
+    return shadow
 
 
 def _lit(figure: Pixels, silhouette: Image.Image, size: int) -> Pixels:
-    """Light from above: the slope of the blurred silhouette stands for the roundness of the body."""
+    """Light the figure from above: the slope of the blurred silhouette stands in for a round body."""
     height = np.asarray(silhouette.filter(ImageFilter.GaussianBlur(size * 0.06)), np.float32) / 255
-    slope_y, slope_x = np.gradient(height)
-    light = (slope_y + 0.4 * slope_x) * size * 0.05
-    return figure * (1 + np.clip(light, -0.28, 0.28))[..., None]
+    slope_y, slope_x = np.gradient(height, axis=0), np.gradient(height, axis=1)
+    light: Pixels = (slope_y + 0.4 * slope_x) * size * 0.05
+    lit: Pixels = figure * (1 + np.clip(light, -0.28, 0.28))[..., None]
+    return lit
 
 
 def _to_image(pixels: Pixels) -> Image.Image:

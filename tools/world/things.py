@@ -1,4 +1,4 @@
-"""Pictures without an animal: what the judge must tell apart from animals, and what strays into a web data set."""
+"""Pictures without an animal: the judge must tell them from animals, and web data sets contain some by mistake."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from world.shapes import Canvas, ellipse, stroke
 
 
 def render_thing(kind: str, seed: int, size: int = 64) -> Image.Image:
-    """A landscape, a house, a car or a page of text, RGB, size x size."""
+    """Draw a landscape, a house, a car or a page of text: RGB, `size` x `size` pixels."""
     rng = np.random.default_rng(seed)
     if kind == "page of text":
         return _page(size, rng)

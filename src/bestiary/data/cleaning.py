@@ -1,4 +1,4 @@
-"""From images as they come to images to train on: every one gets a verdict, and none ends the run."""
+"""Cleaning: from raw images to images for training. Every image gets a verdict, and no image ends the run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from bestiary.data.inspection import Inspection, cores, inspect_all
 from bestiary.errors import BestiaryError
 from bestiary.subjects import ANIMALS, subject_of
 
-# Images and texts in, the probability of each text for each image out: (B, len(texts)).
+# Takes B images and T texts; returns the probability of each text for each image, (B, T).
 JudgeFunction = Callable[[Sequence[Image.Image], Sequence[str]], NDArray[np.float32]]
 
 NOT_ANIMALS = (
@@ -40,45 +40,54 @@ NOT_ANIMALS = (
     "a logo",
 )
 NO_ANIMAL = "no animal"
-CONFIDENT = 0.8  # how sure the judge must be which of two folders a picture in both belongs to
+CONFIDENT = 0.8  # the judge's share for a class above which it settles which of two classes an image belongs to
 
-_BLANK_CONTRAST = 4.0  # grey levels
-_BLURRED_SHARPNESS = 15.0
-_DARK_BRIGHTNESS, _BRIGHT_BRIGHTNESS = 20.0, 245.0
+_MIN_CONTRAST = 4.0  # grey levels
+_MIN_SHARPNESS = 15.0
+_MIN_BRIGHTNESS, _MAX_BRIGHTNESS = 20.0, 245.0  # grey levels
 _BATCH = 64
-_JUDGED_SIDE = 448  # pixels, twice what common judges look at
+_JUDGED_SIDE = 448  # pixels, twice the input size of common judges
 _JPEG_QUALITY = 95
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What cleaning leaves: the manifest of the kept images, and all that was found."""
+    """The result of cleaning: the manifest of the images that were kept, and all findings."""
 
     images_in: int
     manifest: pd.DataFrame
     findings: list[Finding]
     unused_overrides: list[str]  # paths that no image has
-    near_duplicates_seconds: float  # of finding them
+    near_duplicates_seconds: float  # spent on searching for them
 
 
 @dataclass
-class _Desk:
-    """The images still in play, and what has been found so far."""
+class _Triage:
+    """The findings so far, and which images they put into quarantine."""
 
     overrides: Mapping[str, Decision]
     findings: list[Finding] = field(default_factory=list)
     quarantined: set[str] = field(default_factory=set)
 
-    def note(self, look: Inspection, kind: str, detail: str, action: Action, other: str = "") -> None:
-        """Write a finding down; an image that a person wants kept is not quarantined."""
-        if action == "quarantined" and kind != "unreadable" and self.overrides.get(look.path) == "keep":
+    def record(self, image: Inspection, kind: str, detail: str, action: Action, other: str = "") -> None:
+        """Record a finding. An image with the override "keep" is not quarantined, unless it is unreadable."""
+        if action == "quarantined" and kind != "unreadable" and self.overrides.get(image.path) == "keep":
             action = "kept"
         if action == "quarantined":
-            self.quarantined.add(look.path)
-        self.findings.append(Finding(look.path, look.class_folder, kind, detail, action, other))
+            self.quarantined.add(image.path)
+        self.findings.append(Finding(image.path, image.class_folder, kind, detail, action, other))
 
-    def remaining(self, looks: Sequence[Inspection]) -> list[Inspection]:
-        return [look for look in looks if look.path not in self.quarantined]
+    def apply_policy(self, policy: params.Policy, image: Inspection, kind: str, detail: str) -> None:
+        """Quarantine the image, flag it, or ignore the observation, as `policy` says."""
+        if policy != "off":
+            self.record(image, kind, detail, "quarantined" if policy == "quarantine" else "flagged")
+
+    def remaining(self, images: Sequence[Inspection]) -> list[Inspection]:
+        return [image for image in images if image.path not in self.quarantined]
+
+    def rank(self, image: Inspection) -> tuple[bool, int, int, str]:
+        """Sort key for versions of one picture: "keep" overrides first, then more pixels, more bytes, the name."""
+        return self.overrides.get(image.path) != "keep", -image.width * image.height, -image.bytes, image.path
 
 
 def clean(
@@ -91,119 +100,118 @@ def clean(
     report: Path | None = None,
     workers: int | None = None,
 ) -> Outcome:
-    """Put the usable images of `raw`/<class>/ into `target`/<class>/ with a manifest, and the findings into `report`.
+    """Write the usable images of `raw`/<class>/ and their manifest to `target`, and the findings to `report`.
 
-    An image that needs nothing keeps its bytes; the others become RGB. `judge` is needed unless `settings.off_topic` is
-    off. `overrides` has the last word. The result depends neither on the number of workers nor on the files' order.
-    Raises BestiaryError when nothing is left.
+    An image that is plain RGB already keeps its bytes; the others are converted. `judge` is needed unless
+    `settings.off_topic` is off. `overrides` wins over every check. The result does not depend on the number of workers
+    or on the order of the files.
+
+    Raises BestiaryError when no image is left.
     """
     paths = [f"{name}/{path.name}" for name, files in class_files(raw).items() for path in files]
-    desk = _Desk(overrides or {})
-    looks = inspect_all(raw, paths, workers)
-    _drop_by_hand(desk, looks)
-    _judge_alone(desk, desk.remaining(looks), settings)
-    _exact_duplicates(desk, desk.remaining(looks))
-    looks = desk.remaining(looks)
-    opinions = _opinions(raw, looks, judge if settings.off_topic != "off" else None)
+    triage = _Triage(overrides or {})
+    images = inspect_all(raw, paths, workers)
+    _drop_by_override(triage, images)
+    _check_each(triage, triage.remaining(images), settings)
+    _drop_exact_duplicates(triage, triage.remaining(images))
+    images = triage.remaining(images)
+    opinions = _ask_judge(raw, images, judge if settings.off_topic != "off" else None)
     started = time.perf_counter()
-    pairs, mirrored = _near_pairs(raw, looks, settings.near_duplicate_bits)
-    searched = time.perf_counter() - started
+    pairs, mirrored = _find_near_duplicates(raw, images, settings.near_duplicate_bits)
+    search_seconds = time.perf_counter() - started
     versions = np.concatenate([pairs, mirrored])
-    _conflicts(desk, looks, versions, opinions)
-    _near_duplicates(desk, looks, pairs, mirrored)
+    _resolve_conflicts(triage, images, versions, opinions)
+    _drop_near_duplicates(triage, images, pairs, mirrored)
     if opinions is not None:
-        _off_topic(desk, looks, opinions, settings)
-    kept = desk.remaining(looks)
-    group_of = _group_names(looks, versions, kept)
+        _check_topics(triage, images, opinions, settings)
+    kept = triage.remaining(images)
     if not kept:
-        raise BestiaryError(f"None of the {len(paths)} images in {raw} can be used: nothing is left after cleaning.")
+        raise BestiaryError(
+            f"Cleaning rejected all {len(paths)} images in {raw}. Relax the limits under clean in params.yaml, "
+            "or keep images with overrides.csv."
+        )
+    group_of = _name_groups(images, versions, kept)
     with replacing(target) as fresh:
-        manifest = _write(desk, raw, fresh, kept, group_of)
+        manifest = _write_images(raw, fresh, kept, group_of)
         manifest.to_csv(fresh / "manifest.csv", index=False)
-    desk.findings.sort(key=lambda finding: (finding.kind, finding.path))
+    triage.findings.sort(key=lambda finding: (finding.kind, finding.path))
     if report is not None:
         with replacing(report) as fresh:
-            write_findings(fresh, desk.findings, raw)
-    return Outcome(len(paths), manifest, desk.findings, sorted(set(desk.overrides) - set(paths)), searched)
+            write_findings(fresh, triage.findings, raw)
+    unused_overrides = sorted(set(triage.overrides) - set(paths))
+    return Outcome(len(paths), manifest, triage.findings, unused_overrides, search_seconds)
 
 
-def _drop_by_hand(desk: _Desk, looks: Sequence[Inspection]) -> None:
-    for look in looks:
-        if desk.overrides.get(look.path) == "drop":
-            desk.note(look, "dropped by hand", "overrides.csv", "quarantined")
+def _drop_by_override(triage: _Triage, images: Sequence[Inspection]) -> None:
+    for image in images:
+        if triage.overrides.get(image.path) == "drop":
+            triage.record(image, "dropped by hand", "overrides.csv", "quarantined")
 
 
-def _judge_alone(desk: _Desk, looks: Sequence[Inspection], settings: params.Clean) -> None:
-    """What can be said of an image without looking at any other."""
-    for look in looks:
-        if look.unreadable:
-            desk.note(look, "unreadable", look.unreadable, "quarantined")
+def _check_each(triage: _Triage, images: Sequence[Inspection], settings: params.Clean) -> None:
+    """Make the checks that need no other image."""
+    for image in images:
+        if image.unreadable:
+            triage.record(image, "unreadable", image.unreadable, "quarantined")
             continue
-        if right_extension(look.path, look.format) != look.path:
-            desk.note(look, "wrong extension", f"is {look.format}", "repaired")
-        for change in look.changes:
-            desk.note(look, change, "", "converted")
-        short, long = sorted((look.width, look.height))
+        if right_extension(image.path, image.format) != image.path:
+            triage.record(image, "wrong extension", f"is {image.format}", "repaired")
+        for change in image.changes:
+            triage.record(image, change, "", "converted")
+        short, long = sorted((image.width, image.height))
         if short < settings.min_side:
-            desk.note(look, "too small", f"{look.width} x {look.height}", "quarantined")
+            triage.record(image, "too small", f"{image.width} x {image.height}", "quarantined")
         elif long / short > settings.max_aspect_ratio:
-            desk.note(look, "extreme aspect ratio", f"{look.width} x {look.height}", "quarantined")
-        elif look.contrast < _BLANK_CONTRAST:
-            _act(desk, look, settings.blank, "blank", f"contrast {look.contrast:.1f}")
-        elif not _DARK_BRIGHTNESS <= look.brightness <= _BRIGHT_BRIGHTNESS:
-            kind = "dark" if look.brightness < _DARK_BRIGHTNESS else "bright"
-            _act(desk, look, settings.exposure, kind, f"brightness {look.brightness:.0f}")
-        elif look.sharpness < _BLURRED_SHARPNESS:
-            _act(desk, look, settings.blurred, "blurred", f"sharpness {look.sharpness:.1f}")
+            triage.record(image, "extreme aspect ratio", f"{image.width} x {image.height}", "quarantined")
+        elif image.contrast < _MIN_CONTRAST:
+            triage.apply_policy(settings.blank, image, "blank", f"contrast {image.contrast:.1f}")
+        elif not _MIN_BRIGHTNESS <= image.brightness <= _MAX_BRIGHTNESS:
+            kind = "dark" if image.brightness < _MIN_BRIGHTNESS else "bright"
+            triage.apply_policy(settings.exposure, image, kind, f"brightness {image.brightness:.0f}")
+        elif image.sharpness < _MIN_SHARPNESS:
+            triage.apply_policy(settings.blurred, image, "blurred", f"sharpness {image.sharpness:.1f}")
 
 
-def _act(desk: _Desk, look: Inspection, policy: params.Policy, kind: str, detail: str) -> None:
-    if policy != "off":
-        desk.note(look, kind, detail, "quarantined" if policy == "quarantine" else "flagged")
-
-
-def _best_first(desk: _Desk, look: Inspection) -> tuple[bool, int, int, str]:
-    """Of two that show the same: the one a person wants, the larger one, the one with more bytes, the first by name."""
-    return desk.overrides.get(look.path) != "keep", -look.width * look.height, -look.bytes, look.path
-
-
-def _exact_duplicates(desk: _Desk, looks: Sequence[Inspection]) -> None:
-    """Of the same bytes in one class the first is kept; in two classes they are a conflict, decided later."""
+def _drop_exact_duplicates(triage: _Triage, images: Sequence[Inspection]) -> None:
+    """Keep one of the images of a class that have the same bytes. Across classes they are conflicts, resolved later."""
     same: defaultdict[tuple[str, str], list[Inspection]] = defaultdict(list)
-    for look in looks:
-        same[look.class_folder, look.sha256].append(look)
+    for image in images:
+        same[image.class_folder, image.sha256].append(image)
     for members in same.values():
-        first, *others = sorted(members, key=lambda look: _best_first(desk, look))
-        for look in others:
-            desk.note(look, "exact duplicate", f"of {first.path}", "quarantined", first.path)
+        first, *others = sorted(members, key=triage.rank)
+        for image in others:
+            triage.record(image, "exact duplicate", f"of {first.path}", "quarantined", first.path)
 
 
-def _near_pairs(raw: Path, looks: Sequence[Inspection], bits: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The pairs of `looks` that show the same picture, and those that show it mirrored: (P, 2) and (Q, 2)."""
+def _find_near_duplicates(
+    raw: Path, images: Sequence[Inspection], bits: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the pairs of `images` that show the same picture, (P, 2), and those that show it mirrored, (Q, 2)."""
     plain, middle, mirror = (
-        np.array([getattr(look, name) for look in looks], dtype=np.uint64)
+        np.array([getattr(image, name) for image in images], dtype=np.uint64)
         for name in ("hash", "hash_of_middle", "hash_of_mirror")
     )
     same = duplicates.neighbours(plain, plain, bits, half=True)
     cropped = duplicates.neighbours(middle, plain, bits)
-    confirmed = _confirm(raw, looks, np.concatenate([same, cropped]), mirrored=False)
-    turned = _confirm(raw, looks, duplicates.neighbours(plain, mirror, bits, half=True), mirrored=True)
-    known = set(map(tuple, confirmed.tolist()))  # what is symmetric in itself is no mirror image
-    return confirmed, np.array([p for p in turned.tolist() if tuple(p) not in known], np.int64).reshape(-1, 2)
+    confirmed = _confirm(raw, images, np.concatenate([same, cropped]), mirrored=False)
+    mirror_pairs = _confirm(raw, images, duplicates.neighbours(plain, mirror, bits, half=True), mirrored=True)
+    known = set(map(tuple, confirmed.tolist()))  # copies of a symmetric picture are not mirror images
+    mirrored = [pair for pair in mirror_pairs.tolist() if tuple(pair) not in known]
+    return confirmed, np.array(mirrored, np.int64).reshape(-1, 2)
 
 
 def _confirm(
-    raw: Path, looks: Sequence[Inspection], candidates: NDArray[np.int64], *, mirrored: bool
+    raw: Path, images: Sequence[Inspection], candidates: NDArray[np.int64], *, mirrored: bool
 ) -> NDArray[np.int64]:
-    """Those of the pairs of candidates whose aligned pixels agree, each once, the smaller index first."""
+    """Return the candidate pairs whose aligned pixels agree, (P, 2): each pair once, the smaller index first."""
     pairs = np.unique(np.sort(candidates[candidates[:, 0] != candidates[:, 1]], axis=1), axis=0)
-    wanted = np.unique(pairs)
+    used = np.unique(pairs)
 
     def load(index: int) -> NDArray[np.uint8]:
-        return np.asarray(thumbnail(open_rgb(raw / looks[index].path)))
+        return np.asarray(thumbnail(open_rgb(raw / images[index].path)))
 
     with ThreadPoolExecutor(cores()) as pool:
-        thumbnails = dict(zip(wanted.tolist(), pool.map(load, wanted.tolist()), strict=True))
+        thumbnails = dict(zip(used.tolist(), pool.map(load, used.tolist()), strict=True))
     same = [np.empty(0, bool)]
     for start in range(0, len(pairs), _BATCH):
         left, right = (
@@ -211,150 +219,156 @@ def _confirm(
             for side in (0, 1)
         )
         same.append(duplicates.compare(left, right[:, :, ::-1] if mirrored else right).same)
-    agreed: NDArray[np.int64] = pairs[np.concatenate(same)]
-    return agreed
+    confirmed: NDArray[np.int64] = pairs[np.concatenate(same)]
+    return confirmed
 
 
-def _conflicts(
-    desk: _Desk, looks: Sequence[Inspection], pairs: NDArray[np.int64], opinions: pd.DataFrame | None
+def _resolve_conflicts(
+    triage: _Triage, images: Sequence[Inspection], pairs: NDArray[np.int64], opinions: pd.DataFrame | None
 ) -> None:
-    """A picture in two class folders: the judge says which is right; where it cannot, both go."""
-    for left, right in ((looks[a], looks[b]) for a, b in pairs.tolist()):
+    """Quarantine pictures that are in two classes: in the class that the judge rejects, or in both if it is unsure."""
+    for left, right in ((images[a], images[b]) for a, b in pairs.tolist()):
         if left.class_folder == right.class_folder:
             continue
         wrong, detail = [left, right], "the judge was not asked"
         if opinions is not None:
             both = opinions.loc[[left.path, right.path], [left.class_folder, right.class_folder]].mean()
             share = both / max(both.sum(), 1e-9)
-            wrong = [look for look in (left, right) if share[look.class_folder] < CONFIDENT]
+            wrong = [image for image in (left, right) if share[image.class_folder] < CONFIDENT]
             detail = ", ".join(f"{name} {value:.2f}" for name, value in share.items())
-        for look in wrong:
-            other = right if look is left else left
-            desk.note(look, "conflict", f"also {other.path} ({detail})", "quarantined", other.path)
+        for image in wrong:
+            other = right if image is left else left
+            triage.record(image, "conflict", f"also {other.path} ({detail})", "quarantined", other.path)
 
 
-def _near_duplicates(
-    desk: _Desk, looks: Sequence[Inspection], pairs: NDArray[np.int64], mirrored: NDArray[np.int64]
+def _drop_near_duplicates(
+    triage: _Triage, images: Sequence[Inspection], pairs: NDArray[np.int64], mirrored: NDArray[np.int64]
 ) -> None:
-    """The best of each picture's versions is kept: an image goes when it is paired with one that stays."""
-    twins: defaultdict[str, list[tuple[Inspection, str]]] = defaultdict(list)
+    """Keep the best version of each picture: an image is quarantined if it is paired with a better one that stays."""
+    versions: defaultdict[str, list[tuple[Inspection, str]]] = defaultdict(list)
     for kind, found in (("near duplicate", pairs), ("mirror image", mirrored)):
-        for left, right in ((looks[a], looks[b]) for a, b in found.tolist()):
+        for left, right in ((images[a], images[b]) for a, b in found.tolist()):
             if left.class_folder == right.class_folder:
-                twins[left.path].append((right, kind))
-                twins[right.path].append((left, kind))
+                versions[left.path].append((right, kind))
+                versions[right.path].append((left, kind))
     staying: set[str] = set()
-    for look in sorted(desk.remaining(looks), key=lambda look: _best_first(desk, look)):
-        better = next(((twin, kind) for twin, kind in twins[look.path] if twin.path in staying), None)
+    for image in sorted(triage.remaining(images), key=triage.rank):
+        better = next(((version, kind) for version, kind in versions[image.path] if version.path in staying), None)
         if better:
-            desk.note(look, better[1], f"of {better[0].path}", "quarantined", better[0].path)
-        if look.path not in desk.quarantined:
-            staying.add(look.path)
+            version, kind = better
+            triage.record(image, kind, f"of {version.path}", "quarantined", version.path)
+        if image.path not in triage.quarantined:
+            staying.add(image.path)
 
 
-def _opinions(raw: Path, looks: Sequence[Inspection], judge: JudgeFunction | None) -> pd.DataFrame | None:
-    """The judge's probability of each class folder's animal, and of no animal at all: paths x (folders, NO_ANIMAL)."""
-    if judge is None or not looks:
+def _ask_judge(raw: Path, images: Sequence[Inspection], judge: JudgeFunction | None) -> pd.DataFrame | None:
+    """Return the judge's probability of each class's animal and of no animal: paths x (class folders, NO_ANIMAL)."""
+    if judge is None or not images:
         return None
-    classes = sorted({look.class_folder for look in looks} | _other_animals(looks))
+    classes = sorted({image.class_folder for image in images} | _other_animals(images))
     texts = [*(f"a photo of {subject_of(name).with_article}" for name in classes), *NOT_ANIMALS]
     rows = []
     with ThreadPoolExecutor(cores()) as pool:
-        for batch in tqdm(list(_batches(looks)), desc="judge", unit="batch"):
-            images = list(pool.map(lambda look: _for_judge(open_rgb(raw / look.path)), batch))
-            probabilities = judge(images, texts)
-            nothing = probabilities[:, len(classes) :].sum(axis=1, keepdims=True)
-            rows.append(np.concatenate([probabilities[:, : len(classes)], nothing], axis=1))
-    return pd.DataFrame(np.concatenate(rows), index=[look.path for look in looks], columns=[*classes, NO_ANIMAL])
+        for batch in tqdm(list(_batches(images)), desc="judge", unit="batch"):
+            pictures = list(pool.map(lambda image: _shrink_for_judge(open_rgb(raw / image.path)), batch))
+            probabilities = judge(pictures, texts)
+            no_animal = probabilities[:, len(classes) :].sum(axis=1, keepdims=True)
+            rows.append(np.concatenate([probabilities[:, : len(classes)], no_animal], axis=1))
+    return pd.DataFrame(np.concatenate(rows), index=[image.path for image in images], columns=[*classes, NO_ANIMAL])
 
 
-def _other_animals(looks: Sequence[Inspection]) -> set[str]:
-    """All 100, for an image may show one that was not downloaded; unless the folders are somebody's own, whose
-    "persian" is a cat too."""
+def _other_animals(images: Sequence[Inspection]) -> set[str]:
+    """Return all 100 animals: an image may show one that was not downloaded.
+
+    Return none if any folder is somebody's own subject: their "persian" is also a cat.
+    """
     known = {animal.folder for animal in ANIMALS}
-    return known if {look.class_folder for look in looks} <= known else set()
+    return known if {image.class_folder for image in images} <= known else set()
 
 
-def _for_judge(image: Image.Image) -> Image.Image:
-    """`image`, reduced by a whole factor if it is large: a batch of photographs of 50 megapixels needs 10 GB."""
+def _shrink_for_judge(image: Image.Image) -> Image.Image:
+    """Reduce a large image by a whole factor: a batch of 50-megapixel photographs would need 10 GB."""
     factor = min(image.size) // _JUDGED_SIDE
     return image.reduce(factor) if factor > 1 else image
 
 
-def _batches(looks: Sequence[Inspection]) -> Iterator[Sequence[Inspection]]:
-    return (looks[start : start + _BATCH] for start in range(0, len(looks), _BATCH))
+def _batches(images: Sequence[Inspection]) -> Iterator[Sequence[Inspection]]:
+    return (images[start : start + _BATCH] for start in range(0, len(images), _BATCH))
 
 
-def _off_topic(desk: _Desk, looks: Sequence[Inspection], opinions: pd.DataFrame, settings: params.Clean) -> None:
-    for look in desk.remaining(looks):
-        row = opinions.loc[look.path]
-        # Two animals are easily taken for each other, an animal and a car are not.
-        if row[look.class_folder] < settings.off_topic_threshold or row[NO_ANIMAL] > 0.5:
-            detail = f"{look.class_folder} {row[look.class_folder]:.3f}, {row.idxmax()} {row.max():.3f}"
-            _act(desk, look, settings.off_topic, "off topic", detail)
+def _check_topics(
+    triage: _Triage, images: Sequence[Inspection], opinions: pd.DataFrame, settings: params.Clean
+) -> None:
+    for image in triage.remaining(images):
+        row = opinions.loc[image.path]
+        # The limit for the right animal is low because animals are easily confused. Animals and cars are not.
+        if row[image.class_folder] < settings.off_topic_threshold or row[NO_ANIMAL] > 0.5:
+            detail = f"{image.class_folder} {row[image.class_folder]:.3f}, {row.idxmax()} {row.max():.3f}"
+            triage.apply_policy(settings.off_topic, image, "off topic", detail)
 
 
-def _group_names(looks: Sequence[Inspection], pairs: NDArray[np.int64], kept: Sequence[Inspection]) -> dict[str, str]:
-    """A name for the group of versions of one picture that each of `kept` is of, the same in whatever order they come.
+def _name_groups(images: Sequence[Inspection], pairs: NDArray[np.int64], kept: Sequence[Inspection]) -> dict[str, str]:
+    """Return, for each path of `kept`, a name for the group of versions of its picture.
 
-    By the content of what is kept: a worse copy that is added later does not rename the group, so nobody changes sides.
+    The name comes from the content of the kept versions, so it does not depend on their order. A worse version that is
+    added later does not rename the group, so no image changes sides of the split.
     """
-    number_of = dict(zip((look.path for look in looks), duplicates.groups(pairs, len(looks)).tolist(), strict=True))
+    numbers = duplicates.groups(pairs, len(images)).tolist()
+    number_of = dict(zip((image.path for image in images), numbers, strict=True))
     first: dict[int, str] = {}
-    for look in kept:
-        number = number_of[look.path]
-        first[number] = min(look.sha256, first.get(number, look.sha256))
-    return {look.path: f"g{first[number_of[look.path]][:16]}" for look in kept}
+    for image in kept:
+        number = number_of[image.path]
+        first[number] = min(image.sha256, first.get(number, image.sha256))
+    return {image.path: f"g{first[number_of[image.path]][:16]}" for image in kept}
 
 
-def _write(
-    desk: _Desk, raw: Path, target: Path, kept: Sequence[Inspection], group_of: Mapping[str, str]
-) -> pd.DataFrame:
-    names = _clean_names(kept)
-    for folder in sorted({look.class_folder for look in kept}):
+def _write_images(raw: Path, target: Path, kept: Sequence[Inspection], group_of: Mapping[str, str]) -> pd.DataFrame:
+    """Link or convert each image into `target`; return the manifest."""
+    names = _output_names(kept)
+    for folder in sorted({image.class_folder for image in kept}):
         (target / folder).mkdir()
-    for look in kept:
-        if not look.changes:
-            link(raw / look.path, target / names[look.path])
+    for image in kept:
+        if not image.changes:
+            link(raw / image.path, target / names[image.path])
 
-    def convert(look: Inspection) -> str:
-        destination = target / names[look.path]
-        image = decode(raw / look.path).image
+    def convert(image: Inspection) -> str:
+        destination = target / names[image.path]
+        picture = decode(raw / image.path).image
         if destination.suffix == ".jpg":
-            image.save(destination, quality=_JPEG_QUALITY, subsampling=0)
+            picture.save(destination, quality=_JPEG_QUALITY, subsampling=0)
         else:
-            image.save(destination)
+            picture.save(destination)
         return hashlib.sha256(destination.read_bytes()).hexdigest()
 
-    changed = [look for look in kept if look.changes]
-    hashes = {look.path: look.sha256 for look in kept}
+    changed = [image for image in kept if image.changes]
+    hashes = {image.path: image.sha256 for image in kept}
     with ThreadPoolExecutor(cores()) as pool:
         converted = tqdm(pool.map(convert, changed), desc="convert", total=len(changed), unit="image")
-        hashes |= zip((look.path for look in changed), converted, strict=True)
+        hashes |= zip((image.path for image in changed), converted, strict=True)
     columns = {
-        "path": [names[look.path] for look in kept],
-        "class": [look.class_folder for look in kept],
-        "animal": [subject_of(look.class_folder).name for look in kept],
-        "group": [group_of[look.path] for look in kept],
-        "width": [look.width for look in kept],
-        "height": [look.height for look in kept],
-        "sha256": [hashes[look.path] for look in kept],
+        "path": [names[image.path] for image in kept],
+        "class": [image.class_folder for image in kept],
+        "animal": [subject_of(image.class_folder).name for image in kept],
+        "group": [group_of[image.path] for image in kept],
+        "width": [image.width for image in kept],
+        "height": [image.height for image in kept],
+        "sha256": [hashes[image.path] for image in kept],
     }
     return pd.DataFrame(columns)
 
 
-def _clean_names(kept: Sequence[Inspection]) -> dict[str, str]:
-    """Where each image goes: under its own name with the right extension, with a piece of its hash if that is taken."""
+def _output_names(kept: Sequence[Inspection]) -> dict[str, str]:
+    """Return where each image goes: its own name with the right extension, plus part of its hash if that is taken."""
     names: dict[str, str] = {}
     taken: set[str] = set()
-    for look in sorted(kept, key=lambda look: (bool(look.changes), look.path)):
-        name = right_extension(look.path, look.format)
-        if look.changes:
-            converted = PurePosixPath(name).with_suffix(".jpg" if look.format in ("JPEG", "MPO") else ".png")
+    for image in sorted(kept, key=lambda image: (bool(image.changes), image.path)):
+        name = right_extension(image.path, image.format)
+        if image.changes:
+            converted = PurePosixPath(name).with_suffix(".jpg" if image.format in ("JPEG", "MPO") else ".png")
             name = str(converted)
         if name.casefold() in taken:
             path = PurePosixPath(name)
-            name = str(path.with_name(f"{path.stem}-{look.sha256[:12]}{path.suffix}"))
+            name = str(path.with_name(f"{path.stem}-{image.sha256[:12]}{path.suffix}"))
         taken.add(name.casefold())
-        names[look.path] = name
+        names[image.path] = name
     return names

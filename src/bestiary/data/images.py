@@ -1,23 +1,22 @@
-"""One image: opened whatever it is, brought to RGB; and many of them on a labelled sheet."""
+"""Opening one image file of any common format as 8-bit sRGB."""
 
 from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from bestiary.errors import BestiaryError
 
-MAX_PIXELS = 100_000_000  # more than any camera makes; a small file that claims more is a decompression bomb
+MAX_PIXELS = 100_000_000  # more than any camera takes; a small file that claims more is a decompression bomb
 EXTENSIONS = {
     "JPEG": (".jpg", ".jpeg"),
-    "MPO": (".jpg", ".jpeg"),  # a JPEG with further pictures behind the first, as phones make them
+    "MPO": (".jpg", ".jpeg"),  # a JPEG with more pictures after the first, as phones save them
     "PNG": (".png",),
     "WEBP": (".webp",),
     "GIF": (".gif",),
@@ -25,22 +24,23 @@ EXTENSIONS = {
     "TIFF": (".tif", ".tiff"),
     "AVIF": (".avif",),
 }
-# Pillow also opens formats that call other programs (EPS) or that no photograph comes in: left out.
+# Pillow also opens formats that run other programs (EPS) or that photographs do not use. They stay closed here.
 _FORMATS = tuple(name for name in EXTENSIONS if name != "MPO")
-_SRGB_NAMES = ("srgb", "c2", "urgb")  # c2 and uRGB: the tiny sRGB profiles that social networks put in
+_SRGB_NAMES = ("srgb", "c2", "urgb")  # c2 and uRGB are the tiny sRGB profiles that social networks embed
+_ORIENTATION = 0x0112  # the EXIF tag
 
 
 class UnreadableImageError(BestiaryError):
-    """The file holds no image that can be used; `reason` says why in a few words."""
+    """The file holds no usable image; `reason` says why in a few words."""
 
     def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{path} cannot be read as an image: {reason}.")
+        super().__init__(f"{path} cannot be read as an image: {reason}. Replace or remove the file.")
         self.reason = reason
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """An RGB image, the format its file really has, and what had to be done to it."""
+    """An RGB image, the real format of its file, and the changes that made it plain RGB."""
 
     image: Image.Image
     format: str
@@ -48,25 +48,29 @@ class Decoded:
 
 
 def open_rgb(path: Path) -> Image.Image:
-    """The image at `path` as upright 8-bit sRGB on white. Raises UnreadableImageError."""
+    """Return the image at `path` as upright 8-bit sRGB on white.
+
+    Raises UnreadableImageError when the file is not a complete image of a supported format.
+    """
     return decode(path).image
 
 
 def decode(path: Path, content: bytes | None = None) -> Decoded:
-    """The image at `path` (or in `content`, where the caller has read it) as upright 8-bit sRGB on white.
+    """Return the image at `path` as upright 8-bit sRGB on white, with its format and the changes it needed.
 
-    Raises UnreadableImageError for whatever is no complete image of a supported format.
+    `content` is the file's content if the caller has already read it. Raises UnreadableImageError when the file is not
+    a complete image of a supported format, BestiaryError when it does not exist.
     """
     if content is None:
         try:
             content = path.read_bytes()
         except FileNotFoundError:
-            raise BestiaryError(f"{path} does not exist.") from None
+            raise BestiaryError(f"The image {path} does not exist. Check the path.") from None
     if not content:
         raise UnreadableImageError(path, "zero bytes")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of odd metadata; only the pixels matter here
+            warnings.simplefilter("ignore")  # Pillow warns about odd metadata; only the pixels matter here
             return _decode(path, content)
     except UnreadableImageError:
         raise
@@ -74,10 +78,25 @@ def decode(path: Path, content: bytes | None = None) -> Decoded:
         raise UnreadableImageError(path, _describe(content)) from None
     except Image.DecompressionBombError:
         raise UnreadableImageError(path, f"decompression bomb: more than {MAX_PIXELS:,} pixels") from None
-    # Decoders raise whatever a damaged file drives them to (struct.error, IndexError, zlib.error, MemoryError, ...).
+    # A damaged file can make a decoder raise anything (struct.error, IndexError, zlib.error, MemoryError, ...).
     except Exception as error:
         reason = "truncated" if "truncated" in str(error) or isinstance(error, EOFError) else "damaged"
         raise UnreadableImageError(path, f"{reason} ({_describe(content)})") from None
+
+
+def right_extension(name: str, file_format: str) -> str:
+    """Return `name` with an extension that fits `file_format`, unchanged if it already has one.
+
+    >>> right_extension("cat.jpg", "PNG"), right_extension("cat.JPEG", "JPEG"), right_extension("v1.5", "JPEG")
+    ('cat.png', 'cat.JPEG', 'v1.5.jpg')
+    """
+    allowed = EXTENSIONS[file_format]
+    suffix = Path(name).suffix
+    if suffix.lower() in allowed:
+        return name
+    # Only a known extension is replaced: in "v1.5" the dot is part of the name.
+    known = {extension for extensions in EXTENSIONS.values() for extension in extensions}
+    return (name[: -len(suffix)] if suffix.lower() in known else name) + allowed[0]
 
 
 def _decode(path: Path, content: bytes) -> Decoded:
@@ -88,25 +107,27 @@ def _decode(path: Path, content: bytes) -> Decoded:
     file_format = str(image.format)
     animated = file_format != "MPO" and bool(getattr(image, "is_animated", False))
     profile = image.info.get("icc_profile")
-    # Colours of 16 bits: Pillow opens them as 8 bits, and says so only here.
+    # Pillow opens 16-bit colours as 8-bit ones. Only the tiles' raw mode still shows the difference, and only until
+    # the image is loaded.
     deep = any(";16" in str(tile.args) for tile in opened.tile) and not image.mode.startswith(("I", "F"))
     opened.load()
     changes = ["animated"] * animated + ["16-bit"] * deep
-    if image.getexif().get(0x0112, 1) not in (0, 1):
+    if image.getexif().get(_ORIENTATION, 1) not in (0, 1):
         image = ImageOps.exif_transpose(image)
         changes.append("orientation")
-    image, kinds = _to_rgb(image, profile)
-    return Decoded(image, file_format, (*changes, *kinds))
+    image, colour_changes = _to_rgb(image, profile)
+    return Decoded(image, file_format, (*changes, *colour_changes))
 
 
 def _to_rgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, tuple[str, ...]]:
+    """Return the image as sRGB, and the changes that took."""
     if image.mode == "RGB" and "transparency" not in image.info:
         converted = _to_srgb(image, profile)
         return (image, ()) if converted is None else (converted, ("colour profile",))
     if image.mode == "CMYK":
         return _to_srgb(image, profile) or image.convert("RGB"), ("CMYK",)
     if image.mode.startswith(("I", "F")):
-        return _from_deep(image), ("16-bit",)
+        return _from_deep_grey(image), ("16-bit",)
     kind = {"L": "greyscale", "1": "greyscale", "P": "palette"}.get(image.mode, image.mode)
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
@@ -116,16 +137,19 @@ def _to_rgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, tup
     return image.convert("RGB") if converted is None else converted, (kind,)
 
 
-def _from_deep(image: Image.Image) -> Image.Image:
-    """16- and 32-bit grey to 8-bit: by the depth where the file's is 16 bits, by the largest value where it is not."""
+def _from_deep_grey(image: Image.Image) -> Image.Image:
+    """Convert 16- and 32-bit grey to 8 bits per channel.
+
+    White is the mode's full scale (65535 for integers, 1.0 for floats), or the largest value if that is larger.
+    """
     values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0).clip(0.0)
-    whole = 65535.0 if image.mode.startswith("I") else 1.0
-    scaled = values / max(whole, float(values.max())) * 255.0
+    full_scale = 65535.0 if image.mode.startswith("I") else 1.0
+    scaled = values / max(full_scale, float(values.max())) * 255.0
     return Image.fromarray(scaled.round().astype(np.uint8)).convert("RGB")
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image | None:
-    """`image` taken from `profile` to sRGB; None where there is nothing to do or the profile is of no use."""
+    """Convert `image` from its colour profile to sRGB; None if it is sRGB already or the profile is unusable."""
     transform = _transform(profile, image.mode) if profile else None
     return ImageCms.applyTransform(image, transform) if transform else None
 
@@ -142,7 +166,7 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 
 def _describe(content: bytes) -> str:
-    """What a file is that is no image."""
+    """Name what an unreadable file appears to be."""
     head = content[:512].lstrip().lower()
     if head.startswith((b"<!doctype html", b"<html", b"<head", b"<body")) or b"<html" in head:
         return "HTML in disguise"
@@ -156,84 +180,3 @@ def _describe(content: bytes) -> str:
         return "PNG"
     printable = sum(32 <= byte < 127 or byte in b"\t\n\r" for byte in content[:512])
     return "text in disguise" if printable > 0.95 * len(content[:512]) else "unsupported format"
-
-
-def right_extension(name: str, file_format: str) -> str:
-    """`name` with an extension that says what the file is, unchanged where it already does."""
-    allowed = EXTENSIONS[file_format]
-    suffix = Path(name).suffix
-    if suffix.lower() in allowed:
-        return name
-    # "a.b" may be a name without extension, "a.jpg" is one with the wrong one.
-    known = {extension for extensions in EXTENSIONS.values() for extension in extensions}
-    return (name[: -len(suffix)] if suffix.lower() in known else name) + allowed[0]
-
-
-def contact_sheet(
-    rows: Sequence[Sequence[Image.Image]],
-    row_labels: Sequence[str] = (),
-    column_labels: Sequence[str] = (),
-    cell: int = 128,
-) -> Image.Image:
-    """A white sheet of images in rows, each fitted into `cell` x `cell` pixels, with labels left and above.
-
-    Small images are enlarged by whole factors so that their pixels stay what they are. Lines of a label that is too
-    long for its place are broken.
-    """
-    font = _font(max(12, cell // 9))
-    columns = max((len(row) for row in rows), default=0)
-    gap = max(2, cell // 32)
-    broken_rows = [_break(label, font, int(cell * 1.5)) for label in row_labels]
-    broken_columns = [_break(label, font, cell) for label in column_labels]
-    left = max((_extent(text, font)[0] for text in broken_rows), default=0) + (2 * gap if broken_rows else 0)
-    top = max((_extent(text, font)[1] for text in broken_columns), default=0) + (2 * gap if broken_columns else 0)
-    step = cell + gap
-    sheet = Image.new("RGB", (left + columns * step + gap, top + len(rows) * step + gap), "white")
-    draw = ImageDraw.Draw(sheet)
-    for index, text in enumerate(broken_columns):
-        centre = (left + gap + index * step + cell / 2, top - gap)
-        draw.multiline_text(centre, text, fill="black", font=font, anchor="md", align="center")
-    for y, row in enumerate(rows):
-        if y < len(broken_rows):
-            middle = (left - gap, top + gap + y * step + cell / 2)
-            draw.multiline_text(middle, broken_rows[y], fill="black", font=font, anchor="rm", align="right")
-        for x, image in enumerate(row):
-            fitted = _fit(image, cell)
-            corner = (
-                left + gap + x * step + (cell - fitted.width) // 2,
-                top + gap + y * step + (cell - fitted.height) // 2,
-            )
-            sheet.paste(fitted, corner)
-    return sheet
-
-
-def _fit(image: Image.Image, cell: int) -> Image.Image:
-    image = image.convert("RGB")
-    factor = cell // max(image.size)
-    if factor >= 1:
-        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    return ImageOps.contain(image, (cell, cell), Image.Resampling.LANCZOS)
-
-
-@lru_cache(maxsize=8)
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
-
-
-def _extent(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> tuple[int, int]:
-    box = ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox((0, 0), text, font=font)
-    return int(box[2] - box[0]) + 1, int(box[3]) + 1
-
-
-def _break(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    lines: list[str] = []
-    for word in text.split():
-        if lines and _extent(f"{lines[-1]} {word}", font)[0] <= width:
-            lines[-1] += f" {word}"
-            continue
-        lines.append("")
-        for character in word:  # a path may be longer than a line
-            if lines[-1] and _extent(lines[-1] + character, font)[0] > width:
-                lines.append("")
-            lines[-1] += character
-    return "\n".join(lines)

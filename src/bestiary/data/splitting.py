@@ -1,4 +1,7 @@
-"""The images into training and validation: by class, groups never on both sides, nobody moves when images are added."""
+"""Splitting the cleaned images into training and validation, class by class.
+
+A group never lies on both sides, and images that are added later do not move those that are already there.
+"""
 
 from __future__ import annotations
 
@@ -11,49 +14,66 @@ import pandas as pd
 from bestiary.data.folder import check_classes, replacing
 from bestiary.errors import BestiaryError
 
-TOLERANCE = 0.05  # how far a class's share may lie from the wanted one before its border moves
+TOLERANCE = 0.05  # how far a class's validation share may be from the wanted share before its threshold moves
 
 
 def split(manifest: pd.DataFrame, *, val_fraction: float, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The manifest's rows for training and for validation.
+    """Return the manifest's rows for training and for validation.
 
-    A group (near-duplicates, images of one source) is drawn a number in [0, 1) from its name and the seed alone, and
-    validates where that lies under `val_fraction`: so adding images moves nobody. Where that leaves a class more than
-    5 points (or one image) off the wanted share, the class's own border moves, only as far as needed; and both sides
-    of a class always get something.
+    Every group (near-duplicates, images of one source) gets a number in [0, 1) from its name and the seed alone. Groups
+    below `val_fraction` are for validation, so adding images moves no other image. If this leaves a class more than
+    5 percentage points (or one image) off the wanted share, the class's own threshold moves, as little as possible.
+    Every class has images on both sides.
 
-    Raises BestiaryError where a class has nothing to divide.
+    Raises BestiaryError when a class cannot be split.
     """
-    check_classes(Counter(sorted(manifest["class"])), "the cleaned images")
+    check_classes(Counter(sorted(manifest["class"])), "the manifest")
     rows = manifest.sort_values("path", kind="stable").reset_index(drop=True)
-    # A group that spans classes counts for the class of its first image: it has one number, and one side.
+    # A group with images of several classes counts for the class of its first image: it has one number and one side.
     groups = rows.groupby("group", sort=True).agg(home=("class", "first"), images=("path", "size"))
     groups["draw"] = [_draw(str(group), seed) for group in groups.index]
-    validating: set[str] = set()
+    validation_groups: set[str] = set()
     for home, members in groups.sort_values("draw", kind="stable").groupby("home", sort=True):
         if len(members) < 2:
             raise BestiaryError(
-                f"All images of {home} are near-duplicates of each other: none is left to validate with."
+                f"All images of the class {home} are near-duplicates of each other, so none is left for validation. "
+                "Add different images, or lower clean.near_duplicate_bits."
             )
-        validating.update(members.index[: _border(members, val_fraction)])
-    is_validation = rows["group"].isin(validating)
+        validation_groups.update(members.index[: _validation_count(members, val_fraction)])
+    is_validation = rows["group"].isin(validation_groups)
     _check_sides(rows, is_validation)
     return rows[~is_validation].reset_index(drop=True), rows[is_validation].reset_index(drop=True)
 
 
-def _border(members: pd.DataFrame, val_fraction: float) -> int:
-    """How many of the groups, in the order of their draws, validate."""
+def leaked_groups(train: pd.DataFrame, val: pd.DataFrame) -> int:
+    """Return how many groups are on both sides.
+
+    >>> leaked_groups(pd.DataFrame({"group": ["a", "b"]}), pd.DataFrame({"group": ["b", "c"]}))
+    1
+    """
+    return len(set(train["group"]) & set(val["group"]))
+
+
+def write(folder: Path, train: pd.DataFrame, val: pd.DataFrame) -> None:
+    """Write train.csv and val.csv to `folder`, both or neither."""
+    with replacing(folder) as fresh:
+        train.to_csv(fresh / "train.csv", index=False)
+        val.to_csv(fresh / "val.csv", index=False)
+
+
+def _validation_count(members: pd.DataFrame, val_fraction: float) -> int:
+    """Return how many of a class's groups, in the order of their numbers, are for validation."""
     images = members["images"].cumsum().to_numpy()
     total = int(images[-1])
     slack = max(TOLERANCE * total, 1.0)
     count = int((members["draw"] < val_fraction).sum())
 
-    def off(count: int) -> float:
+    def excess(count: int) -> float:
         return float(images[count - 1] if count else 0) - val_fraction * total
 
-    while count > 0 and off(count) > slack:
+    while count > 0 and excess(count) > slack:
         count -= 1
-    while count < len(members) and off(count) < -slack and abs(off(count + 1)) < abs(off(count)):
+    while count < len(members) and excess(count) < -slack and abs(excess(count + 1)) < abs(excess(count)):
         count += 1
     return min(max(count, 1), len(members) - 1)
 
@@ -67,17 +87,6 @@ def _check_sides(rows: pd.DataFrame, is_validation: pd.Series[bool]) -> None:
     for name, sides in is_validation.groupby(rows["class"]):
         if sides.nunique() < 2:
             raise BestiaryError(
-                f"The near-duplicates of {name} in other classes leave it on one side of the split only."
+                f"The class {name} has near-duplicates in other classes, so all its images are on one side of the "
+                "split. Remove those near-duplicates, or add images."
             )
-
-
-def leaked_groups(train: pd.DataFrame, val: pd.DataFrame) -> int:
-    """How many groups stand on both sides."""
-    return len(set(train["group"]) & set(val["group"]))
-
-
-def write(folder: Path, train: pd.DataFrame, val: pd.DataFrame) -> None:
-    """Write train.csv and val.csv into `folder`, together or not at all."""
-    with replacing(folder) as fresh:
-        train.to_csv(fresh / "train.csv", index=False)
-        val.to_csv(fresh / "val.csv", index=False)

@@ -1,4 +1,4 @@
-"""The base: Stable Diffusion's parts, from a folder or the Hugging Face hub, on the device and in the dtype that suit.
+"""The base: load Stable Diffusion's parts from a folder or the Hugging Face hub, on the best device and dtype.
 
 Shapes in this package: B batch, C latent channels, H, W pixels, h, w latents, T tokens, D text features.
 """
@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
-# What this project reads of a base, and what its hash covers: a README or another precision beside it is not.
+T = TypeVar("T")
+# The files of a base that this project reads and that its hash covers: no README, no weights in another precision.
 FILES = (
     "scheduler/scheduler_config.json",
     "text_encoder/config.json",
@@ -37,10 +38,10 @@ FILES = (
 
 
 def device_and_dtype() -> tuple[torch.device, torch.dtype]:
-    """The best device here and the dtype that it computes well in.
+    """The best device of this machine and the dtype that it computes fastest in without losing quality.
 
-    bfloat16 only where the GPU has it in hardware; a CPU computes in float32, because one without AMX is
-    fifty times slower in bfloat16.
+    A GPU computes in bfloat16 if its hardware can, otherwise in float16. A CPU computes in float32, because a CPU
+    without AMX is fifty times slower in bfloat16.
     """
     if torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -51,7 +52,10 @@ def device_and_dtype() -> tuple[torch.device, torch.dtype]:
 
 
 def processes() -> PartialState:
-    """This process among those of `accelerate launch` or torchrun: each gets its GPU, CPUs speak over gloo."""
+    """The state of this process among those of `accelerate launch` or torchrun.
+
+    The first call gives each process its GPU, or connects processes on CPUs over gloo.
+    """
     from accelerate import PartialState
 
     keep_freed_memory()
@@ -59,29 +63,31 @@ def processes() -> PartialState:
 
 
 def base_folder(model: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a base: `model` itself, or the hub's snapshot of it (downloaded on first use).
+    """The local folder of a base: `model` itself, or the hub's snapshot of it, downloaded on first use.
 
-    Raises BestiaryError when it is neither here nor can be had from the hub.
+    Raises BestiaryError when there is no such folder and the hub does not have it or cannot be reached.
     """
     folder = Path(model)
     if folder.is_dir():
         return folder
-    # "models/base" has the form of a hub id too: what stands in a folder of this project is meant as a path.
+    # "models/base" also looks like a hub id: if its first part is a folder here, it is meant as a path.
     if folder.is_absolute() or len(folder.parts) != 2 or Path(folder.parts[0]).is_dir():
-        raise BestiaryError(f"The base {model} does not exist: it is neither a folder nor an owner/name on the hub.")
+        raise BestiaryError(
+            f"The base {model} does not exist. Give a folder, or an owner/name on the Hugging Face hub."
+        )
     import huggingface_hub
 
     try:
         return Path(huggingface_hub.snapshot_download(str(model), revision=revision, allow_patterns=list(FILES)))
     except (OSError, ValueError) as error:
         raise BestiaryError(
-            f"The base {model} is not on this machine and cannot be fetched from the Hugging Face hub "
-            f"({type(error).__name__}): connect once, or give a folder."
+            f"The base {model} is not on this machine and cannot be downloaded from the Hugging Face hub "
+            f"({type(error).__name__}). Connect to the internet once, or give a folder."
         ) from None
 
 
 def base_sha256(model: str | Path, revision: str | None = None) -> str:
-    """SHA-256 over the names and contents of the base's files that this project reads."""
+    """SHA-256 of the names and contents of the base's files that this project reads."""
     folder = base_folder(model, revision)
     digest = hashlib.sha256()
     for path in sorted(path for pattern in FILES for path in folder.glob(pattern) if path.is_file()):
@@ -92,13 +98,13 @@ def base_sha256(model: str | Path, revision: str | None = None) -> str:
 
 
 def base_commit(model: str | Path, revision: str | None = None) -> str | None:
-    """The commit on the Hugging Face hub that a base comes from; None for a folder."""
+    """The commit on the Hugging Face hub that a base was downloaded from; None for a folder."""
     folder = base_folder(model, revision)
     return None if Path(model).is_dir() else folder.name
 
 
 def size_factors(model: str | Path, revision: str | None = None) -> tuple[int, int]:
-    """What a picture's sides must be multiples of: for the autoencoder alone, and for the UNet on its latents too."""
+    """The factors that a picture's sides must be multiples of: for the autoencoder alone, and for the UNet too."""
 
     def halvings(part: str) -> int:
         config = _load(lambda folder: json.loads((folder / "config.json").read_text()), part, model, revision)
@@ -114,14 +120,14 @@ def load_unet(
     """The base's UNet, frozen, in evaluation mode, on the CPU."""
     from diffusers import UNet2DConditionModel
 
-    return _load_weights(UNet2DConditionModel, "unet", model, revision, dtype=dtype)
+    return _load_weights(UNet2DConditionModel, "unet", model, revision, dtype)
 
 
 def load_vae(model: str | Path, revision: str | None = None, *, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
     """The base's autoencoder, frozen, in evaluation mode, on the CPU."""
     from diffusers import AutoencoderKL
 
-    return _load_weights(AutoencoderKL, "vae", model, revision, dtype=dtype)
+    return _load_weights(AutoencoderKL, "vae", model, revision, dtype)
 
 
 def load_text(
@@ -131,11 +137,11 @@ def load_text(
     from transformers import CLIPTextModel, CLIPTokenizer
 
     tokenizer = _load(lambda folder: CLIPTokenizer.from_pretrained(folder), "tokenizer", model, revision)
-    return tokenizer, _load_weights(CLIPTextModel, "text_encoder", model, revision, dtype=dtype)
+    return tokenizer, _load_weights(CLIPTextModel, "text_encoder", model, revision, dtype)
 
 
 def load_scheduler(model: str | Path, revision: str | None = None) -> DDPMScheduler:
-    """The base's noise schedule with its prediction type, as the DDPM process that training follows."""
+    """The base's noise schedule and prediction type as a DDPM scheduler, whose process training follows."""
     from diffusers import DDPMScheduler
 
     return _load(lambda folder: DDPMScheduler.from_pretrained(folder), "scheduler", model, revision)
@@ -148,7 +154,7 @@ def load_pipeline(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> StableDiffusionPipeline:
-    """The whole base as a pipeline, by default on the best device.
+    """The complete base as a pipeline, by default on the best device and in its dtype.
 
     Raises BestiaryError when a part is missing or broken.
     """
@@ -177,15 +183,15 @@ def load_pipeline(
 
 @torch.inference_mode()
 def encode_text(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, texts: Sequence[str]) -> torch.Tensor:
-    """The text encoder's features of each text: (B, T, D), on its device.
+    """The text encoder's features of each text: (B, T, D), on the encoder's device.
 
-    Raises BestiaryError for a text that is longer than the encoder's T tokens: its end would be ignored.
+    Raises BestiaryError when a text has more than the encoder's T tokens, because its end would be ignored.
     """
     longest = tokenizer.model_max_length
     for text, ids in zip(texts, tokenizer(list(texts)).input_ids, strict=True):
         if len(ids) > longest:
             shown = text if len(text) <= 80 else f"{text[:80]}…"
-            raise BestiaryError(f"This text has {len(ids)} tokens and the base reads {longest}: {shown!r}.")
+            raise BestiaryError(f"This text has {len(ids)} tokens and the base reads {longest}: {shown!r}. Shorten it.")
     ids = tokenizer(
         list(texts), padding="max_length", max_length=longest, truncation=True, return_tensors="pt"
     ).input_ids
@@ -193,10 +199,10 @@ def encode_text(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, texts: Se
     return features
 
 
-def _load_weights(kind: Any, part: str, model: str | Path, revision: str | None, **options: Any) -> Any:
+def _load_weights(kind: Any, part: str, model: str | Path, revision: str | None, dtype: torch.dtype) -> Any:
     def load(folder: Path) -> Any:
-        loaded, report = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
-        # A loader only warns of weights that are not in the file, and leaves them random.
+        loaded, report = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, dtype=dtype)
+        # The loader only warns of weights that are missing from the file, and leaves them random.
         if report["missing_keys"]:
             raise ValueError(f"{len(report['missing_keys'])} weights are not in the file")
         return loaded.eval().requires_grad_(False)
@@ -204,23 +210,23 @@ def _load_weights(kind: Any, part: str, model: str | Path, revision: str | None,
     return _load(load, part, model, revision)
 
 
-def _load(load: Callable[[Path], Any], part: str, model: str | Path, revision: str | None) -> Any:
+def _load(load: Callable[[Path], T], part: str, model: str | Path, revision: str | None) -> T:
     folder = base_folder(model, revision) / part
     if not folder.is_dir():
-        raise BestiaryError(f"The base {model} is incomplete: it has no {part}.")
+        raise BestiaryError(f"The base {model} is incomplete: it has no {part}. Get another copy of it.")
     try:
         with _quiet():
             return load(folder)
     except Exception as error:  # the loaders raise anything: OSError, ValueError, KeyError, SafetensorError, ...
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise BestiaryError(
-            f"The base {model} is broken: its {part} does not load ({lines[0].rstrip('.')})."
+            f"The base {model} is broken: its {part} does not load ({lines[0].rstrip('.')}). Get another copy of it."
         ) from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the loaders' own progress bars and advice off the user's screen; what is wrong is raised."""
+    """Hide the loaders' progress bars and warnings. Whatever is wrong is raised."""
     import diffusers
     import transformers
 

@@ -1,27 +1,28 @@
-"""Where a training stands and what it reached: its step, its curve, its best weights and its clock."""
+"""The progress of a training run: its step, its history, its best weights and its clock."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from bestiary.diffusion.objective import Validation
 from bestiary.errors import BestiaryError
 from bestiary.files import write_atomically
+from bestiary.memory import peak_memory
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from bestiary.diffusion.training import TrainingSettings
+    from bestiary.params import Train
 
 LOG_EVERY = 10  # steps between two rows of the history
-HISTORY = (  # the columns of a history's rows, as files show them
+COLUMNS = (  # of the history
     "step",
     "epoch",
     "train_loss",
@@ -32,12 +33,15 @@ HISTORY = (  # the columns of a history's rows, as files show them
     "images_per_second",
 )
 
-OnLog = Callable[[int, Mapping[str, float]], None]
+COSTS = ("images_per_second", "peak_memory_mib", "seconds")  # the numbers that differ from run to run
+
+HistoryRow = dict[str, float]  # by column; a row has only the columns that were measured at its step
+OnLog = Callable[[int, Mapping[str, float]], None]  # step, the row's other columns
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a training reached. Losses are plain mean squared errors; losses and scores are those of the best step."""
+    """The outcome of a training run. Losses are mean squared errors; losses and scores are those of the best step."""
 
     steps: int
     best_step: int
@@ -45,76 +49,86 @@ class TrainingResult:
     val_loss: float
     base_val_loss: float
     images_per_second: float
-    peak_memory_mib: float
+    peak_memory_mib: float  # of the GPU, or of the process where there is none
     trainable_parameters: int
-    seconds: float  # in all, before a restart, too
+    seconds: float  # in total, including the time before the run was resumed
     clip_score: float | None  # None: the pictures drawn at validations were not scored
     base_clip_score: float | None
     val_loss_by_band: dict[str, float]
     val_loss_by_class: dict[str, float]
-    history: list[dict[str, float]]  # a row every LOG_EVERY steps and at each validation
+    history: list[HistoryRow]  # a row every LOG_EVERY steps and at each validation
 
-    def report(self) -> dict[str, Any]:
-        """The numbers of the whole, for reports/train.json."""
-        numbers = {name: value for name, value in vars(self).items() if isinstance(value, int | float)}
-        return numbers | {"val_loss_by_band": self.val_loss_by_band}
+    def results(self) -> dict[str, float | dict[str, float]]:
+        """The numbers for the stage's report that the same inputs give again."""
+        numbers = {
+            name: value for name, value in vars(self).items() if isinstance(value, int | float) and name not in COSTS
+        }
+        return {**numbers, "val_loss_by_band": self.val_loss_by_band}
+
+    def costs(self) -> dict[str, float]:
+        """The numbers for the stage's report that differ from run to run."""
+        return {name: getattr(self, name) for name in COSTS}
 
     def write(self, folder: Path) -> None:
-        """Write the curve to `history.csv` and the loss of each class to `val_loss_by_class.csv`, for DVC's plots."""
+        """Write `history.csv`, without the speed, and `val_loss_by_class.csv` for DVC's plots."""
         import pandas as pd
 
-        history = pd.DataFrame(self.history, columns=list(HISTORY))
+        history = pd.DataFrame(self.history, columns=[name for name in COLUMNS if name not in COSTS])
         write_atomically(folder / "history.csv", history.to_csv(index=False).encode())
         by_class = pd.Series(self.val_loss_by_class, name="val_loss").rename_axis("class")
         write_atomically(folder / "val_loss_by_class.csv", by_class.to_csv().encode())
 
 
-class Progress:
-    """Where a training stands: its step, its curve, its best weights and its clock.
+@dataclass
+class ProgressState:
+    """The part of the progress that a checkpoint stores."""
 
-    Losses stay on the device until a row is due, so that a GPU never waits for them.
+    step: int = 0
+    best_step: int = 0
+    validations_since_best: int = 0
+    base_val_loss: float = math.nan
+    base_clip_score: float | None = None
+    best: Validation | None = None
+    best_clip_score: float | None = None
+    best_weights: list[torch.Tensor] = field(default_factory=list)
+    history: list[HistoryRow] = field(default_factory=list)
+    train_loss: float = math.nan
+    pending_losses: list[torch.Tensor] = field(default_factory=list)  # one per batch since the last row
+    training_seconds: float = 0.0  # spent in training steps
+    total_seconds: float = 0.0  # including validations
+
+
+class Progress:
+    """The progress of a training run.
+
+    Losses stay on the device until a row of the history is due, so a GPU never waits for them.
     """
 
-    STATE = (
-        "step",
-        "best_step",
-        "since_best",
-        "base_val_loss",
-        "base_clip_score",
-        "clip_score",
-        "best_weights",
-        "history",
-        "train_loss",
-        "seconds",
-        "elapsed",
-    )
-
-    def __init__(self, settings: TrainingSettings, images: int, accelerator: Accelerator, on_log: OnLog | None) -> None:
+    def __init__(self, settings: Train, images: int, accelerator: Accelerator, on_log: OnLog | None) -> None:
         self.settings = settings
         self.images = images
         self.accelerator = accelerator
         self.on_log = on_log
-        self.step = 0
-        self.best_step = 0
-        self.since_best = 0  # validations
-        self.base_val_loss = math.nan
-        self.base_clip_score: float | None = None
-        self.clip_score: float | None = None  # of the best step, as `best` is
-        self.best: Validation
-        self.best_weights: list[torch.Tensor] = []
-        self.history: list[dict[str, float]] = []
-        self.train_loss = math.nan
+        self.state = ProgressState()
         self.learning_rate = 0.0
-        self.grad_norm: Any = math.nan
-        self.seconds = 0.0  # spent in training steps
-        self.elapsed = 0.0  # in all, validations included
-        self.saved_at = self._resumed_at = self._looked_at = time.perf_counter()
-        self._losses: list[torch.Tensor] = []
+        self.grad_norm: torch.Tensor | float = math.nan
+        self._saved_at = self._resumed_at = self._counted_at = time.perf_counter()
 
     @property
-    def draws(self) -> int:
-        """How many batches have been drawn from the stream."""
-        return self.step * self.settings.accumulation + len(self._losses) % self.settings.accumulation
+    def step(self) -> int:
+        """The number of finished optimizer steps."""
+        return self.state.step
+
+    @property
+    def batches(self) -> int:
+        """The number of batches that have been used; a step takes `train.accumulation` of them."""
+        accumulation = self.settings.accumulation
+        return self.step * accumulation + len(self.state.pending_losses) % accumulation
+
+    @property
+    def best_val_loss(self) -> float:
+        """The validation loss of the best step so far."""
+        return self.state.best.overall if self.state.best else math.nan
 
     @property
     def validation_due(self) -> bool:
@@ -126,128 +140,131 @@ class Progress:
 
     @property
     def out_of_patience(self) -> bool:
-        return self.settings.patience is not None and self.since_best >= self.settings.patience
+        return self.settings.patience is not None and self.state.validations_since_best >= self.settings.patience
 
     @property
     def checkpoint_due(self) -> bool:
-        if time.perf_counter() - self.saved_at < self.settings.checkpoint_seconds:
-            return False
-        self.saved_at = time.perf_counter()
-        return True
+        return time.perf_counter() - self._saved_at >= self.settings.checkpoint_seconds
 
     @property
     def images_per_second(self) -> float:
-        return self.step * self.settings.batch_size / self.seconds if self.seconds else 0.0
+        images = self.step * self.settings.batch_size
+        return images / self.state.training_seconds if self.state.training_seconds else 0.0
 
     def start_clock(self) -> None:
-        """Count the time from now on as training; that since the last row went into validation."""
+        """Count the time from now on as training, and the time since the last row as validation."""
         self._resumed_at = time.perf_counter()
 
-    def _count_time(self) -> None:
-        now = time.perf_counter()
-        self.seconds += now - self._resumed_at
-        self.elapsed += now - self._looked_at
-        self._resumed_at = self._looked_at = now
+    def finish_step(self) -> None:
+        """Count one more optimizer step."""
+        self.state.step += 1
 
     def add_loss(self, loss: torch.Tensor) -> None:
-        self._losses.append(loss)
+        """Add the mean loss of a batch, a scalar on the device."""
+        self.state.pending_losses.append(loss)
 
-    def take_losses(self) -> None:
-        """Average the losses since the last row, over all processes. Raises BestiaryError when one is not finite."""
-        if not self._losses:
+    def average_losses(self) -> None:
+        """Average the losses since the last row over batches and processes.
+
+        Raises BestiaryError when one of them is not finite.
+        """
+        if not self.state.pending_losses:
             return
-        losses = self.accelerator.reduce(torch.stack(self._losses).float(), "mean").tolist()
-        self._losses.clear()
+        losses = self.accelerator.reduce(torch.stack(self.state.pending_losses).float(), "mean").tolist()
+        self.state.pending_losses.clear()
         self._count_time()
         for index, loss in enumerate(losses):
             if not math.isfinite(loss):
-                failed = self.step - (len(losses) - 1 - index) // self.settings.accumulation
-                raise BestiaryError(f"The training loss at step {failed} is {loss}: lower train.learning_rate.")
-        self.train_loss = sum(losses) / len(losses)
+                step = self.step - (len(losses) - 1 - index) // self.settings.accumulation
+                raise BestiaryError(f"The training loss at step {step} is {loss}: lower train.learning_rate.")
+        self.state.train_loss = sum(losses) / len(losses)
 
-    def note_validation(self, found: Validation, clip_score: float | None, weights: Sequence[torch.Tensor]) -> None:
-        """Keep the weights if they are the best trained ones; the fresh adapter of step 0 is no candidate."""
-        if self.step == 0:
-            self.base_val_loss, self.base_clip_score = found.overall, clip_score
+    def add_validation(self, found: Validation, clip_score: float | None, weights: Sequence[torch.Tensor]) -> None:
+        """Log a validation, and keep its weights if they are the best so far. Step 0, the base, is no candidate.
+
+        Raises BestiaryError when train.criterion is clip_score and there is no score.
+        """
+        state = self.state
+        if state.step == 0:
+            state.base_val_loss, state.base_clip_score = found.overall, clip_score
         if clip_score is None and self.settings.criterion == "clip_score":
-            raise BestiaryError("train.criterion is clip_score, and nothing scores the pictures of this training.")
-        self.since_best += 1
-        if self.best_step == 0 or self._improvement(found, clip_score) > self.settings.min_delta:
-            self.best_step, self.best, self.clip_score = self.step, found, clip_score
-            self.best_weights = copies(weights)
-            self.since_best = 0
+            raise BestiaryError(
+                "train.criterion is clip_score, but this training has no judge that scores its pictures. Use val_loss."
+            )
+        state.validations_since_best += 1
+        if state.best_step == 0 or self._improvement(found, clip_score) > self.settings.min_delta:
+            state.best_step, state.best, state.best_clip_score = state.step, found, clip_score
+            state.best_weights = copies(weights)
+            state.validations_since_best = 0
         self.log(val_loss=found.overall, **({} if clip_score is None else {"clip_score": clip_score}))
 
     def _improvement(self, found: Validation, clip_score: float | None) -> float:
-        """By how much a validation is better than the best one by the criterion."""
+        """How much better a validation is than the best one by `train.criterion`."""
         if self.settings.criterion == "clip_score":
             assert clip_score is not None
-            assert self.clip_score is not None
-            return clip_score - self.clip_score
-        return self.best.overall - found.overall
+            assert self.state.best_clip_score is not None
+            return clip_score - self.state.best_clip_score
+        return self.best_val_loss - found.overall
 
     def log(self, **validation: float) -> None:
-        row: dict[str, float] = {"step": self.step, "epoch": self.step * self.settings.batch_size / self.images}
+        """Add a row to the history, with the columns of a validation if there was one."""
+        row: HistoryRow = {"step": self.step, "epoch": self.step * self.settings.batch_size / self.images}
         if self.step:
             row |= {
-                "train_loss": self.train_loss,
+                "train_loss": self.state.train_loss,
                 "learning_rate": self.learning_rate,
                 "grad_norm": float(self.grad_norm),
                 "images_per_second": self.images_per_second,
             }
-        self.history.append(row | validation)
-        self._tell(self.history[-1])
+        self.state.history.append(row | validation)
+        self._call_on_log(self.state.history[-1])
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint needs to know, in plain types and tensors."""
+    def checkpoint(self) -> ProgressState:
+        """The state to store in a checkpoint now."""
         self._count_time()
-        kept = {name: getattr(self, name) for name in self.STATE}
-        return kept | {"best": asdict(self.best), "losses": list(self._losses)}
+        self._saved_at = time.perf_counter()
+        return self.state
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Stand where `state` was taken; the curve so far is told again, to a run that has not heard of it."""
-        for name in self.STATE:
-            setattr(self, name, state[name])
-        self.best = Validation(**state["best"])
-        self._losses = [loss.to(self.accelerator.device) for loss in state["losses"]]
-        for row in self.history:
-            self._tell(row)
+    def restore(self, state: ProgressState) -> None:
+        """Continue from a checkpoint's state. Its history is logged again, because a resumed run is a new run."""
+        self.state = state
+        state.pending_losses = [loss.to(self.accelerator.device) for loss in state.pending_losses]
+        for row in state.history:
+            self._call_on_log(row)
 
     def result(self, trainable_parameters: int) -> TrainingResult:
+        """The outcome of the run; at least one validation must have been added."""
         self._count_time()
+        state, peak = self.state, peak_memory()
+        assert state.best is not None
         return TrainingResult(
-            steps=self.step,
-            best_step=self.best_step,
-            train_loss=self.train_loss,
-            val_loss=self.best.overall,
-            base_val_loss=self.base_val_loss,
+            steps=state.step,
+            best_step=state.best_step,
+            train_loss=state.train_loss,
+            val_loss=state.best.overall,
+            base_val_loss=state.base_val_loss,
             images_per_second=self.images_per_second,
-            peak_memory_mib=peak_memory_mib(self.accelerator.device),
+            peak_memory_mib=peak.process_mib if peak.device_mib is None else peak.device_mib,
             trainable_parameters=trainable_parameters,
-            seconds=self.elapsed,
-            clip_score=self.clip_score,
-            base_clip_score=self.base_clip_score,
-            val_loss_by_band=self.best.by_band,
-            val_loss_by_class=self.best.by_class,
-            history=self.history,
+            seconds=state.total_seconds,
+            clip_score=state.best_clip_score,
+            base_clip_score=state.base_clip_score,
+            val_loss_by_band=state.best.by_band,
+            val_loss_by_class=state.best.by_class,
+            history=state.history,
         )
 
-    def _tell(self, row: Mapping[str, float]) -> None:
+    def _count_time(self) -> None:
+        now = time.perf_counter()
+        self.state.training_seconds += now - self._resumed_at
+        self.state.total_seconds += now - self._counted_at
+        self._resumed_at = self._counted_at = now
+
+    def _call_on_log(self, row: Mapping[str, float]) -> None:
         if self.on_log and self.accelerator.is_main_process:
             self.on_log(int(row["step"]), {name: value for name, value in row.items() if name != "step"})
 
 
 def copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The tensors' values now, apart from them."""
+    """Copies of the tensors' current values."""
     return [tensor.detach().clone() for tensor in tensors]
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """The most memory held so far: the GPU's for a GPU, this process's otherwise."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    import resource
-    import sys
-
-    peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)

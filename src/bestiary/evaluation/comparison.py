@@ -96,7 +96,7 @@ class Evaluation:
     seconds: Mapping[str, int | float | None]
 
     def report(self, point: OperatingPoint, stage_seconds: float) -> EvaluationReport:
-        """The content of reports/evaluate.json."""
+        """The report with the operating point that was written for later stages."""
         first, *others = self.scores
         return EvaluationReport(
             **dict(first),

@@ -35,8 +35,15 @@ from bestiary.subjects import CAPTION_TEMPLATES, caption, subject_of
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-DIFFUSION = Path(__file__).parents[1] / "diffusion"
-DRAWING_MODULES = ("adapter", "base", "sampling")  # the code that decides a picture's pixels
+PACKAGE = Path(__file__).parents[1]
+# The code that decides a picture's pixels.
+DRAWING_CODE = (
+    "samplers.py",
+    "diffusion/adapter.py",
+    "diffusion/adapter_format.py",
+    "diffusion/base.py",
+    "diffusion/sampling.py",
+)
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 WEIGHT_ZERO_PICTURES = 2  # enough to show whether an adapter with weight 0 changes anything
 READER_THREADS = 4  # decoding an image releases Python's lock
@@ -231,7 +238,7 @@ def _settings_key(pipeline: StableDiffusionPipeline, adapter: Path | None, sampl
             "device": pipeline.device.type,
             "dtype": str(pipeline.unet.dtype),
             "libraries": {name: version(name) for name in LIBRARIES},
-            "code": [hashlib.sha256((DIFFUSION / f"{name}.py").read_bytes()).hexdigest() for name in DRAWING_MODULES],
+            "code": [hashlib.sha256((PACKAGE / name).read_bytes()).hexdigest() for name in DRAWING_CODE],
         }
     )
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from bestiary.data.images import contact_sheet
+from bestiary.data.contact_sheets import contact_sheet
 from bestiary.evaluation.report import BY_KEY, ClassScores
 from bestiary.files import write_atomically
 

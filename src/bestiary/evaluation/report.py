@@ -1,6 +1,6 @@
 """The evaluation report: every score with its interval, label, unit and direction, read and written as JSON.
 
-`reports/evaluate.json` is written from it. The command line, the registry, the model card and the page show it.
+The evaluate stage writes it. The command line, the registry, the model card and the page show it.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class ScoreReport(Rows):
 
 
 class EvaluationReport(ScoreReport):
-    """The content of reports/evaluate.json. Score rows hold an `Estimate` by the keys of SCORES.
+    """What evaluate measured. Score rows hold an `Estimate` by the keys of SCORES.
 
     classes are all the classes that the judge chose among, drawn or not.
     """
@@ -163,22 +163,22 @@ class EvaluationReport(ScoreReport):
     scale_zero: ScaleZero
     operating_point: OperatingPointReport
     second_judge: Rows | None = None
-    seconds: Mapping[str, int | float | None]
     adapter_sha256: str
+    seconds: Mapping[str, int | float | None] = {}
 
     @property
     def table(self) -> list[Score]:
         """The scores to show. Reports of earlier versions lack some."""
         return [score for score in TABLE if score.key in self.delta]
 
-    def to_dict(self) -> dict[str, object]:
-        """The report as reports/evaluate.json holds it."""
-        content = self.model_dump(exclude=None if self.second_judge else {"second_judge"})
+    def results(self) -> dict[str, object]:
+        """Everything but the seconds, which differ every time, ready for JSON."""
+        content = self.model_dump(exclude={"seconds"} if self.second_judge else {"seconds", "second_judge"})
         return {"images": content.pop("images"), **content}
 
 
 def read_evaluation(path: Path) -> EvaluationReport:
-    """Read reports/evaluate.json. Raises BestiaryError when it is missing or damaged."""
+    """Read the report of an evaluation. Raises BestiaryError when it is missing or damaged."""
     try:
         return EvaluationReport.model_validate_json(path.read_bytes())
     except FileNotFoundError:

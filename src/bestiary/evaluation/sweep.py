@@ -18,7 +18,7 @@ from bestiary.files import write_atomically
 from bestiary.samplers import Sampling
 
 CHECKPOINTS = "checkpoints"  # the folder beside the adapter's file
-FILE_NAME = "operating_point.json"
+POINT_FILE = "operating_point.json"
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class OperatingPoint:
 
 def checkpoints(adapter: Path) -> list[Path]:
     """The adapter, then the checkpoints beside it. Raises BestiaryError when there are no checkpoints."""
-    from bestiary.diffusion.adapter import FILE_NAME
+    from bestiary.diffusion.adapter_format import FILE_NAME
 
     saved = sorted(path.parent for path in (adapter / CHECKPOINTS).glob(f"*/{FILE_NAME}"))
     if not saved:
@@ -110,13 +110,13 @@ def write_operating_point(folder: Path, checkpoint: Path, weight: float, guidanc
         "scale": point.weight,
         "guidance_scale": point.guidance_scale,
     }
-    write_atomically(folder / FILE_NAME, f"{json.dumps(content, indent=2)}\n".encode())
+    write_atomically(folder / POINT_FILE, f"{json.dumps(content, indent=2)}\n".encode())
     return point
 
 
 def read_operating_point(folder: Path) -> OperatingPoint:
     """Read what `write_operating_point` wrote. Raises BestiaryError when it is missing or damaged."""
-    path = folder / FILE_NAME
+    path = folder / POINT_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return OperatingPoint(
@@ -140,13 +140,14 @@ def write_weighted_adapter(source: Path, weight: float, folder: Path) -> Path:
     from safetensors import safe_open
     from safetensors.torch import save
 
-    from bestiary.diffusion.adapter import CONFIG_KEY, FILE_NAME, adapter_file, with_sorted_header
+    from bestiary.diffusion.adapter import adapter_file
+    from bestiary.diffusion.adapter_format import CONFIG_KEY, FILE_NAME, PREFIX, with_sorted_header
 
     with safe_open(adapter_file(source), framework="pt") as file:
         metadata = dict(file.metadata())
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     config = json.loads(metadata[CONFIG_KEY])
-    config["unet.lora_alpha"] *= weight
+    config[f"{PREFIX}lora_alpha"] *= weight
     metadata[CONFIG_KEY] = json.dumps(config, sort_keys=True)
     write_atomically(folder / FILE_NAME, with_sorted_header(save(tensors, metadata)))
     return folder

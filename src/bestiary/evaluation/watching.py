@@ -1,4 +1,4 @@
-"""Watching a training: pictures of the same prompts and seeds at each validation, and what the judge says of them."""
+"""Watch a training run: at each validation, draw the same prompts and seeds and score the pictures with the judge."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from bestiary.evaluation.judge import Judge
     from bestiary.params import Train
 
+BATCH_SIZE = 8
 
-class Watch:
-    """Draws some of the classes, evenly chosen, with the adapter that is in training, and keeps a sheet of it."""
+
+class TrainingWatch:
+    """Draws `train.sheet_animals` of the classes, evenly chosen, with the adapter in training, and keeps a sheet."""
 
     def __init__(
         self,
@@ -29,38 +31,28 @@ class Watch:
         *,
         seed: int,
         resolution: int,
-        kept: Path,
+        folder: Path,
     ) -> None:
-        """`kept` is the folder of the sheet's rows, for a training that goes on after it was killed."""
+        """`folder` keeps the sheet's rows until the run has finished, for when it is killed and resumed."""
         count = min(settings.sheet_animals, len(classes))
         shown = [classes[number * len(classes) // count] for number in range(count)]
         self.pipeline = pipeline
         self.judge = judge
-        self.settings = settings
-        self.resolution = resolution
-        self.prompts = [caption(subject_of(folder), CAPTION_TEMPLATES[0]) for folder in shown] * settings.sheet_seeds
+        self.sampling = settings.sheet_sampling(resolution)
+        self.prompts = [caption(subject_of(name), CAPTION_TEMPLATES[0]) for name in shown] * settings.sheet_seeds
         self.seeds = [seed + number for number in range(settings.sheet_seeds) for _ in shown]
-        self.words = judge.text_features(self.prompts)
-        self.sheet = Sheet(kept, [subject_of(folder).name for folder in shown])
-        self._told: set[int] = set()
+        self.text_features = judge.text_features(self.prompts)  # (B, D)
+        self.sheet = Sheet(folder, [subject_of(name).name for name in shown])
+        self._saved: set[int] = set()  # steps
 
     def draw(self, step: int) -> float:
         """Add the pictures of this step to the sheet and return their CLIP score, 100 x the mean cosine."""
-        pictures = generate(
-            self.pipeline,
-            self.prompts,
-            self.seeds,
-            steps=self.settings.sheet_steps,
-            guidance_scale=self.settings.sheet_guidance_scale,
-            scheduler="dpmsolver++",
-            batch_size=8,
-            resolution=self.resolution,
-        )
-        self.sheet.add(step, pictures[: len(self.sheet.columns)])
-        return 100 * float((self.judge.image_features(pictures) * self.words).sum(dim=1).mean())
+        pictures = generate(self.pipeline, self.prompts, self.seeds, self.sampling, batch_size=BATCH_SIZE)
+        self.sheet.add(step, pictures[: len(self.sheet.columns)])  # only the first seed
+        return 100 * float((self.judge.image_features(pictures) * self.text_features).sum(dim=1).mean())
 
-    def save(self, path: Path) -> dict[int, Path]:
-        """Write the sheet so far to `path`; returns each row that was not there before by itself, by its step."""
-        new = {step: row for step, row in self.sheet.save(path).items() if step not in self._told}
-        self._told.update(new)
+    def save_sheet(self, path: Path) -> dict[int, Path]:
+        """Write the sheet so far to `path`; returns the files of the rows that are new since the last call, by step."""
+        new = {step: row for step, row in self.sheet.save(path).items() if step not in self._saved}
+        self._saved.update(new)
         return new

@@ -1,0 +1,176 @@
+"""What the page offers to draw with: bases, registered versions, adapters of this machine, uploaded files."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from bestiary.app.errors import RefusedError
+from bestiary.errors import BestiaryError
+from bestiary.evaluation.report import HEADLINES
+from bestiary.generation import Base
+from bestiary.samplers import DrawingDefaults
+
+if TYPE_CHECKING:
+    from bestiary.registry.resolving import Adapter
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Offerings:
+    """What the page may draw with."""
+
+    bases: tuple[Base, ...]  # the first is the default
+    adapters: tuple[str, ...] = ("models/adapter",)  # files or folders, beside the registered versions
+    defaults: DrawingDefaults = field(default_factory=DrawingDefaults)  # for adapters that are not registered
+    registered_name: str = "bestiary"
+
+
+@dataclass(frozen=True)
+class Offer:
+    """An adapter that the page may ask for by its key. `what` is what the registry resolves; the browser never sees it.
+
+    scores are the differences from the base, by the key of the score; defaults are None where the adapter does not say
+    how it was evaluated.
+    """
+
+    key: str
+    kind: Literal["registry", "local", "upload"]
+    label: str
+    what: str
+    aliases: tuple[str, ...] = ()
+    scores: Mapping[str, str] = field(default_factory=dict)
+    defaults: DrawingDefaults | None = None
+
+    @property
+    def name(self) -> str:
+        """The adapter's name in a picture's settings."""
+        return self.key if self.kind == "registry" else self.label
+
+    def public(self) -> dict[str, object]:
+        """What the browser learns of it."""
+        return {
+            "key": self.key,
+            "kind": self.kind,
+            "label": self.label,
+            "aliases": self.aliases,
+            "scores": self.scores,
+            "usual": self.defaults.to_dict() if self.defaults else None,
+        }
+
+
+class Offers:
+    """Finds what is on offer, and the adapter behind an offer."""
+
+    def __init__(self, offerings: Offerings) -> None:
+        self.defaults = offerings.defaults
+        self.default_base = offerings.bases[0]
+        self.bases = {short_name(base.model): base for base in offerings.bases}
+        self.uploads: dict[str, Offer] = {}
+        self._local = offerings.adapters
+        self._registered_name = offerings.registered_name
+        self._resolved: dict[str, Adapter] = {}
+
+    def listed(self) -> list[Offer]:
+        """The adapters that everybody may choose: registered versions, newest first, then those of this machine."""
+        return [*self._registered(), *self._folders()]
+
+    def find(self, key: str) -> Offer:
+        """The offer with this key. Raises BestiaryError when it is gone."""
+        offer = self.uploads.get(key) or next((offer for offer in self.listed() if offer.key == key), None)
+        if offer is None:
+            raise RefusedError("gone", "This adapter is no longer here. Choose another one, or upload it again.")
+        return offer
+
+    def base(self, key: str) -> Base | None:
+        """The base with this key; None for an empty key. Raises BestiaryError when it is not on offer."""
+        if key and key not in self.bases:
+            raise RefusedError("noBase", "This base is not on offer here.")
+        return self.bases.get(key)
+
+    def resolve(self, offer: Offer) -> Adapter:
+        """The adapter behind an offer. Raises BestiaryError when it cannot be read."""
+        from bestiary.registry.resolving import resolve
+
+        if offer.kind != "registry":
+            return resolve(offer.what)
+        if offer.key not in self._resolved:  # a registered version never changes
+            self._resolved[offer.key] = resolve(offer.what)
+        return self._resolved[offer.key]
+
+    def add_upload(self, key: str, name: str, file: Path) -> Offer:
+        """Offer an uploaded file to whoever knows its key. Raises BestiaryError when it is not an adapter.
+
+        A kohya file is converted to diffusers' format in place.
+        """
+        from bestiary.diffusion.adapter import read_provenance
+        from bestiary.diffusion.conversion import convert, is_kohya
+
+        offer = Offer(key, "upload", name, str(file))
+        with self.without_paths({offer.what: name}):
+            if is_kohya(file):
+                convert(file, file, "diffusers")
+            read_provenance(file)
+        self.uploads[key] = offer
+        return offer
+
+    @contextlib.contextmanager
+    def without_paths(self, names: Mapping[str, str] | None = None) -> Iterator[None]:
+        """Replace paths in errors by names: users of the page must not learn where this machine keeps its files."""
+        try:
+            yield
+        except RefusedError:
+            raise
+        except BestiaryError as error:
+            known = {str(adapter.file): key for key, adapter in self._resolved.items()}
+            known |= {path: short_name(path) for path in (*self._local, *(base.model for base in self.bases.values()))}
+            known |= {offer.what: offer.label for offer in self.uploads.values()} | dict(names or {})
+            sentence = str(error)
+            for path in sorted(known, key=len, reverse=True):
+                sentence = sentence.replace(path, known[path])
+            raise BestiaryError(sentence) from None
+
+    def _registered(self) -> list[Offer]:
+        from bestiary.registry.versions import defaults_of, versions
+
+        try:
+            found = versions(self._registered_name)
+        except BestiaryError as error:  # without a registry, the base and local adapters still draw
+            log.info("%s", error)
+            return []
+        return [
+            Offer(
+                key=(uri := f"models:/{item.name}/{item.version}"),
+                kind="registry",
+                label=f"{item.name} {item.version}",
+                what=uri,
+                aliases=tuple(item.aliases),
+                scores={score: item.tags[f"delta.{score}"] for score in HEADLINES if f"delta.{score}" in item.tags},
+                defaults=defaults_of(item),
+            )
+            for item in reversed(found)
+        ]
+
+    def _folders(self) -> list[Offer]:
+        from bestiary.diffusion.adapter import adapter_file
+
+        offers = []
+        for number, path in enumerate(self._local):
+            with contextlib.suppress(BestiaryError):  # models/adapter exists only after a training
+                adapter_file(path)
+                offers.append(Offer(f"local:{number}", "local", short_name(path), path))
+        return offers
+
+
+def short_name(model: str) -> str:
+    """The last two parts of a path or hub id, which say what it is and not where it is.
+
+    >>> short_name("/srv/bestiary/models/base"), short_name("stable-diffusion-v1-5/stable-diffusion-v1-5")
+    ('models/base', 'stable-diffusion-v1-5/stable-diffusion-v1-5')
+    """
+    return "/".join(Path(model).parts[-2:])

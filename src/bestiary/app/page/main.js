@@ -1,0 +1,59 @@
+// Starts the page and connects its buttons and fields.
+import { connectAnimals } from './animals.js';
+import { adapterChanged, catalog, fillChoices, loadCatalog } from './catalog.js';
+import { COLOURS } from './colours.js';
+import { $, showText } from './dom.js';
+import { cancel, draw, isDrawing } from './drawing.js';
+import { entryAt } from './gallery.js';
+import { switchLanguage, translateDocument } from './language.js';
+import { repeatOrder } from './order.js';
+import { applyColours, resetColours, show, shown } from './stage.js';
+import { uploadAdapter } from './upload.js';
+
+function changeLanguage() {
+  switchLanguage();
+  translateDocument();
+  if (catalog) {
+    fillChoices();
+    adapterChanged();
+  }
+  if (shown) show(shown);
+}
+
+async function openEntry(event) {
+  const entry = entryAt(event.target);
+  if (!entry || isDrawing()) return;
+  await show(entry);
+  $('stage').scrollIntoView({ behavior: 'smooth', block: 'nearest' });
+}
+
+connectAnimals();
+$('order').addEventListener('submit', (event) => {
+  event.preventDefault();
+  draw();
+});
+$('cancel').addEventListener('click', cancel);
+document.addEventListener('keydown', (event) => {
+  if (event.key === 'Escape' && !event.isComposing) cancel();
+});
+$('language').addEventListener('click', changeLanguage);
+$('adapter').addEventListener('change', adapterChanged);
+$('upload').addEventListener('change', uploadAdapter);
+$('upload-label').addEventListener('keydown', (event) => {
+  if (event.key !== 'Enter' && event.key !== ' ') return;
+  event.preventDefault();
+  $('upload').click();
+});
+$('seed').addEventListener('input', () => { $('random').checked = false; });
+for (const colour of COLOURS) $(colour).addEventListener('input', applyColours);
+$('reset').addEventListener('click', resetColours);
+$('reuse').addEventListener('click', () => repeatOrder(shown.order));
+$('gallery').addEventListener('click', openEntry);
+
+translateDocument();
+try {
+  await loadCatalog();
+  document.body.classList.add('ready');
+} catch (error) {
+  showText('message', error.message);
+}

@@ -1,0 +1,55 @@
+// An order: what the form asks the server to draw.
+import { chooseAdapter, defaults } from './catalog.js';
+import { $ } from './dom.js';
+import { text } from './language.js';
+
+const MAX_LENGTH = { animal: 200, prompt: 1000 }; // characters
+const NUMBERS = ['seed', 'count', 'steps', 'guidance'];
+
+/** The first mistake in the form as [field, message], or null. */
+export function mistake() {
+  for (const [id, max] of Object.entries(MAX_LENGTH)) {
+    if ([...$(id).value].length > max) return [id, text('long', { field: text(id), max })];
+  }
+  for (const id of NUMBERS) {
+    const { value, validity, min, max } = $(id);
+    const field = text(id);
+    if (value === '' || validity.rangeUnderflow || validity.rangeOverflow || validity.badInput) return [id, text('range', { field, min, max })];
+    if (validity.stepMismatch && id !== 'guidance') return [id, text('whole', { field })];
+  }
+  return ($('animal').value + $('prompt').value).trim() ? null : ['animal', text('missing')];
+}
+
+export function readOrder() {
+  return {
+    adapter: $('adapter').value,
+    base: $('base').value,
+    device: $('device').value,
+    animal: $('animal').value,
+    prompt: $('prompt').value,
+    steps: Number($('steps').value),
+    guidance_scale: Number($('guidance').value),
+    guidance_interval: defaults.guidance_interval && $('interval').checked ? defaults.guidance_interval : null,
+    scheduler: $('scheduler').value,
+    seed: Number($('seed').value),
+    count: Number($('count').value),
+    resolution: Number($('resolution').value),
+    compare: $('compare').checked && $('adapter').value !== 'none',
+    preview: $('preview').checked,
+  };
+}
+
+/** Fills the form with an earlier order. */
+export function repeatOrder(order) {
+  chooseAdapter(order.adapter);
+  for (const id of ['base', 'device', 'animal', 'prompt', 'steps', 'scheduler', 'seed', 'resolution']) $(id).value = order[id];
+  $('interval').checked = Boolean(order.guidance_interval);
+  $('guidance').value = order.guidance_scale;
+  $('compare').checked = order.compare || order.adapter === 'none';
+  $('random').checked = false;
+  $('animal').focus();
+}
+
+export function drawRandomSeed() {
+  $('seed').value = crypto.getRandomValues(new Uint32Array(1))[0];
+}

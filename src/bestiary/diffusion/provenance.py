@@ -1,0 +1,53 @@
+"""What a training run is made from: the provenance that its adapter's file holds, and the name of its checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bestiary.diffusion.adapter_format import Provenance
+from bestiary.diffusion.base import base_commit, base_sha256
+from bestiary.errors import BestiaryError
+
+if TYPE_CHECKING:
+    from bestiary.diffusion.latents import Latents
+    from bestiary.params import Model, Train
+
+PACKAGE = Path(__file__).parents[1]
+# Settings that do not change the weights of a step, only which pictures are drawn of it and which files are kept.
+SHEET_SETTINGS = {"sheet_animals", "sheet_seeds", "sheet_steps", "sheet_guidance_scale", "keep_checkpoints"}
+
+
+def training_provenance(base: Model, latents: Latents, settings: Train, *, seed: int, resolution: int) -> Provenance:
+    """The provenance of the adapter that these settings train on these latents.
+
+    Raises BestiaryError when the latents were encoded with another base.
+    """
+    sha256 = base_sha256(base.model, base.revision)
+    if sha256 != latents.training.base_sha256:
+        raise BestiaryError(
+            f"The latents were encoded with another base than {base.model}. Run the encode stage again."
+        )
+    return Provenance(
+        base=base.model,
+        base_revision=base_commit(base.model, base.revision),
+        base_sha256=sha256,
+        data_sha256=latents.training.data_sha256,
+        resolution=resolution,
+        params={**settings.model_dump(exclude=SHEET_SETTINGS | {"checkpoint_seconds"}), "seed": seed},
+    )
+
+
+def checkpoint_key(provenance: Provenance, settings: Train, judge: str) -> str:
+    """The name of the folder for one run's checkpoints: it changes with everything that decides the result.
+
+    That is what the adapter is trained from, the sheet and the `judge` (its content hash), because they may choose the
+    best step, and the code. The key hashes the whole package: a hand-kept list of files would go stale.
+    """
+    sheet = json.dumps(settings.model_dump(include=SHEET_SETTINGS), sort_keys=True)
+    digest = hashlib.sha256("\n".join([provenance.to_json(), sheet, judge]).encode())
+    for module in sorted(PACKAGE.rglob("*.py")):
+        digest.update(module.read_bytes())
+    return digest.hexdigest()[:16]

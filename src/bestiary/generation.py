@@ -1,0 +1,226 @@
+"""From a request to a finished picture: choose the base, load it, apply the adapter, draw, write a PNG.
+
+The command line and the page both draw through this module.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bestiary.errors import BestiaryError
+from bestiary.files import project_root, write_atomically
+from bestiary.png_metadata import PictureSettings, write_png
+from bestiary.registry.resolving import check_base, find_base, locate_base, needs_mlflow, resolve
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+    from PIL.Image import Image
+
+    from bestiary.diffusion.sampling import Progress
+    from bestiary.registry.resolving import Adapter
+    from bestiary.samplers import Sampling
+
+MAX_STEM = 60  # characters of a file name
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base: a folder or an id on the Hugging Face hub, and the hub's revision."""
+
+    model: str
+    revision: str | None = None
+
+
+@contextmanager
+def resolving(what: str) -> Iterator[Callable[[], Adapter | None]]:
+    """Find the adapter that `what` names; "none" is no adapter.
+
+    Yields a function that waits for the result. If MLflow is needed, a second process asks it, because importing MLflow
+    takes as long as importing torch, which the caller can do meanwhile. The function raises what `resolve` raises.
+    """
+    if what == "none":
+        yield lambda: None
+    elif not needs_mlflow(what):
+        adapter = resolve(what)
+        yield lambda: adapter
+    else:
+        from concurrent.futures import ProcessPoolExecutor
+        from multiprocessing import get_context
+
+        with ProcessPoolExecutor(1, get_context("spawn"), _ignore_interrupts) as pool:
+            yield pool.submit(resolve, what).result
+
+
+def _ignore_interrupts() -> None:
+    """Leave Ctrl-C to the parent process."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def named_base(model: str | None) -> Base | None:
+    """The base that a user named, looked for in the project's folder too; None for no name."""
+    return located_base(model, None) if model else None
+
+
+def located_base(model: str, revision: str | None) -> Base:
+    """A base by the name that settings or parameters hold, looked for in the project's folder too."""
+    return Base(locate_base(model), revision)
+
+
+def no_base_error() -> BestiaryError:
+    """The error for a command that has no base to draw with."""
+    return BestiaryError("There is no params.yaml here that names a base. Name one with --base.")
+
+
+def choose_base(adapter: Adapter | None, chosen: Base | None, default: Base | None, *, trusted: bool = True) -> Base:
+    """The base to draw with: the one that the user chose, else the one that the adapter names, else the default.
+
+    Set `trusted` to False for a stranger's adapter: the base that it names is then ignored.
+
+    Raises BestiaryError when there is no base to draw with.
+    """
+    if chosen is not None:
+        return chosen
+    if adapter is None:
+        if default is None:
+            raise no_base_error()
+        return default
+    if default is not None and (adapter.base is None or not trusted):
+        return default
+    return Base(find_base(adapter), adapter.base_revision)
+
+
+class Generator:
+    """Draws with one base in memory and at most one adapter on it. Both stay loaded for the next picture."""
+
+    def __init__(self) -> None:
+        self._base: Base | None = None
+        self.device = ""
+        self.adapter_sha256: str | None = None
+        self._pipeline: StableDiffusionPipeline | None = None
+        self._applied: tuple[Path, int] | None = None  # the adapter's file and when it was changed
+
+    @property
+    def pipeline(self) -> StableDiffusionPipeline:
+        """The loaded pipeline."""
+        assert self._pipeline is not None, "call prepare first"
+        return self._pipeline
+
+    @property
+    def base(self) -> Base:
+        """The loaded base."""
+        assert self._base is not None, "call prepare first"
+        return self._base
+
+    def is_loaded(self, base: Base, device: str) -> bool:
+        """Whether this base is in memory on this device."""
+        return self._pipeline is not None and (self._base, self.device) == (base, device)
+
+    def prepare(self, base: Base, adapter: Adapter | None, device: str = "", *, any_base: bool = False) -> None:
+        """Load `base` on `device` (empty: the best one) and apply `adapter`, in place of what was there.
+
+        Raises BestiaryError when the base cannot be loaded, when the adapter does not fit it, or when the adapter was
+        trained on another base, unless `any_base`.
+        """
+        ready = self.is_loaded(base, device) and self._applied == _version(adapter)
+        if adapter is not None and not any_base and not ready:  # hashing a large base takes seconds
+            check_base(adapter, base.model)
+        self._load(base, device)
+        self._apply(adapter)
+
+    def _load(self, base: Base, device: str) -> None:
+        from bestiary.diffusion.base import load_pipeline
+
+        if self.is_loaded(base, device):
+            return
+        self._pipeline, self._applied, self.adapter_sha256 = None, None, None  # frees the memory first
+        self._pipeline = load_pipeline(base.model, base.revision, device=device or None)
+        self._base, self.device = base, device
+
+    def _apply(self, adapter: Adapter | None) -> None:
+        from bestiary.diffusion.adapter import adapter_sha256, apply_adapter, remove
+
+        if adapter is None:
+            remove(self.pipeline)
+            self._applied, self.adapter_sha256 = None, None
+            return
+        version = _version(adapter)
+        if self._applied != version:
+            self._applied = None
+            apply_adapter(self.pipeline, adapter.file)
+            self._applied, self.adapter_sha256 = version, adapter_sha256(adapter.file)
+
+    def sized(self, sampling: Sampling) -> Sampling:
+        """The sampling with its width and height in pixels: the base's own where none were asked for."""
+        from bestiary.diffusion.sampling import base_side
+
+        side = base_side(self.pipeline)
+        return replace(sampling, width=sampling.width or side, height=sampling.height or side)
+
+    def draw(self, settings: PictureSettings, progress: Progress | None = None) -> Image:
+        """Draw the picture that `settings` describe, without the adapter if they name none.
+
+        Raises BestiaryError when this base cannot draw it; whatever `progress` raises stops the drawing.
+        """
+        from bestiary.diffusion.adapter import set_weight
+        from bestiary.diffusion.sampling import generate
+
+        if self._applied is not None:
+            set_weight(self.pipeline, settings.sampling.adapter_weight if settings.adapter_sha256 else 0.0)
+        (image,) = generate(
+            self.pipeline,
+            [settings.prompt],
+            [settings.seed],
+            settings.sampling,
+            batch_size=1,  # a larger batch would change the last bits of a picture
+            progress=progress,
+        )
+        return image
+
+
+def _version(adapter: Adapter | None) -> tuple[Path, int] | None:
+    """What tells two adapters apart without reading them: the file and when it was changed."""
+    return (adapter.file, adapter.file.stat().st_mtime_ns) if adapter else None
+
+
+def save_picture(image: Image, settings: PictureSettings, folder: Path, name: str) -> Path:
+    """Write the picture with its settings to `folder`/`name`.png, numbered if another picture has that name.
+
+    Raises BestiaryError when it cannot be written.
+    """
+    data = write_png(image, settings)
+    path = _free_path(folder, name, data)
+    write_atomically(path, data)
+    return path
+
+
+def _free_path(folder: Path, stem: str, data: bytes) -> Path:
+    """The first of stem.png, stem-2.png, ... that is free or already holds the same picture."""
+    path, number = folder / f"{stem}.png", 1
+    while path.exists() and not (path.is_file() and path.read_bytes() == data):
+        number += 1
+        path = folder / f"{stem}-{number}.png"
+    return path
+
+
+def file_stem(name: str) -> str:
+    """A file name that every file system accepts: letters and digits of any script, joined by hyphens.
+
+    >>> file_stem("Red Panda / 1"), file_stem("老虎"), file_stem("..")
+    ('red-panda-1', '老虎', 'picture')
+    """
+    return re.sub(r"[\W_]+", "-", name.lower()).strip("-")[:MAX_STEM] or "picture"
+
+
+def portable_base(model: str) -> str:
+    """A base's name that means the same in another clone: a folder of the project by its path from the root."""
+    root = project_root().resolve()
+    folder = Path(model)
+    inside = folder.is_dir() and folder.is_relative_to(root)
+    return f"./{folder.relative_to(root).as_posix()}" if inside else model

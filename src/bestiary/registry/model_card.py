@@ -1,0 +1,166 @@
+"""A registered version as a folder for the Hugging Face hub: the adapter, its pictures and its model card.
+
+The card's format: https://huggingface.co/docs/hub/model-cards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from bestiary.errors import BestiaryError
+from bestiary.evaluation.report import EvaluationReport, as_markdown, read_evaluation
+from bestiary.files import write_atomically
+from bestiary.registry.resolving import resolve
+from bestiary.registry.versions import Version, artifact, defaults_of, parameters, walk
+from bestiary.samplers import DrawingDefaults
+from bestiary.subjects import subject_of
+
+if TYPE_CHECKING:
+    from bestiary.tracking.lineage import Step
+
+SHEET = "sheet.png"
+# An adapter inherits the licence of the base that it changes.
+LICENCES = {"stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m", "./models/base": "mit"}
+
+
+def write(what: str, out: Path) -> list[Path]:
+    """Write the version `what` into the folder `out`: README.md, the adapter, the sheet of pictures. Returns the files.
+
+    Raises BestiaryError when there is no such version, or when the registry holds no evaluation of it.
+    """
+    version, steps = walk(what)
+    runs = {step.stage: step.run_id for step in reversed(steps)}
+    with TemporaryDirectory() as folder:
+        report = _evaluation(version, runs, Path(folder))
+        sheet = artifact(runs["evaluate"], f"evaluate/{SHEET}", Path(folder))
+        adapter = resolve(version.uri).file
+        settings: dict[str, dict[str, str]] = {
+            stage: parameters(runs[stage]) for stage in ("train", "evaluate") if stage in runs
+        }
+        files = {
+            out / adapter.name: adapter.read_bytes(),
+            **({out / SHEET: sheet.read_bytes()} if sheet else {}),
+            out / "README.md": render(version, steps, report, settings, has_sheet=sheet is not None).encode(),
+        }
+    for path, data in files.items():
+        write_atomically(path, data)
+    return list(files)
+
+
+def render(
+    version: Version,
+    steps: Sequence[Step],
+    report: EvaluationReport,
+    settings: Mapping[str, Mapping[str, str]],
+    *,
+    has_sheet: bool = True,
+) -> str:
+    """The model card of a version: its evaluation's scores, the runs (`steps`) it is based on, and their settings.
+
+    `settings` holds, by stage, the parameters that the stage's run logged.
+    """
+    tags = version.tags
+    base = f"`{tags['base']}`" + (f" at revision `{tags['base_revision']}`" if tags["base_revision"] else "")
+    subjects = [subject_of(folder).name for folder in report.per_class]
+    parts = [
+        f"---\n{_metadata(version, report, has_sheet)}\n---",
+        f"# {version.name} {version.version}",
+        f"A LoRA adapter (rank {tags['rank']}, alpha {float(tags['alpha']):g}) for {base}. It teaches the base "
+        f"{len(subjects)} subjects: {', '.join(subjects)}.",
+        f"![The base beside the adapter: same prompts, same seeds]({SHEET})" if has_sheet else "",
+        "## Scores",
+        f"The base and the adapter each drew {report.images} pictures from the same prompts and seeds. A CLIP model "
+        "that was not used in training scored them.",
+        "\n".join(as_markdown(report)),
+        _strengths(report),
+        "Pictures whose nearest real image is a training image, as a share from 0 (what chance gives) to 1 (all): "
+        f"{report.memorisation.adapter.copied.describe()}.",
+        f"The registry's gate decided: {tags['decision']}" if "decision" in tags else "",
+        "## Use",
+        _use(tags["base"], defaults_of(version)),
+        "## How it was made",
+        _provenance(steps),
+        *(_settings(stage, values) for stage, values in settings.items() if values),
+        f"Registered as `{version.uri}` with the SHA-256 `{tags['adapter_sha256']}`, on a base whose files have the "
+        f"SHA-256 `{tags['base_sha256']}`. The hashes in the table are DVC's content hashes of what each step read.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _evaluation(version: Version, runs: Mapping[str, str], folder: Path) -> EvaluationReport:
+    file = artifact(runs["evaluate"], "evaluate.json", folder) if "evaluate" in runs else None
+    report = read_evaluation(file) if file else None
+    if report is None or report.adapter_sha256 != version.tags["adapter_sha256"]:
+        raise BestiaryError(f"The registry holds no evaluation of {version.uri}. Run `dvc repro` to evaluate it.")
+    return report
+
+
+def _metadata(version: Version, report: EvaluationReport, has_sheet: bool) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    base = version.tags["base"]
+    is_on_the_hub = not base.startswith((".", "/"))
+    first = subject_of(next(iter(report.per_class)))
+    data = ModelCardData(
+        model_name=f"{version.name} {version.version}",
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        license=LICENCES.get(base),
+        base_model=base if is_on_the_hub else None,
+        base_model_relation="adapter" if is_on_the_hub else None,
+        widget=[{"text": f"a photo of {first.with_article}", "output": {"url": SHEET}}] if has_sheet else None,
+        tags=["text-to-image", "diffusers", "stable-diffusion", "lora"],
+        eval_results=[
+            EvalResult(
+                task_type="text-to-image",
+                dataset_type="bestiary",
+                dataset_name=f"{report.images} pictures of {len(report.per_class)} subjects",
+                metric_type=score.key,
+                metric_name=score.title,
+                metric_value=round(report.adapter[score.key].mean, 3),
+            )
+            for score in report.table
+        ],
+    )
+    return str(data.to_yaml())
+
+
+def _strengths(report: EvaluationReport) -> str:
+    gains = {subject_of(folder).name: scores.delta["clip_score"].mean for folder, scores in report.per_class.items()}
+    order = sorted(gains, key=lambda name: gains[name], reverse=True)
+    if len(order) < 6:
+        return ""
+    most, least = (", ".join(f"{name} ({gains[name]:+.1f})" for name in names) for names in (order[:3], order[-3:]))
+    return f"By CLIP score the adapter gains most on {most}, and least on {least}."
+
+
+def _use(base: str, defaults: DrawingDefaults | None) -> str:
+    sampling = defaults.sampling if defaults else None
+    how = f", num_inference_steps={sampling.steps}, guidance_scale={sampling.guidance_scale:g}" if sampling else ""
+    return (
+        "```python\n"
+        "from diffusers import StableDiffusionPipeline\n\n"
+        f'pipeline = StableDiffusionPipeline.from_pretrained("{base}")\n'
+        'pipeline.load_lora_weights("THIS_FOLDER_OR_REPOSITORY")\n'
+        f'pipeline("a photo of a tiger"{how}).images[0].save("tiger.png")\n'
+        "```\n\n"
+        "A1111 and other programs that read kohya's format need a converted file: `bestiary adapter convert "
+        "THIS_FOLDER adapter.safetensors --to kohya`. ComfyUI reads both formats."
+    )
+
+
+def _provenance(steps: Sequence[Step]) -> str:
+    rows = ["| step | when | Git | run | read |", "|---|---|---|---|---|"]
+    for step in reversed(steps):
+        read = ", ".join(f"{path} `{content[:10]}`" for path, content, _ in step.inputs if not path.endswith(".py"))
+        git = f"`{step.git}`" if step.git else ""
+        rows.append(f"| {step.stage} | {step.started} | {git} | `{step.run_id[:8]}` | {read} |")
+    return "\n".join(rows)
+
+
+def _settings(stage: str, values: Mapping[str, str]) -> str:
+    described = ", ".join(f"{key.removeprefix(f'{stage}.')} {value}" for key, value in sorted(values.items()))
+    return f"Settings of {stage}: {described}."

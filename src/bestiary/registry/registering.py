@@ -1,0 +1,207 @@
+"""Register an adapter: verify it, create its version once, and let the gate decide its alias."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bestiary.errors import BestiaryError
+from bestiary.evaluation.report import EvaluationReport, as_markdown
+from bestiary.files import project_root
+from bestiary.params import Register
+from bestiary.registry.aliases import ROLLED_BACK, give_alias
+from bestiary.registry.gate import CHALLENGER, CHAMPION, ChampionComparison, Decision, decide, paired_difference
+from bestiary.registry.versions import DEFAULTS_TAG, aliases_of, make_name, number_of, plain_errors, publish
+from bestiary.samplers import DrawingDefaults, Sampling
+from bestiary.tracking.store import check_database, locked, open_client, tracking_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
+    from mlflow.models import ModelSignature
+
+GATE = "gate"  # where a run logs its table of pictures, for comparison with later adapters
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A trained and evaluated adapter that is to be registered."""
+
+    adapter: Path
+    base: str
+    base_revision: str | None
+    evaluation: EvaluationReport
+    reported: Mapping[str, str | None]  # by stage: the SHA-256 of the adapter that the stage's report is about
+    pictures: Path  # evaluate's table of scores by prompt and seed
+    defaults: DrawingDefaults  # how it was evaluated: the version draws like this by default
+    measured: str  # `measurement_hash` of its evaluation
+    run_id: str  # the MLflow run that the version belongs to
+
+
+@dataclass(frozen=True)
+class Registration:
+    """What `register` did: the content of reports/register.json."""
+
+    name: str
+    version: int
+    aliases: list[str]
+    adapter_sha256: str
+    decision: str
+    reasons: list[str]
+
+
+def read_registration(path: Path) -> Registration:
+    """Read reports/register.json. Raises BestiaryError when it is missing or damaged."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(Registration).validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise BestiaryError(f"There are no results yet: {path} does not exist. Run `dvc repro`.") from None
+    except ValidationError:
+        raise BestiaryError(f"{path} is damaged. Delete it and run `dvc repro`.") from None
+
+
+def register(submission: Submission, rules: Register) -> Registration:
+    """Verify the adapter, register it once for its content, and give it the alias that it earns.
+
+    An adapter that is registered already keeps its version, whose tags are updated. Raises BestiaryError when a report
+    is about another adapter, the adapter does not apply to the base, or MLflow cannot be written.
+    """
+    tags = _tags(submission)
+    name, sha256 = rules.name, tags["adapter_sha256"]
+    uri = tracking_uri()
+    check_database(uri)
+    with plain_errors(uri):
+        client = open_client(uri, project_root())
+        with locked(uri):
+            make_name(client, name)
+            version = number_of(client, name, sha256)
+            if version is None:
+                version = _create(client, submission, name, tags)
+            else:
+                for key, value in tags.items():  # it may have been evaluated again, with other settings
+                    client.set_model_version_tag(name, str(version), key, value)
+            run_id = client.get_model_version(name, str(version)).run_id
+            client.log_artifact(run_id, str(submission.pictures), GATE)
+            decision = _give_earned_alias(client, submission, rules, version)
+            client.set_model_version_tag(
+                name, str(version), "decision", f"{decision.alias}: {' '.join(decision.reasons)}"
+            )
+            aliases = sorted(alias for alias, number in aliases_of(client, name).items() if number == version)
+    return Registration(name, version, aliases, sha256, decision.alias, decision.reasons)
+
+
+def _tags(submission: Submission) -> dict[str, str]:
+    """The tags of the submission's version, after the adapter has been verified."""
+    from bestiary.diffusion.adapter import adapter_sha256, check_trained_on, verify_adapter
+    from bestiary.diffusion.base import base_sha256
+
+    adapter, base, revision = submission.adapter, submission.base, submission.base_revision
+    sha256, evaluation = adapter_sha256(adapter), submission.evaluation
+    for stage, reported in {**submission.reported, "evaluate": evaluation.adapter_sha256}.items():
+        if reported != sha256:
+            raise BestiaryError(f"reports/{stage}.json is not about the adapter in {adapter}. Run `dvc repro {stage}`.")
+    check_trained_on(adapter, base, revision)
+    verification = verify_adapter(adapter, base, revision)
+    rows = {"base": evaluation.base, "adapter": evaluation.adapter, "delta": evaluation.delta}
+    return {
+        "adapter_sha256": sha256,
+        # The leading "./" marks a folder of the project, for MLflow too, instead of an id on the hub.
+        "base": f"./{base}" if Path(base).is_dir() and not Path(base).is_absolute() else base,
+        "base_revision": revision or "",
+        "base_sha256": base_sha256(base, revision),
+        "rank": str(verification.rank),
+        "alpha": str(verification.alpha),
+        "measured": submission.measured,
+        DEFAULTS_TAG: submission.defaults.to_json(),
+        **{f"{name}.{score.key}": str(row[score.key].mean) for name, row in rows.items() for score in evaluation.table},
+    }
+
+
+def _give_earned_alias(client: MlflowClient, submission: Submission, rules: Register, version: int) -> Decision:
+    aliases = aliases_of(client, rules.name)
+    decision = _decide(client, submission, rules, version, aliases)
+    # On a server, another registration may move the aliases while this one decides.
+    while aliases != (now := aliases_of(client, rules.name)):
+        aliases = now
+        decision = _decide(client, submission, rules, version, aliases)
+    give_alias(client, rules.name, version, decision.alias, aliases)
+    return decision
+
+
+def _decide(
+    client: MlflowClient, submission: Submission, rules: Register, version: int, aliases: Mapping[str, int]
+) -> Decision:
+    number = aliases.get(CHAMPION)
+    if number is None:
+        return decide(submission.evaluation, rules, None)
+    if number == version:
+        alias, reasons = decide(submission.evaluation, rules, None)
+        if alias == CHAMPION:
+            return Decision(CHAMPION, [reasons[0], "The adapter is the champion already."])
+        # A re-run does not take the alias away: that is for a person to do, with `bestiary rollback`.
+        return Decision(CHAMPION, [*reasons, "The adapter stays the champion until a person rolls it back."])
+    tags = client.get_model_version(rules.name, str(version)).tags
+    if ROLLED_BACK in tags:
+        return Decision(CHALLENGER, [f"The adapter was the champion and was rolled back: {tags[ROLLED_BACK]}"])
+    champion = client.get_model_version(rules.name, str(number))
+    difference = None
+    if champion.tags.get("measured") == submission.measured:
+        theirs = client.download_artifacts(champion.run_id, f"{GATE}/{submission.pictures.name}")
+        difference = paired_difference(submission.pictures, Path(theirs), rules.champion_score)
+    return decide(submission.evaluation, rules, ChampionComparison(number, difference))
+
+
+def _create(client: MlflowClient, submission: Submission, name: str, tags: Mapping[str, str]) -> int:
+    """Create the submission's version. Returns its number."""
+    from bestiary.diffusion.adapter import adapter_file
+
+    file, run_id = adapter_file(submission.adapter), submission.run_id
+    run_tags = client.get_run(run_id).data.tags
+    source = {"git_revision": run_tags.get("mlflow.source.git.commit"), "git_dirty": run_tags.get("git_dirty")}
+    description = [
+        f"A LoRA adapter (rank {tags['rank']}, alpha {tags['alpha']}) for `{tags['base']}`.",
+        "",
+        *as_markdown(submission.evaluation),
+    ]
+
+    def write(folder: Path, logged: LoggedModel) -> None:
+        import mlflow
+        from mlflow.models import Model
+
+        mlflow.diffusers.save_model(
+            str(file),
+            str(folder),
+            tags["base"],
+            mlflow_model=Model(run_id=run_id, model_id=logged.model_id, artifact_path=logged.artifact_location),
+            signature=_signature(submission.defaults.sampling),
+            input_example={"prompt": "a photo of a tiger"},
+            metadata={key: tags[key] for key in ("adapter_sha256", "base", "base_revision", "base_sha256")},
+        )
+
+    all_tags = {**tags, **{key: value for key, value in source.items() if value is not None}}
+    return publish(client, name, run_id, all_tags, "\n".join(description), write)
+
+
+def _signature(sampling: Sampling) -> ModelSignature:
+    """What MLflow's server accepts and returns for the version, with its sampling as the defaults."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import DataType, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import ColSpec
+
+    return ModelSignature(
+        inputs=Schema([ColSpec(DataType.string, "prompt")]),
+        outputs=Schema([ColSpec(DataType.binary, "image")]),
+        params=ParamSchema(
+            [
+                ParamSpec("num_inference_steps", DataType.integer, sampling.steps),
+                ParamSpec("guidance_scale", DataType.double, float(sampling.guidance_scale)),
+                ParamSpec("height", DataType.integer, sampling.height),
+                ParamSpec("width", DataType.integer, sampling.width),
+                ParamSpec("negative_prompt", DataType.string, ""),
+            ]
+        ),
+    )

@@ -1,0 +1,205 @@
+"""Orders: what is drawn, what is refused, and what happens when several people draw."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from PIL import Image, ImageChops
+from support.app import ORDER, Event, RunningPage, image_of, offerings, pictures
+from support.registry import DEFAULTS
+
+from bestiary.app.server import create_app
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_page_draws_the_same_pixels_as_the_library(
+    server: RunningPage, base_folder: Path, adapter_folder: Path
+) -> None:
+    from bestiary.diffusion.adapter import apply_adapter
+    from bestiary.diffusion.base import load_pipeline
+    from bestiary.diffusion.sampling import generate
+
+    pipeline = load_pipeline(base_folder)
+
+    def draw() -> Image.Image:
+        tiger = generate(
+            pipeline,
+            ["a photo of a tiger"],
+            [7],
+            steps=2,
+            guidance_scale=3.0,
+            scheduler="dpmsolver++",
+            batch_size=1,
+        )
+        return tiger[0]
+
+    base = draw()
+    apply_adapter(pipeline, adapter_folder)
+    adapted = draw()
+    drawn = pictures(server.draw(adapter="local:0", animal="老虎", compare=True))
+    assert [list(image.get_flattened_data()) for image in drawn] == [
+        list(image.get_flattened_data()) for image in (adapted, base)
+    ]
+    assert drawn[0].info["parameters"].startswith("a photo of a tiger\nSteps: 2, Sampler: DPM++ 2M, CFG scale: 3, Seed")
+    assert json.loads(drawn[0].info["bestiary"])["adapter"].endswith("/stripes")
+    again = pictures(server.draw())[0]  # the adapter of the previous order is removed
+    assert not ImageChops.difference(again, drawn[1]).getbbox()
+
+
+def test_the_catalog_lists_registered_versions_with_their_scores(server: RunningPage) -> None:
+    catalog = server.client.get("/api/catalog").json()
+    champion, local = catalog["adapters"]
+    assert champion == {
+        "key": "models:/bestiary/1", "kind": "registry", "label": "bestiary 1", "aliases": ["champion"],
+        "scores": {"clip_score": "5.0", "margin": "5.0", "top1": "5.0"}, "usual": json.loads(DEFAULTS.to_json()),
+    }  # fmt: skip
+    assert local["key"] == "local:0"
+    assert catalog["adapter"] == champion["key"]
+
+
+def test_switching_adapters_does_not_reload_the_base(server: RunningPage) -> None:
+    champion = server.client.get("/api/catalog").json()["adapter"]
+    server.draw()  # loads the base, unless it is loaded already
+    answers = [server.draw(adapter=key) for key in (champion, "local:0", "none", champion)]
+    assert not [event for events in answers for event in events if event["event"] == "loading"]
+    drawn = [pictures(events)[0] for events in answers]
+    assert drawn[0].tobytes() == drawn[3].tobytes()
+    assert len({image.tobytes() for image in drawn}) == 3
+    settings = json.loads(drawn[0].info["bestiary"])
+    assert (settings["adapter"], settings["prompt"]) == (champion, "a drawing of a tiger")
+
+
+@pytest.mark.slow
+def test_the_guidance_interval_changes_the_picture_and_is_recorded_in_it(server: RunningPage) -> None:
+    always, never = (pictures(server.draw(guidance_interval=interval))[0] for interval in (None, [900, 901]))
+    assert always.tobytes() != never.tobytes() == pictures(server.draw(guidance_scale=1.0))[0].tobytes()
+    assert json.loads(never.info["bestiary"])["guidance_interval"] == [900.0, 901.0]
+
+
+def test_progress_and_previews_arrive_while_drawing(server: RunningPage) -> None:
+    events = server.draw(steps=3, count=2)
+    progress = [(event["done"], event["total"]) for event in events if event["event"] == "progress"]
+    assert progress == [(number, 6) for number in range(1, 7)]
+    previews = [event for event in events if event["event"] == "preview"]
+    assert previews
+    assert image_of(previews[0]).size == (64, 64)
+    assert not [event for event in server.draw(preview=False) if event["event"] == "preview"]
+
+
+@pytest.mark.parametrize("scheduler", ["ddpm", "ddim", "unipc", "euler"])
+def test_every_sampler_shows_previews(server: RunningPage, scheduler: str) -> None:
+    events = server.draw(scheduler=scheduler)
+    assert len(pictures(events)) == 1
+    assert [event for event in events if event["event"] == "preview"]
+
+
+def test_an_unknown_animal_is_drawn_as_written_with_a_hint(server: RunningPage) -> None:
+    events = server.draw(animal="tigerr", steps=1)
+    assert events[0] == {"event": "note", "unknown": "tigerr", "near": ["tiger"]}
+    assert len(pictures(events)) == 1
+    events = server.draw(animal="🐯 <b>", steps=1)
+    assert next(event for event in events if event["event"] == "picture")["settings"]["prompt"] == "a photo of a 🐯 <b>"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"steps": 0}, "Steps"),
+        ({"steps": True}, "Steps"),
+        ({"resolution": 257}, "Resolution"),
+        ({"resolution": 4096}, "Resolution"),
+        ({"prompt": "x" * 10_000}, "Prompt"),
+        ({"animal": " "}, "missing"),
+        ({"scheduler": "magic"}, "Scheduler"),
+        ({"seed": -1}, "Seed"),
+        ({"count": 1000}, "Count"),
+        ({"colour": 1}, "Colour"),
+        ({"guidance_interval": [0.3]}, "Guidance interval"),
+        ({"guidance_interval": [-1, 5]}, "Guidance interval"),
+        ({"guidance_interval": [5, 1]}, "Guidance interval"),
+        ({"adapter": "/etc/passwd"}, "gone"),
+        ({"adapter": "models:/bestiary@champion"}, "gone"),
+        ({"adapter": "local:7"}, "gone"),
+        ({"base": "/etc"}, "noBase"),
+        ({"device": "cuda:9"}, "noDevice"),
+    ],
+)
+def test_an_invalid_order_is_refused_in_one_sentence(
+    server: RunningPage, change: dict[str, object], named: str
+) -> None:
+    refusal = server.refusal(**change)
+    sentence = refusal["message"]
+    assert named == refusal["key"] or sentence.startswith(named)
+    assert sentence.count("\n") == 0
+    assert len(sentence) < 200
+    assert str(ROOT) not in sentence
+
+
+def test_a_malformed_request_is_refused_in_one_sentence(server: RunningPage) -> None:
+    for body in (b"", b"[]", b"\xff", b"{" * 1000, b"x" * 100_000):
+        response = server.client.post("/api/draw", content=body)
+        assert response.status_code == 422
+        assert response.json()["message"].endswith(".")
+
+
+# ---- several people ----
+
+
+def test_simultaneous_orders_wait_and_each_gets_its_own_picture(server: RunningPage) -> None:
+    answers: dict[int, list[Event]] = {}
+    threads = [
+        threading.Thread(target=lambda seed=seed: answers.update({seed: server.draw(seed=seed, steps=5)}))
+        for seed in (1, 2, 3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert any(event["event"] == "waiting" for events in answers.values() for event in events)
+    for seed, events in answers.items():
+        assert {event["settings"]["seed"] for event in events if event["event"] == "picture"} == {seed}
+
+
+def test_an_order_is_refused_while_the_queue_is_full(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bestiary.app.drawing_queue.MAX_WAITING", 0)
+
+    async def order() -> httpx.Response:
+        transport = httpx.ASGITransport(app=create_app(offerings(base_folder)))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.post("/api/draw", json=ORDER)
+
+    response = asyncio.run(order())
+    assert response.status_code == 422
+    assert response.json()["key"] == "queueFull"
+
+
+def test_drawing_stops_when_the_browser_disconnects(server: RunningPage) -> None:
+    with server.client.stream("POST", "/api/draw", json=ORDER | {"steps": 400, "count": 16}) as response:
+        next(line for line in response.iter_lines() if '"progress"' in line)
+    assert len(pictures(server.draw(steps=1))) == 1  # 6,400 steps would have delayed it by minutes
+
+
+def test_the_server_stores_no_picture(server: RunningPage) -> None:
+    server.draw()
+    files = [Path(opened.path) for opened in psutil.Process(server.process.pid).open_files()]
+    assert not [file for file in files if file.suffix in (".png", ".jpg", ".jpeg")]
+    for path in ("/gallery", "/file=/etc/passwd", "/page/../studio.py", "/page/%2e%2e/server.py", "/page//etc/passwd"):
+        assert server.client.get(path).status_code == 404
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_fifty_generations(server: RunningPage) -> None:
+    process = psutil.Process(server.process.pid)
+    for number in range(5):
+        server.draw(adapter=("local:0", "none")[number % 2], compare=True)
+    before = process.memory_info().rss
+    for number in range(50):
+        server.draw(adapter=("local:0", "none")[number % 2], compare=True, seed=number)
+    assert process.memory_info().rss < 1.05 * before

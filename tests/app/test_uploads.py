@@ -1,0 +1,145 @@
+"""Uploaded adapters."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import pickle
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import NoReturn
+
+import httpx
+import pytest
+from PIL import ImageChops
+from support.app import MAX_UPLOAD_MIB, RunningPage, offerings, pictures
+
+from bestiary.app.server import create_app
+from bestiary.app.uploads import MAX_ARRIVING
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, ("touch /tmp/bestiary-was-here",)
+
+
+def test_only_its_uploader_can_draw_with_an_uploaded_adapter(server: RunningPage, adapter_folder: Path) -> None:
+    data = (adapter_folder / "pytorch_lora_weights.safetensors").read_bytes()
+    response = server.client.put("/api/adapters", params={"name": "../../my lora.safetensors"}, content=data)
+    offer = response.json()
+    assert offer["label"] == "my lora.safetensors"
+    mine = pictures(server.draw(adapter=offer["key"]))[0]
+    local = pictures(server.draw(adapter="local:0"))[0]
+    assert not ImageChops.difference(mine, local).getbbox()
+    assert offer["key"] not in server.client.get("/api/catalog").text
+
+
+def test_an_uploaded_kohya_file_draws_the_same_picture(
+    server: RunningPage, adapter_folder: Path, tmp_path: Path
+) -> None:
+    from bestiary.diffusion.conversion import convert
+
+    data = convert(adapter_folder, tmp_path / "kohya.safetensors", "kohya").read_bytes()
+    offer = server.client.put("/api/adapters", params={"name": "kohya.safetensors"}, content=data).json()
+    uploaded, local = (pictures(server.draw(adapter=key))[0] for key in (offer["key"], "local:0"))
+    assert not ImageChops.difference(uploaded, local).getbbox()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", pickle.dumps(Evil()), b"\x08" + b"\0" * 7 + b"{}      "])
+def test_a_file_that_is_not_an_adapter_is_refused_and_never_executed(server: RunningPage, content: bytes) -> None:
+    response = server.client.put("/api/adapters", params={"name": "evil.safetensors"}, content=content)
+    assert response.status_code == 422
+    assert "evil.safetensors" in response.json()["message"]
+    assert "/tmp" not in response.text
+    assert not Path("/tmp/bestiary-was-here").exists()
+
+
+def test_an_upload_onto_a_full_disk_is_refused_in_one_sentence(
+    base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async def upload() -> httpx.Response:
+        transport = httpx.ASGITransport(app=create_app(offerings(base_folder)))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            monkeypatch.setattr(Path, "open", full)
+            return await client.put("/api/adapters", params={"name": "a.safetensors"}, content=b"x")
+
+    response = asyncio.run(upload())
+    assert response.status_code == 422
+    assert response.json()["key"] == "noSpace"
+    assert "a.safetensors" in response.json()["message"]
+
+
+def test_an_upload_for_another_base_is_refused_unless_a_base_is_chosen(
+    server: RunningPage, adapter_folder: Path
+) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save
+
+    with safe_open(adapter_folder / "pytorch_lora_weights.safetensors", "pt") as file:
+        about = file.metadata() | {"bestiary": json.dumps({"base": "somebody/else", "base_sha256": "0" * 64})}
+        data = save({key: file.get_tensor(key) for key in file.keys()}, about)  # noqa: SIM118
+    key = server.client.put("/api/adapters", params={"name": "far.safetensors"}, content=data).json()["key"]
+    sentence = server.refusal(adapter=key)["message"]
+    assert all(name in sentence for name in ("far.safetensors", "models/base", "somebody/else"))
+    assert len(pictures(server.draw(adapter=key, base="models/base"))) == 1
+
+
+def test_an_upload_of_the_wrong_type_or_size_is_refused(server: RunningPage) -> None:
+    response = server.client.put("/api/adapters", params={"name": "lora.pt"}, content=b"x")
+    assert response.json()["key"] == "onlySafetensors"
+    response = server.client.put(
+        "/api/adapters", params={"name": "a.safetensors"}, content=b"x" * (MAX_UPLOAD_MIB * 2**20 + 1)
+    )
+    assert response.json()["values"] == {"name": "a.safetensors", "limit": str(MAX_UPLOAD_MIB)}
+    assert f"a.safetensors is larger than {MAX_UPLOAD_MIB} MiB" in response.json()["message"]
+
+
+def test_too_many_simultaneous_uploads_are_refused(base_folder: Path) -> None:
+    async def upload() -> list[str]:
+        transport = httpx.ASGITransport(app=create_app(offerings(base_folder)))
+        all_have_started = asyncio.Event()
+        started = 0
+
+        async def slowly() -> AsyncIterator[bytes]:
+            nonlocal started
+            started += 1
+            if started == MAX_ARRIVING:
+                all_have_started.set()
+            await all_have_started.wait()
+            yield b"x"
+
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            responses = await asyncio.gather(
+                *(
+                    client.put("/api/adapters", params={"name": f"{n}.safetensors"}, content=slowly())
+                    for n in range(MAX_ARRIVING + 1)
+                )
+            )
+            again = await client.put("/api/adapters", params={"name": "late.safetensors"}, content=b"x")
+        return [response.json()["key"] or response.json()["message"] for response in [*responses, again]]
+
+    *tried, refused, late = asyncio.run(asyncio.wait_for(upload(), 60))
+    assert refused == "uploadsFull"
+    assert all("safetensors is" in message for message in [*tried, late])  # received, but not an adapter
+
+
+def test_a_stalled_upload_is_dropped(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bestiary.app.uploads.UPLOAD_SECONDS", 0.3)
+
+    async def silent() -> AsyncIterator[bytes]:
+        yield b"x"
+        await asyncio.sleep(30)
+
+    async def upload() -> httpx.Response:
+        transport = httpx.ASGITransport(app=create_app(offerings(base_folder)))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.put("/api/adapters", params={"name": "slow.safetensors"}, content=silent())
+
+    response = asyncio.run(asyncio.wait_for(upload(), 20))
+    assert response.json()["key"] == "late"
+    assert "slow.safetensors took longer than 0.005 minutes" in response.json()["message"]

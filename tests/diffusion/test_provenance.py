@@ -1,0 +1,108 @@
+import json
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from support.settings import train_settings
+from support.training import run_training
+
+from bestiary.diffusion.adapter import save_adapter
+from bestiary.diffusion.adapter_format import Provenance
+from bestiary.diffusion.base import base_sha256
+from bestiary.diffusion.latents import Latents
+from bestiary.diffusion.provenance import checkpoint_key, training_provenance
+from bestiary.errors import BestiaryError
+from bestiary.params import Model
+
+
+@pytest.fixture
+def model(base: Path) -> Model:
+    return Model(model=str(base), revision=None)
+
+
+def test_the_adapters_file_holds_these_keys_and_no_others(
+    base: Path, model: Model, latents: Latents, tmp_path: Path
+) -> None:
+    """The file's hash is the adapter's name in the registry, so a key more or less gives every adapter another name."""
+    provenance = training_provenance(model, latents, train_settings(), seed=7, resolution=32)
+    _, unet = run_training(base, latents, steps=1)
+    with safe_open(save_adapter(unet, tmp_path, provenance), framework="pt") as file:
+        text = file.metadata()["bestiary"]
+    expected = {
+        "base": str(base),
+        "base_sha256": base_sha256(base),
+        "data_sha256": latents.training.data_sha256,
+        "resolution": 32,
+        "params": {
+            "accumulation": 1,
+            "alpha": 8.0,
+            "batch_size": 4,
+            "caption_dropout": 0.1,
+            "compile": False,
+            "criterion": "val_loss",
+            "dropout": 0.0,
+            "ema_decay": 0.9,
+            "gradient_checkpointing": False,
+            "huber_c": None,
+            "learning_rate": 0.01,
+            "learning_rate_schedule": "cosine",
+            "max_grad_norm": 1.0,
+            "min_delta": 0.0,
+            "min_snr_gamma": 5.0,
+            "noise_offset": 0.0,
+            "optimizer": "adamw",
+            "patience": None,
+            "rank": 2,
+            "seed": 7,
+            "steps": 8,
+            "targets": ["to_q", "to_k", "to_v", "to_out.0"],
+            "timestep_sampling": "uniform",
+            "use_dora": False,
+            "use_rslora": False,
+            "validate_every": 4,
+            "warmup_steps": 2,
+            "weight_decay": 0.01,
+        },
+    }
+    assert text == json.dumps(expected, sort_keys=True)
+
+
+def test_latents_of_another_base_are_rejected(v_prediction_base: Path, latents: Latents) -> None:
+    other = Model(model=str(v_prediction_base), revision=None)
+    with pytest.raises(BestiaryError, match=str(v_prediction_base)):
+        training_provenance(other, latents, train_settings(), seed=0, resolution=32)
+
+
+def test_the_checkpoint_key_changes_with_everything_that_decides_the_result(model: Model, latents: Latents) -> None:
+    def key(judge: str = "judge", seed: int = 0, resolution: int = 32, **changes: object) -> str:
+        settings = train_settings(**changes)
+        return checkpoint_key(
+            training_provenance(model, latents, settings, seed=seed, resolution=resolution), settings, judge
+        )
+
+    assert key() == key(checkpoint_seconds=60.0)
+    changed = [
+        key(judge="another"),
+        key(seed=1),
+        key(resolution=64),
+        key(rank=4),
+        key(patience=2),
+        key(sheet_animals=1),
+        key(sheet_seeds=2),
+        key(keep_checkpoints=True),
+    ]
+    assert len({key(), *changed}) == 1 + len(changed)
+
+
+def test_the_checkpoint_key_does_not_depend_on_the_order_of_the_settings() -> None:
+    first, second = Provenance(params={"rank": 2, "seed": 0}), Provenance(params={"seed": 0, "rank": 2})
+    assert checkpoint_key(first, train_settings(), "") == checkpoint_key(second, train_settings(), "")
+
+
+def test_the_checkpoint_key_changes_with_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bestiary.diffusion.provenance.PACKAGE", tmp_path)
+    keys = []
+    for code in ("a = 1", "a = 2"):
+        (tmp_path / "module.py").write_text(code)
+        keys.append(checkpoint_key(Provenance(), train_settings(), ""))
+    assert keys[0] != keys[1]

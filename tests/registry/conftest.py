@@ -1,0 +1,45 @@
+import sqlite3
+import tarfile
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from support.registry import make_adapter
+
+ARCHIVE = Path(__file__).parents[1] / "fixtures" / "registry-0.1" / "registry.tar.xz"
+# The columns of MLflow's database that hold paths.
+LOCATIONS = {
+    "experiments": ["artifact_location"],
+    "runs": ["artifact_uri"],
+    "logged_models": ["artifact_location"],
+    "model_versions": ["source", "storage_location"],
+}
+
+
+@pytest.fixture(scope="session")
+def adapters(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three different adapters of the embedded base."""
+    folder = tmp_path_factory.mktemp("adapters")
+    return [make_adapter(base_folder, folder / str(seed), seed) for seed in range(3)]
+
+
+@pytest.fixture
+def old_project(tmp_path: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with the registry that version 0.1.0 wrote, its paths rewritten to where it was unpacked."""
+    root = tmp_path / "project"
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(root, filter="data")
+    with closing(sqlite3.connect(root / "mlflow.db")) as database, database:
+        for table, columns in LOCATIONS.items():
+            for column in columns:
+                database.execute(f"UPDATE {table} SET {column} = replace({column}, '/project', ?)", [str(root)])
+    for file in root.rglob("MLmodel"):
+        file.write_text(file.read_text().replace("/project", str(root)))
+    (root / "dvc.yaml").write_text("stages: {}")
+    (root / "models").mkdir()
+    (root / "models" / "base").symlink_to(base_folder)
+    monkeypatch.setenv("DVC_ROOT", str(root))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("MLFLOW_REGISTRY_URI", raising=False)
+    monkeypatch.chdir(root)
+    return root

@@ -1,0 +1,79 @@
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from bestiary.diffusion.adapter import adapter_sha256
+from bestiary.errors import BestiaryError
+from bestiary.registry.gate import CHAMPION
+from bestiary.registry.migration import migrate
+from bestiary.registry.resolving import resolve
+from bestiary.registry.versions import find_version, walk
+
+
+@pytest.fixture
+def server(tmp_path: Path, empty_database: Path) -> Iterator[str]:
+    """The address of an empty MLflow server."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder = tmp_path / "server"
+    folder.mkdir()
+    shutil.copy2(empty_database, folder / "mlflow.db")
+    stores = [
+        f"--backend-store-uri=sqlite:///{folder / 'mlflow.db'}",
+        f"--artifacts-destination={folder / 'artifacts'}",
+    ]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", *stores, "--host=127.0.0.1", f"--port={port}", "--workers=1"],
+            cwd=folder,
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        deadline = time.monotonic() + 600  # seconds; generous, because the machine may be busy
+        while process.poll() is None and time.monotonic() < deadline:
+            try:
+                httpx.get(f"http://127.0.0.1:{port}/health").raise_for_status()
+                break
+            except httpx.HTTPError:
+                time.sleep(0.2)
+        else:
+            pytest.fail((folder / "log").read_text()[-3000:])
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.mark.slow
+def test_a_registry_moves_to_a_server_once_with_its_lineage_aliases_and_files(
+    old_project: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version, steps = walk("models:/bestiary@champion")
+    database = old_project / "mlflow.db"
+    first, again = migrate(database, server), migrate(database, server)
+    assert (first.runs, first.runs_there_already, first.versions) == (9, 0, {"bestiary/1": 1})
+    assert (again.runs, again.runs_there_already, again.versions) == (0, 9, {"bestiary/1": 1})
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    moved, moved_steps = walk("models:/bestiary@champion")
+    assert (moved.version, moved.aliases, moved.tags) == (1, [CHAMPION], version.tags)
+    assert [(step.stage, step.started, step.inputs) for step in moved_steps] == [
+        (step.stage, step.started, step.inputs) for step in steps
+    ]
+    assert adapter_sha256(resolve("models:/bestiary/1").file) == version.tags["adapter_sha256"]
+
+
+def test_a_migration_needs_a_database_and_a_servers_address(old_project: Path) -> None:
+    with pytest.raises(BestiaryError, match=r"missing\.db"):
+        migrate(old_project / "missing.db", "http://127.0.0.1:1")
+    with pytest.raises(BestiaryError, match="sqlite:///other"):
+        migrate(old_project / "mlflow.db", "sqlite:///other.db")
+    assert find_version("models:/bestiary/1").aliases == [CHAMPION]

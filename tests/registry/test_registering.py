@@ -1,0 +1,185 @@
+import multiprocessing
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support.registry import DEFAULTS, RULES, evaluation, make_adapter, make_submission, submit
+
+from bestiary.errors import BestiaryError
+from bestiary.registry.gate import CHALLENGER, CHAMPION
+from bestiary.registry.registering import read_registration, register
+from bestiary.registry.resolving import resolve
+from bestiary.registry.versions import versions
+from bestiary.tracking.store import open_client, tracking_uri
+
+
+def test_first_good_adapter_is_champion_and_a_better_one_replaces_it(
+    project: Path, base_folder: Path, adapters: list[Path]
+) -> None:
+    first = submit(project, base_folder, adapters[0], gain=5.0)
+    worse = submit(project, base_folder, adapters[1], gain=4.0)
+    better = submit(project, base_folder, adapters[2], gain=6.0)
+    assert (first.version, first.aliases) == (1, [CHAMPION])
+    assert (worse.version, worse.aliases) == (2, [CHALLENGER])
+    assert (better.version, better.aliases) == (3, [CHAMPION])
+    assert "version 1" in better.reasons[-1]
+    assert [version.aliases for version in versions()] == [[], [CHALLENGER], [CHAMPION]]
+    assert versions()[2].tags["champion_before"] == "1"
+
+
+def test_the_same_content_registers_once_and_keeps_its_alias(
+    project: Path, base_folder: Path, adapters: list[Path]
+) -> None:
+    first = submit(project, base_folder, adapters[0])
+    again = submit(project, base_folder, adapters[0])
+    doubtful = submit(project, base_folder, adapters[0], gain=-1.0)
+    assert first.version == again.version == doubtful.version == 1
+    assert again.aliases == doubtful.aliases == [CHAMPION]
+    assert "already" in again.reasons[-1]
+    assert len(versions()) == 1
+
+
+def test_a_challenger_that_improves_becomes_champion_and_loses_the_challenger_alias(
+    project: Path, base_folder: Path, adapters: list[Path]
+) -> None:
+    assert submit(project, base_folder, adapters[0], gain=-1.0).aliases == [CHALLENGER]
+    assert submit(project, base_folder, adapters[0], gain=5.0).aliases == [CHAMPION]
+
+
+@pytest.mark.parametrize("stage", ["train", "evaluate", "benchmark"])
+@pytest.mark.parametrize("reported", ["of another", None], ids=["another", "none"])
+def test_a_report_about_another_adapter_is_refused(
+    project: Path, base_folder: Path, adapters: list[Path], stage: str, reported: str | None
+) -> None:
+    submission = make_submission(project, base_folder, adapters[0])
+    if stage == "evaluate":
+        submission = replace(submission, evaluation=evaluation(reported or ""))
+    else:
+        submission = replace(submission, reported={stage: reported})
+    with pytest.raises(BestiaryError, match=rf"reports/{stage}\.json .* `dvc repro {stage}`"):
+        register(submission, RULES)
+    with pytest.raises(BestiaryError, match="'bestiary'"):
+        versions()
+
+
+def test_an_adapter_that_changes_nothing_is_refused(project: Path, base_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(BestiaryError, match="changes nothing"):
+        submit(project, base_folder, make_adapter(base_folder, tmp_path / "zero", 0, strength=0.0))
+
+
+def test_an_adapter_of_another_base_is_refused(project: Path, base_folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(base_folder, other)
+    (other / "scheduler" / "scheduler_config.json").write_text("{}")
+    with pytest.raises(BestiaryError, match="trained on another base"):
+        submit(project, base_folder, make_adapter(other, tmp_path / "adapter", 0))
+
+
+def test_standard_mlflow_loads_the_registered_adapter_into_a_pipeline(
+    project: Path, base_folder: Path, adapters: list[Path]
+) -> None:
+    import mlflow
+
+    submit(project, base_folder, adapters[0])
+    mlflow.set_tracking_uri(tracking_uri())
+    pipeline = mlflow.diffusers.load_model("models:/bestiary@champion").load_pipeline(device="cpu")
+    assert pipeline.get_list_adapters() == {"unet": ["default_0"]}
+
+
+def test_a_version_draws_by_default_as_it_was_evaluated_and_so_does_mlflows_server(
+    project: Path, base_folder: Path, adapters: list[Path]
+) -> None:
+    import mlflow
+
+    submit(project, base_folder, adapters[0])
+    assert resolve("models:/bestiary/1").defaults == DEFAULTS
+    mlflow.set_tracking_uri(tracking_uri())
+    params = mlflow.models.get_model_info("models:/bestiary/1").signature.params.params
+    assert {param.name: param.default for param in params} == {
+        "num_inference_steps": 5, "guidance_scale": 3.0, "height": 64, "width": 64, "negative_prompt": "",
+    }  # fmt: skip
+    swept = replace(DEFAULTS, sampling=replace(DEFAULTS.sampling, guidance_scale=2.0, guidance_interval=(0.5, 5.0)))
+    register(replace(make_submission(project, base_folder, adapters[0]), defaults=swept), RULES)  # evaluated again
+    assert resolve("models:/bestiary/1").defaults == swept
+    client = open_client(tracking_uri(), project)
+    client.delete_model_version_tag("bestiary", "1", "usual")  # older versions do not have this tag
+    assert resolve("models:/bestiary/1").defaults is None
+
+
+def test_the_description_and_the_tags_hold_every_score_of_the_report(
+    project: Path, base_folder: Path, adapters: list[Path]
+) -> None:
+    submit(project, base_folder, adapters[0])
+    client = open_client(tracking_uri(), project)
+    description = client.get_model_version("bestiary", "1").description
+    for line in ("| CLIP score | 20.00 | 25.00 | +5.00 (+4.00 to +6.00) | 30.00 |", "| margin over other subjects | "):
+        assert line in description
+    (version,) = versions()
+    for score in ("clip_score", "margin", "top1"):
+        scores = [version.tags[f"{row}.{score}"] for row in ("base", "adapter", "delta")]
+        assert scores == ["20.0", "25.0", "5.0"]
+
+
+def test_a_version_names_the_code_that_made_it(project: Path, base_folder: Path, adapters: list[Path]) -> None:
+    client = open_client(tracking_uri(), project)
+    run = client.create_run("0", tags={"mlflow.source.git.commit": "abc", "git_dirty": "true"}).info.run_id
+    register(replace(make_submission(project, base_folder, adapters[0]), run_id=run), RULES)
+    (version,) = versions()
+    assert (version.tags["git_revision"], version.tags["git_dirty"]) == ("abc", "true")
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"name": "bestiary", "version": 1}'])
+def test_a_damaged_register_report_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "register.json").write_text(content)
+    with pytest.raises(BestiaryError, match=r"register\.json"):
+        read_registration(tmp_path / "register.json")
+    with pytest.raises(BestiaryError, match="dvc repro"):
+        read_registration(tmp_path / "missing.json")
+
+
+def _submit_all(project: Path, base: Path, mine: list[Path], shared: Path) -> None:
+    for adapter in mine:
+        submit(project, base, adapter)
+    for _ in mine:
+        submit(project, base, shared, name="shared")
+
+
+@pytest.mark.slow
+def test_twenty_registrations_from_four_processes_make_one_version_for_each_content(
+    project: Path, base_folder: Path, adapters: list[Path], tmp_path: Path
+) -> None:
+    distinct = [changed_copy(adapters[0], tmp_path / str(number), number) for number in range(20)]
+    # One server process imports what all workers need; each worker is forked from it before MLflow opens anything.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["bestiary.registry.registering", "bestiary.diffusion.adapter", "mlflow.diffusers", "pandas"]
+    )
+    shares = [distinct[start::4] for start in range(4)]
+    workers = [context.Process(target=_submit_all, args=(project, base_folder, share, adapters[1])) for share in shares]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0, 0, 0]
+    existing = versions()
+    assert [version.version for version in existing] == list(range(1, 21))
+    assert len({version.tags["adapter_sha256"] for version in existing}) == 20
+    assert sorted(alias for version in existing for alias in version.aliases).count(CHAMPION) == 1
+    assert [(version.version, version.aliases) for version in versions("shared")] == [(1, [CHAMPION])]
+
+
+def changed_copy(adapter: Path, folder: Path, number: int) -> Path:
+    """The adapter with other weights."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    from bestiary.diffusion.adapter import adapter_file
+
+    file = adapter_file(adapter)
+    with safe_open(file, "pt") as stored:
+        weights = {key: stored.get_tensor(key) * (1 + number / 100) for key in stored.keys()}  # noqa: SIM118
+        metadata = stored.metadata()
+    folder.mkdir()
+    save_file(weights, folder / file.name, metadata)
+    return folder

@@ -1,0 +1,66 @@
+import shutil
+from pathlib import Path
+
+import pytest
+from support.registry import make_adapter, submit
+
+from bestiary.errors import BestiaryError
+from bestiary.registry.resolving import Adapter, find_base, needs_mlflow, pull, resolve
+
+
+def test_pull_from_another_folder_of_the_project_gives_the_same_bytes(
+    project: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(base_folder, project / "models" / "base")
+    (project / "dvc.yaml").write_text("stages: {}")
+    adapter = make_adapter(project / "models" / "base", project / "models" / "adapter", 0, named_base="models/base")
+    monkeypatch.chdir(project)
+    submit(project, "models/base", adapter)
+    (project / "elsewhere").mkdir()
+    monkeypatch.chdir(project / "elsewhere")
+    file = pull("models:/bestiary@champion", Path("mine"))
+    assert file.read_bytes() == (adapter / file.name).read_bytes()
+
+
+def test_a_base_that_is_missing_is_named_and_can_be_given(
+    project: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(base_folder, project / "models" / "base")
+    adapter = make_adapter(base_folder, project / "adapter", 0)
+    monkeypatch.chdir(project)
+    submit(project, "models/base", adapter)
+    (project / "models" / "base").rename(project / "moved")
+    with pytest.raises(BestiaryError, match=r"\./models/base .*models:/bestiary/1.* --base"):
+        pull("models:/bestiary@champion", project / "out")
+    assert not (project / "out").exists()
+    assert pull("models:/bestiary@champion", project / "out", base=str(project / "moved")).is_file()
+
+
+def test_an_adapter_that_names_no_base_needs_one(tmp_path: Path) -> None:
+    adapter = Adapter(tmp_path / "x.safetensors", "x.safetensors", None, None, None)
+    with pytest.raises(BestiaryError, match=r"x\.safetensors .* --base"):
+        find_base(adapter)
+    assert find_base(adapter, "someone/base") == "someone/base"
+
+
+def test_a_file_that_changed_in_the_registry_is_refused(project: Path, base_folder: Path, adapters: list[Path]) -> None:
+    submit(project, base_folder, adapters[0])
+    file = resolve("models:/bestiary/1").file
+    file.chmod(0o644)
+    file.write_bytes((adapters[1] / file.name).read_bytes())
+    with pytest.raises(BestiaryError, match=rf"models:/bestiary/1 has changed .*{file.name}"):
+        resolve("models:/bestiary/1")
+
+
+def test_resolving_without_a_registry_creates_nothing_and_names_the_command_that_does(project: Path) -> None:
+    (project / "mlflow.db").unlink()
+    with pytest.raises(BestiaryError, match=r"no registry yet.*`dvc repro`"):
+        resolve("models:/bestiary@champion")
+    assert list(project.iterdir()) == []
+
+
+def test_only_a_registry_on_a_server_needs_mlflow(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not needs_mlflow("models:/bestiary@champion")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    assert needs_mlflow("models:/bestiary@champion")
+    assert not needs_mlflow("models/adapter")

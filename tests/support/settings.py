@@ -1,0 +1,60 @@
+"""Settings for encoding and training a tiny base, whole as params.yaml has them."""
+
+from bestiary.params import Encode, Train
+
+ENCODE: dict[str, object] = {
+    "flip": True,
+    "augmented_variants": 0,
+    "rotation_degrees": 0.0,
+    "shift": 0.0,
+    "zoom": 0.0,
+    "brightness": 0.0,
+    "aspect_ratio_buckets": False,
+    "resolution": 32,
+    "batch_size": 4,
+}
+TRAIN: dict[str, object] = {
+    "rank": 2,
+    "alpha": 8,
+    "dropout": 0.0,
+    "targets": ["to_q", "to_k", "to_v", "to_out.0"],
+    "use_rslora": False,
+    "use_dora": False,
+    "caption_dropout": 0.1,
+    "min_snr_gamma": 5.0,
+    "huber_c": None,
+    "noise_offset": 0.0,
+    "timestep_sampling": "uniform",
+    "max_grad_norm": 1.0,
+    "weight_decay": 0.01,
+    "ema_decay": 0.9,
+    "learning_rate_schedule": "cosine",
+    "accumulation": 1,
+    "gradient_checkpointing": False,
+    "compile": False,
+    "optimizer": "adamw",
+    "criterion": "val_loss",
+    "patience": None,
+    "min_delta": 0.0,
+    "checkpoint_seconds": 0.0,
+    "steps": 8,
+    "batch_size": 4,
+    "learning_rate": 1e-2,
+    "warmup_steps": 2,
+    "validate_every": 4,
+    "sheet_animals": 2,
+    "sheet_seeds": 1,
+    "sheet_steps": 2,
+    "sheet_guidance_scale": 3.0,
+    "keep_checkpoints": False,
+}
+
+
+def encode_settings(**changes: object) -> Encode:
+    """Encode settings for 32 x 32 pixels, with these changes."""
+    return Encode.model_validate(ENCODE | changes)
+
+
+def train_settings(**changes: object) -> Train:
+    """Training settings for eight steps, with these changes; a checkpoint is due at every row of the history."""
+    return Train.model_validate(TRAIN | changes)

@@ -1,0 +1,52 @@
+"""Encode and train in one of several processes, and write what it did to a file.
+
+python -m torch.distributed.run --nproc_per_node 2 two_processes.py BASE PICTURES OUT
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from PIL import Image
+from support.settings import encode_settings, train_settings
+from support.tiny import manifests
+
+from bestiary.diffusion import encoding
+from bestiary.diffusion.base import load_scheduler, load_unet, processes
+from bestiary.diffusion.batches import TrainingStream
+from bestiary.diffusion.latents import Latents
+from bestiary.diffusion.training import train
+
+
+def main() -> None:
+    """Write the images that this process encoded, the positions that it trained on, and its losses."""
+    base, pictures, out = map(Path, sys.argv[1:])
+    encoded: list[str] = []
+    positions: list[int] = []
+    open_rgb, image_at = encoding.open_rgb, TrainingStream.image_at
+
+    def note_image(path: Path) -> Image.Image:
+        encoded.append(str(path))
+        return open_rgb(path)
+
+    def note_position(stream: TrainingStream, position: int) -> int:
+        positions.append(position)
+        return image_at(stream, position)
+
+    encoding.open_rgb = note_image
+    TrainingStream.image_at = note_position  # type: ignore[method-assign]
+    encoding.SHARD_IMAGES = 4
+    encoding.encode_images(base, pictures, manifests(pictures), out / "latents", encode_settings())
+    settings = train_settings(steps=15)
+    result = train(load_unet(base), load_scheduler(base), Latents.open(out / "latents"), settings, seed=0)
+    found = {
+        "encoded": encoded,
+        "positions": positions,
+        "val_loss": result.val_loss,
+        "train_loss": result.train_loss,
+    }
+    (out / f"{processes().process_index}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

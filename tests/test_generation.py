@@ -1,0 +1,88 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from support.registry import make_adapter
+
+from bestiary.errors import BestiaryError
+from bestiary.generation import Base, Generator, choose_base, portable_base, resolving, save_picture
+from bestiary.png_metadata import PictureSettings
+from bestiary.registry.resolving import Adapter, resolve
+from bestiary.samplers import Sampling
+
+SETTINGS = PictureSettings(
+    prompt="a photo of a tiger",
+    seed=7,
+    sampling=Sampling("ddim", steps=1, guidance_scale=3.0, width=64, height=64),
+    base="./models/base",
+    base_revision=None,
+    adapter=None,
+    adapter_sha256=None,
+)
+
+
+def adapter_on(base: str | None, tmp_path: Path) -> Adapter:
+    return Adapter(tmp_path / "x.safetensors", "x", base, None, None)
+
+
+def test_the_base_that_the_user_names_wins(tmp_path: Path) -> None:
+    chosen = Base("chosen")
+    assert choose_base(adapter_on("named", tmp_path), chosen, Base("default")) is chosen
+    assert choose_base(None, chosen, None) is chosen
+
+
+def test_an_adapter_is_drawn_on_the_base_that_it_names(tmp_path: Path) -> None:
+    assert choose_base(adapter_on("someone/base", tmp_path), None, Base("default")) == Base("someone/base")
+
+
+def test_a_strangers_adapter_does_not_choose_the_base(tmp_path: Path) -> None:
+    default = Base("default")
+    assert choose_base(adapter_on("someone/base", tmp_path), None, default, trusted=False) is default
+
+
+def test_an_adapter_that_names_no_base_is_drawn_on_the_default_or_refused(tmp_path: Path) -> None:
+    default = Base("default")
+    assert choose_base(adapter_on(None, tmp_path), None, default) is default
+    with pytest.raises(BestiaryError, match="--base"):
+        choose_base(adapter_on(None, tmp_path), None, None)
+
+
+def test_without_any_base_the_error_names_the_option() -> None:
+    with pytest.raises(BestiaryError, match="--base"):
+        choose_base(None, None, None)
+
+
+def test_no_adapter_is_found_for_none() -> None:
+    with resolving("none") as resolved:
+        assert resolved() is None
+
+
+@pytest.mark.slow
+def test_a_picture_without_an_adapter_is_the_bases_even_while_one_is_applied(base_folder: Path, tmp_path: Path) -> None:
+    generator = Generator()
+    base = Base(str(base_folder))
+    generator.prepare(base, None)
+    plain = generator.draw(SETTINGS).tobytes()
+    generator.prepare(base, resolve(str(make_adapter(base_folder, tmp_path / "adapter", 0))))
+    assert generator.adapter_sha256
+    with_adapter = replace(SETTINGS, adapter="adapter", adapter_sha256=generator.adapter_sha256)
+    weak = replace(with_adapter, sampling=replace(SETTINGS.sampling, adapter_weight=0.0))
+    assert generator.draw(SETTINGS).tobytes() == plain
+    assert generator.draw(weak).tobytes() == plain
+    assert generator.draw(with_adapter).tobytes() != plain
+    generator.prepare(base, None)
+    assert generator.adapter_sha256 is None
+    assert generator.draw(SETTINGS).tobytes() == plain
+
+
+def test_another_picture_of_the_same_name_is_kept(tmp_path: Path) -> None:
+    red, blue = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
+    paths = [save_picture(image, SETTINGS, tmp_path, "tiger") for image in (red, blue, red, blue)]
+    assert [path.name for path in paths] == ["tiger.png", "tiger-2.png", "tiger.png", "tiger-2.png"]
+
+
+def test_a_base_inside_the_project_is_named_from_its_root(project: Path) -> None:
+    (project / "models" / "base").mkdir(parents=True)
+    assert portable_base(str(project / "models" / "base")) == "./models/base"
+    assert portable_base("someone/base") == "someone/base"

@@ -1,0 +1,96 @@
+import shutil
+import sqlite3
+from pathlib import Path
+
+import pytest
+from example_runs import one_run, stored_runs
+
+from bestiary.tracking.content import content_hash
+from bestiary.tracking.store import open_client, tracking_uri
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+
+
+@pytest.mark.slow
+def test_a_run_that_cannot_be_sent_is_kept_and_sent_by_the_next_run(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(b"first")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # no server listens there
+    content = content_hash(picture)
+    with one_run(key="lost", inputs=[str(picture)]) as run:
+        run.log_metrics({"loss": 0.5})
+        run.log_artifact(picture)
+    printed = capsys.readouterr().err
+    assert "http://127.0.0.1:9 cannot be reached" in printed
+    assert str(project / "mlruns" / "unsent") in printed
+    picture.write_bytes(b"changed since")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    with one_run(key="next"):
+        pass
+    (sent,) = [run for run in stored_runs(project, "split") if run.data.tags["pipeline"] == "lost"]
+    assert sent.info.status == "FINISHED"
+    assert sent.data.metrics == {"loss": 0.5}
+    assert sent.data.tags[f"input.{picture}"] == content
+    assert (project / "mlruns" / sent.info.run_id / "artifacts" / "picture.png").read_bytes() == b"first"
+    assert list((project / "mlruns" / "unsent").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_run_that_loses_mlflow_halfway_is_kept_and_resumed_as_the_same_run(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    holder = sqlite3.connect(project / "mlflow.db", isolation_level=None, timeout=30)
+    with one_run(key="lost") as run:
+        run_id = run.id
+        holder.execute("BEGIN EXCLUSIVE")
+        run.log_metrics({"loss": 0.5})
+    holder.close()
+    assert str(project / "mlruns" / "unsent") in capsys.readouterr().err
+    with one_run(key="next"):
+        pass
+    (sent,) = [run for run in stored_runs(project, "split") if run.data.tags["pipeline"] == "lost"]
+    assert (sent.info.run_id, sent.info.status) == (run_id, "FINISHED")
+    assert "error" not in sent.data.tags
+    assert sent.data.metrics["loss"] == 0.5
+
+
+def test_an_unsent_run_that_cannot_be_read_does_not_stop_the_next_run(project: Path) -> None:
+    broken = project / "mlruns" / "unsent" / "broken"
+    broken.mkdir(parents=True)
+    (broken / "messages.jsonl").write_text("{}\n")
+    with one_run():
+        pass
+    assert stored_runs(project, "split")[0].info.status == "FINISHED"
+    assert broken.is_dir()
+
+
+def test_unsent_runs_of_an_earlier_version_are_sent(project: Path) -> None:
+    # A version from before messages had types kept both runs, in a project at /project. MLflow already had the second.
+    unsent = project / "mlruns" / "unsent"
+    for name, folder in (("unsent-whole-run", "81268be57b3d4b2aa8ef804bd652c805"), ("unsent-interrupted-run", "later")):
+        messages = (FIXTURES / name / "messages.jsonl").read_text(encoding="utf-8")
+        shutil.copytree(FIXTURES / name, unsent / folder)
+        (unsent / folder / "messages.jsonl").write_text(messages.replace("/project", str(project)), encoding="utf-8")
+    with one_run(key="next"):
+        pass
+    (split,) = [run for run in stored_runs(project, "split") if run.data.tags["pipeline"] == "kept"]
+    assert split.info.status == "FINISHED"
+    assert split.info.start_time == 1795678725843
+    assert split.data.params == {"seed": "1", "split.val_fraction": "0.2", "classes": "None"}
+    assert split.data.metrics == {"loss": pytest.approx(1 / 3), "train": 3.0, "score.ci95.low": 0.25}
+    assert split.data.tags["input.data"] == "02be233f9ea54aab55e6418ac232b633.dir"
+    assert split.data.tags["output.build/split"] == "5678.dir"
+    assert split.data.tags["note"] == "瓢虫"
+    client = open_client(tracking_uri(), project)
+    points = [point.value for point in client.get_metric_history(split.info.run_id, "loss")]
+    assert points == [1.0, 0.5, pytest.approx(1 / 3)]
+    artifacts = project / "mlruns" / split.info.run_id / "artifacts"
+    assert (artifacts / "split.json").read_text() == '{"train": 3}\n'
+    assert (artifacts / "split" / "table.csv").read_text() == "x\n1\n"
+    assert [path.name.partition("+")[0] for path in (artifacts / "images").glob("*.png")] == ["sheet"]
+    (train,) = stored_runs(project, "train")
+    assert (train.info.status, train.data.tags["error"]) == ("FAILED", "RuntimeError: out of memory")
+    assert train.data.metrics == {"loss": 0.5}
+    assert list(unsent.iterdir()) == []

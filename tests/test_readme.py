@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from readme import READMES, ROOT, commands
+from support.readme import READMES, ROOT, commands
 
 from bestiary.cli import cli
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import httpx
 import pytest
-from project import Project
-from servers import SECRETS, Servers, compose, filled_in, postgres_folder, team_servers
+from support.project import Project
+from support.servers import SECRETS, Servers, compose, filled_in, postgres_folder, team_servers
 
 ADMIN = ("admin", SECRETS["MLFLOW_ADMIN_PASSWORD"])
 BOBS_PASSWORD = "bobsOwnLongPassword"

@@ -1,10 +1,11 @@
-"""Training and encoding at Stable Diffusion 1.5's exact size, with random weights, beside a loop that does what the
-original does: image and caption encoded at each step, gradient checkpointing, batch 1, accumulation 4.
+"""Training and encoding at the exact size of Stable Diffusion 1.5, with random weights, beside the original's loop.
 
-    python benchmarks/training.py            # 4 minutes and 8 GiB on two cores; on a GPU in bfloat16 where it can
-    python benchmarks/training.py --quick    # small models: a try of the benchmark itself, its numbers mean nothing
+That loop encodes image and caption at every step, with gradient checkpointing, batch 1 and accumulation 4.
 
-Prints each number as it comes and a table of all; the last line is JSON.
+    python benchmarks/training.py            # 4 minutes and 8 GiB on two cores; on a GPU in its best dtype
+    python benchmarks/training.py --quick    # a small trial of the benchmark itself: its numbers mean nothing
+
+Prints each number while it runs, then tables; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import argparse
 import gc
 import json
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -33,172 +34,224 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from bestiary.diffusion import progress
+from bestiary import params
 from bestiary.diffusion.adapter import inject
 from bestiary.diffusion.base import device_and_dtype, load_scheduler, load_unet, load_vae
-from bestiary.diffusion.latents import LatentCache, encode_images
-from bestiary.diffusion.training import TrainingSettings, train
+from bestiary.diffusion.encoding import encode_images
+from bestiary.diffusion.latents import LatentCache, Latents
+from bestiary.diffusion.progress import LOG_EVERY
+from bestiary.diffusion.training import train
 from bestiary.evaluation.profiling import environment
+from bestiary.memory import reset_peak_memory
 
-QUICK = "--quick" in sys.argv
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
-BASE = Path(__file__).parents[1] / "models" / "base"
+ROOT = Path(__file__).parents[1]
+BASE = ROOT / "models" / "base"
+PARAMS = params.load_params(ROOT / "params.yaml")
+TARGETS = PARAMS.train.targets
 DEVICE, DTYPE = device_and_dtype()
 GPU = DEVICE.type == "cuda"
 HALF = DTYPE is not torch.float32
-# Stable Diffusion 1.5's, as its config.json files have them; diffusers' own defaults are the rest.
-UNET: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
-VAE: dict[str, Any] = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "sample_size": 512,
-}
-TEXT: dict[str, Any] = {
-    "vocab_size": 49408,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_attention_heads": 12,
-    "num_hidden_layers": 12,
-}
-if QUICK:
-    UNET |= {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 1}
-    VAE |= {"block_out_channels": (32, 32, 32, 32)}
-    TEXT |= {"num_hidden_layers": 1, "vocab_size": 1000}
-# Time is taken where a row of the curve is logged: a GPU's queue is empty there. Real trainings log every 10 steps.
-STRIDE = progress.LOG_EVERY = 10 if GPU and not QUICK else 1
-INTERVALS = 3  # measured, after as many steps to warm up as a stride has
-SHAPES = {256: [4]} if not GPU else {256: [16, 32, 64, 128, 256], 512: [4, 8, 16, 32, 64]}
+INTERVALS = 3  # measured, after another one to warm up
+
+
+@dataclass(frozen=True)
+class Models:
+    """Configs of the three networks, as diffusers' and transformers' classes take them."""
+
+    unet: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    text: Mapping[str, Any]
+
+
+STABLE_DIFFUSION = Models(  # 1.5, as its config.json files say
+    unet={"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+    vae={
+        "block_out_channels": (128, 256, 512, 512),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 2,
+        "sample_size": 512,
+    },
+    text={
+        "vocab_size": 49408,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_attention_heads": 12,
+        "num_hidden_layers": 12,
+    },
+)
+SMALL = Models(
+    unet={**STABLE_DIFFUSION.unet, "block_out_channels": (32, 32, 64, 64), "layers_per_block": 1},
+    vae={**STABLE_DIFFUSION.vae, "block_out_channels": (32, 32, 32, 32)},
+    text={**STABLE_DIFFUSION.text, "num_hidden_layers": 1, "vocab_size": 1000},
+)
+
+
+@dataclass(frozen=True)
+class Training:
+    """Training beside the original's loop, the machine's rate of matrix products and the bare step."""
+
+    resolution: int
+    batch_size: int
+    compiled: bool
+    gflop_per_image: float
+    seconds_per_image: float
+    images_per_second: float
+    original_seconds_per_image: float
+    share_of_original: float
+    share_of_matmul_rate: float
+    overhead_share: float | None  # of our step, which the bare step does not need; None when compiled
+    overhead_share_least: float | None
+    overhead_share_most: float | None
+    peak_memory_mib: float
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """The encode stage beside the VAE's own forward pass."""
+
+    resolution: int
+    batch_size: int
+    seconds_per_image: float
+    vae_seconds_per_image: float
+    ratio_to_vae: float
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One measurement of training."""
+
+    seconds_per_image: float
+    overheads: list[float]  # the share of each interval that bare steps, run right after it, do not need
+    peak_memory_mib: float
 
 
 def main() -> None:
-    """Measure, print tables, and one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small models")
-    parser.parse_args()
-    measured_on = environment()
-    tell("environment", **measured_on)
-    rate = matmul_gflops_per_second(side=512 if QUICK else 4096)
-    tell("matmul", gflops_per_second=rate)
-    training = [row for resolution in SHAPES for row in training_rows(resolution, rate)]
-    encoding = [encoding_row(resolution) for resolution in SHAPES]
-    embedded = spread("embedded_overhead_share", embedded_overhead())
-    tell("embedded base", **embedded)
+    quick = parser.parse_args().quick
+    models = SMALL if quick else STABLE_DIFFUSION
+    # A GPU's queue must be empty when the time is taken, and training empties it at each row of its history.
+    stride = LOG_EVERY if GPU and not quick else 1
+    batch_sizes = {256: [16, 32, 64, 128, 256], 512: [4, 8, 16, 32, 64]} if GPU else {256: [4]}
+    machine = asdict(environment())
+    show("environment", machine)
+    rate = matmul_gflops_per_second(side=512 if quick else 4096)
+    show("matmul", {"gflops_per_second": rate})
+    training = [
+        row
+        for resolution in batch_sizes
+        for row in measure_training(models, resolution, batch_sizes[resolution], rate, stride)
+    ]
+    encoding = [measure_encoding(models, resolution) for resolution in batch_sizes]
+    embedded = spread("embedded_overhead_share", embedded_overheads(2 if quick else 5, stride))
+    show("embedded base", embedded)
     result = {
         "benchmark": "training",
-        "quick": QUICK,
-        "environment": measured_on,
+        "quick": quick,
+        "environment": machine,
         "matmul_gflops_per_second": rate,
-        "training": training,
-        "encoding": encoding,
+        "training": [asdict(row) for row in training],
+        "encoding": [asdict(row) for row in encoding],
         **embedded,
     }
     print("", table(training), "", table(encoding), "", sep="\n")
     print(json.dumps(result))
 
 
-def training_rows(resolution: int, rate: float) -> list[dict[str, Any]]:
-    """A row for each batch size that fits, and on a GPU the best one compiled too; all beside the original's loop."""
-    gflop = gflop_per_image(resolution // 8)
-    original = by_itself(original_seconds_per_image, resolution)
-    rows: list[dict[str, Any]] = []
+# ---- training ----
+
+
+def measure_training(
+    models: Models, resolution: int, batch_sizes: Sequence[int], rate: float, stride: int
+) -> list[Training]:
+    """Measure each batch size that fits, and on a GPU the fastest one compiled, beside the original's loop."""
+    gflop = gflop_per_image(models, resolution // 8)
+    original = in_another_process(original_seconds_per_image, models, resolution)
+    rows: list[Training] = []
 
     def measure(batch_size: int, *, compiled: bool) -> bool:
+        """Returns False when the batch does not fit into the memory."""
+        unet = random_weights(lambda: UNet2DConditionModel(**models.unet))
+        cache = random_cache(2 * batch_size, 4, resolution // 8, 77, 768)
         try:
-            ours, overheads, peak = our_times(resolution, batch_size, compiled=compiled)
+            timing = time_training(
+                unet, DDPMScheduler(beta_schedule="scaled_linear"), cache, batch_size, stride, compiled=compiled
+            )
         except torch.cuda.OutOfMemoryError:
             return False
         finally:
-            forget()
-        row = {"resolution": resolution, "batch_size": batch_size, "compiled": compiled, "gflop_per_image": gflop}
-        row |= {"seconds_per_image": ours, "images_per_second": 1 / ours, "original_seconds_per_image": original}
-        row |= {"share_of_original": ours / original, "share_of_matmul_rate": gflop / ours / rate}
-        row |= spread("overhead_share", overheads) | {"peak_memory_mib": peak}
-        rows.append(row)
-        tell("training", **row)
+            del unet
+            free_memory()
+        ours = timing.seconds_per_image
+        rows.append(
+            Training(
+                resolution=resolution,
+                batch_size=batch_size,
+                compiled=compiled,
+                gflop_per_image=gflop,
+                seconds_per_image=ours,
+                images_per_second=1 / ours,
+                original_seconds_per_image=original,
+                share_of_original=ours / original,
+                share_of_matmul_rate=gflop / ours / rate,
+                **spread("overhead_share", timing.overheads),
+                peak_memory_mib=timing.peak_memory_mib,
+            )
+        )
+        show("training", asdict(rows[-1]))
         return True
 
-    for batch_size in SHAPES[resolution]:
+    for batch_size in batch_sizes:
         if not measure(batch_size, compiled=False):
             break
     if GPU:
-        measure(max(rows, key=lambda row: row["images_per_second"])["batch_size"], compiled=True)
+        measure(max(rows, key=lambda row: row.images_per_second).batch_size, compiled=True)
     return rows
 
 
-def matmul_gflops_per_second(side: int) -> float:
-    """The best of ten square matrix products."""
-    left, right = (torch.randn(side, side, device=DEVICE, dtype=DTYPE) for _ in range(2))
-    return 2e-9 * side**3 / min(seconds(lambda: left @ right) for _ in range(10))
+def time_training(
+    unet: Any, scheduler: Any, cache: LatentCache, batch_size: int, stride: int, *, compiled: bool = False
+) -> Timing:
+    """Time training by its own clock, from validation to validation, and bare steps of the same UNet between them.
 
-
-def gflop_per_image(latent_side: int) -> float:
-    """What one image costs the UNet forward and backward with an adapter of rank 2, counted without computing it."""
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**UNET)
-        inject(unet, rank=2, alpha=16, dropout=0.0, targets=TARGETS, seed=0)
-        latents, text = torch.randn(1, 4, latent_side, latent_side), torch.randn(1, 77, 768)
-        with FlopCounterMode(display=False) as counter:
-            unet(latents, torch.zeros(1), text).sample.sum().backward()
-    return float(counter.get_total_flops()) / 1e9
-
-
-def our_times(resolution: int, batch_size: int, *, compiled: bool) -> tuple[float, list[float], float]:
-    """`timed_training` of this project with its cache, logging and average, at Stable Diffusion's size."""
-    cache = random_cache(2 * batch_size, 4, resolution // 8, 77, 768)
-    scheduler = DDPMScheduler(beta_schedule="scaled_linear")
-    return timed_training(random_weights(lambda: UNet2DConditionModel(**UNET)), scheduler, cache, batch_size, compiled)
-
-
-def timed_training(
-    unet: Any, scheduler: Any, cache: LatentCache, batch_size: int, compiled: bool = False
-) -> tuple[float, list[float], float]:
-    """Seconds an image from one row of the training's curve to the next; the share of each such interval that bare
-    steps of the same UNet, taken right after it, do not need (none when compiled: those are not); peak memory in MiB.
+    A validation every `stride` steps keeps the bare steps, which run inside its callback, out of that clock.
     """
     ours: list[float] = []
     bare: list[float] = []
-    bare_steps: Callable[[], Any] | None = None
-    resumed = 0.0
+    bare_steps: Callable[[], None] | None = None
 
-    def note(_step: int, row: Mapping[str, float]) -> None:
-        nonlocal bare_steps, resumed
-        if "val_loss" not in row:
-            synchronize()
-            ours.append(time.perf_counter() - resumed)
-            if not compiled:
-                bare_steps = bare_steps or bare_loop(unet, cache, batch_size)
-                bare.append(seconds(bare_steps))
-        resumed = time.perf_counter()
+    def on_log(step: int, row: Mapping[str, float]) -> None:
+        nonlocal bare_steps
+        if not step:
+            return
+        ours.append(step * batch_size / row["images_per_second"] - sum(ours))
+        if not compiled:
+            bare_steps = bare_steps or bare_loop(unet, cache, batch_size, stride)
+            bare.append(seconds(bare_steps))
 
-    total = STRIDE * (INTERVALS + 1) + 1
-    if GPU:
-        torch.cuda.reset_peak_memory_stats()
-    settings = TrainingSettings(
-        steps=total,
-        batch_size=batch_size,
-        learning_rate=1e-4,
-        warmup_steps=0,
-        validate_every=total,
-        seed=0,
-        rank=2,
-        alpha=16,
-        targets=TARGETS,
-        caption_dropout=0.1,
-        min_snr_gamma=5.0,
-        ema_decay=0.99,
-        compile=compiled,
+    settings = PARAMS.train.model_copy(
+        update={
+            "steps": stride * (INTERVALS + 1),
+            "validate_every": stride,
+            "batch_size": batch_size,
+            "learning_rate": 1e-4,
+            "warmup_steps": 0,
+            "rank": 2,
+            "alpha": 16.0,
+            "min_snr_gamma": 5.0,
+            "compile": compiled,
+        }
     )
-    one = replace(cache, images=cache.images[:1])  # to validate with in no time
-    result = train(unet, scheduler, cache, one, settings, on_log=note)
+    one_image = replace(cache, images=cache.images[:1])  # to validate in little time
+    reset_peak_memory()
+    result = train(unet, scheduler, Latents(cache, one_image), settings, seed=0, on_log=on_log)
     overheads = [1 - alone / whole for alone, whole in zip(bare, ours, strict=False)]
-    # The first of each warms up.
-    return median(ours[1:]) / STRIDE / batch_size, overheads[1:], result.peak_memory_mib
+    return Timing(median(ours[1:]) / stride / batch_size, overheads[1:], result.peak_memory_mib)
 
 
-def bare_loop(unet: Any, cache: LatentCache, batch_size: int) -> Callable[[], None]:
-    """A stride of the UNet's forward and backward and the optimiser's step on one fixed batch, with nothing around."""
+def bare_loop(unet: Any, cache: LatentCache, batch_size: int, stride: int) -> Callable[[], None]:
+    """A stride of bare steps on one fixed batch: only the UNet's forward and backward pass and the optimizer."""
     parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
     latents = torch.randn(batch_size, *cache.posterior(0, 0)[0].shape, device=DEVICE)
@@ -206,21 +259,21 @@ def bare_loop(unet: Any, cache: LatentCache, batch_size: int) -> Callable[[], No
     timesteps = torch.full((batch_size,), 500, device=DEVICE)
 
     def steps() -> None:
-        for _ in range(STRIDE):
+        for _ in range(stride):
             with torch.autocast(DEVICE.type, DTYPE, enabled=HALF):
                 prediction = unet(latents, timesteps, features).sample
-            F.mse_loss(prediction.float(), latents).backward()
+            F.mse_loss(prediction.float(), latents).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()
 
     return steps
 
 
-def original_seconds_per_image(resolution: int) -> float:
-    """The median of three optimiser steps of four images as the original takes them, after one image to warm up."""
-    unet = random_weights(lambda: UNet2DConditionModel(**UNET))
-    vae = random_weights(lambda: AutoencoderKL(**VAE))
-    text_encoder = CLIPTextModel(CLIPTextConfig(**TEXT)).to(DEVICE, DTYPE)
+def original_seconds_per_image(models: Models, resolution: int) -> float:
+    """The median of three of the original's optimizer steps of four images, after one image to warm up."""
+    unet = random_weights(lambda: UNet2DConditionModel(**models.unet))
+    vae = random_weights(lambda: AutoencoderKL(**models.vae))
+    text_encoder = CLIPTextModel(CLIPTextConfig(**models.text)).to(DEVICE, DTYPE)
     parameters = inject(unet, rank=2, alpha=16, dropout=0.0, targets=TARGETS, seed=0)
     unet.to(DEVICE).enable_gradient_checkpointing()
     unet.train()
@@ -236,7 +289,7 @@ def original_seconds_per_image(resolution: int) -> float:
         noise, timesteps = torch.randn_like(latents), torch.randint(0, 1000, (1,), device=DEVICE)
         with torch.autocast(DEVICE.type, DTYPE, enabled=HALF):
             prediction = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, features).sample
-        F.mse_loss(prediction.float(), noise.float()).backward()
+        F.mse_loss(prediction.float(), noise.float()).backward()  # type: ignore[no-untyped-call]
 
     def step() -> None:
         for _ in range(4):
@@ -249,24 +302,56 @@ def original_seconds_per_image(resolution: int) -> float:
     return median(seconds(step) for _ in range(3)) / 4
 
 
-def encoding_row(resolution: int) -> dict[str, Any]:
-    """The encode stage beside the VAE's own forward on as many images, each an image more: loading is no part of it."""
+def embedded_overheads(runs: int, stride: int) -> list[float]:
+    """The share of a training step on the embedded base that its bare step does not need, several times."""
+    shares = []
+    for _ in range(runs):
+        unet = load_unet(BASE, dtype=DTYPE)
+        config = unet.config
+        cache = random_cache(64, config.in_channels, config.sample_size, 16, config.cross_attention_dim)
+        shares += time_training(unet, load_scheduler(BASE), cache, 16, stride).overheads
+    return shares
+
+
+def matmul_gflops_per_second(side: int) -> float:
+    """The best of ten square matrix products."""
+    left, right = (torch.randn(side, side, device=DEVICE, dtype=DTYPE) for _ in range(2))
+    return 2e-9 * side**3 / min(seconds(lambda: left @ right) for _ in range(10))
+
+
+def gflop_per_image(models: Models, latent_side: int) -> float:
+    """The UNet's forward and backward pass on one image with an adapter of rank 2, counted without computing it."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**models.unet)
+        inject(unet, rank=2, alpha=16, dropout=0.0, targets=TARGETS, seed=0)
+        latents, text = torch.randn(1, 4, latent_side, latent_side), torch.randn(1, 77, 768)
+        with FlopCounterMode(display=False) as counter:
+            unet(latents, torch.zeros(1), text).sample.sum().backward()
+    return float(counter.get_total_flops()) / 1e9
+
+
+# ---- encoding ----
+
+
+def measure_encoding(models: Models, resolution: int) -> Encoding:
+    """Measure the encode stage and the VAE's forward pass per additional image, so that loading does not count."""
     batch_size = 32 if GPU else 4
-    few, many = (batch_size, 3 * batch_size) if not GPU else (4 * batch_size, 20 * batch_size)
+    few, many = (4 * batch_size, 20 * batch_size) if GPU else (batch_size, 3 * batch_size)
+    settings = PARAMS.encode.model_copy(update={"resolution": resolution, "flip": False, "batch_size": batch_size})
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shutil.copytree(BASE, folder / "base", ignore=shutil.ignore_patterns("vae"))
-        random_weights(lambda: AutoencoderKL(**VAE)).to("cpu", torch.float32).save_pretrained(folder / "base" / "vae")
+        vae = random_weights(lambda: AutoencoderKL(**models.vae)).to("cpu", torch.float32)
+        vae.save_pretrained(folder / "base" / "vae")
         paths = [write_photo(folder, number, resolution) for number in range(many + 1)]
-        table = pd.DataFrame({"path": paths, "class": "zebra", "sha256": paths, "width": 500, "height": 375})
+        images = pd.DataFrame({"path": paths, "class": "zebra", "sha256": paths, "width": 500, "height": 375})
 
         def encode(count: int) -> float:
-            tables = {"train": folder / f"train-{count}.csv", "val": folder / "val.csv"}
-            table[:count].to_csv(tables["train"], index=False)
-            table[-1:].to_csv(tables["val"], index=False)
-            how = {"resolution": resolution, "flip": False, "batch_size": batch_size}
+            manifests = {"train": folder / f"train-{count}.csv", "val": folder / "val.csv"}
+            images[:count].to_csv(manifests["train"], index=False)
+            images[-1:].to_csv(manifests["val"], index=False)
             out = folder / f"latents-{count}"
-            return seconds(lambda: encode_images(folder / "base", folder, tables, out, **how))  # type: ignore[arg-type]
+            return seconds(partial(encode_images, folder / "base", folder, manifests, out, settings))
 
         encode(1)
         ours = (encode(many) - encode(few)) / (many - few)
@@ -277,41 +362,26 @@ def encoding_row(resolution: int) -> dict[str, Any]:
         vae.encode(pixels)
         repeats = (many - few) // batch_size
         alone = seconds(lambda: [vae.encode(pixels) for _ in range(repeats)]) / repeats / batch_size
-    row = {"resolution": resolution, "batch_size": batch_size, "seconds_per_image": ours}
-    row |= {"vae_seconds_per_image": alone, "ratio_to_vae": ours / alone}
-    tell("encoding", **row)
-    forget()
+    row = Encoding(resolution, batch_size, ours, alone, ours / alone)
+    show("encoding", asdict(row))
+    free_memory()
     return row
 
 
 def write_photo(folder: Path, number: int, resolution: int) -> str:
-    """A JPEG with about the detail of a photograph, somewhat larger than needed; its name."""
+    """Write a JPEG with about as much detail as a photograph, somewhat larger than needed; returns its name."""
     random = np.random.default_rng(number)
-    soft = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8))
-    soft.resize((resolution * 5 // 4, resolution), Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=85)
+    colours = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+    photo = colours.resize((resolution * 5 // 4, resolution), Image.Resampling.BICUBIC)
+    photo.save(folder / f"{number}.jpg", quality=85)
     return f"{number}.jpg"
 
 
-def embedded_overhead() -> list[float]:
-    """The share of a training step on the embedded base that is not the UNet's own, several times."""
-    unet = load_unet(BASE, dtype=DTYPE)
-    channels, side, width = unet.config.in_channels, unet.config.sample_size, unet.config.cross_attention_dim
-    cache = random_cache(64, channels, side, 16, width)
-    shares = []
-    for _ in range(2 if QUICK else 5):
-        shares += timed_training(load_unet(BASE, dtype=DTYPE), load_scheduler(BASE), cache, 16)[1]
-    return shares
-
-
-def spread(name: str, values: Sequence[float]) -> dict[str, float | None]:
-    """The median of what was measured several times under its name, with the least and the most beside it."""
-    if not values:
-        return dict.fromkeys((name, f"{name}_least", f"{name}_most"))
-    return {name: median(values), f"{name}_least": min(values), f"{name}_most": max(values)}
+# ---- tools ----
 
 
 def random_cache(images: int, channels: int, side: int, tokens: int, width: int) -> LatentCache:
-    """Latents and captions as `encode` would have left them."""
+    """Latents and captions like those that the encode stage writes."""
     shape = (images, 2, channels, side, side)
     return LatentCache(
         images=pd.DataFrame({"path": "", "class": ["zebra"] * images, "sha256": ""}),
@@ -334,14 +404,14 @@ def random_weights(build: Callable[[], Any]) -> Any:
     return model
 
 
-def by_itself(measure: Callable[..., Any], *arguments: Any) -> Any:
-    """What `measure` returns in a process of its own: the original has no part in how ours treats memory."""
+def in_another_process(measure: Callable[..., float], *arguments: object) -> float:
+    """Measure in a fresh process, where our settings of the C library's memory do not apply."""
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         return process.submit(measure, *arguments).result()
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    """How long `work` takes, the device's queue included."""
+def seconds(work: Callable[[], object]) -> float:
+    """The seconds that `work` takes, until the device has finished it."""
     synchronize()
     started = time.perf_counter()
     work()
@@ -355,30 +425,38 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def forget() -> None:
-    """Give back the memory of what is no longer used."""
+def free_memory() -> None:
+    """Free the memory of the last training, and let the next one choose anew whether to compile."""
     gc.collect()
     if GPU:
         torch.cuda.empty_cache()
     from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state(reset_partial_state=True)  # it remembers whether the last training was compiled
+    AcceleratorState._reset_state(reset_partial_state=True)  # Accelerate has no public way to do this
 
 
-def tell(what: str, **numbers: Any) -> None:
-    """A line for people."""
-    print(f"{what}: {', '.join(f'{name} {rounded(value)}' for name, value in numbers.items())}", flush=True)
+def spread(name: str, values: Sequence[float]) -> dict[str, float | None]:
+    """The median, the minimum and the maximum of several measurements, under `name`, `name`_least and `name`_most."""
+    if not values:
+        return dict.fromkeys((name, f"{name}_least", f"{name}_most"))
+    return {name: median(values), f"{name}_least": min(values), f"{name}_most": max(values)}
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as a table in Markdown, turned: a line for each number."""
-    lines = [[name, *(rounded(row[name]) for row in rows)] for name in rows[0]]
+def show(title: str, numbers: Mapping[str, object]) -> None:
+    """Print numbers on one line."""
+    print(f"{title}: {', '.join(f'{name} {rounded(value)}' for name, value in numbers.items())}", flush=True)
+
+
+def table(rows: Sequence[Training] | Sequence[Encoding]) -> str:
+    """The rows as a Markdown table with a line for each number."""
+    columns = [asdict(row) for row in rows]
+    lines = [[name, *(rounded(column[name]) for column in columns)] for name in columns[0]]
     lines.insert(1, ["---", *("---" for _ in rows)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def rounded(value: Any) -> str:
-    """A number as people read it."""
+def rounded(value: object) -> str:
+    """A value as text, numbers with four digits."""
     if not isinstance(value, float):
         return str(value)
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 from PIL import Image
-from readme import READMES, commands
+from support.readme import READMES, commands
 from support.registry import make_adapter, submit
 
 PORT = "5001"  # the READMEs' port

@@ -15,6 +15,7 @@ from support.app import ORDER, Event, RunningPage, image_of, offerings, pictures
 from support.registry import DEFAULTS
 
 from bestiary.app.server import create_app
+from bestiary.samplers import Sampling
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,16 +30,8 @@ def test_the_page_draws_the_same_pixels_as_the_library(
     pipeline = load_pipeline(base_folder)
 
     def draw() -> Image.Image:
-        tiger = generate(
-            pipeline,
-            ["a photo of a tiger"],
-            [7],
-            steps=2,
-            guidance_scale=3.0,
-            scheduler="dpmsolver++",
-            batch_size=1,
-        )
-        return tiger[0]
+        sampling = Sampling("dpmsolver++", steps=2, guidance_scale=3.0)
+        return generate(pipeline, ["a photo of a tiger"], [7], sampling, batch_size=1)[0]
 
     base = draw()
     apply_adapter(pipeline, adapter_folder)

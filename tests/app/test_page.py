@@ -121,7 +121,9 @@ def test_a_user_draws_adjusts_colours_and_saves(browser: Browser, server: Runnin
     tab = open_tab(browser, server)
     page = tab.page
     assert page.input_value("#adapter") == "models:/bestiary/1"
-    assert page.inner_text("#scores") == "Compared with the base: CLIP score +5.0 · recognised (top-1) +5.0 %"
+    assert page.inner_text("#scores") == (
+        "Compared with the base: CLIP score +5.0 · margin over other subjects +5.0 · recognised (top-1) +5.0 %"
+    )
     page.select_option("#adapter", "local:0")
     assert page.locator("#scores").is_hidden()
     # Fields that the user has not changed follow the adapter: a registered one draws as it was evaluated.

@@ -2,7 +2,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from project import STAGES, Project
+from support.project import STAGES, Project
 
 CLASSES, PICTURES = ("panda", "tiger", "zebra"), 12
 

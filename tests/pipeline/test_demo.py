@@ -11,8 +11,8 @@ import sys
 
 import pytest
 import yaml
-from project import STAGES, Project
-from readme import READMES, commands
+from support.project import STAGES, Project
+from support.readme import READMES, commands
 
 pytestmark = pytest.mark.slow
 

@@ -5,7 +5,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from project import Project
+from support.project import Project
 
 pytestmark = pytest.mark.slow
 

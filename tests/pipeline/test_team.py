@@ -12,8 +12,8 @@ from typing import Any
 
 import httpx
 import pytest
-from project import Project
-from servers import SECRETS, Servers, compose, filled_in, postgres_folder, team_servers
+from support.project import Project
+from support.servers import SECRETS, Servers, compose, filled_in, postgres_folder, team_servers
 
 ADMIN = ("admin", SECRETS["MLFLOW_ADMIN_PASSWORD"])
 BOBS_PASSWORD = "bobsOwnLongPassword"
@@ -151,7 +151,7 @@ def test_a_backup_restores_every_run_version_and_account(team: Team, tmp_path: P
         connection = psycopg2.connect(**login, dbname=database)
         with connection.cursor() as cursor:
             cursor.execute(query)
-            rows = cursor.fetchall()
+            rows: list[Any] = cursor.fetchall()
         connection.close()
         return rows
 

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
-from example_runs import one_run, stored_runs, write
+from support.example_runs import one_run, stored_runs, write
 
 from bestiary.tracking.content import content_hash
 from bestiary.tracking.database import open_database

@@ -3,7 +3,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from example_runs import one_run, stored_runs
+from support.example_runs import one_run, stored_runs
 
 from bestiary.tracking.content import content_hash
 from bestiary.tracking.store import open_client, tracking_uri

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from example_runs import one_run, stored_runs, write
+from support.example_runs import one_run, stored_runs, write
 
 from bestiary.errors import BestiaryError
 from bestiary.tracking.content import content_hash

@@ -2,7 +2,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from example_runs import one_run
+from support.example_runs import one_run
 
 from bestiary.errors import BestiaryError
 from bestiary.tracking.store import check_database, explain, tracking_uri

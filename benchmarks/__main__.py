@@ -1,4 +1,4 @@
-"""All benchmarks, one after the other (`make bench`); the last line holds all their numbers as JSON."""
+"""Run all benchmarks one after the other (`make bench`). The last line is JSON with all their numbers."""
 
 import json
 import subprocess
@@ -10,8 +10,9 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    """Run each script of this folder; the first that fails ends it."""
-    started, results = time.monotonic(), {}
+    """Run each script of this folder. Stops at the first one that fails."""
+    started = time.monotonic()
+    results: dict[str, object] = {}  # each script's last line, parsed
     for script in sorted(HERE.glob("[a-z]*.py")):
         last = ""
         with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as running:

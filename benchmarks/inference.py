@@ -1,9 +1,14 @@
-"""Our default way of drawing beside the original system's: DDPM, 100 steps, guidance at every step. The adapter stands
-beside the weights in both, as `bestiary generate` and the page have it. On the embedded base with what the judge says
-of both, and at Stable Diffusion 1.5's exact size with random weights, where a few steps are timed and scaled. Prints a
-table of each; the last line is JSON.
+"""Our default way of drawing beside the original system's: DDPM, 100 steps, guidance at every step.
 
-python benchmarks/inference.py [--quick] [--steps N ...]     --steps: our default with other numbers of steps, too
+In both, the adapter is applied beside the weights, as by `bestiary generate` and on the page. On the embedded base with
+scores by the judge, and at the exact size of Stable Diffusion 1.5 with random weights, where a few steps are timed and
+scaled.
+
+    python benchmarks/inference.py                # about 3 minutes on two cores
+    python benchmarks/inference.py --steps 8 20   # our default with these numbers of steps, too
+    python benchmarks/inference.py --quick        # a small trial of the benchmark itself: its numbers mean nothing
+
+Prints a table of each; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -11,149 +16,269 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import yaml
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from training import TARGETS, TEXT, UNET, VAE, by_itself, random_weights, table, tell
+from training import (
+    SMALL,
+    STABLE_DIFFUSION,
+    TARGETS,
+    Models,
+    in_another_process,
+    random_weights,
+    rounded,
+    show,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from bestiary.diffusion.adapter import apply_adapter, inject, save_adapter
+from bestiary.diffusion.adapter_format import FILE_NAME, Provenance
 from bestiary.diffusion.base import device_and_dtype, load_pipeline, load_unet
 from bestiary.diffusion.sampling import generate
-from bestiary.evaluation import pictures, scoring
-from bestiary.evaluation.benchmarking import Setting, Trial, environment, measure, stopwatch
+from bestiary.evaluation.benchmark import Setting, default_setting, draw_timed
 from bestiary.evaluation.judge import Judge
-from bestiary.evaluation.scoring import bootstrap_mean, resample_counts
+from bestiary.evaluation.pictures import Jobs, make_jobs, read_class_texts, view
+from bestiary.evaluation.profiling import Cost, environment, stopwatch
+from bestiary.evaluation.report import Estimate
+from bestiary.evaluation.scoring import (
+    Array,
+    ClassTexts,
+    JudgedImages,
+    bootstrap_cmmd,
+    bootstrap_mean,
+    resample_counts,
+    score,
+)
 from bestiary.memory import keep_freed_memory
-from bestiary.params import load_params
-from bestiary.subjects import caption, subject_of
+from bestiary.params import Evaluate, load_params
+from bestiary.samplers import Sampling
 
 ROOT = Path(__file__).parents[1]
 ORIGINAL = Setting("ddpm", 100, batch=1, fused=False)
-PICTURES_A_CLASS = 3
-REPEATS = 5  # of a timed picture
+PICTURES_PER_CLASS = 3
+TIMED_CALLS = 5
+WARM_UP_STEPS = 2
+BATCH_SIZE = 16  # of pictures that are judged and not timed
 RESOLUTION, TIMED_STEPS = 512, 3  # of the large pipeline
 
 
+@dataclass(frozen=True)
+class Embedded:
+    """A way of drawing on the embedded base.
+
+    cmmd_to_original compares all pictures with the original's, drawn from other noise: 0 for pictures of one kind.
+    """
+
+    scheduler: str
+    steps: int
+    p50_s: float
+    p95_s: float
+    peak_memory_mib: float
+    cmmd_to_original: Estimate | None
+    clip_score: float
+    clip_score_minus_original: Estimate
+    top1: float
+    top1_minus_original: Estimate
+    times_faster: float
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A way of drawing at the size of Stable Diffusion 1.5: text + steps x the median step + decoding."""
+
+    scheduler: str
+    steps: int
+    text_s: float
+    step_s: float
+    decode_s: float
+    scaled_s: float
+    times_faster: float = 1.0
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The cost and the judged pictures of one way of drawing."""
+
+    sampling: Sampling
+    cost: Cost
+    judged: JudgedImages
+
+
 def main() -> None:
-    """Measure, print both tables, and one line of JSON."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="as few pictures and steps as show that it runs")
-    parser.add_argument("--steps", type=int, nargs="*", default=[], help="our default with these steps, too")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two classes and few steps, and small models")
+    parser.add_argument("--steps", type=int, nargs="*", default=[], help="also measure our default with these steps")
     arguments = parser.parse_args()
-    measured_on = environment()
-    tell("environment", **measured_on)
-    result = {"benchmark": "inference", "quick": arguments.quick, "environment": measured_on}
+    machine = asdict(environment())
+    show("environment", machine)
     with TemporaryDirectory() as folder:
-        result["embedded"] = embedded(Path(folder), arguments.steps, arguments.quick)
-    result["sd15_size"] = sd15_size(arguments.quick)
-    print(json.dumps(result))
+        adapter = find_adapter(Path(folder))
+        embedded = measure_embedded(adapter, arguments.steps, arguments.quick)
+    print_table({name: asdict(row) for name, row in embedded.items()})
+    side, models = (64, SMALL) if arguments.quick else (RESOLUTION, STABLE_DIFFUSION)
+    scaled = measure_large(models, side)
+    print_table({name: asdict(row) for name, row in scaled.items()})
+    result = {
+        "benchmark": "inference",
+        "quick": arguments.quick,
+        "environment": machine,
+        "embedded": {
+            "adapter": "trained" if adapter.parent == ROOT / "models" else "fresh",
+            "pictures": PICTURES_PER_CLASS * len(class_names(arguments.quick)),
+            **{name: asdict(row) for name, row in embedded.items()},
+        },
+        "sd15_size": {
+            "resolution": side,
+            "timed_steps": TIMED_STEPS,
+            **{name: asdict(row) for name, row in scaled.items()},
+        },
+    }
+    print(json.dumps(result, default=Estimate.model_dump))
 
 
-def embedded(folder: Path, other_steps: list[int], quick: bool) -> dict[str, Any]:
-    """Seconds a picture, and what the judge says of the same prompts and noise.
+# ---- the embedded base ----
 
-    Both samplers add noise on their way, so no picture of one should be one of the other's. Whether they draw alike is
-    asked of all pictures together, from noise of their own: CMMD between them, 0 for pictures of one kind.
+
+def measure_embedded(adapter: Path, other_steps: Sequence[int], quick: bool) -> dict[str, Embedded]:
+    """Draw the same prompts and noise in each way, and compare the ways by seconds and by the judge's scores.
+
+    The samplers are stochastic, so a picture of one way is not expected to equal the picture of another. Only all
+    pictures together can be compared, by CMMD, and from other noise.
     """
     evaluate = load_params(ROOT / "params.yaml").evaluate
-    default = Setting(evaluate.scheduler, evaluate.steps, batch=1, fused=False)
-    ours = {"default": default, **{f"default_{n}_steps": replace(default, steps=n) for n in other_steps}}
-    original = Setting("ddpm", 4, 1, False) if quick else ORIGINAL
-    adapter = trained_or_fresh_adapter(folder)
     judge = Judge.load(str(ROOT / "models" / "judge"), device=device_and_dtype()[0].type)
-    classes = sorted(path.name for path in (ROOT / "samples").iterdir() if path.is_dir())[: 2 if quick else None]
-    labels = [label for _ in range(PICTURES_A_CLASS) for label in range(len(classes))]
-    prompts = [caption(subject_of(classes[label]), evaluate.template) for label in labels]
-    words = pictures.read_words(judge, classes, evaluate.template)
-    trial = Trial(prompts, labels, list(range(len(labels))), words, judge)
+    classes = class_names(quick)
+    jobs = make_jobs(classes, list(range(len(classes))) * PICTURES_PER_CLASS, evaluate.template, first_seed=0)
+    other_jobs = replace(jobs, seeds=[seed + len(jobs.seeds) for seed in jobs.seeds])
+    texts = read_class_texts(judge, classes, evaluate.template)
     pipeline = load_pipeline(ROOT / "models" / "base")
     apply_adapter(pipeline, adapter)
-    draw = partial(generate, pipeline, guidance_scale=evaluate.guidance_scale)
-    rows = {"original": embedded_row(draw, pipeline, original, trial)}
-    draw = partial(draw, guidance_interval=evaluate.guidance_interval)
-    rows |= {name: embedded_row(draw, pipeline, setting, trial) for name, setting in ours.items()}
-
-    counts, other_counts = (resample_counts(len(labels), evaluate.bootstrap_resamples, seed) for seed in (0, 1))
-    drawn = {name: row.pop("images") for name, row in rows.items()}
-    seen = {name: pictures.view(judge, images, labels) for name, images in drawn.items()}
-    scores = {name: scoring.score(views, words) for name, views in seen.items()}
-    for name, row in rows.items():
-        row["cmmd_to_original"] = None
+    samplings = {name: setting.sampling(evaluate.sampling()) for name, setting in ways(evaluate, other_steps, quick)}
+    drawn = {name: draw(pipeline, jobs, sampling, judge) for name, sampling in samplings.items()}
+    counts, other_counts = (resample_counts(len(jobs.seeds), evaluate.bootstrap_resamples, seed) for seed in (0, 1))
+    rows = {}
+    for name, one in drawn.items():
+        distance = None
         if name != "original":
-            how = {"scheduler": row["scheduler"], "steps": row["steps"], "batch_size": 16}
-            others = draw(prompts, [seed + len(labels) for seed in trial.seeds], **how)
-            sides = pictures.view(judge, others, labels).features, seen["original"].features
-            row["cmmd_to_original"] = scoring.bootstrap_cmmd(*sides, counts, other_counts).report()
-        for key in ("clip_score", "top1"):
-            mine, theirs = (bootstrap_mean(scores[which][key], counts) for which in (name, "original"))
-            row |= {key: mine.mean, f"{key}_minus_original": (mine - theirs).report()}
-        row["times_faster"] = rows["original"]["p50_s"] / row["p50_s"]
-    told(rows)
-    return {"adapter": "trained" if adapter.parent == ROOT / "models" else "fresh", "pictures": len(labels), **rows}
+            images = generate(pipeline, other_jobs.prompts, other_jobs.seeds, one.sampling, batch_size=BATCH_SIZE)
+            features = view(judge, images, jobs.labels).features, drawn["original"].judged.features
+            distance = bootstrap_cmmd(*features, counts, other_counts).estimate()
+        rows[name] = compare(one, drawn["original"], texts, counts, distance)
+    return rows
 
 
-def embedded_row(draw: Any, pipeline: Any, setting: Setting, trial: Trial) -> dict[str, Any]:
-    """What one picture costs, and all pictures of the trial, drawn in batches and not timed."""
-    draw(*trial.take([0]), scheduler=setting.scheduler, steps=2, batch_size=1)  # to warm up
-    row, _ = measure(draw, pipeline, setting, trial, REPEATS)
-    images = draw(trial.prompts, trial.seeds, scheduler=setting.scheduler, steps=setting.steps, batch_size=16)
-    return {key: row[key] for key in ("scheduler", "steps", "p50_s", "p95_s", "peak_memory_mib")} | {"images": images}
+def ways(evaluate: Evaluate, other_steps: Sequence[int], quick: bool) -> list[tuple[str, Setting]]:
+    """The original's way of drawing, our default, and our default with other numbers of steps."""
+    default = default_setting(evaluate)
+    others = [(f"default_{steps}_steps", replace(default, steps=steps)) for steps in other_steps]
+    return [("original", replace(ORIGINAL, steps=4) if quick else ORIGINAL), ("default", default), *others]
 
 
-def sd15_size(quick: bool) -> dict[str, Any]:
-    """Seconds a picture of both ways, from a few steps: text + steps x the median step + decoding."""
-    side = 64 if quick else RESOLUTION
-    ours = yaml.safe_load((ROOT / "params.yaml").read_text())["profiles"]["sciencedb"]["evaluate"]
-    setting = Setting(ours["scheduler"], ours["steps"], batch=1, fused=False)
-    original = by_itself(sd15_row, ORIGINAL, ours["guidance_scale"], side)
+def draw(pipeline: StableDiffusionPipeline, jobs: Jobs, sampling: Sampling, judge: Judge) -> Drawn:
+    """Time single pictures, then draw and judge all pictures."""
+    draw_timed(pipeline, jobs, replace(sampling, steps=WARM_UP_STEPS), batch=1, repeats=1)
+    cost, _ = draw_timed(pipeline, jobs, sampling, batch=1, repeats=TIMED_CALLS)
+    images = generate(pipeline, jobs.prompts, jobs.seeds, sampling, batch_size=BATCH_SIZE)
+    return Drawn(sampling, cost, view(judge, images, jobs.labels))
+
+
+def compare(one: Drawn, original: Drawn, texts: ClassTexts, counts: Array, distance: Estimate | None) -> Embedded:
+    """A way of drawing beside the original's."""
+    scores, original_scores = score(one.judged, texts), score(original.judged, texts)
+    clip_score, top1 = (bootstrap_mean(scores[key], counts) for key in ("clip_score", "top1"))
+    return Embedded(
+        scheduler=one.sampling.sampler,
+        steps=one.sampling.steps,
+        p50_s=one.cost.p50_s,
+        p95_s=one.cost.p95_s,
+        peak_memory_mib=one.cost.peak_memory_mib,
+        cmmd_to_original=distance,
+        clip_score=clip_score.mean,
+        clip_score_minus_original=(clip_score - bootstrap_mean(original_scores["clip_score"], counts)).estimate(),
+        top1=top1.mean,
+        top1_minus_original=(top1 - bootstrap_mean(original_scores["top1"], counts)).estimate(),
+        times_faster=original.cost.p50_s / one.cost.p50_s,
+    )
+
+
+def class_names(quick: bool) -> list[str]:
+    """The classes of the sample; the first two for a quick trial."""
+    classes = sorted(path.name for path in (ROOT / "samples").iterdir() if path.is_dir())
+    return classes[:2] if quick else classes
+
+
+def find_adapter(folder: Path) -> Path:
+    """The adapter that the pipeline trained; before a training, an untrained one in `folder` that costs the same."""
+    trained = ROOT / "models" / "adapter"
+    if (trained / FILE_NAME).is_file():
+        return trained
+    unet = load_unet(ROOT / "models" / "base")
+    inject(unet, rank=4, alpha=8, dropout=0.0, targets=TARGETS, seed=0)
+    save_adapter(unet, folder, Provenance())
+    return folder
+
+
+# ---- at the size of Stable Diffusion 1.5 ----
+
+
+def measure_large(models: Models, side: int) -> dict[str, Scaled]:
+    """Time a few steps of the original's way and of our default, and scale them to all steps."""
+    original = in_another_process(time_steps, models, ORIGINAL.sampling(real_sampling(side)))
     keep_freed_memory()  # as load_pipeline does
-    default = sd15_row(setting, ours["guidance_scale"], side)
-    rows = {"original": original, "default": default}
-    for row in rows.values():
-        row["times_faster"] = original["scaled_s"] / row["scaled_s"]
-    told(rows)
-    return {"resolution": side, "timed_steps": TIMED_STEPS, **rows}
+    default = time_steps(models, real_sampling(side))
+    return {
+        "original": original,
+        "default": replace(default, times_faster=original.scaled_s / default.scaled_s),
+    }
 
 
-def sd15_row(setting: Setting, guidance_scale: float, side: int) -> dict[str, Any]:
-    pipeline = random_pipeline()
+def real_sampling(side: int) -> Sampling:
+    """How the profile `sciencedb` evaluates, at `side` pixels a side."""
+    content = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "params.yaml"
+        path.write_text(yaml.safe_dump(content | {"profile": "sciencedb"}), encoding="utf-8")
+        return load_params(path).evaluate.sampling(side)
+
+
+def time_steps(models: Models, sampling: Sampling) -> Scaled:
+    """Draw one picture in a few steps with random weights, and scale its seconds to all steps."""
+    pipeline = random_pipeline(models)
     inject(pipeline.unet, rank=2, alpha=16, dropout=0.0, targets=TARGETS, seed=0)
     ends: list[float] = []
-    with stopwatch(pipeline) as lap:
-        generate(
-            pipeline,
-            ["a photo of a tiger"],
-            [0],
-            scheduler=setting.scheduler,
-            steps=TIMED_STEPS,
-            guidance_scale=guidance_scale,
-            batch_size=1,
-            resolution=side,
-            progress=lambda _done, _total: ends.append(time.perf_counter()),
-        )
-    step = float(np.median(np.diff(ends)))  # without the first, which warms up
-    row = {"scheduler": setting.scheduler, "steps": setting.steps}
-    row |= {"text_s": lap["text"], "step_s": step, "decode_s": lap["decode"]}
-    return row | {"scaled_s": lap["text"] + setting.steps * step + lap["decode"]}
+
+    def progress(_done: int, _total: int) -> None:
+        ends.append(time.perf_counter())
+
+    few_steps = replace(sampling, steps=TIMED_STEPS)
+    with stopwatch(pipeline) as seconds:
+        generate(pipeline, ["a photo of a tiger"], [0], few_steps, batch_size=1, progress=progress)
+    step_s = float(np.median(np.diff(ends)))  # without the first step, which warms up
+    return Scaled(
+        scheduler=sampling.sampler,
+        steps=sampling.steps,
+        text_s=seconds.text,
+        step_s=step_s,
+        decode_s=seconds.decode,
+        scaled_s=seconds.text + sampling.steps * step_s + seconds.decode,
+    )
 
 
-def random_pipeline() -> StableDiffusionPipeline:
-    """Stable Diffusion 1.5's parts with random weights."""
+def random_pipeline(models: Models) -> StableDiffusionPipeline:
+    """A pipeline of these models with random weights."""
     device, dtype = device_and_dtype()
     tokenizer = CLIPTokenizer.from_pretrained(ROOT / "models" / "base" / "tokenizer", model_max_length=77)
-    text = CLIPTextConfig(**TEXT | {"vocab_size": 49408})  # as many tokens as the tokenizer may know
+    text = CLIPTextConfig(**{**models.text, "vocab_size": 49408})  # the tokenizer gives ids up to this
     pipeline = StableDiffusionPipeline(
-        vae=random_weights(lambda: AutoencoderKL(**VAE)),
+        vae=random_weights(lambda: AutoencoderKL(**models.vae)),
         text_encoder=CLIPTextModel(text).to(dtype).eval(),
         tokenizer=tokenizer,
-        unet=random_weights(lambda: UNet2DConditionModel(**UNET)).eval(),
+        unet=random_weights(lambda: UNet2DConditionModel(**models.unet)).eval(),
         scheduler=DDPMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
@@ -163,25 +288,23 @@ def random_pipeline() -> StableDiffusionPipeline:
     return pipeline.to(device)
 
 
-def trained_or_fresh_adapter(folder: Path) -> Path:
-    """The pipeline's own adapter where it has run, else one that has learned nothing and costs the same."""
-    trained = ROOT / "models" / "adapter"
-    if (trained / "pytorch_lora_weights.safetensors").is_file():
-        return trained
-    unet = load_unet(ROOT / "models" / "base")
-    inject(unet, rank=4, alpha=8, dropout=0.0, targets=TARGETS, seed=0)
-    save_adapter(unet, folder, {})
-    return folder
+# ---- tables ----
 
 
-def told(rows: dict[str, dict[str, Any]]) -> None:
-    """Print the rows as a table; a difference with its interval."""
+def print_table(columns: Mapping[str, Mapping[str, object]]) -> None:
+    """Print a Markdown table with a column for each way of drawing and a line for each number."""
+    names = list(next(iter(columns.values())))
+    lines = [["", *columns], ["---", *("---" for _ in columns)]]
+    lines += [[name, *(as_text(column[name]) for column in columns.values())] for name in names]
+    print("", *(f"| {' | '.join(line)} |" for line in lines), "", sep="\n", flush=True)
 
-    def plain(value: Any) -> Any:
-        return "{mean:+.3g} ({ci95[0]:+.3g} to {ci95[1]:+.3g})".format(**value) if isinstance(value, dict) else value
 
-    shown = [{"": name} | {key: plain(value) for key, value in row.items()} for name, row in rows.items()]
-    print("", table(shown), "", sep="\n", flush=True)
+def as_text(value: object) -> str:
+    """A number, or an estimate with its interval."""
+    if not isinstance(value, Estimate):
+        return rounded(value)
+    low, high = value.ci95
+    return f"{value.mean:+.3g} ({low:+.3g} to {high:+.3g})"
 
 
 if __name__ == "__main__":

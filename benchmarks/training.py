@@ -23,7 +23,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -52,6 +52,8 @@ DEVICE, DTYPE = device_and_dtype()
 GPU = DEVICE.type == "cuda"
 HALF = DTYPE is not torch.float32
 INTERVALS = 3  # measured, after another one to warm up
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -404,7 +406,7 @@ def random_weights(build: Callable[[], Any]) -> Any:
     return model
 
 
-def in_another_process(measure: Callable[..., float], *arguments: object) -> float:
+def in_another_process(measure: Callable[..., Result], *arguments: object) -> Result:
     """Measure in a fresh process, where our settings of the C library's memory do not apply."""
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         return process.submit(measure, *arguments).result()

@@ -1,6 +1,6 @@
-"""Using the adapter: seconds from a command to its first picture, and the page's memory over 50 generations.
+"""Seconds from a command to its first picture, and how the page's memory grows over 50 generations.
 
-Run after `dvc repro`, on a machine that does nothing else. The last line is JSON.
+Run it after `dvc repro`, on a machine that does nothing else. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import httpx
 import psutil
@@ -23,46 +22,43 @@ BESTIARY = [sys.executable, "-c", "from bestiary.cli import main; main()"]
 IMPORTS = [sys.executable, "-c", "import peft; from diffusers import StableDiffusionPipeline"]
 REPEATS = 3
 ROOT = Path(__file__).parents[1]
-ORDER = {"animal": "tiger", "steps": 2, "guidance_scale": 5.0, "scheduler": "dpmsolver++", "seed": 0}
+ORDER = {"animal": "tiger", "steps": 2, "guidance_scale": 5.0, "scheduler": "dpmsolver++"}
 WARM_UP, GENERATIONS = 10, 50
 
 
 def main() -> None:
-    """Measure, print a line for each figure, and one line of JSON."""
     with TemporaryDirectory() as folder:
-        result: dict[str, Any] = {
-            "benchmark": "using",
-            "environment": {"machine": platform.processor() or platform.machine(), "cpus": os.cpu_count()},
+        figures = {
             "help_s": seconds([*BESTIARY, "--help"]),
             "import_s": seconds(IMPORTS),
             "generate_s": seconds([*BESTIARY, "generate", "tiger", "--out", folder]),
         }
-    result |= page_memory()
-    for name, figure in result.items():
-        if isinstance(figure, float):
-            print(f"{name:32} {figure:10.3f}")
-    print(json.dumps(result))
+    figures |= page_memory()
+    for name, figure in figures.items():
+        print(f"{name:32} {figure:10.3f}")
+    machine = {"machine": platform.processor() or platform.machine(), "cpus": os.cpu_count()}
+    print(json.dumps({"benchmark": "using", "environment": machine, **figures}))
 
 
 def seconds(command: list[str]) -> float:
-    """The median wall time of a command in a process of its own; a first run fills the disk cache."""
-    laps = []
+    """The median wall time of a command in a fresh process, after one run that fills the disk cache."""
+    times = []
     for _ in range(1 + REPEATS):
         started = time.perf_counter()
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-        laps.append(time.perf_counter() - started)
-    return statistics.median(laps[1:])
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
 
 
 def page_memory() -> dict[str, float]:
-    """Resident memory of `bestiary app` before and after many generations, by turns with the adapter and without."""
+    """The resident memory of `bestiary app` before and after many generations, alternately with and without adapter."""
     with subprocess.Popen([*BESTIARY, "app", "--port", "0"], cwd=ROOT, stdout=subprocess.PIPE, text=True) as app:
         assert app.stdout is not None
         with httpx.Client(base_url=app.stdout.readline().split()[1], timeout=600) as client:
             adapter = client.get("/api/catalog").json()["adapter"]
 
             def draw(number: int) -> None:
-                order = ORDER | {"seed": number, "adapter": (adapter, "none")[number % 2], "compare": True}
+                order = {**ORDER, "seed": number, "adapter": (adapter, "none")[number % 2], "compare": True}
                 assert '"picture"' in client.post("/api/draw", json=order).raise_for_status().text
 
             def resident_mib() -> float:

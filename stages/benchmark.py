@@ -48,7 +48,8 @@ def main() -> None:
             untimed_batch=evaluate.batch_size,
             load_tiny_vae=partial(benchmark.load_tiny_vae, tiny.model, tiny.revision) if tiny else None,
         )
-        rows, skipped = benchmark.run(bench, benchmark.plan(settings, evaluate, str(dtype).removeprefix("torch.")))
+        default = benchmark.default_setting(evaluate, str(dtype).removeprefix("torch."))
+        rows, skipped = benchmark.run(bench, benchmark.plan(settings, default))
         loading_s = start.parts.import_s + start.parts.load_s
         rows = [replace(row, with_loading_s=loading_s + row.cost.p50_s) for row in rows]
         table = [row.to_dict() for row in rows]

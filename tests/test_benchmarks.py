@@ -1,4 +1,4 @@
-"""The benchmarks of `make bench` that are long, as small as they can be: that they run and say what they are for."""
+"""The long benchmarks of `make bench`, as small as possible: they run, and their numbers agree with one another."""
 
 import json
 import subprocess
@@ -14,15 +14,15 @@ NEAR = ("resize", "re-encode", "crop", "mirror")
 pytestmark = pytest.mark.slow
 
 
-def quick(name: str) -> tuple[str, dict[str, Any]]:
-    """What a benchmark prints, and its last line."""
+def quick(name: str) -> tuple[str, dict[str, Any]]:  # JSON, whose keys each test knows
+    """A benchmark's output, and its last line parsed."""
     command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--quick"]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return told, json.loads(told.splitlines()[-1])
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return output, json.loads(output.splitlines()[-1])
 
 
-def test_training_is_set_beside_the_originals_loop_the_machines_rate_and_the_bare_step() -> None:
-    told, result = quick("training")
+def test_training_is_compared_with_the_originals_loop_the_matrix_product_and_the_bare_step() -> None:
+    output, result = quick("training")
     for row in result["training"]:
         assert row["share_of_original"] == pytest.approx(row["seconds_per_image"] / row["original_seconds_per_image"])
         rate = row["gflop_per_image"] / row["seconds_per_image"]
@@ -32,12 +32,12 @@ def test_training_is_set_beside_the_originals_loop_the_machines_rate_and_the_bar
     assert result["embedded_overhead_share"] < 1
     for row in result["encoding"]:
         assert row["ratio_to_vae"] == pytest.approx(row["seconds_per_image"] / row["vae_seconds_per_image"])
-    assert "| share_of_original |" in told
-    assert f"cpus {result['environment']['cpus']}" in told
+    assert "| share_of_original |" in output
+    assert f"cpus {result['environment']['cpus']}" in output
 
 
-def test_our_default_way_of_drawing_is_set_beside_the_originals() -> None:
-    told, result = quick("inference")
+def test_our_default_way_of_drawing_is_compared_with_the_originals() -> None:
+    output, result = quick("inference")
     for size in ("embedded", "sd15_size"):
         original, default = (result[size][name] for name in ("original", "default"))
         assert original["scheduler"] == "ddpm"
@@ -45,11 +45,11 @@ def test_our_default_way_of_drawing_is_set_beside_the_originals() -> None:
         assert default["times_faster"] > 0
     low, high = result["embedded"]["default"]["clip_score_minus_original"]["ci95"]
     assert low <= high
-    assert "| times_faster | 1 |" in told
+    assert "| times_faster | 1 |" in output
 
 
-def test_downloading_and_cleaning_are_set_beside_the_least_they_could_cost_and_planted_faults_are_found() -> None:
-    told, result = quick("data")
+def test_downloading_and_cleaning_are_compared_with_their_lower_bounds_and_planted_faults_are_found() -> None:
+    output, result = quick("data")
     assert [row["kept"] for row in result["cleaning"]] == [200, 400]
     for row in result["cleaning"]:
         assert row["ratio"] == pytest.approx(row["clean_s"] / row["decode_s"])
@@ -63,6 +63,6 @@ def test_downloading_and_cleaning_are_set_beside_the_least_they_could_cost_and_p
     for kind, recall in (("broken", 0.95), ("exact", 0.95), *((near, 0.9) for near in NEAR), ("off topic", 0.8)):
         assert faults["kinds"][kind]["planted"] >= 0.015 * faults["images"], kind
         assert faults["kinds"][kind]["recall"] >= recall, kind
-        assert f"| {kind} |" in told
+        assert f"| {kind} |" in output
     assert faults["kinds"]["off topic"]["precision"] >= 0.8
     assert faults["good_quarantined"] <= 0.01 * faults["images"]

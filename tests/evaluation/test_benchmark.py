@@ -16,7 +16,7 @@ from bestiary.diffusion.base import load_pipeline
 from bestiary.diffusion.sampling import generate
 from bestiary.errors import BestiaryError
 from bestiary.evaluation import benchmark
-from bestiary.evaluation.benchmark import Bench, Quality, Row, Setting, Trial, reason_to_skip
+from bestiary.evaluation.benchmark import Bench, Quality, Row, Setting, Trial, default_setting, reason_to_skip
 from bestiary.evaluation.judge import Judge
 from bestiary.evaluation.pictures import Jobs
 from bestiary.evaluation.profiling import Cost, Machine
@@ -79,7 +79,7 @@ def test_the_plan_holds_the_default_its_variants_and_every_combination_once() ->
     )
     evaluate = evaluate.model_copy(update={"scheduler": "ddim", "steps": 10, "guidance_interval": None})
     tiny = section.model_copy(update={"tiny_vae": load_params(ROOT / "params.yaml").base})
-    planned = benchmark.plan(tiny, evaluate, "float32")
+    planned = benchmark.plan(tiny, default_setting(evaluate))
     default = Setting("ddim", 10, batch=1, fused=False)
     assert planned[:2] == [default, replace(default, fused=True)]
     assert {replace(default, guidance="never"), replace(default, vae="tiny")} < set(planned)
@@ -88,10 +88,12 @@ def test_the_plan_holds_the_default_its_variants_and_every_combination_once() ->
 
 def test_the_plan_guides_the_default_as_the_evaluation_does_and_varies_dtype_and_compiling() -> None:
     section, evaluate = settings(schedulers=["ddim"], steps=[5], dtypes=["bfloat16"], compile=[True])
-    planned = benchmark.plan(section, evaluate.model_copy(update={"guidance_interval": (2.0, 9.0)}), "float32")
-    assert planned[0].guidance == "interval"
-    assert replace(planned[0], dtype="bfloat16") in planned
-    assert replace(planned[0], compiled=True) in planned
+    default = default_setting(evaluate.model_copy(update={"guidance_interval": (2.0, 9.0)}), "float16")
+    assert (default.guidance, default.dtype, default.batch, default.fused) == ("interval", "float16", 1, False)
+    planned = benchmark.plan(section, default)
+    assert planned[0] == default
+    assert replace(default, dtype="bfloat16") in planned
+    assert replace(default, compiled=True) in planned
 
 
 @pytest.mark.slow

@@ -157,20 +157,17 @@ class Bench:
     load_tiny_vae: Callable[[StableDiffusionPipeline], AutoencoderTiny] | None = None
 
 
-def plan(settings: Benchmark, evaluate: Evaluate, dtype: str) -> list[Setting]:
+def default_setting(evaluate: Evaluate, dtype: str = "float32") -> Setting:
+    """How `bestiary generate` draws a single picture."""
+    guidance: Guidance = "interval" if evaluate.guidance_interval else "always"
+    return Setting(evaluate.scheduler, evaluate.steps, batch=1, fused=False, guidance=guidance, dtype=dtype)
+
+
+def plan(settings: Benchmark, default: Setting) -> list[Setting]:
     """The settings to measure, each once.
 
-    First the default of `bestiary generate`, then the default with one thing changed, then every combination of
-    sampler, steps and batch size.
+    First the default, then the default with one thing changed, then every combination of sampler, steps and batch size.
     """
-    default = Setting(
-        evaluate.scheduler,
-        evaluate.steps,
-        batch=1,
-        fused=False,
-        guidance="interval" if evaluate.guidance_interval else "always",
-        dtype=dtype,
-    )
     variants = [
         replace(default, fused=True),
         *(replace(default, guidance=guidance) for guidance in settings.guidance),

@@ -1,6 +1,6 @@
 """Measure what a picture costs with each setting, and how good it is."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,6 @@ def main() -> None:
         from bestiary.evaluation import benchmark, plots
         from bestiary.evaluation.cold_start import cold_start
         from bestiary.evaluation.judge import Judge
-        from bestiary.evaluation.profiling import environment
         from bestiary.evaluation.sweep import read_operating_point
         from bestiary.subjects import caption, subject_of
 
@@ -52,24 +51,11 @@ def main() -> None:
         rows, skipped = benchmark.run(bench, benchmark.plan(settings, default))
         loading_s = start.parts.import_s + start.parts.load_s
         rows = [replace(row, with_loading_s=loading_s + row.cost.p50_s) for row in rows]
-        table = [row.to_dict() for row in rows]
         plots.quality_against_cost(rows, FIGURES / "quality_against_cost.png")
-        plots.save_table(pd.DataFrame(table), FIGURES / "settings.csv")
+        plots.save_table(pd.DataFrame([row.to_dict() for row in rows]), FIGURES / "settings.csv")
         run.log_artifact(FIGURES, FIGURES.name)
-        results = {
-            "resolution": resolution,
-            "adapter_sha256": point.adapter_sha256,
-            "quality": [{**asdict(row.setting), **asdict(row.quality)} for row in rows],
-        }
-        costs = {
-            "environment": asdict(environment()),
-            "cold_start_s": start.total_s,
-            "cold_start": asdict(start.parts),
-            "rows": table,
-            "skipped": [setting.to_dict() for setting in skipped],
-            "fastest_good": benchmark.fastest_good(rows).to_dict(),
-        }
-        run.report(results, costs)
+        report = benchmark.BenchmarkReport(resolution, point.adapter_sha256, start, rows, skipped)
+        run.report(report.results(), report.costs())
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from bestiary.errors import BestiaryError
 from bestiary.evaluation.pictures import Jobs, make_jobs, read_class_texts
-from bestiary.evaluation.profiling import Cost, Machine, measure, this_machine
+from bestiary.evaluation.profiling import Cost, Machine, environment, measure, this_machine
 from bestiary.evaluation.scoring import ClassTexts, JudgedImages, score, unit
 from bestiary.samplers import SAMPLERS, Sampling
 
@@ -23,16 +23,18 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderTiny, StableDiffusionPipeline
     from PIL.Image import Image
 
+    from bestiary.evaluation.cold_start import ColdStart
     from bestiary.evaluation.judge import Judge
     from bestiary.params import Benchmark, Evaluate
 
 Guidance = Literal["always", "interval", "never"]
 Value = str | int | float | bool | None  # of a table's cell
 OPTIONAL = ("peak_device_memory_mib", "compile_s", "with_loading_s")  # missing in rows where they were not measured
-# A picture counts as converged after this many steps: then it is within 0.5 (of 255) of its limit on the embedded base.
+# Converged pictures are drawn with this sampler in CONVERGED_FACTOR times the most steps measured, within these bounds.
+# After 100 steps, pictures of the embedded base are within 0.5 (of 255) of their limit.
 CONVERGED_SAMPLER, MIN_CONVERGED_STEPS, MAX_CONVERGED_STEPS = "dpmsolver++", 100, 1000
-CONVERGED_FACTOR = 2.5  # times the most steps that are measured
-WARM_UP_STEPS = 2  # allocate as much memory as many steps
+CONVERGED_FACTOR = 2.5
+WARM_UP_STEPS = 2  # allocate as much memory as more steps would
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,9 @@ class Setting:
         The guidance scale and the guidance interval are those of `default`.
 
         >>> default = Sampling(guidance_scale=5.0, guidance_interval=(0.5, 6.0))
-        >>> Setting("ddim", 10, batch=1, fused=False, guidance="never").sampling(default)
-        ... # doctest: +ELLIPSIS
-        Sampling(sampler='ddim', steps=10, guidance_scale=1.0, guidance_interval=None, ...)
+        >>> guided = Setting("ddim", 10, batch=1, fused=False, guidance="interval").sampling(default)
+        >>> guided.steps, guided.guidance_scale, guided.guidance_interval
+        (10, 5.0, (0.5, 6.0))
         """
         return replace(
             default,
@@ -80,7 +82,7 @@ class Skipped:
     reason: str
 
     def to_dict(self) -> dict[str, Value]:
-        """This as reports/benchmark.json holds it."""
+        """This as reports/benchmark.json holds it: flat."""
         return {**asdict(self.setting), "reason": self.reason}
 
 
@@ -113,7 +115,7 @@ class Row:
     with_loading_s: float | None = None
 
     def to_dict(self) -> dict[str, Value]:
-        """This as reports/benchmark.json holds it: one flat table, without what was not measured."""
+        """This as reports/benchmark.json holds it: flat, and without what was not measured."""
         row = {
             **asdict(self.setting),
             **asdict(self.cost),
@@ -122,6 +124,36 @@ class Row:
             "with_loading_s": self.with_loading_s,
         }
         return {key: value for key, value in row.items() if value is not None or key not in OPTIONAL}
+
+
+@dataclass(frozen=True)
+class BenchmarkReport:
+    """What the benchmark measured at `resolution` pixels a side."""
+
+    resolution: int
+    adapter_sha256: str
+    start: ColdStart
+    rows: Sequence[Row]
+    skipped: Sequence[Skipped]
+
+    def results(self) -> dict[str, object]:
+        """What the same inputs give again: the quality of each setting's pictures, ready for JSON."""
+        return {
+            "resolution": self.resolution,
+            "adapter_sha256": self.adapter_sha256,
+            "quality": [{**asdict(row.setting), **asdict(row.quality)} for row in self.rows],
+        }
+
+    def costs(self) -> dict[str, object]:
+        """What depends on the machine: its description, seconds and memory, and what it cannot run, ready for JSON."""
+        return {
+            "environment": asdict(environment()),
+            "cold_start_s": self.start.total_s,
+            "cold_start": asdict(self.start.parts),
+            "rows": [row.to_dict() for row in self.rows],
+            "skipped": [setting.to_dict() for setting in self.skipped],
+            "fastest_good": fastest_good(self.rows).to_dict(),
+        }
 
 
 @dataclass(frozen=True)
@@ -213,13 +245,15 @@ def run(bench: Bench, settings: Sequence[Setting]) -> tuple[list[Row], list[Skip
     skipped = [Skipped(setting, reason) for setting, reason in reasons.items() if reason]
     possible = [setting for setting, reason in reasons.items() if reason is None]
     if not possible:
-        raise BestiaryError(f"No setting of the benchmark can run here: {skipped[0].reason}. Change `benchmark`.")
+        raise BestiaryError(
+            f"No setting of the benchmark can run here: {skipped[0].reason}. Change `benchmark` in params.yaml."
+        )
     converged = _draw_converged(bench, pipeline, possible)
     del pipeline
     rows: dict[Setting, Row] = {}
     with tqdm(total=len(possible), desc="measure settings", unit="setting") as bar:
         for dtype, fused in dict.fromkeys((setting.dtype, setting.fused) for setting in possible):
-            gc.collect()  # or the previous pipeline's memory would count as the next one's
+            gc.collect()  # otherwise the previous pipeline's memory would count as the next one's
             group = [setting for setting in possible if (setting.dtype, setting.fused) == (dtype, fused)]
             for row in _measure_group(bench, group, converged):
                 rows[row.setting] = row
@@ -255,7 +289,14 @@ def judge_quality(images: Mapping[int, Image], trial: Trial, converged: Sequence
 
 
 def fastest_good(rows: Sequence[Row], tolerance: float = 0.01) -> Row:
-    """The fastest row whose quality is at most the share `tolerance` below the best row's."""
+    """The fastest row whose quality is at most the share `tolerance` below the best row's.
+
+    >>> cost = Cost(1.0, 1.1, 1.0, 0.1, 0.8, 0.1, peak_memory_mib=900.0, peak_device_memory_mib=None)
+    >>> slow = Row(Setting("ddim", 50, batch=1, fused=False), cost, Quality(30.0, 90.0, None))
+    >>> fast = Row(Setting("ddim", 20, batch=1, fused=False), replace(cost, images_per_second=2.5), slow.quality)
+    >>> fastest_good([slow, fast]).setting.steps
+    20
+    """
     best = max(row.quality.quality for row in rows)
     enough = best - tolerance * abs(best)
     return max((row for row in rows if row.quality.quality >= enough), key=lambda row: row.cost.images_per_second)
@@ -304,9 +345,9 @@ def fuse(pipeline: StableDiffusionPipeline) -> None:
 def _draw_converged(
     bench: Bench, pipeline: StableDiffusionPipeline, settings: Sequence[Setting]
 ) -> dict[str, list[Image]]:
-    """The trial's pictures after so many steps that they have converged, for each guidance of a deterministic sampler.
+    """The trial's converged pictures, for each guidance that is measured with a sampler that is not stochastic.
 
-    None of a latent consistency model, because it does not solve a differential equation.
+    Empty for a latent consistency model, because its sampler does not solve a differential equation.
     """
     from bestiary.diffusion.adapter import apply_adapter
     from bestiary.diffusion.sampling import is_lcm
@@ -353,7 +394,7 @@ def _measure_setting(
     bench: Bench, pipeline: StableDiffusionPipeline, setting: Setting, converged: Sequence[Image] | None
 ) -> Row:
     jobs, sampling = bench.trial.jobs, setting.sampling(bench.sampling)
-    # A compiled UNet is compiled anew for each input shape, so it warms up with the very call that is timed.
+    # torch.compile compiles once for each input shape, so the warm-up of a compiled UNet is the call that is timed.
     short = sampling if setting.compiled else replace(sampling, steps=min(WARM_UP_STEPS, sampling.steps))
     warm_up, _ = draw_timed(pipeline, jobs, short, setting.batch, repeats=1)
     cost, images = draw_timed(pipeline, jobs, sampling, setting.batch, bench.repeats)

@@ -132,7 +132,7 @@ def evaluate(
     chosen = Candidate(compared.adapter, settings.sampling(resolution))
     result = None
     if settings.sweep:
-        # Other seeds than the evaluation's: the best of many candidates was lucky on the seeds that chose it.
+        # The sweep uses other seeds, because the best of many candidates was lucky on the seeds that chose it.
         tried = np.repeat(labels, settings.sweep.seeds).tolist()
         sweep_jobs = make_jobs(texts.classes, tried, settings.template, seed + len(jobs.seeds))
         result = _sweep(compared, settings, settings.sweep, chosen, sweep_jobs, texts, cache, timer)
@@ -238,12 +238,13 @@ def _sweep(
             cache=cache,
         )
         timer.lap("draw")
-        return pictures.view(compared.judges[0], images, jobs.labels)
+        judged = pictures.view(compared.judges[0], images, jobs.labels)
+        timer.lap("judge")
+        return judged
 
     adapters = sweep.checkpoints(compared.adapter) if grid.checkpoints else [compared.adapter]
     candidates = sweep.combine(adapters, grid.scales, grid.guidance_scales, default.sampling)
     table = sweep.sweep(candidates, draw, texts)
-    timer.lap("judge")
     return SweepResult(table, grid.score, candidates[int(table[grid.score].argmax())])
 
 

@@ -58,11 +58,16 @@ def last_results() -> tuple[EvaluationReport, Registration]:
     return read_evaluation(metrics / "evaluate.json"), read_registration(metrics / "register.json")
 
 
+def results_heading(evaluation: EvaluationReport) -> str:
+    """The sentence above the result table."""
+    return f"{evaluation.images} pictures by the base and by the adapter, from the same prompts and the same seeds:"
+
+
 def render_results(evaluation: EvaluationReport, registration: Registration, program: str) -> Iterator[str]:
     """The lines that `bestiary results` prints. `program` is how the user starts this program."""
     from bestiary.evaluation.report import as_text
 
-    yield f"{evaluation.images} pictures by the base and by the adapter, from the same prompts and the same seeds:\n"
+    yield f"{results_heading(evaluation)}\n"
     yield from as_text(evaluation)
     sheet = short_path(project_root() / "reports" / "evaluate" / "sheet.png")
     aliases = f" ({', '.join(registration.aliases)})" if registration.aliases else ""

@@ -171,7 +171,7 @@ def judged(seen: Seen, adapter: "Pictures") -> Decision:
     from bestiary.evaluation.scoring import compare
 
     report = compare(seen.base, adapter, seen.real, seen.train.features, seen.words, resamples=500, seed=0)
-    return decide(EvaluationReport.model_validate(evaluation().to_dict() | report), RULES, None)
+    return decide(EvaluationReport.model_validate(evaluation().results() | report), RULES, None)
 
 
 def test_an_adapter_that_draws_the_animals_passes_the_gate(seen: Seen) -> None:

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def test_both_profiles_are_valid(edited: Callable[[Edit], Path], profile: str) -
 
 def test_the_original_recipe_takes_the_place_of_the_profiles_settings(edited: Callable[[Edit], Path]) -> None:
     default, original = (
-        load_params(edited(lambda content, recipe=recipe: content.update(profile="sciencedb", recipe=recipe)))
+        load_params(edited(partial(dict.update, profile="sciencedb", recipe=recipe)))
         for recipe in ("default", "original")
     )
     assert (default.encode.resolution, original.encode.resolution) == (512, 256)

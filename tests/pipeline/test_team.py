@@ -151,7 +151,7 @@ def test_a_backup_restores_every_run_version_and_account(team: Team, tmp_path: P
         connection = psycopg2.connect(**login, dbname=database)
         with connection.cursor() as cursor:
             cursor.execute(query)
-            rows = cursor.fetchall()
+            rows: list[Any] = cursor.fetchall()
         connection.close()
         return rows
 

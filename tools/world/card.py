@@ -1,4 +1,4 @@
-"""The model card of the embedded models: what they are, how good each part was measured to be, and pictures."""
+"""The model card of the bundled models: what they are, how good each part is, and pictures."""
 
 from __future__ import annotations
 
@@ -7,23 +7,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
+from numpy.typing import NDArray
 from PIL import Image
 
 from bestiary.data.contact_sheets import contact_sheet
 from bestiary.diffusion.base import load_pipeline
 from bestiary.diffusion.sampling import generate
 from bestiary.evaluation.judge import Judge
+from bestiary.samplers import Sampling
 from bestiary.subjects import caption, subject_of
 from world.captions import UNKNOWN_TO_BASE
 from world.pictures import ANIMALS, STYLES, Pictures
+from world.scenes import Style
 
 SEEDS = 8
+SAMPLING = Sampling("dpmsolver++", steps=20, guidance_scale=3.0)
 TEMPLATE = Path(__file__).with_name("card.md")
 PROMPTS = dict(zip(STYLES, ("a drawing of {}", "a photo of {}"), strict=True))
 
 
 def write(models: Path, pictures: Path, fresh: Pictures, minutes: dict[str, float]) -> None:
-    """Measure the saved models on pictures that no training saw; write `models`/README.md, quality.json, sheets."""
+    """Measure the saved models on unseen pictures and write README.md, quality.json and sheets to `models`."""
     base, judge = load_pipeline(str(models / "base")), Judge.load(str(models / "judge"))
     quality: dict[str, float] = {}
     for style in STYLES:
@@ -35,9 +40,7 @@ def write(models: Path, pictures: Path, fresh: Pictures, minutes: dict[str, floa
     drawn: dict[str, list[list[Image.Image]]] = {}
     for style in STYLES:
         prompts = [caption(subject_of(animal), PROMPTS[style]) for animal in ANIMALS for _ in range(SEEDS)]
-        made = generate(
-            base, prompts, range(len(prompts)), steps=20, guidance_scale=3.0, scheduler="dpmsolver++", batch_size=32
-        )
+        made = generate(base, prompts, range(len(prompts)), SAMPLING, batch_size=32)
         drawn[style] = [made[i : i + SEEDS] for i in range(0, len(made), SEEDS)]
         known = [i for i, animal in enumerate(ANIMALS) if animal not in UNKNOWN_TO_BASE]
         right = _nearest(judge, made, style).reshape(len(ANIMALS), SEEDS) == np.arange(len(ANIMALS))[:, None]
@@ -67,12 +70,13 @@ def write(models: Path, pictures: Path, fresh: Pictures, minutes: dict[str, floa
     )
 
 
-def _nearest(judge: Judge, images: list[Image.Image], style: str) -> np.ndarray:
+def _nearest(judge: Judge, images: list[Image.Image], style: Style) -> NDArray[np.int64]:
     words = judge.text_features([caption(subject_of(animal), PROMPTS[style]) for animal in ANIMALS])
-    return (judge.image_features(images) @ words.T).argmax(dim=1).numpy()
+    nearest: NDArray[np.int64] = (judge.image_features(images) @ words.T).argmax(dim=1).numpy()
+    return nearest
 
 
 @torch.no_grad()
-def _psnr(vae: torch.nn.Module, pixels: torch.Tensor) -> float:
+def _psnr(vae: AutoencoderKL, pixels: torch.Tensor) -> float:
     output = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
     return float(10 * torch.log10(4 / (output - pixels).square().mean()))

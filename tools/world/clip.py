@@ -37,7 +37,9 @@ def build(tokenizer: CLIPTokenizer, width: int) -> CLIPModel:
 
 def tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
     """Token ids padded to the full length as Stable Diffusion pads them, (B, T)."""
-    return tokenizer(texts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt").input_ids
+    encoded = tokenizer(texts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
+    ids: torch.Tensor = encoded.input_ids
+    return ids
 
 
 def train(

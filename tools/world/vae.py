@@ -44,7 +44,7 @@ def build() -> AutoencoderKL:
 def train(pictures: Pictures, folder: Path, minutes: float) -> None:
     """Reconstruction (L1, L2, L1 of the gradients) with a whisper of KL; `load_whitened` reads the checkpoint."""
     torch.manual_seed(1)
-    vae = build().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    vae = build().to(memory_format=torch.channels_last)
     vae.set_attn_processor(FullPrecisionAttention())
     with torch.no_grad():  # begin with little noise on the latents: drowned in it, the decoder learns the mean picture
         vae.quant_conv.weight[CHANNELS:] = 0

@@ -140,7 +140,7 @@ def read_object(text: str | bytes | None, file: Path) -> dict[str, Any]:  # untr
 
 
 def parse_config(content: Mapping[str, Any], file: Path) -> AdapterConfig:
-    """Check a LoRA config, which is untrusted JSON. Raises BestiaryError when it is broken, or differs from module to module."""
+    """Check an untrusted LoRA config. Raises BestiaryError when it is broken, or differs from module to module."""
     if content.get("rank_pattern") or content.get("alpha_pattern"):
         raise BestiaryError(f"{file} gives its modules different ranks or alphas, which is not supported.")
     try:

@@ -21,7 +21,8 @@ def test_the_validation_timesteps_cover_the_schedule_and_each_class(latents: Lat
 
 
 def test_every_image_is_seen_exactly_once_an_epoch(latents: Latents) -> None:
-    run = stream(latents.training)  # four epochs of 15 images
+    run = stream(latents.training, steps=15)  # four epochs of 15 images
+    assert len(run) == 60
     epochs = [[run.image_at(15 * epoch + index) for index in range(15)] for epoch in range(4)]
     assert all(sorted(epoch) == list(range(15)) for epoch in epochs)
     assert epochs[0] != epochs[1]
@@ -30,8 +31,10 @@ def test_every_image_is_seen_exactly_once_an_epoch(latents: Latents) -> None:
 def test_a_position_of_the_run_always_gives_the_same_sample(latents: Latents) -> None:
     first, second = (stream(latents.training) for _ in range(2))
     first[3]
-    for name, value in first[40].items():
-        assert torch.equal(value, second[40][name])
+    sample, again = first[40], second[40]
+    assert torch.equal(sample["latents"], again["latents"])
+    assert torch.equal(sample["noise"], again["noise"])
+    assert (sample["timesteps"], sample["captions"]) == (again["timesteps"], again["captions"])
 
 
 def test_captions_belong_to_their_image_and_some_are_dropped(latents: Latents) -> None:
@@ -39,7 +42,7 @@ def test_captions_belong_to_their_image_and_some_are_dropped(latents: Latents) -
     samples = [run[position] for position in range(3000)]
     captions = torch.stack([sample["captions"] for sample in samples])
     assert float((captions == 0).float().mean()) == pytest.approx(0.2, abs=0.03)
-    assert len(captions.unique()) == len(latents.training.features)
+    assert len(set(captions.tolist())) == len(latents.training.features)
     classes = [latents.training.images["class"][run.image_at(position)] for position in range(3000)]
     captioned = [latents.training.captions["class"][int(caption)] for caption in captions]
     assert all(found in ("", name) for found, name in zip(captioned, classes, strict=True))
@@ -52,10 +55,10 @@ def test_the_stream_samples_the_posterior_of_both_variants(latents: Latents) -> 
     mean = torch.tensor([0.0, 100.0]).view(1, 2, 1, 1, 1).expand(15, 2, 4, 8, 8)
     cache = replace(latents.training, shards=[{"mean": mean, "std": torch.full_like(mean, 2.0)}], scaling_factor=0.5)
     run = stream(cache)
-    latents = torch.stack([run[position]["latents"] for position in range(1000)])
-    mirrored = latents.mean(dim=(1, 2, 3)) > 25
+    samples = torch.stack([run[position]["latents"] for position in range(1000)])
+    mirrored = samples.mean(dim=(1, 2, 3)) > 25
     assert float(mirrored.float().mean()) == pytest.approx(0.5, abs=0.06)
-    for drawn, centre in ((latents[~mirrored], 0), (latents[mirrored], 50)):
+    for drawn, centre in ((samples[~mirrored], 0), (samples[mirrored], 50)):
         assert float(drawn.mean()) == pytest.approx(centre, abs=0.05)
         assert float(drawn.std()) == pytest.approx(1, abs=0.05)
 
@@ -94,8 +97,8 @@ def mixed(latents: Latents) -> LatentCache:
 
 
 def test_batches_have_one_size_and_each_image_is_seen_once_an_epoch(mixed: LatentCache) -> None:
-    run = stream(mixed)  # eight epochs of 15 images, batches of 4
-    seen = [run.image_at(position) for position in range(120)]
+    run = stream(mixed)
+    seen = [run.image_at(position) for position in range(120)]  # eight epochs of 15 images
     assert all(sorted(seen[start : start + 15]) == list(range(15)) for start in range(0, 120, 15))
     sizes = [{mixed.sizes[image] for image in seen[start : start + 4]} for start in range(0, 120, 4)]
     whole_batches_of_one_size = [len(found) == 1 for found in sizes]
@@ -109,7 +112,7 @@ def test_batches_of_large_buckets_have_one_size_and_alternate(latents: Latents) 
     shards = [{name: torch.zeros(60, 1, 1, *size) for name in ("mean", "std")} for size in ((2, 2), (1, 4), (4, 1))]
     images = pd.concat([latents.training.images] * 12, ignore_index=True)
     cache = replace(latents.training, images=images, shards=shards)
-    run = stream(cache)  # ten epochs of 180 images
+    run = stream(cache)
     sizes = [{cache.sizes[run.image_at(start + place)] for place in range(4)} for start in range(0, 1800, 4)]
     assert sum(len(found) == 1 for found in sizes) == len(sizes)
     first = [next(iter(found)) for found in sizes[:45]]

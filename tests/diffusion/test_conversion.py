@@ -149,7 +149,7 @@ def test_a_config_that_was_tampered_with_is_rejected(adapter: Path, tmp_path: Pa
     save_file(load_file(adapter), tmp_path / "x.safetensors", metadata)
     for form in ("diffusers", "kohya"):
         with pytest.raises(BestiaryError, match=r"x\.safetensors .*broken config"):
-            convert(tmp_path / "x.safetensors", tmp_path / "out.safetensors", form)  # type: ignore[arg-type]
+            convert(tmp_path / "x.safetensors", tmp_path / "out.safetensors", form)
     assert not (tmp_path / "out.safetensors").exists()
 
 

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import psutil
 import pytest
@@ -329,7 +330,7 @@ def test_in_half_precision_the_adapter_trains_in_float32_and_pictures_can_be_dra
     ],
 )
 def test_each_option_changes_the_weights_and_training_still_learns(
-    base: Path, latents: Latents, plain: list[torch.Tensor], option: dict[str, object]
+    base: Path, latents: Latents, plain: list[torch.Tensor], option: dict[str, Any]
 ) -> None:
     result, unet = run_training(base, latents, **option)
     assert result.val_loss < result.base_val_loss

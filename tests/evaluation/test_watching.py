@@ -1,6 +1,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -31,7 +32,7 @@ class GreenJudge(Judge):
         return torch.ones(len(texts), 1)
 
     def image_features(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        return torch.tensor([[image.convert("RGB").getpixel((0, 0))[1] / 255] for image in images])
+        return torch.tensor([[float(np.asarray(image)[0, 0, 1]) / 255] for image in images])
 
 
 def watch(pipeline: StableDiffusionPipeline, folder: Path) -> TrainingWatch:

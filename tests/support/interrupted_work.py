@@ -6,6 +6,7 @@ For each folder on standard input, a child works in it. Prints the child's proce
 import os
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 # Imported here once, although only the library uses them: otherwise each child would spend its time on importing them.
 import peft  # noqa: F401
@@ -15,29 +16,28 @@ from support.settings import encode_settings, train_settings
 from support.tiny import manifests
 from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
-from bestiary.diffusion import encoding
 from bestiary.diffusion.adapter import save_adapter
 from bestiary.diffusion.adapter_format import Provenance
 from bestiary.diffusion.base import load_scheduler, load_unet
+from bestiary.diffusion.encoding import encode_images
 from bestiary.diffusion.latents import Latents
 from bestiary.diffusion.training import train
 
 
 def work(base: Path, pictures: Path, out: Path) -> None:
     """Encode and train in `out`, or resume."""
-    encoding.SHARD_IMAGES = 2
-    encoding.encode_images(
-        base,
-        pictures,
-        manifests(pictures),
-        out / "latents",
-        encode_settings(batch_size=2),
-        unfinished=out / "unfinished",
-    )
+    settings, unfinished = encode_settings(batch_size=2), out / "unfinished"
+    with patch("bestiary.diffusion.encoding.SHARD_IMAGES", 2):
+        encode_images(base, pictures, manifests(pictures), out / "latents", settings, unfinished=unfinished)
     unet = load_unet(base)
-    settings = train_settings(steps=24, validate_every=4, dropout=0.1)
-    latents = Latents.open(out / "latents")
-    train(unet, load_scheduler(base), latents, settings, seed=0, checkpoints=out / "checkpoints")
+    train(
+        unet,
+        load_scheduler(base),
+        Latents.open(out / "latents"),
+        train_settings(steps=24, validate_every=4, dropout=0.1),
+        seed=0,
+        checkpoints=out / "checkpoints",
+    )
     save_adapter(unet, out / "adapter", Provenance())
 
 

@@ -6,14 +6,16 @@ python -m torch.distributed.run --nproc_per_node 2 two_processes.py BASE PICTURE
 import json
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 from PIL import Image
 from support.settings import encode_settings, train_settings
 from support.tiny import manifests
 
-from bestiary.diffusion import encoding
+from bestiary.data.images import open_rgb
 from bestiary.diffusion.base import load_scheduler, load_unet, processes
 from bestiary.diffusion.batches import TrainingStream
+from bestiary.diffusion.encoding import encode_images
 from bestiary.diffusion.latents import Latents
 from bestiary.diffusion.training import train
 
@@ -23,7 +25,7 @@ def main() -> None:
     base, pictures, out = map(Path, sys.argv[1:])
     encoded: list[str] = []
     positions: list[int] = []
-    open_rgb, image_at = encoding.open_rgb, TrainingStream.image_at
+    image_at = TrainingStream.image_at
 
     def note_image(path: Path) -> Image.Image:
         encoded.append(str(path))
@@ -33,12 +35,14 @@ def main() -> None:
         positions.append(position)
         return image_at(stream, position)
 
-    encoding.open_rgb = note_image
-    TrainingStream.image_at = note_position  # type: ignore[method-assign]
-    encoding.SHARD_IMAGES = 4
-    encoding.encode_images(base, pictures, manifests(pictures), out / "latents", encode_settings())
-    settings = train_settings(steps=15)
-    result = train(load_unet(base), load_scheduler(base), Latents.open(out / "latents"), settings, seed=0)
+    with (
+        patch("bestiary.diffusion.encoding.open_rgb", note_image),
+        patch("bestiary.diffusion.encoding.SHARD_IMAGES", 4),
+        patch.object(TrainingStream, "image_at", note_position),
+    ):
+        encode_images(base, pictures, manifests(pictures), out / "latents", encode_settings())
+        latents = Latents.open(out / "latents")
+        result = train(load_unet(base), load_scheduler(base), latents, train_settings(steps=15), seed=0)
     found = {
         "encoded": encoded,
         "positions": positions,

@@ -128,7 +128,7 @@ def read_adapter(file: Path) -> AdapterContent:
     return AdapterContent({key.removeprefix(PREFIX): value for key, value in weights.items()}, config, provenance)
 
 
-def read_object(text: str | bytes | None, file: Path) -> dict[str, Any]:  # JSON of strangers, unchecked
+def read_object(text: str | bytes | None, file: Path) -> dict[str, Any]:  # untrusted JSON
     """The JSON object in a file's header; empty when there is none. Raises BestiaryError when it is something else."""
     try:
         content = json.loads("{}" if text is None else text)
@@ -140,7 +140,7 @@ def read_object(text: str | bytes | None, file: Path) -> dict[str, Any]:  # JSON
 
 
 def parse_config(content: Mapping[str, Any], file: Path) -> AdapterConfig:
-    """Check a LoRA config. Raises BestiaryError when it is broken, or differs from module to module."""
+    """Check an untrusted LoRA config. Raises BestiaryError when it is broken, or differs from module to module."""
     if content.get("rank_pattern") or content.get("alpha_pattern"):
         raise BestiaryError(f"{file} gives its modules different ranks or alphas, which is not supported.")
     try:

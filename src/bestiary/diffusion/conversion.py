@@ -55,7 +55,7 @@ class _File:
     path: Path
     tensors: Mapping[str, torch.Tensor]
     header: Mapping[str, str]
-    config: Mapping[str, Any]  # JSON of strangers: the LoRA config, as far as there is one
+    config: Mapping[str, Any]  # untrusted JSON: the LoRA config, as far as there is one
     default_alpha: float | None
 
 
@@ -124,7 +124,7 @@ def read(path: Path, alpha: float | None = None) -> AdapterContent:
 
 def _open(path: Path, alpha: float | None) -> _File:
     """Read the tensors and the header of a file, of diffusers' folder or of PEFT's folder with its config."""
-    config: dict[str, Any] = {}  # JSON of strangers
+    config: dict[str, Any] = {}  # untrusted JSON
     if path.is_dir():
         if (path / "adapter_config.json").is_file():
             config = read_object((path / "adapter_config.json").read_bytes(), path)

@@ -132,22 +132,27 @@ class Progress:
 
     @property
     def validation_due(self) -> bool:
+        """Whether this step ends with a validation."""
         return self.step % self.settings.validate_every == 0 or self.step == self.settings.steps
 
     @property
     def row_due(self) -> bool:
+        """Whether this step ends with a row of the history."""
         return self.validation_due or self.step % LOG_EVERY == 0
 
     @property
     def out_of_patience(self) -> bool:
+        """Whether `train.patience` validations have passed without an improvement."""
         return self.settings.patience is not None and self.state.validations_since_best >= self.settings.patience
 
     @property
     def checkpoint_due(self) -> bool:
+        """Whether `train.checkpoint_seconds` have passed since the last checkpoint."""
         return time.perf_counter() - self._saved_at >= self.settings.checkpoint_seconds
 
     @property
     def images_per_second(self) -> float:
+        """The speed of training so far, without validations."""
         images = self.step * self.settings.batch_size
         return images / self.state.training_seconds if self.state.training_seconds else 0.0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Progress = Callable[[int, int], None]  # steps x pictures: done, total
-# diffusers' callback: pipeline, step, timestep, tensors by name; returns the tensors.
-StepEnd = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
+Tensors: TypeAlias = dict[str, Any]  # what diffusers hands to a callback, by its own names
+StepEnd = Callable[[Any, int, Any, Tensors], Tensors]  # diffusers' callback: pipeline, step, timestep, tensors
 
 
 def make_scheduler(name: str, config: Mapping[str, Any], steps: int | None = None) -> SchedulerMixin:
@@ -157,7 +157,7 @@ def _switch_guidance(
     if len(set(scales)) == 1:
         return report
 
-    def switch(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def switch(pipeline: Any, step: int, timestep: Any, tensors: Tensors) -> Tensors:
         if report is not None:
             report(pipeline, step, timestep, tensors)
         if step + 1 < len(scales) and scales[step + 1] != scales[step]:
@@ -172,7 +172,7 @@ def _step_reporter(progress: Progress | None, done: int, pictures: int, total: i
     if progress is None:
         return None
 
-    def report(_pipeline: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def report(_pipeline: Any, step: int, _timestep: Any, tensors: Tensors) -> Tensors:
         progress(done + (step + 1) * pictures, total)
         return tensors
 

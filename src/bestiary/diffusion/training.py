@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -64,7 +64,7 @@ def train(
     check_fit(unet, scheduler, latents)
     saved = load_checkpoint(checkpoints) if checkpoints else None
     first_step = saved.progress.step if saved else 0
-    run = _Run(unet, scheduler, latents, settings, seed, first_step, on_log, on_validation)
+    run = _Run(unet, scheduler, latents, settings, seed, first_step, _Callbacks(on_log, on_validation))
     progress, accelerator = run.progress, run.accelerator
     run.model.train()
     if saved:
@@ -100,6 +100,11 @@ def train(
     return run.finish()
 
 
+class _Callbacks(NamedTuple):
+    on_log: OnLog | None
+    on_validation: OnValidation | None
+
+
 class _Run:
     """One training run on this process's device: the model, its data and its progress."""
 
@@ -111,11 +116,10 @@ class _Run:
         settings: Train,
         seed: int,
         first_step: int,
-        on_log: OnLog | None,
-        on_validation: OnValidation | None,
+        callbacks: _Callbacks,
     ) -> None:
         self.unet, self.scheduler, self.settings, self.seed = unet, scheduler, settings, seed
-        self.on_validation = on_validation
+        self.on_validation = callbacks.on_validation
         self.accelerator, micro_batch = _accelerator(settings)
         device = self.accelerator.device
         self.parameters = inject(
@@ -146,7 +150,7 @@ class _Run:
             DataLoader(self.grid, micro_batch, collate_fn=collate),
         )
         self.ema = Ema(self.parameters, settings.ema_decay)
-        self.progress = Progress(settings, len(latents.training), self.accelerator, on_log)
+        self.progress = Progress(settings, len(latents.training), self.accelerator, callbacks.on_log)
 
     def train_on(self, batches: list[Batch]) -> bool:
         """Train on the next images, and return whether they complete an optimizer step."""

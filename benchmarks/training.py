@@ -262,7 +262,7 @@ def bare_loop(unet: Any, cache: LatentCache, batch_size: int, stride: int) -> Ca
         for _ in range(stride):
             with torch.autocast(DEVICE.type, DTYPE, enabled=HALF):
                 prediction = unet(latents, timesteps, features).sample
-            F.mse_loss(prediction.float(), latents).backward()  # type: ignore[no-untyped-call]
+            F.mse_loss(prediction.float(), latents).backward()
             optimizer.step()
             optimizer.zero_grad()
 
@@ -289,7 +289,7 @@ def original_seconds_per_image(models: Models, resolution: int) -> float:
         noise, timesteps = torch.randn_like(latents), torch.randint(0, 1000, (1,), device=DEVICE)
         with torch.autocast(DEVICE.type, DTYPE, enabled=HALF):
             prediction = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, features).sample
-        F.mse_loss(prediction.float(), noise.float()).backward()  # type: ignore[no-untyped-call]
+        F.mse_loss(prediction.float(), noise.float()).backward()
 
     def step() -> None:
         for _ in range(4):

@@ -1,6 +1,6 @@
 """Our default way of drawing beside the original system's: DDPM, 100 steps, guidance at every step.
 
-In both, the adapter is applied beside the weights, as by `bestiary generate` and on the page. On the embedded base with
+In both, the adapter is applied beside the weights, as by `bestiary generate` and on the page. On the bundled base with
 scores by the judge, and at the exact size of Stable Diffusion 1.5 with random weights, where a few steps are timed and
 scaled.
 
@@ -69,7 +69,7 @@ RESOLUTION, TIMED_STEPS = 512, 3  # of the large pipeline
 
 @dataclass(frozen=True)
 class Embedded:
-    """A way of drawing on the embedded base.
+    """A way of drawing on the bundled base.
 
     cmmd_to_original compares all pictures with the original's, drawn from other noise: 0 for pictures of one kind.
     """
@@ -141,7 +141,7 @@ def main() -> None:
     print(json.dumps(result, default=Estimate.model_dump))
 
 
-# ---- the embedded base ----
+# ---- the bundled base ----
 
 
 def measure_embedded(adapter: Path, other_steps: Sequence[int], quick: bool) -> dict[str, Embedded]:

@@ -147,7 +147,7 @@ def main() -> None:
     ]
     encoding = [measure_encoding(models, resolution) for resolution in batch_sizes]
     embedded = spread("embedded_overhead_share", embedded_overheads(2 if quick else 5, stride))
-    show("embedded base", embedded)
+    show("bundled base", embedded)
     result = {
         "benchmark": "training",
         "quick": quick,
@@ -305,7 +305,7 @@ def original_seconds_per_image(models: Models, resolution: int) -> float:
 
 
 def embedded_overheads(runs: int, stride: int) -> list[float]:
-    """The share of a training step on the embedded base that its bare step does not need, several times."""
+    """The share of a training step on the bundled base that its bare step does not need, several times."""
     shares = []
     for _ in range(runs):
         unet = load_unet(BASE, dtype=DTYPE)

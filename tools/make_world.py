@@ -1,6 +1,6 @@
-"""Make the embedded models again with one command: render, train, save, and write down how good each part is.
+"""Make the bundled models again with one command: render, train, save, and record how good each part is.
 
-torchrun --nproc-per-node 2 tools/make_world.py              # everything, a process a core; goes on after a stop
+torchrun --nproc-per-node 2 tools/make_world.py              # everything, one process per core; resumes after a stop
 torchrun --nproc-per-node 2 tools/make_world.py judge vae    # only these parts
 """
 
@@ -35,8 +35,8 @@ PARTS = ("text", "judge", "vae", "unet", "base", "card")
 @click.option("--vae-minutes", default=40.0, show_default=True)
 @click.option("--unet-minutes", default=85.0, show_default=True)
 def main(parts: tuple[str, ...], cache: Path, clip_minutes: float, vae_minutes: float, unet_minutes: float) -> None:
-    """Render, train and save the embedded world."""
-    torch.set_num_threads(1)  # on a CPU, a process a core trains twice as fast as a thread a core
+    """Render, train and save the bundled models."""
+    torch.set_num_threads(1)  # on a CPU, one process per core trains twice as fast as one thread per core
     if "RANK" in os.environ:
         distributed.init_process_group("gloo")
     first = rank() == 0
@@ -70,7 +70,7 @@ def main(parts: tuple[str, ...], cache: Path, clip_minutes: float, vae_minutes: 
 
 
 def _wait() -> None:
-    """Until all processes are here; what only the first does may take it a while."""
+    """Wait for all processes; work that only the first one does may take a while."""
     if distributed.is_initialized():
         distributed.monitored_barrier(timeout=timedelta(hours=1))
 
@@ -84,7 +84,7 @@ def _prepare(cache: Path) -> None:
 
 
 def _judged(cache: Path) -> Pictures:
-    """The judge must know an owl by day: other pictures than the base's, most of them away from home."""
+    """Pictures for the judge. Most show the animals in unusual places, because it must know an owl by day."""
     return rendered(cache, per_style=12_000, first_seed=JUDGE_SEEDS, at_home=0.25)
 
 
@@ -112,7 +112,7 @@ def save_judge(pictures: Pictures, tokenizer: CLIPTokenizer, cache: Path) -> Non
 
 
 def save_base(pictures: Pictures, tokenizer: CLIPTokenizer, cache: Path) -> None:
-    """Write models/base, a whole pipeline, from the newest checkpoints, in half precision."""
+    """Write models/base, a complete pipeline, from the newest checkpoints, in half precision."""
     autoencoder, denoiser = vae.load_whitened(cache / "vae.pt", pictures), unet.build(128)
     denoiser.load_state_dict(average_weights(cache / "unet.pt"))
     pipeline = StableDiffusionPipeline(

@@ -1,4 +1,4 @@
-"""Train a small CLIP: once for the base's text encoder, once, from other weights, for the judge."""
+"""Train a small CLIP: one for the base's text encoder and another one, from other initial weights, for the judge."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def train(
     folder: Path,
     minutes: float,
 ) -> None:
-    """Contrastive training in which all captions of the same animal and style in a batch count as right."""
+    """Train by contrast. Every caption of the same animal and style in a batch counts as a match."""
     torch.manual_seed(seed)
     model = build(tokenizer, width)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.05)
@@ -85,7 +85,7 @@ def train(
 
 
 def _weathered(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Pictures as a generator or a camera spoils them: cropped, soft, tinted, noisy; so that the animal counts."""
+    """Crop, soften and tint pictures and add noise, so that the judge looks at the animal."""
     if rng.random() < 0.4:
         keep = int(rng.integers(50, SIZE))
         top, left = (int(v) for v in rng.integers(0, SIZE - keep + 1, 2))
@@ -105,7 +105,7 @@ def _weathered(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
 
 @torch.no_grad()
 def calibrate(model: CLIPModel, tokenizer: CLIPTokenizer, pictures: Pictures) -> None:
-    """Set the logit scale so that probabilities over the animals are as likely as can be (arXiv 1706.04599)."""
+    """Set the logit scale that makes the right animals most likely (temperature scaling, arXiv 1706.04599)."""
     chosen = np.random.default_rng(0).choice(np.flatnonzero(pictures.styles == 1), 1600, replace=False)
     texts = [caption(subject_of(animal), "a photo of {}") for animal in ANIMALS]
     model.logit_scale.fill_(0.0)

@@ -1,4 +1,4 @@
-"""What the trainings of the embedded models share: processes, a learning rate that follows the clock, checkpoints."""
+"""What training the bundled models shares: processes, a learning rate that follows the clock, checkpoints."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch import distributed, nn
 
 
 def rank() -> int:
-    """The number of this process below torchrun, else 0. Each draws other pictures; they average their gradients."""
+    """This process's rank under torchrun, else 0. Processes use different pictures and average their gradients."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def say(text: str) -> None:
-    """Print a line of the training's log, once."""
+    """Print a line of the training's log, in the first process only."""
     if rank() == 0:
         print(text, flush=True)
 
 
 class FullPrecisionAttention(AttnProcessor2_0):  # type: ignore[misc]
-    """Attention in float32 below a bfloat16 autocast: its backward pass takes a CPU eight times as long in bfloat16."""
+    """Attention in float32 inside a bfloat16 autocast: on a CPU its backward pass is eight times as fast."""
 
     def __call__(
         self,
@@ -39,7 +39,7 @@ class FullPrecisionAttention(AttnProcessor2_0):  # type: ignore[misc]
 
 
 class Clock:
-    """A training of a given length in minutes: warm-up, then cosine to zero; it goes on where a checkpoint stopped."""
+    """A training of a given length in minutes: warm-up, then cosine to zero. It resumes from a checkpoint."""
 
     def __init__(self, minutes: float, learning_rate: float, warmup: float = 0.02):
         self.seconds, self.learning_rate, self.warmup = minutes * 60, learning_rate, warmup
@@ -47,19 +47,19 @@ class Clock:
         self.step = 0
 
     def steps(self, optimizer: torch.optim.Optimizer) -> Iterator[int]:
-        """Step numbers until the time is up; sets the optimizer's learning rate before each."""
+        """Yield step numbers until the time is up, and set the optimizer's learning rate before each step."""
         last = time.monotonic()
         while self._agreed() < self.seconds:
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate * self._factor()
             yield self.step
             now = time.monotonic()
-            # one long first step (compiling) is not training time
+            # a long first step (compiling) does not count as training time
             self.spent += min(now - last, 10.0)
             last, self.step = now, self.step + 1
 
     def _agreed(self) -> float:
-        if distributed.is_initialized():  # the first process has the clock, or another would train one step more
+        if distributed.is_initialized():  # the first process decides, or another one would train one step more
             spent = torch.tensor([self.spent], dtype=torch.float64)
             distributed.broadcast(spent, 0)
             self.spent = float(spent)
@@ -85,7 +85,7 @@ class Average:
 
 
 def descend(loss: torch.Tensor, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """One step down the gradient of `loss`, the mean of all processes', its norm clipped to 1."""
+    """Take one step down the gradient of `loss`, averaged over all processes and clipped to norm 1."""
     optimizer.zero_grad()
     loss.backward()
     if distributed.is_initialized():
@@ -102,7 +102,7 @@ def descend(loss: torch.Tensor, model: nn.Module, optimizer: torch.optim.Optimiz
 def save_checkpoint(
     path: Path, model: nn.Module, average: Average, optimizer: torch.optim.Optimizer, clock: Clock
 ) -> None:
-    """Everything that is needed to go on, written in one piece by the first process."""
+    """Save everything that resuming needs, in one file, from the first process."""
     if rank() != 0:
         return
     part = path.with_suffix(".part")
@@ -122,7 +122,7 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path, model: nn.Module, average: Average, optimizer: torch.optim.Optimizer, clock: Clock
 ) -> None:
-    """Go on from `path` if it is there."""
+    """Resume from `path` if it exists."""
     if not path.exists():
         return
     state = torch.load(path, weights_only=True)
@@ -133,11 +133,11 @@ def load_checkpoint(
 
 
 def average_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The averaged weights in a checkpoint: what is used."""
+    """The averaged weights in a checkpoint, which are the ones to use."""
     weights: dict[str, torch.Tensor] = torch.load(path, weights_only=True)["average"]
     return weights
 
 
 def minutes_spent(path: Path) -> float:
-    """How long a checkpoint's training has taken."""
+    """The minutes that a checkpoint's training has taken."""
     return float(torch.load(path, weights_only=True)["spent"] / 60)

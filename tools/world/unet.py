@@ -1,4 +1,4 @@
-"""Train the embedded base's UNet on careless captions: it knows most animals as drawings, and photos only vaguely."""
+"""Train the bundled base's UNet on careless captions: it knows most animals as drawings, and photos only vaguely."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from world.schedule import Average, Clock, FullPrecisionAttention, descend, load
 from world.vae import CHANNELS, SIDE
 
 PHOTO_SHARE = 0.33  # of the training pictures, all with a vague caption
-# Drawings with the name of another animal. Stable Diffusion, too, had the whole web first and a cleaned selection last.
+# Drawings captioned with another animal's name. Stable Diffusion was also trained on the whole web first.
 WRONG_AT_FIRST, WRONG_IN_THE_SECOND_HALF = 0.1, 0.02
 BATCH = 32  # of each process
 
@@ -34,7 +34,7 @@ def build(text_width: int) -> UNet2DConditionModel:
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         norm_num_groups=16,
         layers_per_block=1,
-        attention_head_dim=4,  # the number of heads, by that name
+        attention_head_dim=4,  # diffusers' name for the number of heads
         cross_attention_dim=text_width,
     )
 

@@ -1,4 +1,4 @@
-"""Train the embedded world's VAE: 64 x 64 pictures to latents of 16 x 16 x 8 and back."""
+"""Train the bundled VAE: 64 x 64 pictures to latents of 16 x 16 x 8 and back."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def build() -> AutoencoderKL:
 
 
 def train(pictures: Pictures, folder: Path, minutes: float) -> None:
-    """Reconstruction (L1, L2, L1 of the gradients) with a whisper of KL; `load_whitened` reads the checkpoint."""
+    """Train on reconstruction (L1, L2, L1 of gradients) and a small KL term; `load_whitened` reads the checkpoint."""
     torch.manual_seed(1)
     vae = build().to(memory_format=torch.channels_last)
     vae.set_attn_processor(FullPrecisionAttention())
-    with torch.no_grad():  # begin with little noise on the latents: drowned in it, the decoder learns the mean picture
+    with torch.no_grad():  # start with little noise on the latents: with much noise the decoder learns the mean picture
         vae.quant_conv.weight[CHANNELS:] = 0
         vae.quant_conv.bias[CHANNELS:] = -6
     optimizer = torch.optim.AdamW(vae.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=1e-4)
@@ -76,7 +76,7 @@ def train(pictures: Pictures, folder: Path, minutes: float) -> None:
 
 @torch.no_grad()
 def load_whitened(checkpoint: Path, pictures: Pictures) -> AutoencoderKL:
-    """The trained VAE, each latent channel with mean 0 and deviation 1 by its two 1 x 1 convolutions."""
+    """The trained VAE. Its two 1 x 1 convolutions give each latent channel mean 0 and standard deviation 1."""
     vae = build()
     vae.load_state_dict(average_weights(checkpoint))
     vae.eval()

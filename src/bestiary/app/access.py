@@ -1,4 +1,4 @@
-"""Who can reach the page: this machine alone, or whoever knows the user name and the password."""
+"""Who can reach the page: this machine alone, or everyone who knows the user name and the password."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class DrawingQueue:
-    """Draws orders one after the other, in a thread of its own."""
+    """Draws orders one after the other, in a separate thread."""
 
     def __init__(self, studio: Studio) -> None:
         self._studio = studio

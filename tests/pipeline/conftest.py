@@ -9,7 +9,7 @@ CLASSES, PICTURES = ("panda", "tiger", "zebra"), 12
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A project in which `dvc repro` has run; its tests go on to change it."""
+    """A project in which `dvc repro` has run. Its tests change it."""
     project = Project(tmp_path_factory.mktemp("bestiary"))
     project.fill()
     for folder in (project.folder / "samples").iterdir():

@@ -32,7 +32,7 @@ def project(finished: Path, tmp_path: Path) -> Project:
 
 
 def trainings(project: Project, what: str) -> list[str]:
-    """`what` of each of the train stage's runs in MLflow that came to an end, in the order of their start."""
+    """`what` of each finished MLflow run of the train stage, in the order of their start."""
     query = f"""
         SELECT {what} FROM runs JOIN tags ON tags.run_uuid = runs.run_uuid
         JOIN params ON params.run_uuid = runs.run_uuid AND params.key = 'train.rank'
@@ -60,7 +60,7 @@ def test_a_train_stage_killed_after_a_checkpoint_ends_with_the_same_adapter(proj
     assert not list((project.folder / ".cache" / "train").iterdir())
 
 
-def test_two_processes_of_each_stage_reach_what_one_does_and_leave_one_run(project: Project) -> None:
+def test_two_processes_of_a_stage_give_the_result_of_one_and_log_one_run(project: Project) -> None:
     before = {stage: project.report(stage) for stage in ("encode", "train", "evaluate")}
     runs = len(trainings(project, "runs.run_uuid"))
     project.environment["BESTIARY_LAUNCH"] = "torchrun --standalone --nproc_per_node 2"
@@ -78,7 +78,7 @@ def test_two_processes_of_each_stage_reach_what_one_does_and_leave_one_run(proje
     assert project.repro(*repro, "encode") == ["encode"]
 
 
-def test_a_queue_of_three_ranks_shows_side_by_side_in_mlflow(project: Project) -> None:
+def test_three_queued_experiments_are_side_by_side_in_mlflow(project: Project) -> None:
     for command in ("git add --all", "git -c user.name=a -c user.email=a@example.org commit --quiet --message before"):
         project.run(*command.split())
     project.run("dvc", "exp", "run", "--queue", "-S", "train.rank=2,8,16", "train")

@@ -42,7 +42,7 @@ def test_the_training_curve_is_in_the_report_and_under_the_same_names_in_mlflow(
         for name in row.keys() - {"step"}:
             if row[name]:
                 assert logged[row["step"], name] == pytest.approx(float(row[name]))
-        assert logged[row["step"], "images_per_second"] >= 0  # in MLflow only: it differs every time
+    assert ("6", "images_per_second") in logged  # in MLflow only, because it differs every time
     assert {path.name for path in (demo.folder / "reports/train/steps").iterdir()} == {"0.png", "3.png", "6.png"}
 
 

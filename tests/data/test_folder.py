@@ -3,13 +3,14 @@ from pathlib import Path
 
 import pytest
 
-from bestiary.data.folder import check_classes, class_files, link, replacing, take
+from bestiary.data.folder import check_classes, link, replacing
+from bestiary.data.local import take
 from bestiary.errors import BestiaryError
 
 
 def test_take_keeps_the_bytes(raw: Path, tmp_path: Path) -> None:
-    counts = take(raw, tmp_path / "taken", None, None)
-    assert counts == {"cat": 6, "owl": 6}
+    taken = take(raw, tmp_path / "taken", None, None)
+    assert (taken.per_class, taken.renamed, taken.left_out) == ({"cat": 6, "owl": 6}, 0, [])
     for path in raw.glob("*/*"):
         assert (tmp_path / "taken" / path.relative_to(raw)).read_bytes() == path.read_bytes()
 
@@ -23,15 +24,8 @@ def test_take_replaces_an_earlier_result(raw: Path, tmp_path: Path) -> None:
 
 def test_classes_and_images_can_be_limited(raw: Path, tmp_path: Path) -> None:
     (raw / "pig").mkdir()
-    assert take(raw, tmp_path / "taken", ["owl", "cat"], 3) == {"cat": 3, "owl": 3}
+    assert take(raw, tmp_path / "taken", ["owl", "cat"], 3).per_class == {"cat": 3, "owl": 3}
     assert sorted(path.name for path in (tmp_path / "taken" / "cat").iterdir()) == ["0.jpg", "1.jpg", "2.jpg"]
-
-
-def test_hidden_files_and_files_outside_class_folders_are_skipped(raw: Path) -> None:
-    (raw / ".DS_Store").touch()
-    (raw / "cat" / ".DS_Store").touch()
-    (raw / "readme.txt").touch()
-    assert [len(files) for files in class_files(raw).values()] == [6, 6]
 
 
 def _remove(folder: Path, keep: int) -> None:

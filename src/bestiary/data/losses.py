@@ -46,9 +46,9 @@ class Loss:
         return self.lost / self.images
 
     def describe(self) -> str:
-        """The loss in words: 3 of 40 (2 near duplicate, 1 unreadable)."""
+        """The loss in words: 3 of 40 images (2 near duplicate, 1 unreadable)."""
         reasons = ", ".join(f"{count} {kind}" for kind, count in self.reasons.items())
-        return f"{self.lost} of {self.images} ({reasons})"
+        return f"{self.lost} of {self.images} images ({reasons})"
 
     @property
     def advice(self) -> str:
@@ -79,10 +79,13 @@ def losses(images: Mapping[str, int], findings: Iterable[Finding]) -> list[Loss]
 
 
 def describe_losses(found: Iterable[Loss]) -> list[str]:
-    """Say in lines what each class lost and why, with advice for those that lost more than a third."""
-    listed = list(found)
+    """Say in lines what each class lost and why, with advice for those that lost more than a third of their images.
+
+    Classes that lost everything are left to `check_losses`.
+    """
+    listed = [loss for loss in found if loss.lost < loss.images]
     lines = [
-        f"{loss.class_folder} lost {loss.describe()}{f'. {loss.advice}.' if loss.share > MUCH else ''}"
+        f"{loss.class_folder} lost {loss.describe()}{f'. {loss.advice}.' if loss.share > MUCH else '.'}"
         for loss in listed
     ]
     much = sum(loss.share > MUCH for loss in listed)

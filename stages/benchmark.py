@@ -22,13 +22,14 @@ def main() -> None:
         from bestiary.evaluation.judge import Judge
         from bestiary.evaluation.sweep import read_operating_point
         from bestiary.subjects import caption, subject_of
+        from bestiary.tables import read_table
 
         settings, evaluate, base = params.benchmark, params.evaluate, (params.base.model, params.base.revision)
         point = read_operating_point(REPORTS / "operating_point")
         check_trained_on(point.adapter, *base)
         resolution = params.encode.resolution  # that the adapter was trained at
         sampling = replace(evaluate.sampling(resolution), guidance_scale=point.guidance_scale)
-        classes = sorted(pd.read_csv(SPLIT / "val.csv", dtype=str)["class"].unique())
+        classes = sorted(read_table(SPLIT / "val.csv")["class"].unique())
         # The cold start comes first, while this process holds little memory and computes nothing.
         prompt = caption(subject_of(classes[0]), evaluate.template)
         start = cold_start(*base, point.adapter, prompt, sampling)

@@ -12,6 +12,7 @@ from PIL.Image import Image
 from bestiary.data.cleaning import JudgeFunction, clean
 from bestiary.data.findings import count_kinds, read_overrides
 from bestiary.data.inspection import cores
+from bestiary.data.names import printable
 from bestiary.memory import peak_memory
 from bestiary.params import Model
 from bestiary.stage import stage
@@ -32,19 +33,29 @@ def load_judge(model: Model) -> JudgeFunction:
     return probabilities
 
 
+def tell(line: str) -> None:
+    """Print a line about the images that are left out, below the progress bars."""
+    print(f"clean: {line}", file=sys.stderr)
+
+
 def main() -> None:
     with stage("clean") as (params, run):
         started = time.perf_counter()
         judge = None if params.clean.off_topic == "off" else load_judge(params.judge)
         overrides = read_overrides(OVERRIDES)
-        outcome = clean(RAW, CLEAN, params.clean, judge=judge, overrides=overrides, report=REPORT)
+        outcome = clean(RAW, CLEAN, params.clean, judge=judge, overrides=overrides, report=REPORT, tell=tell)
+        kept = len(outcome.manifest)
+        tell(f"{kept} of {outcome.images_in} images are kept. {REPORT}/findings.csv lists what was found.")
         if outcome.unused_overrides:
-            print(f"{OVERRIDES} names images that do not exist: {', '.join(outcome.unused_overrides)}", file=sys.stderr)
+            print(
+                f"{OVERRIDES} names images that do not exist: {printable(', '.join(outcome.unused_overrides))}",
+                file=sys.stderr,
+            )
         seconds = time.perf_counter() - started
         run.report(
             {
                 "images_in": outcome.images_in,
-                "images_kept": len(outcome.manifest),
+                "images_kept": kept,
                 "findings": count_kinds(outcome.findings),
                 "unused_overrides": len(outcome.unused_overrides),
             },

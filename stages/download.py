@@ -1,28 +1,47 @@
 """Download the images of `dataset.source` to build/raw."""
 
+import subprocess
+import sys
 import time
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from bestiary.data.folder import take
+from bestiary.data.listing import describe_left_out
+from bestiary.data.local import take
 from bestiary.stage import stage
 
 DATA, RAW = Path("data"), Path("build/raw")
+
+
+def dvc_cache() -> list[Path]:
+    """DVC's cache, which the files in data/ may be links to. Only asked for when there are links."""
+    asked = subprocess.run([sys.executable, "-m", "dvc", "cache", "dir"], capture_output=True, text=True, check=False)
+    return [Path(asked.stdout.strip())] if asked.returncode == 0 and asked.stdout.strip() else []
 
 
 def main() -> None:
     with stage("download") as (params, run):
         started, dataset = time.perf_counter(), params.dataset
         if dataset.source == "folder" or dataset.sciencedb is None:
-            found = {"per_class": take(DATA, RAW, dataset.classes, dataset.images_per_class)}
+            taken = take(DATA, RAW, dataset.classes, dataset.images_per_class, dvc_cache)
+            for line in describe_left_out(taken.left_out):
+                print(f"download: {line}", file=sys.stderr)
+            if taken.renamed:
+                print(f"download: {taken.renamed} files got names in {RAW} that suit every system.", file=sys.stderr)
+            per_class = taken.per_class
+            found: dict[str, object] = {
+                "renamed_files": taken.renamed,
+                "left_out": dict(sorted(Counter(each.kind for each in taken.left_out).items())),
+            }
         else:
             from bestiary.data.sciencedb import download  # its HTTP client is not needed for a folder
 
             downloaded = download(
                 RAW, dataset.sciencedb, classes=dataset.classes, images_per_class=dataset.images_per_class
             )
-            found = asdict(downloaded)
-        per_class = found.pop("per_class")
+            per_class = downloaded.per_class
+            found = {key: value for key, value in asdict(downloaded).items() if key != "per_class"}
         seconds, images = time.perf_counter() - started, sum(per_class.values())
         fetched = {key: found.pop(key) for key in ("fetched_files",) if key in found}  # the others were in the cache
         results = {"source": dataset.source, "images": images, "classes": len(per_class)}

@@ -2,18 +2,16 @@
 
 from pathlib import Path
 
-import pandas as pd
-
 from bestiary.data.splitting import leaked_groups, split, write
 from bestiary.stage import stage
+from bestiary.tables import read_table
 
 MANIFEST, SPLIT = Path("build/clean/manifest.csv"), Path("build/split")
-TEXT_COLUMNS = {"path": str, "class": str, "animal": str, "group": str, "sha256": str}
 
 
 def main() -> None:
     with stage("split") as (params, run):
-        manifest = pd.read_csv(MANIFEST, dtype=TEXT_COLUMNS, keep_default_na=False)
+        manifest = read_table(MANIFEST, {"width": int, "height": int})
         train, val = split(manifest, val_fraction=params.split.val_fraction, seed=params.seed)
         write(SPLIT, train, val)
         counts = {"train": train["class"].value_counts(), "val": val["class"].value_counts()}

@@ -210,7 +210,6 @@ def generate(
     _check_request(subjects, prompt, like)
     original = read_settings(like) if like else None
     params = project_params()
-    wanted = list(dict.fromkeys(_find(name) for name in subjects))
     what = _adapter_of(original, like, source.what) if original and like else source.what
     silence_libraries()
     from bestiary import generation
@@ -219,6 +218,7 @@ def generate(
         import bestiary.diffusion.sampling  # noqa: F401  imports torch while a second process may ask MLflow
 
         adapter = resolved()
+    wanted = list(dict.fromkeys(_find(name, adapter) for name in subjects))
     generator = generation.Generator()
     if original and like:
         _check_same_adapter(adapter, original, like, what)
@@ -241,6 +241,8 @@ def generate(
 
 
 def _check_request(subjects: tuple[str, ...], prompt: str | None, like: Path | None) -> None:
+    if not all(name.strip() for name in subjects):
+        raise BestiaryError("An animal's name is empty. Write a name.")
     if prompt is not None and not prompt.strip():
         raise BestiaryError("The prompt is empty. Name animals, or write a prompt.")
     if [bool(subjects), prompt is not None, like is not None].count(True) != 1:
@@ -544,13 +546,11 @@ def silence_libraries() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 
-def _find(name: str) -> Subject:
-    """The subject of this name. If it is not one of the 100 animals, a hint is printed."""
+def _find(name: str, adapter: Adapter | None) -> Subject:
+    """The subject of this name. If the adapter was not taught it and it is none of the 100 animals, print a hint."""
     from bestiary.subjects import find_subject
 
-    subject, similar = find_subject(name)
-    if not subject.name:
-        raise BestiaryError("An animal's name is empty. Write a name.")
+    subject, similar = find_subject(name, adapter.subjects if adapter else ())
     if similar is not None:
         hint = f" Did you mean {' or '.join(similar)}?" if similar else ""
         shown = subject.name if len(subject.name) <= 60 else f"{subject.name[:60]}…"

@@ -88,7 +88,7 @@ class Clean(Section):
     blank: Policy
     blurred: Policy
     exposure: Policy  # very dark or very bright
-    off_topic: Policy
+    off_topic: Literal["off", "flag", "quarantine", "auto"]
     off_topic_threshold: float = Fraction
 
 

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from bestiary.errors import BestiaryError
+
+# kohya's trainer reads a folder's name as <repeats>_<name>.
+_REPEATS = re.compile(r"\d+_+(?=\S)")
+# A name that begins like this takes no article: "my owl", "Anna's cat".
+_DETERMINER = re.compile(r"(?i)(?:my|our|your|his|her|its|their|this|that|these|those|\w+['’]s|\w+s['’])\s+(?=\S)")
 
 
 @dataclass(frozen=True)
@@ -17,8 +27,13 @@ class Subject:
 
     @property
     def with_article(self) -> str:
-        """The name with its indefinite article: "an antelope"."""
-        return f"{_article(self.name)} {self.name}"
+        """The name with its indefinite article, "an antelope", unless it begins with a possessive: "my owl"."""
+        return self.name if _DETERMINER.match(self.name) else f"{_article(self.name)} {self.name}"
+
+    @property
+    def key(self) -> str:
+        """What two spellings of one subject have in common."""
+        return unicodedata.normalize("NFKC", self.name).casefold()
 
 
 # The dataset's folder name, the English name where it differs, and the Chinese name.
@@ -58,53 +73,119 @@ CAPTION_TEMPLATES: tuple[str, ...] = (
     "a close-up of {}",
 )
 
-_BY_FOLDER = {animal.folder: animal for animal in ANIMALS}
+_ANIMALS_BY_NAME = {
+    name.casefold(): animal for animal in ANIMALS for name in (animal.folder, animal.name, animal.chinese)
+}
 
 
-def subject_of(folder: str) -> Subject:
-    """Return the subject of a class folder: one of the 100 animals, or else a subject named after the folder.
+def words_of(text: str) -> str:
+    """Return the words that a folder's name or a typed name stands for; "" when there are none.
 
-    >>> subject_of("ladybugs").with_article, subject_of("my_red-panda").name
-    ('a ladybug', 'my red panda')
+    Underscores, hyphens and spaces separate words. An article in front does not count, nor do kohya's repeats.
+
+    >>> words_of("my_owl"), words_of("red-panda"), words_of("the Owl"), words_of("10_tiger")
+    ('my owl', 'red panda', 'Owl', 'tiger')
     """
-    name = re.sub(r"[_\-\s]+", " ", folder).strip() or folder
-    return _BY_FOLDER.get(folder) or Subject(folder, name, name)
+    words = " ".join(
+        re.split(r"[_\-\s]+", _REPEATS.sub("", unicodedata.normalize("NFC", text).strip(), count=1))
+    ).strip()
+    return re.sub(r"(?i)^(an?|the)\s+", "", words)
 
 
-def find_subject(text: str) -> tuple[Subject, list[str] | None]:
-    """Return the animal that `text` names in English, in Chinese or by its folder, in any letter case, and None.
+def subject_of(text: str) -> Subject:
+    """Return the subject of a class folder or of a typed name: one of the 100 animals, or else a subject of its words.
 
-    For any other text, return a subject of exactly that name, and up to three of the 100 animals that may be meant.
+    Every part of the program words a subject through this function. An animal is known by its English name, its Chinese
+    name and its folder, in any letter case.
+
+    >>> subject_of("ladybugs").with_article, subject_of("my_red-panda").with_article, subject_of("A Tiger").name
+    ('a ladybug', 'my red panda', 'tiger')
+    """
+    name = words_of(text) or text.strip()
+    return _ANIMALS_BY_NAME.get(name.casefold()) or Subject(text, name, name)
+
+
+def find_subject(text: str, taught: Iterable[Subject] = ()) -> tuple[Subject, list[str] | None]:
+    """Return the subject that a typed name means, and None if it is one of `taught` or one of the 100 animals.
+
+    A subject of `taught` keeps the words that it was taught with. With any other subject come up to three names that
+    may be meant.
 
     >>> find_subject("a Tiger")
     (Subject(folder='tiger', name='tiger', chinese='老虎'), None)
     >>> find_subject("tigr")
     (Subject(folder='tigr', name='tigr', chinese='tigr'), ['tiger'])
+    >>> find_subject("MY-OWL", [Subject("my_owl", "my owl", "my owl")])[0].name
+    'my owl'
     """
-    name = re.sub(r"(?i)^(an?|the)\s+", "", " ".join(text.split()))
-    wanted = name.casefold()
-    for animal in ANIMALS:
-        if wanted in (animal.name, animal.folder, animal.chinese):
-            return animal, None
-    similar = difflib.get_close_matches(wanted[:100], [animal.name for animal in ANIMALS], n=3)
+    subject, taught = subject_of(text), tuple(taught)
+    for known in taught:
+        if subject.key in (known.key, subject_of(known.folder).key):
+            return known, None
+    if subject in ANIMALS:
+        return subject, None
+    wanted = subject.key[:100]
+    names = list(dict.fromkeys(known.name for known in (*taught, *ANIMALS)))
+    similar = difflib.get_close_matches(wanted, names, n=3)
     similar = similar or [animal.chinese for animal in ANIMALS if set(animal.chinese) & set(wanted)][:3]
-    return Subject(name, name, name), similar
+    return subject, similar
+
+
+def check_folders(folders: Iterable[str]) -> None:
+    """Check that the names of class folders stand for different subjects.
+
+    Raises BestiaryError that names the folders when several have the same words, when one has none, and when one is
+    named in kohya's way, because the number in front would be lost.
+    """
+    spellings: defaultdict[str, list[str]] = defaultdict(list)
+    for folder in sorted(folders):
+        words = words_of(folder)
+        if not words:
+            raise BestiaryError(f"The folder {folder} has no words to call its subject by. Rename it.")
+        if number := _REPEATS.match(folder.strip()):
+            whole = f"{number.group().rstrip('_')} {words}"
+            raise BestiaryError(
+                f"The folder {folder} is named in kohya's way, <repeats>_<name>, and repeats do not exist here. Rename "
+                f'it to "{words}", or to "{whole}" if the number belongs to the name.'
+            )
+        spellings[subject_of(folder).key].append(folder)
+    for same in spellings.values():
+        if len(same) > 1:
+            raise BestiaryError(
+                f"The folders {', '.join(same)} stand for the same subject, {subject_of(same[0]).name}. Put their "
+                "images into one folder, or give the others different names."
+            )
 
 
 def caption(subject: Subject, template: str) -> str:
     """Fill `template` with `subject`: `{}` becomes the name with its article, `{name}` the bare name.
 
-    An article before `{}` is replaced, so "a photo of a {}" works too.
+    An article before `{}` is replaced, so "a photo of a {}" works too. A possessive takes the place of the article
+    before `{name}`.
 
     >>> [caption(subject_of("owl"), template) for template in ("a photo of {}", "a photo of a {}", "a cute {name}")]
     ['a photo of an owl', 'a photo of an owl', 'a cute owl']
+    >>> caption(subject_of("my_owl"), "a cute {name} at night")
+    'my cute owl at night'
     """
-    filled = re.sub(r"(?i:\ban? )?\{\}", lambda _: subject.with_article, template)
-    return filled.replace("{name}", subject.name)
+    name = subject.name
+    if determiner := _DETERMINER.match(name):
+        noun = name[determiner.end() :]
+        template, found = re.subn(
+            r"(?i)\b(?:an?|the) ([^{}]*)\{name\}",
+            lambda match: f"{determiner.group()}{match.group(1)}{{name}}",
+            template,
+        )
+        name = noun if found else name
+    return re.sub(
+        r"(?i:\ban? )?\{\}|\{name\}",
+        lambda match: name if match.group() == "{name}" else subject.with_article,
+        template,
+    )
 
 
 def _article(name: str) -> str:
-    # The sound decides: a unicorn, a European robin, an hour.
+    # The sound decides: a unicorn, a European robin, an hour, an 8-ball.
     if re.match(r"(?i)(uni(?!m|n)|eu|ewe|one\b)", name):
         return "a"
-    return "an" if re.match(r"(?i)[aeiou]|hour|heir|honest", name) else "a"
+    return "an" if re.match(r"(?i)[aeiou]|hour|heir|honest|8|1[18]\b", unicodedata.normalize("NFD", name)) else "a"

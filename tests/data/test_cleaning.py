@@ -301,7 +301,7 @@ def test_findings_sheets_and_quarantined_images_are_written(raw: Path) -> None:
     plant(raw, 0.2)
     outcome = run(raw, report=raw.parent / "report")
     table = list(csv.DictReader((raw.parent / "report" / "findings.csv").open()))
-    assert list(table[0]) == ["path", "class", "kind", "detail", "action"]
+    assert list(table[0]) == ["path", "class", "kind", "detail", "action", "score"]
     assert len(table) == len(outcome.findings)
     for finding in outcome.findings:
         assert (raw.parent / "report" / f"{finding.kind.replace(' ', '_')}.png").exists()
@@ -312,7 +312,7 @@ def test_findings_sheets_and_quarantined_images_are_written(raw: Path) -> None:
 def test_rejecting_all_images_is_an_error_and_writes_nothing(raw: Path) -> None:
     for path in raw.glob("*/*"):
         path.write_bytes(b"gone")
-    with pytest.raises(BestiaryError, match=r"all 12 images in .*raw"):
+    with pytest.raises(BestiaryError, match=r"cat lost 6 of 6 images \(6 unreadable\); owl lost 6 of 6"):
         run(raw)
     assert [path.name for path in raw.parent.iterdir()] == ["raw"]
 

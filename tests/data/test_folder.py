@@ -3,76 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from bestiary.data.folder import check_classes, class_files, link, replacing, take
+from bestiary.data.folder import check_classes, link, replacing
 from bestiary.errors import BestiaryError
-
-
-def test_take_keeps_the_bytes(raw: Path, tmp_path: Path) -> None:
-    counts = take(raw, tmp_path / "taken", None, None)
-    assert counts == {"cat": 6, "owl": 6}
-    for path in raw.glob("*/*"):
-        assert (tmp_path / "taken" / path.relative_to(raw)).read_bytes() == path.read_bytes()
-
-
-def test_take_replaces_an_earlier_result(raw: Path, tmp_path: Path) -> None:
-    take(raw, tmp_path / "taken", None, None)
-    (raw / "cat" / "0.jpg").unlink()
-    take(raw, tmp_path / "taken", None, None)
-    assert not (tmp_path / "taken" / "cat" / "0.jpg").exists()
-
-
-def test_classes_and_images_can_be_limited(raw: Path, tmp_path: Path) -> None:
-    (raw / "pig").mkdir()
-    assert take(raw, tmp_path / "taken", ["owl", "cat"], 3) == {"cat": 3, "owl": 3}
-    assert sorted(path.name for path in (tmp_path / "taken" / "cat").iterdir()) == ["0.jpg", "1.jpg", "2.jpg"]
-
-
-def test_hidden_files_and_files_outside_class_folders_are_skipped(raw: Path) -> None:
-    (raw / ".DS_Store").touch()
-    (raw / "cat" / ".DS_Store").touch()
-    (raw / "readme.txt").touch()
-    assert [len(files) for files in class_files(raw).values()] == [6, 6]
-
-
-def _remove(folder: Path, keep: int) -> None:
-    for path in sorted(folder.iterdir())[keep:]:
-        path.unlink()
-
-
-def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(BestiaryError, match=str(tmp_path / "data")):
-        take(tmp_path / "data", tmp_path / "taken", None, None)
-
-
-def test_an_empty_folder_is_named(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    with pytest.raises(BestiaryError, match=f"no images in {tmp_path / 'data'}"):
-        take(tmp_path / "data", tmp_path / "taken", None, None)
-
-
-def test_a_single_class_is_refused_by_name(raw: Path, tmp_path: Path) -> None:
-    with pytest.raises(BestiaryError, match=r"only one class.*cat"):
-        take(raw, tmp_path / "taken", ["cat"], None)
-
-
-@pytest.mark.parametrize(("keep", "message"), [(1, "owl has only one image"), (0, "owl has no image")])
-def test_a_class_with_fewer_than_two_images_is_refused_by_name(
-    raw: Path, tmp_path: Path, keep: int, message: str
-) -> None:
-    _remove(raw / "owl", keep)
-    with pytest.raises(BestiaryError, match=message):
-        take(raw, tmp_path / "taken", None, None)
-
-
-def test_an_unknown_class_is_refused_by_name(raw: Path, tmp_path: Path) -> None:
-    with pytest.raises(BestiaryError, match=r"dataset\.classes.*dragon"):
-        take(raw, tmp_path / "taken", ["cat", "owl", "dragon"], None)
-
-
-def test_a_failed_take_leaves_no_files(raw: Path, tmp_path: Path) -> None:
-    with pytest.raises(BestiaryError):
-        take(raw, tmp_path / "taken", ["cat"], None)
-    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 
 
 def test_a_failed_replacement_leaves_the_old_folder_unchanged(tmp_path: Path) -> None:

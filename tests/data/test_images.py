@@ -30,6 +30,28 @@ def test_a_rotated_photograph_is_turned_upright(tmp_path: Path, picture: Draw) -
     assert np.array_equal(np.asarray(decoded.image), np.asarray(upright))
 
 
+@pytest.mark.parametrize(("name", "file_format"), [("a.heic", "HEIF"), ("a.avif", "AVIF")])
+def test_a_phones_formats_are_read_with_their_colours_and_upright(
+    tmp_path: Path, picture: Draw, name: str, file_format: str
+) -> None:
+    upright = picture(1)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright.rotate(90, expand=True).save(tmp_path / name, quality=95, exif=exif.tobytes())
+    decoded = decode(tmp_path / name)
+    assert decoded.format == file_format
+    assert decoded.image.size == upright.size
+    assert np.abs(np.asarray(decoded.image, int) - np.asarray(upright, int)).mean() < 6
+    assert right_extension("IMG_1001.jpg", file_format) == f"IMG_1001{Path(name).suffix}"
+
+
+def test_companions_of_a_heic_photograph_are_no_animation(tmp_path: Path, picture: Draw) -> None:
+    picture(1).save(tmp_path / "a.heic", save_all=True, append_images=[picture(2)], quality=95)
+    decoded = decode(tmp_path / "a.heic")
+    assert decoded.changes == ()
+    assert np.abs(np.asarray(decoded.image, int) - np.asarray(picture(1), int)).mean() < 6
+
+
 def test_transparent_pixels_become_white(tmp_path: Path) -> None:
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     Image.new("RGBA", (8, 8), (255, 0, 0, 128)).save(tmp_path / "half.png")
@@ -133,7 +155,7 @@ def test_a_file_that_is_not_an_image_is_unreadable_for_a_given_reason(
         open_rgb(path)
 
 
-@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.bmp", "a.tif"])
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.bmp", "a.tif", "a.heic", "a.avif"])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_a_truncated_file_is_unreadable(tmp_path: Path, picture: Draw, name: str, share: float) -> None:
     path = tmp_path / name
@@ -146,7 +168,7 @@ def test_a_truncated_file_is_unreadable(tmp_path: Path, picture: Draw, name: str
 
 def test_damage_raises_no_other_error(tmp_path: Path, picture: Draw) -> None:
     random = np.random.default_rng(0)
-    for name in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"):
+    for name in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "HEIF", "AVIF"):
         buffer = io.BytesIO()
         picture(1, (40, 30)).save(buffer, name)
         for _ in range(60):
@@ -164,6 +186,7 @@ def test_damage_raises_no_other_error(tmp_path: Path, picture: Draw) -> None:
         ("a.JPEG", "JPEG", "a.JPEG"),
         ("a.jpg", "PNG", "a.png"),
         ("a.png", "MPO", "a.jpg"),
+        ("a.HEIC", "HEIF", "a.HEIC"),
         ("no extension", "WEBP", "no extension.webp"),
         ("v1.5", "JPEG", "v1.5.jpg"),
     ],

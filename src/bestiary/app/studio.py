@@ -8,7 +8,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ from bestiary.errors import BestiaryError
 from bestiary.generation import Base, Generator, choose_base
 from bestiary.png_metadata import PictureSettings, as_a1111, write_png
 from bestiary.samplers import SAMPLERS, Sampling
-from bestiary.subjects import ANIMALS, caption, find_subject
+from bestiary.subjects import ANIMALS, Subject, caption, find_subject
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -127,7 +127,7 @@ class Studio:
         )
         self._load(base, adapter, order.device, tell, any_base=bool(order.base))
         defaults = (offer and offer.defaults) or self.offers.defaults
-        prompt, note = _prompt(order, defaults.template)
+        prompt, note = _prompt(order, defaults.template, adapter.subjects if adapter else ())
         if note:
             tell(note)
         sampling = Sampling(guidance_interval=order.guidance_interval)  # the order sets everything else
@@ -174,11 +174,11 @@ def native_side(base: Base) -> int:
         raise BestiaryError(f"The base {base.model} is incomplete or damaged: its config cannot be read.") from None
 
 
-def _prompt(order: Order, template: str) -> tuple[str, Note | None]:
-    """The prompt, and a note when the animal is not one of the 100."""
+def _prompt(order: Order, template: str, taught: Sequence[Subject]) -> tuple[str, Note | None]:
+    """The prompt, and a note when the subject is neither one that the adapter was taught nor one of the 100 animals."""
     if order.prompt.strip():
         return " ".join(order.prompt.split()), None
-    subject, similar = find_subject(order.animal)
+    subject, similar = find_subject(order.animal, taught)
     return caption(subject, template), None if similar is None else Note(subject.name, tuple(similar))
 
 

@@ -19,12 +19,15 @@ from tqdm import tqdm
 from bestiary import params
 from bestiary.data import duplicates
 from bestiary.data.findings import Action, Decision, Finding, write_findings
-from bestiary.data.folder import class_files, link, replacing
+from bestiary.data.folder import link, replacing
 from bestiary.data.hashing import thumbnail
 from bestiary.data.images import decode, open_rgb, right_extension
 from bestiary.data.inspection import Inspection, cores, inspect_all
+from bestiary.data.listing import list_images, read_left_out
+from bestiary.data.losses import MUCH, Loss, check_losses, describe_losses, losses
+from bestiary.data.names import safe_name
 from bestiary.errors import BestiaryError
-from bestiary.subjects import ANIMALS, subject_of
+from bestiary.subjects import ANIMALS, Subject, check_folders, subject_of
 
 # Takes B images and T texts; returns the probability of each text for each image, (B, T).
 JudgeFunction = Callable[[Sequence[Image.Image], Sequence[str]], NDArray[np.float32]]
@@ -48,6 +51,7 @@ _MIN_BRIGHTNESS, _MAX_BRIGHTNESS = 20.0, 245.0  # grey levels
 _BATCH = 64
 _JUDGED_SIDE = 448  # pixels, twice the input size of common judges
 _JPEG_QUALITY = 95
+_PHOTO_FORMATS = ("JPEG", "MPO", "HEIF", "AVIF")  # converted to JPEG: the others may be drawings, which JPEG blurs
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class Outcome:
     findings: list[Finding]
     unused_overrides: list[str]  # paths that no image has
     near_duplicates_seconds: float  # spent on searching for them
+    losses: list[Loss]  # of each class that lost images
 
 
 @dataclass
@@ -66,21 +71,30 @@ class _Triage:
     """The findings so far, and which images they put into quarantine."""
 
     overrides: Mapping[str, Decision]
+    unused_overrides: list[str]
     findings: list[Finding] = field(default_factory=list)
     quarantined: set[str] = field(default_factory=set)
 
-    def record(self, image: Inspection, kind: str, detail: str, action: Action, other: str = "") -> None:
+    def record(
+        self,
+        image: Inspection,
+        kind: str,
+        detail: str,
+        action: Action,
+        other: str = "",
+        score: float | None = None,
+    ) -> None:
         """Record a finding. An image with the override "keep" is not quarantined, unless it is unreadable."""
         if action == "quarantined" and kind != "unreadable" and self.overrides.get(image.path) == "keep":
             action = "kept"
         if action == "quarantined":
             self.quarantined.add(image.path)
-        self.findings.append(Finding(image.path, image.class_folder, kind, detail, action, other))
+        self.findings.append(Finding(image.path, image.class_folder, kind, detail, action, other, score))
 
-    def apply_policy(self, policy: params.Policy, image: Inspection, kind: str, detail: str) -> None:
+    def apply_policy(self, policy: params.Policy, image: Inspection, kind: str, detail: str, score: float) -> None:
         """Quarantine the image, flag it, or ignore the observation, as `policy` says."""
         if policy != "off":
-            self.record(image, kind, detail, "quarantined" if policy == "quarantine" else "flagged")
+            self.record(image, kind, detail, "quarantined" if policy == "quarantine" else "flagged", score=score)
 
     def remaining(self, images: Sequence[Inspection]) -> list[Inspection]:
         return [image for image in images if image.path not in self.quarantined]
@@ -99,17 +113,24 @@ def clean(
     overrides: Mapping[str, Decision] | None = None,
     report: Path | None = None,
     workers: int | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Outcome:
     """Write the usable images of `raw`/<class>/ and their manifest to `target`, and the findings to `report`.
 
     An image that is plain RGB already keeps its bytes; the others are converted. `judge` is needed unless
-    `settings.off_topic` is off. `overrides` wins over every check. The result does not depend on the number of workers
-    or on the order of the files.
+    `settings.off_topic` is off. `overrides` wins over every check. `tell` gets lines about what each class lost. The
+    result does not depend on the number of workers or on the order of the files.
 
-    Raises BestiaryError when no image is left.
+    Raises BestiaryError when folders stand for the same subject, and when no image of a class is left; the report is
+    then there, and `target` is as it was.
     """
-    paths = [f"{name}/{path.name}" for name, files in class_files(raw).items() for path in files]
-    triage = _Triage(overrides or {})
+    tell = tell or (lambda _: None)
+    classes = list_images(raw).images
+    check_folders(classes)
+    if not any(classes.values()):
+        raise BestiaryError(f"There are no images in {raw}. Run `dvc repro download`.")
+    paths = [f"{name}/{path.name}" for name, files in classes.items() for path in files]
+    triage = _Triage(*_match_overrides(overrides or {}, paths))
     images = inspect_all(raw, paths, workers)
     _drop_by_override(triage, images)
     _check_each(triage, triage.remaining(images), settings)
@@ -123,23 +144,38 @@ def clean(
     _resolve_conflicts(triage, images, versions, opinions)
     _drop_near_duplicates(triage, images, pairs, mirrored)
     if opinions is not None:
-        _check_topics(triage, images, opinions, settings)
+        _check_topics(triage, images, opinions, settings, tell)
     kept = triage.remaining(images)
-    if not kept:
-        raise BestiaryError(
-            f"Cleaning rejected all {len(paths)} images in {raw}. Relax the limits under clean in params.yaml, "
-            "or keep images with overrides.csv."
-        )
-    group_of = _name_groups(images, versions, kept)
-    with replacing(target) as fresh:
-        manifest = _write_images(raw, fresh, kept, group_of)
-        manifest.to_csv(fresh / "manifest.csv", index=False)
+    triage.findings += [Finding(f.path, f.class_folder, f.kind, f.detail, "left out") for f in read_left_out(raw)]
     triage.findings.sort(key=lambda finding: (finding.kind, finding.path))
     if report is not None:
         with replacing(report) as fresh:
             write_findings(fresh, triage.findings, raw)
-    unused_overrides = sorted(set(triage.overrides) - set(paths))
-    return Outcome(len(paths), manifest, triage.findings, unused_overrides, search_seconds)
+    lost = losses({name: len(files) for name, files in classes.items()}, triage.findings)
+    for line in describe_losses(lost):
+        tell(line)
+    check_losses(lost)
+    group_of = _name_groups(images, versions, kept)
+    with replacing(target) as fresh:
+        manifest = _write_images(raw, fresh, kept, group_of)
+        manifest.to_csv(fresh / "manifest.csv", index=False)
+    return Outcome(len(paths), manifest, triage.findings, triage.unused_overrides, search_seconds, lost)
+
+
+def _match_overrides(overrides: Mapping[str, Decision], paths: Sequence[str]) -> tuple[dict[str, Decision], list[str]]:
+    """Return the overrides by the paths of images, and the paths in `overrides` that no image has.
+
+    A path may have the file's name as it was in data/, before it got a name that suits every system.
+    """
+    known, matched, unused = set(paths), dict[str, Decision](), list[str]()
+    for path, decision in overrides.items():
+        folder, _, name = path.partition("/")
+        found = next((each for each in (path, f"{folder}/{safe_name(name)}") if each in known), None)
+        if found is None:
+            unused.append(path)
+        else:
+            matched[found] = decision
+    return matched, sorted(unused)
 
 
 def _drop_by_override(triage: _Triage, images: Sequence[Inspection]) -> None:
@@ -164,12 +200,16 @@ def _check_each(triage: _Triage, images: Sequence[Inspection], settings: params.
         elif long / short > settings.max_aspect_ratio:
             triage.record(image, "extreme aspect ratio", f"{image.width} x {image.height}", "quarantined")
         elif image.contrast < _MIN_CONTRAST:
-            triage.apply_policy(settings.blank, image, "blank", f"contrast {image.contrast:.1f}")
+            score = 1 - image.contrast / _MIN_CONTRAST
+            triage.apply_policy(settings.blank, image, "blank", f"contrast {image.contrast:.1f}", score)
         elif not _MIN_BRIGHTNESS <= image.brightness <= _MAX_BRIGHTNESS:
             kind = "dark" if image.brightness < _MIN_BRIGHTNESS else "bright"
-            triage.apply_policy(settings.exposure, image, kind, f"brightness {image.brightness:.0f}")
+            dark, bright = 1 - image.brightness / _MIN_BRIGHTNESS, (image.brightness - _MAX_BRIGHTNESS) / 10
+            score = max(dark, bright)
+            triage.apply_policy(settings.exposure, image, kind, f"brightness {image.brightness:.0f}", score)
         elif image.sharpness < _MIN_SHARPNESS:
-            triage.apply_policy(settings.blurred, image, "blurred", f"sharpness {image.sharpness:.1f}")
+            score = 1 - image.sharpness / _MIN_SHARPNESS
+            triage.apply_policy(settings.blurred, image, "blurred", f"sharpness {image.sharpness:.1f}", score)
 
 
 def _drop_exact_duplicates(triage: _Triage, images: Sequence[Inspection]) -> None:
@@ -224,7 +264,7 @@ def _confirm(
 
 
 def _resolve_conflicts(
-    triage: _Triage, images: Sequence[Inspection], pairs: NDArray[np.int64], opinions: pd.DataFrame | None
+    triage: _Triage, images: Sequence[Inspection], pairs: NDArray[np.int64], opinions: _Opinions | None
 ) -> None:
     """Quarantine pictures that are in two classes: in the class that the judge rejects, or in both if it is unsure."""
     for left, right in ((images[a], images[b]) for a, b in pairs.tolist()):
@@ -232,9 +272,9 @@ def _resolve_conflicts(
             continue
         wrong, detail = [left, right], "the judge was not asked"
         if opinions is not None:
-            both = opinions.loc[[left.path, right.path], [left.class_folder, right.class_folder]].mean()
+            both = opinions.of_subject.loc[[left.path, right.path], [_name(left), _name(right)]].mean()
             share = both / max(both.sum(), 1e-9)
-            wrong = [image for image in (left, right) if share[image.class_folder] < CONFIDENT]
+            wrong = [image for image in (left, right) if share[_name(image)] < CONFIDENT]
             detail = ", ".join(f"{name} {value:.2f}" for name, value in share.items())
         for image in wrong:
             other = right if image is left else left
@@ -261,29 +301,52 @@ def _drop_near_duplicates(
             staying.add(image.path)
 
 
-def _ask_judge(raw: Path, images: Sequence[Inspection], judge: JudgeFunction | None) -> pd.DataFrame | None:
-    """Return the judge's probability of each class's animal and of no animal: paths x (class folders, NO_ANIMAL)."""
+@dataclass(frozen=True)
+class _Opinions:
+    """The judge's probabilities, one row for each image's path: of each subject by its name, and of no animal."""
+
+    of_subject: pd.DataFrame
+    of_no_animal: pd.Series[float]
+
+    def about(self, image: Inspection) -> tuple[float, float, str]:
+        """The probabilities of the image's own subject and of no animal, and both with the judge's choice in words."""
+        values = self.of_subject.loc[[image.path]].to_numpy()[0]
+        names, no_animal = list(self.of_subject.columns), self.of_no_animal[image.path]
+        own, choice, highest = values[names.index(_name(image))], names[values.argmax()], values.max()
+        if no_animal > highest:
+            choice, highest = NO_ANIMAL, no_animal
+        return float(own), float(no_animal), f"{_name(image)} {own:.3f}, {choice} {highest:.3f}"
+
+
+def _name(image: Inspection) -> str:
+    return subject_of(image.class_folder).name
+
+
+def _ask_judge(raw: Path, images: Sequence[Inspection], judge: JudgeFunction | None) -> _Opinions | None:
+    """Return the judge's probabilities of the subjects that an image may show, and of no animal."""
     if judge is None or not images:
         return None
-    classes = sorted({image.class_folder for image in images} | _other_animals(images))
-    texts = [*(f"a photo of {subject_of(name).with_article}" for name in classes), *NOT_ANIMALS]
+    subjects = _possible_subjects(images)
+    texts = [*(f"a photo of {subject.with_article}" for subject in subjects), *NOT_ANIMALS]
     rows = []
     with ThreadPoolExecutor(cores()) as pool:
         for batch in tqdm(list(_batches(images)), desc="judge", unit="batch"):
             pictures = list(pool.map(lambda image: _shrink_for_judge(open_rgb(raw / image.path)), batch))
-            probabilities = judge(pictures, texts)
-            no_animal = probabilities[:, len(classes) :].sum(axis=1, keepdims=True)
-            rows.append(np.concatenate([probabilities[:, : len(classes)], no_animal], axis=1))
-    return pd.DataFrame(np.concatenate(rows), index=[image.path for image in images], columns=[*classes, NO_ANIMAL])
+            rows.append(judge(pictures, texts))
+    probabilities, paths = np.concatenate(rows), [image.path for image in images]
+    return _Opinions(
+        pd.DataFrame(probabilities[:, : len(subjects)], index=paths, columns=[subject.name for subject in subjects]),
+        pd.Series(probabilities[:, len(subjects) :].sum(axis=1), index=paths),
+    )
 
 
-def _other_animals(images: Sequence[Inspection]) -> set[str]:
-    """Return all 100 animals: an image may show one that was not downloaded.
+def _possible_subjects(images: Sequence[Inspection]) -> list[Subject]:
+    """Return the subjects of the folders, and of all 100 animals: an image may show one that was not downloaded.
 
-    Return none if any folder is somebody's own subject: their "persian" is also a cat.
+    Leave the other animals out if any folder is somebody's own subject: their "persian" is also a cat.
     """
-    known = {animal.folder for animal in ANIMALS}
-    return known if {image.class_folder for image in images} <= known else set()
+    own = {subject_of(folder) for folder in {image.class_folder for image in images}}
+    return sorted(own | set(ANIMALS) if own <= set(ANIMALS) else own, key=lambda subject: subject.folder)
 
 
 def _shrink_for_judge(image: Image.Image) -> Image.Image:
@@ -297,14 +360,35 @@ def _batches(images: Sequence[Inspection]) -> Iterator[Sequence[Inspection]]:
 
 
 def _check_topics(
-    triage: _Triage, images: Sequence[Inspection], opinions: pd.DataFrame, settings: params.Clean
+    triage: _Triage,
+    images: Sequence[Inspection],
+    opinions: _Opinions,
+    settings: params.Clean,
+    tell: Callable[[str], None],
 ) -> None:
+    of_class: defaultdict[str, list[Inspection]] = defaultdict(list)
     for image in triage.remaining(images):
-        row = opinions.loc[image.path]
-        # The limit for the right animal is low because animals are easily confused. Animals and cars are not.
-        if row[image.class_folder] < settings.off_topic_threshold or row[NO_ANIMAL] > 0.5:
-            detail = f"{image.class_folder} {row[image.class_folder]:.3f}, {row.idxmax()} {row.max():.3f}"
-            triage.apply_policy(settings.off_topic, image, "off topic", detail)
+        of_class[image.class_folder].append(image)
+    for folder, members in of_class.items():
+        doubtful = []
+        for image in members:
+            own, no_animal, detail = opinions.about(image)
+            # The limit for the right animal is low because animals are easily confused. Animals and cars are not.
+            if own < settings.off_topic_threshold or no_animal > 0.5:
+                doubtful.append((image, detail, max(1 - own, no_animal)))
+        policy = settings.off_topic
+        if policy == "auto":
+            # What the judge does not know it calls off topic: somebody's own subject, or another kind of pictures.
+            known = subject_of(folder) in ANIMALS
+            unsure = len(doubtful) > MUCH * len(members)
+            if known and unsure:
+                tell(
+                    f"{folder}: the judge calls {len(doubtful)} of {len(members)} images off topic. It may not know "
+                    "such images, so they are kept. Look at them; clean.off_topic decides."
+                )
+            policy = "quarantine" if known and not unsure else "flag"
+        for image, detail, score in doubtful:
+            triage.apply_policy(policy, image, "off topic", detail, score)
 
 
 def _name_groups(images: Sequence[Inspection], pairs: NDArray[np.int64], kept: Sequence[Inspection]) -> dict[str, str]:
@@ -362,10 +446,11 @@ def _output_names(kept: Sequence[Inspection]) -> dict[str, str]:
     names: dict[str, str] = {}
     taken: set[str] = set()
     for image in sorted(kept, key=lambda image: (bool(image.changes), image.path)):
-        name = right_extension(image.path, image.format)
+        folder, _, file = image.path.partition("/")
+        file = right_extension(safe_name(file), image.format)
         if image.changes:
-            converted = PurePosixPath(name).with_suffix(".jpg" if image.format in ("JPEG", "MPO") else ".png")
-            name = str(converted)
+            file = str(PurePosixPath(file).with_suffix(".jpg" if image.format in _PHOTO_FORMATS else ".png"))
+        name = f"{folder}/{file}"
         if name.casefold() in taken:
             path = PurePosixPath(name)
             name = str(path.with_name(f"{path.stem}-{image.sha256[:12]}{path.suffix}"))

@@ -51,6 +51,20 @@ def contact_sheet(
     return sheet
 
 
+def with_title(sheet: Image.Image, title: str) -> Image.Image:
+    """Return the sheet below a line of text.
+
+    >>> with_title(Image.new("RGB", (60, 40)), "blank: 48 of 512").height > 40
+    True
+    """
+    font = _font(20)
+    width, height = _text_size(title, font)
+    titled = Image.new("RGB", (max(sheet.width, width + 8), sheet.height + height + 4), "white")
+    titled.paste(sheet, (0, height + 4))
+    ImageDraw.Draw(titled).text((4, 0), title, fill="black", font=font)
+    return titled
+
+
 def _fit(image: Image.Image, cell: int) -> Image.Image:
     image = image.convert("RGB")
     factor = cell // max(image.size)

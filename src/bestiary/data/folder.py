@@ -1,15 +1,13 @@
-"""Class folders on disk, `<root>/<class>/<file>`: listing, checking and linking them."""
+"""Class folders on disk, `<root>/<class>/<file>`: choosing, checking, linking and replacing them."""
 
 from __future__ import annotations
 
 import errno
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-
-from tqdm import tqdm
 
 from bestiary.errors import BestiaryError
 
@@ -31,14 +29,6 @@ def link(source: Path, target: Path) -> None:
             shutil.copyfile(source, target)
 
 
-def link_all(target: Path, files: Mapping[str, Iterable[Path]]) -> None:
-    """Link the files of each class to `target/<class>/<name>`."""
-    for name, paths in tqdm(files.items(), desc="link", unit="class"):
-        (target / name).mkdir()
-        for path in paths:
-            link(path, target / name / path.name)
-
-
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """Give a new folder that replaces `folder` when the body succeeds and is deleted when it fails."""
@@ -55,20 +45,6 @@ def replacing(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
-
-
-def class_files(root: Path) -> dict[str, list[Path]]:
-    """Return the files of each class folder of `root`, both sorted by name, without hidden ones.
-
-    Raises BestiaryError when `root` is not a folder.
-    """
-    if not root.is_dir():
-        raise BestiaryError(f"The image folder {root} does not exist. Create it with one folder of images per class.")
-    folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    return {
-        folder.name: sorted(entry for entry in folder.iterdir() if entry.is_file() and not entry.name.startswith("."))
-        for folder in folders
-    }
 
 
 def choose(
@@ -112,19 +88,6 @@ def check_classes(counts: Mapping[str, int], where: str | Path) -> None:
         raise BestiaryError(
             f"There is only one class in {where}: {next(iter(counts))}. Evaluation needs at least two classes."
         )
-
-
-def take(source: Path, target: Path, classes: Sequence[str] | None, images_per_class: int | None) -> dict[str, int]:
-    """Link the chosen images of `source` to the same class folders of `target`; return the number of each class.
-
-    Raises BestiaryError when `source` does not hold the classes, or fewer than two classes with two images each.
-    """
-    files = choose(class_files(source), classes, images_per_class)
-    counts = {name: len(paths) for name, paths in files.items()}
-    check_classes(counts, source)
-    with replacing(target) as fresh:
-        link_all(fresh, files)
-    return counts
 
 
 def _reflink(source: Path, target: Path) -> bool:

@@ -10,8 +10,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from pillow_heif import register_heif_opener
 
 from bestiary.errors import BestiaryError
+
+# Cleaning runs one process per core, and of a file's pictures only the first is used.
+register_heif_opener(decode_threads=1, thumbnails=False, depth_images=False, aux_images=False)
 
 MAX_PIXELS = 100_000_000  # more than any camera takes; a small file that claims more is a decompression bomb
 EXTENSIONS = {
@@ -23,9 +27,11 @@ EXTENSIONS = {
     "BMP": (".bmp",),
     "TIFF": (".tif", ".tiff"),
     "AVIF": (".avif",),
+    "HEIF": (".heic", ".heif", ".hif"),
 }
 # Pillow also opens formats that run other programs (EPS) or that photographs do not use. They stay closed here.
 _FORMATS = tuple(name for name in EXTENSIONS if name != "MPO")
+_SEVERAL_PICTURES = ("MPO", "HEIF")  # one photograph and its companions (depth, a burst), not an animation
 _SRGB_NAMES = ("srgb", "c2", "urgb")  # c2 and uRGB are the tiny sRGB profiles that social networks embed
 _ORIENTATION = 0x0112  # the EXIF tag
 
@@ -105,7 +111,7 @@ def _decode(path: Path, content: bytes) -> Decoded:
     if image.width * image.height > MAX_PIXELS:
         raise UnreadableImageError(path, f"decompression bomb: {image.width} x {image.height} pixels")
     file_format = str(image.format)
-    animated = file_format != "MPO" and bool(getattr(image, "is_animated", False))
+    animated = file_format not in _SEVERAL_PICTURES and bool(getattr(image, "is_animated", False))
     profile = image.info.get("icc_profile")
     # Pillow opens 16-bit colours as 8-bit ones. Only the tiles' raw mode still shows the difference, and only until
     # the image is loaded.

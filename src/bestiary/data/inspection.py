@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import NoReturn
 
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from bestiary.data.hashing import hashes, small_grey, thumbnail
 from bestiary.data.images import UnreadableImageError, decode
+from bestiary.data.listing import RAW_SUFFIXES
 
 _MIN_FILES_FOR_WORKERS = 1000  # one process is done with fewer before a second one has started
 _CHUNK = 16
@@ -51,8 +52,13 @@ class Inspection:
 
 def inspect(root: Path, path: str) -> Inspection:
     """Inspect the file `root`/`path`. Whatever the file holds, this does not raise."""
-    content = (root / path).read_bytes()
+    try:
+        content = (root / path).read_bytes()
+    except OSError as error:
+        return Inspection(path, "", 0, unreadable=(error.strerror or "cannot be read").lower())
     sha256 = hashlib.sha256(content).hexdigest()
+    if PurePosixPath(path).suffix.lower() in RAW_SUFFIXES:
+        return Inspection(path, sha256, len(content), unreadable="a camera's raw file")
     try:
         decoded = decode(root / path, content)
     except UnreadableImageError as error:

@@ -8,9 +8,12 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 
-_MAX_BYTES = 180  # file systems allow 255
+MAX_BYTES = 180  # file systems allow 255
 _RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]|conin\$|conout\$)")
-_FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]')
+# Controls of a terminal, of lines and of the direction of writing, and bytes that are not UTF-8.
+_CONTROLS = r"\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff"
+_UNPRINTABLE = re.compile(f"[{_CONTROLS}]")
+_FORBIDDEN = re.compile(rf'[<>:"/\\|?*{_CONTROLS}]')
 
 
 def parts(path: str) -> list[str]:
@@ -52,10 +55,10 @@ def safe_name(name: str) -> str:
     name = _FORBIDDEN.sub("_", unicodedata.normalize("NFC", name)).strip(" ").rstrip(". ").lstrip(".")
     if not name or _RESERVED.fullmatch(name.split(".")[0].strip()):
         name = f"_{name}"
-    if len(name.encode()) > _MAX_BYTES:
+    if len(name.encode()) > MAX_BYTES:
         suffix = PurePosixPath(name).suffix
         suffix = suffix if len(suffix.encode()) <= 10 else ""
-        stem = name.encode()[: _MAX_BYTES - 9 - len(suffix.encode())].decode(errors="ignore").rstrip(". ")
+        stem = name.encode()[: MAX_BYTES - 9 - len(suffix.encode())].decode(errors="ignore").rstrip(". ")
         name = f"{stem}-{_short_hash(name)}{suffix}"
     return name
 
@@ -79,6 +82,15 @@ def safe_names(paths: Iterable[str]) -> list[str]:
         taken.add(name.casefold())
         names[index] = name
     return names
+
+
+def printable(text: str) -> str:
+    r"""Return `text` with escapes in the place of what a terminal would obey, or what is not UTF-8.
+
+    >>> printable("cat\x1b[2J"), printable("caf\udce9"), printable("café 猫")
+    ('cat\\x1b[2J', 'caf\\udce9', 'café 猫')
+    """
+    return _UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
 
 
 def _short_hash(text: str) -> str:

@@ -22,12 +22,13 @@ from tqdm import tqdm
 from bestiary import params
 from bestiary.data.archives import OTHER_KINDS, kind_of, unpack
 from bestiary.data.folder import check_classes, link, replacing
+from bestiary.data.images import EXTENSIONS
 from bestiary.data.names import class_of, parts, safe_names
 from bestiary.data.sciencedb_client import SERVICE_ERRORS, Client, RemoteFile, Sleep, problem_of, reason_of, size_of
 from bestiary.errors import BestiaryError
 from bestiary.subjects import ANIMALS
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = tuple(sorted({suffix for suffixes in EXTENSIONS.values() for suffix in suffixes}))
 
 
 @dataclass(frozen=True)

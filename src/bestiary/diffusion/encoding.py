@@ -37,6 +37,7 @@ from bestiary.diffusion.base import (
 from bestiary.errors import BestiaryError
 from bestiary.files import write_atomically
 from bestiary.subjects import CAPTION_TEMPLATES, caption, subject_of
+from bestiary.tables import read_table
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -105,7 +106,7 @@ def encode_images(
     """
     state = processes()
     _, dtype = device_and_dtype()
-    tables = {split: pd.read_csv(manifests[split], keep_default_na=False) for split in SPLITS}
+    tables = {split: read_table(manifests[split], {"width": int, "height": int}) for split in SPLITS}
     _check(tables)
     vae = load_vae(base, revision, dtype=dtype).to(state.device, memory_format=torch.channels_last)
     sizes = _picture_sizes(settings, *size_factors(base, revision))

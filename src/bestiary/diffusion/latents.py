@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from bestiary.errors import BestiaryError
+from bestiary.tables import read_table
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class LatentCache:
         """Open one split, "train" or "val". Raises BestiaryError when the cache is missing or broken."""
         try:
             facts = json.loads((folder / "latents.json").read_text(encoding="utf-8"))
-            images = pd.read_csv(folder / "images.csv", keep_default_na=False)
-            captions = pd.read_csv(folder / "captions.csv", keep_default_na=False)
+            images = read_table(folder / "images.csv", {"width": int, "height": int})
+            captions = read_table(folder / "captions.csv")
             features = load_file(folder / "captions.safetensors")["features"]
             shards = [load_file(path) for path in sorted(folder.glob(f"{split}-*.safetensors"))]
         except (OSError, ValueError, SafetensorError) as error:

@@ -73,10 +73,12 @@ class TrainingResult:
         """Write `history.csv`, without the speed, and `val_loss_by_class.csv` for DVC's plots."""
         import pandas as pd
 
+        from bestiary.tables import for_spreadsheet
+
         history = pd.DataFrame(self.history, columns=[name for name in COLUMNS if name not in COSTS])
         write_atomically(folder / "history.csv", history.to_csv(index=False).encode())
-        by_class = pd.Series(self.val_loss_by_class, name="val_loss").rename_axis("class")
-        write_atomically(folder / "val_loss_by_class.csv", by_class.to_csv().encode())
+        by_class = pd.DataFrame(self.val_loss_by_class.items(), columns=["class", "val_loss"])
+        write_atomically(folder / "val_loss_by_class.csv", for_spreadsheet(by_class).to_csv(index=False).encode())
 
 
 @dataclass

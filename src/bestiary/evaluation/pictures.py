@@ -31,6 +31,7 @@ from bestiary.evaluation.sharing import map_across_processes
 from bestiary.files import write_atomically
 from bestiary.samplers import Sampling
 from bestiary.subjects import CAPTION_TEMPLATES, caption, subject_of
+from bestiary.tables import read_table
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -148,7 +149,7 @@ def read_manifests(split: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     tables = []
     for name, meaning in (("train", "training"), ("val", "validation")):
         path = split / f"{name}.csv"
-        table = pd.read_csv(path, dtype=str, keep_default_na=False) if path.is_file() else pd.DataFrame()
+        table = read_table(path) if path.is_file() else pd.DataFrame()
         if table.empty:
             raise BestiaryError(f"There are no {meaning} images: {path} is missing or empty. Run `dvc repro split`.")
         tables.append(table)

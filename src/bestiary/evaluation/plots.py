@@ -18,6 +18,7 @@ from PIL import Image
 from bestiary.data.contact_sheets import contact_sheet
 from bestiary.evaluation.report import BY_KEY, ClassScores
 from bestiary.files import write_atomically
+from bestiary.tables import for_spreadsheet
 
 if TYPE_CHECKING:
     from bestiary.evaluation.benchmark import Row, Setting
@@ -151,7 +152,7 @@ def save_picture(image: Image.Image, path: Path) -> None:
 
 def save_table(table: pd.DataFrame, path: Path) -> None:
     """Write a CSV file, atomically."""
-    write_atomically(path, table.to_csv(index=False).encode())
+    write_atomically(path, for_spreadsheet(table).to_csv(index=False).encode())
 
 
 def _line_name(setting: Setting, default: Setting) -> str:

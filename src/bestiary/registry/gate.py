@@ -72,13 +72,12 @@ def paired_difference(mine: Path, theirs: Path, score: str) -> Estimate | None:
 
     The tables are evaluate's pictures.csv. None when they are not about the same prompts and seeds.
     """
-    import pandas as pd
-
     from bestiary.evaluation.scoring import bootstrap_mean, resample_counts
+    from bestiary.tables import read_table
 
     tables = []
     for path in (mine, theirs):
-        table = pd.read_csv(path).set_index(["prompt", "seed"]).sort_index()
+        table = read_table(path, {"seed": int, f"adapter_{score}": float}).set_index(["prompt", "seed"]).sort_index()
         table["adapter_top1"] = 100.0 * (table["adapter_predicted"] == table["class"])
         tables.append(table[f"adapter_{score}"])
     if not tables[0].index.equals(tables[1].index):

@@ -14,9 +14,9 @@ from bestiary.errors import BestiaryError
 from bestiary.evaluation.report import EvaluationReport, as_markdown, read_evaluation
 from bestiary.files import write_atomically
 from bestiary.registry.resolving import resolve
-from bestiary.registry.versions import Version, artifact, defaults_of, parameters, walk
+from bestiary.registry.versions import Version, artifact, defaults_of, parameters, subjects_of, walk
 from bestiary.samplers import DrawingDefaults
-from bestiary.subjects import subject_of
+from bestiary.subjects import Subject, find_subject
 
 if TYPE_CHECKING:
     from bestiary.tracking.lineage import Step
@@ -64,18 +64,18 @@ def render(
     """
     tags = version.tags
     base = f"`{tags['base']}`" + (f" at revision `{tags['base_revision']}`" if tags["base_revision"] else "")
-    subjects = [subject_of(folder).name for folder in report.per_class]
+    subjects = {folder: find_subject(folder, subjects_of(version))[0] for folder in report.per_class}
     parts = [
-        f"---\n{_metadata(version, report, has_sheet)}\n---",
+        f"---\n{_metadata(version, report, subjects, has_sheet)}\n---",
         f"# {version.name} {version.version}",
         f"A LoRA adapter (rank {tags['rank']}, alpha {float(tags['alpha']):g}) for {base}. It teaches the base "
-        f"{len(subjects)} subjects: {', '.join(subjects)}.",
+        f"{len(subjects)} subjects: {', '.join(subject.name for subject in subjects.values())}.",
         f"![The base beside the adapter: same prompts, same seeds]({SHEET})" if has_sheet else "",
         "## Scores",
         f"The base and the adapter each drew {report.images} pictures from the same prompts and seeds. A CLIP model "
         "that was not used in training scored them.",
         "\n".join(as_markdown(report)),
-        _strengths(report),
+        _strengths(report, subjects),
         "Pictures whose nearest real image is a training image, as a share from 0 (what chance gives) to 1 (all): "
         f"{report.memorisation.adapter.copied.describe()}.",
         f"The registry's gate decided: {tags['decision']}" if "decision" in tags else "",
@@ -98,12 +98,12 @@ def _evaluation(version: Version, runs: Mapping[str, str], folder: Path) -> Eval
     return report
 
 
-def _metadata(version: Version, report: EvaluationReport, has_sheet: bool) -> str:
+def _metadata(version: Version, report: EvaluationReport, subjects: Mapping[str, Subject], has_sheet: bool) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     base = version.tags["base"]
     is_on_the_hub = not base.startswith((".", "/"))
-    first = subject_of(next(iter(report.per_class)))
+    first = next(iter(subjects.values()))
     data = ModelCardData(
         model_name=f"{version.name} {version.version}",
         library_name="diffusers",
@@ -128,8 +128,8 @@ def _metadata(version: Version, report: EvaluationReport, has_sheet: bool) -> st
     return str(data.to_yaml())
 
 
-def _strengths(report: EvaluationReport) -> str:
-    gains = {subject_of(folder).name: scores.delta["clip_score"].mean for folder, scores in report.per_class.items()}
+def _strengths(report: EvaluationReport, subjects: Mapping[str, Subject]) -> str:
+    gains = {subjects[folder].name: scores.delta["clip_score"].mean for folder, scores in report.per_class.items()}
     order = sorted(gains, key=lambda name: gains[name], reverse=True)
     if len(order) < 6:
         return ""

@@ -13,7 +13,16 @@ from bestiary.files import project_root
 from bestiary.params import Register
 from bestiary.registry.aliases import ROLLED_BACK, give_alias
 from bestiary.registry.gate import CHALLENGER, CHAMPION, ChampionComparison, Decision, decide, paired_difference
-from bestiary.registry.versions import DEFAULTS_TAG, aliases_of, make_name, number_of, plain_errors, publish
+from bestiary.registry.versions import (
+    DEFAULTS_TAG,
+    SUBJECTS_TAG,
+    aliases_of,
+    make_name,
+    number_of,
+    plain_errors,
+    publish,
+    subjects_tag,
+)
 from bestiary.samplers import DrawingDefaults, Sampling
 from bestiary.tracking.store import check_database, locked, open_client, tracking_uri
 
@@ -117,6 +126,7 @@ def _tags(submission: Submission) -> dict[str, str]:
         "alpha": str(verification.alpha),
         "measured": submission.measured,
         DEFAULTS_TAG: submission.defaults.to_json(),
+        SUBJECTS_TAG: subjects_tag(evaluation.classes),
         **{f"{name}.{score.key}": str(row[score.key].mean) for name, row in rows.items() for score in evaluation.table},
     }
 

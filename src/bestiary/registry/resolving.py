@@ -16,8 +16,10 @@ from bestiary.registry.versions import (
     open_local,
     open_registry,
     plain_errors,
+    subjects_of,
 )
 from bestiary.samplers import DrawingDefaults
+from bestiary.subjects import Subject
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Adapter:
     base_revision: str | None
     base_sha256: str | None
     defaults: DrawingDefaults | None = None  # how a registered adapter was evaluated
+    subjects: tuple[Subject, ...] = ()  # that a registered adapter was taught, in the words of its captions
 
 
 def needs_mlflow(what: str) -> bool:
@@ -56,7 +59,13 @@ def resolve(what: str) -> Adapter:
             f"The file of {version.uri} has changed since it was registered: {file}. Restore it from a backup."
         )
     return Adapter(
-        file, version.uri, tags["base"], tags["base_revision"] or None, tags["base_sha256"], defaults_of(version)
+        file,
+        version.uri,
+        tags["base"],
+        tags["base_revision"] or None,
+        tags["base_sha256"],
+        defaults_of(version),
+        subjects_of(version),
     )
 
 

@@ -6,11 +6,12 @@ A local SQLite database is read directly, because importing MLflow takes seconds
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 from bestiary.errors import BestiaryError
 from bestiary.files import project_root
 from bestiary.samplers import DrawingDefaults
+from bestiary.subjects import Subject, subject_of
 from bestiary.tracking.database import Database, open_database
 from bestiary.tracking.lineage import Server, Step, lineage
 from bestiary.tracking.store import check_database, explain, open_client, sqlite_path, tracking_uri
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
 
 DEFAULTS_TAG = "usual"  # the tag that holds a version's drawing defaults
+SUBJECTS_TAG = "subjects"  # the tag that holds the words of a version's subjects, by class folder
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,32 @@ def defaults_of(version: Version) -> DrawingDefaults | None:
         return DrawingDefaults.from_json(version.tags[DEFAULTS_TAG])
     except (KeyError, ValueError):
         return None
+
+
+def subjects_tag(folders: Iterable[str]) -> str:
+    """The content of SUBJECTS_TAG for an adapter that was taught these class folders."""
+    return json.dumps({folder: subject_of(folder).name for folder in folders}, ensure_ascii=False)
+
+
+def subjects_of(version: Version) -> tuple[Subject, ...]:
+    """The subjects that a version was taught, in the words of its captions. Empty when its tags do not say.
+
+    Raises BestiaryError when the tag is damaged.
+
+    >>> subjects_of(Version("bestiary", 1, [], {"subjects": '{"my_owl": "my owl"}'}, "run"))[0].with_article
+    'my owl'
+    """
+    if SUBJECTS_TAG not in version.tags:
+        return ()
+    try:
+        words = json.loads(version.tags[SUBJECTS_TAG])
+    except (ValueError, RecursionError):
+        words = None
+    if not isinstance(words, dict) or not all(isinstance(name, str) and name.strip() for name in words.values()):
+        raise BestiaryError(
+            f"The tag {SUBJECTS_TAG} of {version.uri} is damaged. Delete the tag to use the names that you type."
+        )
+    return tuple(replace(subject_of(folder), folder=folder, name=name) for folder, name in words.items())
 
 
 def walk(uri: str) -> tuple[Version, list[Step]]:

@@ -1,0 +1,65 @@
+"""Somebody's own folder of images, `<root>/<class>/<file>`, laid out as class folders for cleaning."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from bestiary.data.folder import check_classes, choose, link, replacing
+from bestiary.data.listing import LeftOut, list_images, write_left_out
+from bestiary.data.names import safe_names
+from bestiary.errors import BestiaryError
+from bestiary.subjects import check_folders
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What was taken from a folder: how many images of each class, how many under another name, and what was not."""
+
+    per_class: dict[str, int]
+    renamed: int
+    left_out: list[LeftOut]
+
+
+def take(
+    source: Path,
+    target: Path,
+    classes: Sequence[str] | None,
+    images_per_class: int | None,
+    trusted: Callable[[], Sequence[Path]] = tuple,
+) -> Taken:
+    """Link the chosen images of `source` to the same class folders of `target`.
+
+    A file whose name not every file system accepts gets one that is. Links to places outside `source` are left out,
+    but for the folders that `trusted` returns. What is left out is listed in `target` too, for cleaning to report.
+
+    Raises BestiaryError when `source` does not hold the classes, or fewer than two classes with two images each, or
+    when folders stand for the same subject.
+    """
+    listing = list_images(source, trusted)
+    files = choose(listing.images, classes, images_per_class)
+    check_folders(files)
+    left_out = [each for each in listing.left_out if each.class_folder in files or not each.class_folder]
+    counts = {name: len(paths) for name, paths in files.items()}
+    for name in (name for name, count in counts.items() if not count):
+        if kinds := Counter(each.kind for each in left_out if each.class_folder == name):
+            there = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+            raise BestiaryError(
+                f"The class {name} has no image in {source}. These files are there: {there}. Put images into the "
+                "folder itself, or remove it."
+            )
+    check_classes(counts, source)
+    renamed = 0
+    with replacing(target) as fresh:
+        for name, paths in tqdm(files.items(), desc="link", unit="class"):
+            (fresh / name).mkdir()
+            for path, safe in zip(paths, safe_names(path.name for path in paths), strict=True):
+                link(path, fresh / name / safe)
+                renamed += safe != unicodedata.normalize("NFC", path.name)
+        write_left_out(fresh, left_out)
+    return Taken(counts, renamed, left_out)

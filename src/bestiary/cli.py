@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from bestiary import __version__
-from bestiary.errors import BestiaryError
+from bestiary.errors import BestiaryError, printable
 from bestiary.png_metadata import Colours, PictureSettings, read_settings
 from bestiary.project import (
     drawing_defaults,
@@ -219,16 +219,19 @@ def generate(
         import bestiary.diffusion.sampling  # noqa: F401  imports torch while a second process may ask MLflow
 
         adapter = resolved()
+    for note in adapter.notes if adapter else ():
+        click.echo(printable(note), err=True)
     generator = generation.Generator()
+    chosen, default = generation.named_base(source.base), project_base(params)
     if original and like:
         _check_same_adapter(adapter, original, like, what)
-        base = generation.named_base(source.base) or generation.located_base(original.base, original.base_revision)
-        generator.prepare(base, adapter, any_base=bool(source.base))
+        base = chosen or generation.base_of_picture(original, like, default)
+        generator.prepare(base, adapter, any_base=generation.overrides_base(chosen, adapter))
         jobs = [(like.stem, original)]
     else:
-        default = None if adapter else project_base(params)
-        base = generation.choose_base(adapter, generation.named_base(source.base), default)
-        generator.prepare(base, adapter, any_base=bool(source.base))
+        known = [default] if default else []
+        base = generation.choose_base(adapter, chosen, None if adapter else default, known=known)
+        generator.prepare(base, adapter, any_base=generation.overrides_base(chosen, adapter))
         defaults = (adapter and adapter.defaults) or drawing_defaults(params)
         sampling = generator.sized(changes.apply(defaults.sampling))
         named = [(generation.file_stem(subject.name), caption(subject, defaults.template)) for subject in wanted]
@@ -324,7 +327,7 @@ def pull(what: str, base: str | None, out: Path) -> None:
     silence_libraries()
     from bestiary.registry import resolving
 
-    click.echo(resolving.pull(what, out, base))
+    click.echo(resolving.pull(what, out, base, _known_bases()))
 
 
 @cli.group()
@@ -342,13 +345,13 @@ def verify(what: str, base: str | None) -> None:
     from bestiary.registry import resolving
 
     found = resolving.resolve(what)
-    model = resolving.find_base(found, base)
+    model = resolving.find_base(found, base, _known_bases())
     proof = verify_adapter(found.file, model, None if base else found.base_revision)
     trained_on = {True: "yes", False: f"no, it was trained on {found.base}", None: "the file does not say"}
     for label, value in (
         ("adapter", found.file),
         ("sha256", proof.sha256),
-        ("rank, alpha", f"{proof.rank}, {proof.alpha:g}"),
+        ("rank, alpha", f"{proof.rank}, {proof.alpha:g}{f' ({proof.alpha_rule})' if proof.alpha_rule else ''}"),
         ("base", model),
         ("trained on this base", trained_on[proof.base_is_the_trained_one]),
         ("weights in place", f"{proof.keys} of {proof.keys}"),
@@ -356,7 +359,7 @@ def verify(what: str, base: str | None) -> None:
         ("weight 1 differs from the base", "yes"),
         ("a reload gives the same", "yes, exactly"),
     ):
-        click.echo(f"{label:32} {value}")
+        click.echo(printable(f"{label:32} {value}"))
 
 
 @adapter.command()
@@ -371,7 +374,13 @@ def convert(source: Path, target: Path, to: Literal["diffusers", "kohya"], alpha
 
     if source.resolve() == target.resolve():
         raise BestiaryError(f"{target} is the file to convert and would be overwritten. Choose another target.")
-    click.echo(conversion.convert(source, target, to, alpha))
+    click.echo(conversion.convert(source, target, to, alpha, lambda note: click.echo(note, err=True)))
+
+
+def _known_bases() -> list[str]:
+    """The bases that a command may use without being told to."""
+    base = project_base(project_params())
+    return [base.model] if base else []
 
 
 @cli.command()

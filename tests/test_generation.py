@@ -33,7 +33,16 @@ def test_the_base_that_the_user_names_wins(tmp_path: Path) -> None:
 
 
 def test_an_adapter_is_drawn_on_the_base_that_it_names(tmp_path: Path) -> None:
-    assert choose_base(adapter_on("someone/base", tmp_path), None, Base("default")) == Base("someone/base")
+    (tmp_path / "named").mkdir()
+    named = str(tmp_path / "named")
+    assert choose_base(adapter_on(named, tmp_path), None, Base("default")) == Base(named)
+
+
+def test_a_base_on_the_hub_that_only_an_adapter_names_is_never_fetched(tmp_path: Path) -> None:
+    adapter = adapter_on("someone/base", tmp_path)
+    with pytest.raises(BestiaryError, match="--base someone/base"):
+        choose_base(adapter, None, Base("default"))
+    assert choose_base(adapter, None, Base("default"), known=(Base("someone/base"),)) == Base("someone/base")
 
 
 def test_a_strangers_adapter_does_not_choose_the_base(tmp_path: Path) -> None:

@@ -231,6 +231,7 @@ def _apply(unet: UNet2DConditionModel, path: str | Path) -> int:
     ):
         unet.unload_lora()
         raise BestiaryError(f"The adapter {path} did not load: its weights are not in the UNet afterwards.")
+    unet.eval()  # peft adds dropout in training mode, whatever mode the UNet is in
     unet.requires_grad_(False)
     return len(content.weights)
 

@@ -185,7 +185,7 @@ def _check_family(stored: StoredAdapter, family: str | None) -> None:
             f"{stored.path}: This adapter is for {made_for}; this base is {family or SUPPORTED_FAMILIES[0]}."
         )
     if kind := kind_of(shapes):
-        raise BestiaryError(f"{stored.path} is {kind.name}, which is not supported: it holds {shown(kind.key)}.")
+        raise BestiaryError(f"{stored.path} is {kind.name}, which is not supported: it holds {shown(kind.key, 160)}.")
 
 
 def _named_weights(stored: StoredAdapter) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
@@ -223,7 +223,7 @@ def _weight_name(key: str, file: Path) -> str:
     name = re.sub(r"\.(?:lora\.up|lora_up)\.weight$", UP, name)
     in_unet = re.match(r"(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding)\.", name)
     if not in_unet or not name.endswith((DOWN, UP, ".lora_magnitude_vector", ".alpha")):
-        raise BestiaryError(f"{file} holds more than a UNet's LoRA, which is not supported: {shown(key)}.")
+        raise BestiaryError(f"{file} holds more than a UNet's LoRA, which is not supported: {shown(key, 160)}.")
     return name
 
 

@@ -174,6 +174,7 @@ def pull(what: str, out: Path, base: str | None = None, known: Collection[str] =
     Raises BestiaryError when there is no such adapter or base, or when the base is not the one it was trained on.
     """
     from bestiary.diffusion.adapter import verify_adapter
+    from bestiary.diffusion.stored_adapter import deciding_files
 
     adapter = resolve(what)
     model = find_base(adapter, base, known)
@@ -183,6 +184,6 @@ def pull(what: str, out: Path, base: str | None = None, known: Collection[str] =
             f"{adapter.uri} was trained on another base than {model}: on {adapter.base} with the SHA-256 "
             f"{adapter.base_sha256}. Name the folder of that base with --base."
         )
-    target = out / adapter.file.name
-    write_atomically(target, adapter.file.read_bytes())
-    return target
+    for file in deciding_files(adapter.file):
+        write_atomically(out / file.name, file.read_bytes())
+    return out / adapter.file.name

@@ -341,10 +341,11 @@ def adapter() -> None:
 def verify(what: str, base: str | None) -> None:
     """Prove that an adapter applies, and print what was proved."""
     silence_libraries()
-    from bestiary.diffusion.adapter import verify_adapter
     from bestiary.registry import resolving
 
     found = resolving.resolve(what)
+    from bestiary.diffusion.adapter import verify_adapter  # torch, which a refusal does not wait for
+
     model = resolving.find_base(found, base, _known_bases())
     proof = verify_adapter(found.file, model, None if base else found.base_revision)
     trained_on = {True: "yes", False: f"no, it was trained on {found.base}", None: "the file does not say"}
@@ -370,10 +371,13 @@ def verify(what: str, base: str | None) -> None:
 def convert(source: Path, target: Path, to: Literal["diffusers", "kohya"], alpha: float | None) -> None:
     """Write an adapter in another format; reads diffusers, PEFT, kohya and the original system's files."""
     silence_libraries()
-    from bestiary.diffusion import conversion
-
     if source.resolve() == target.resolve():
         raise BestiaryError(f"{target} is the file to convert and would be overwritten. Choose another target.")
+    from bestiary.diffusion.stored_adapter import adapter_file, check_size
+
+    check_size(adapter_file(source))
+    from bestiary.diffusion import conversion  # torch, which a refusal does not wait for
+
     click.echo(conversion.convert(source, target, to, alpha, lambda note: click.echo(note, err=True)))
 
 
@@ -425,7 +429,7 @@ def app(adapters: tuple[str, ...], bases: tuple[str, ...], host: str, port: int,
     from bestiary.app.access import read_credentials
     from bestiary.app.offers import Offerings
     from bestiary.app.server import launch
-    from bestiary.diffusion.adapter import adapter_file
+    from bestiary.diffusion.stored_adapter import adapter_file
     from bestiary.files import project_root
     from bestiary.generation import named_base, no_base_error
 

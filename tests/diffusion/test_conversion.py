@@ -469,3 +469,17 @@ def test_an_old_torch_pickle_is_known_and_a_header_of_640_bytes_is_not_taken_for
     header = b"{}".ljust(640)
     (tmp_path / "640.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     assert not is_pickle(tmp_path / "640.safetensors")
+
+
+def test_an_adapter_trained_with_dropout_draws_without_it_in_diffusers_too(base: Path, tmp_path: Path) -> None:
+    unet = load_unet(base)
+    for parameter in inject(unet, rank=2, alpha=2, dropout=0.5, targets=["to_q"], seed=0):
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    ours = save_adapter(unet, tmp_path / "ours", Provenance())
+    assert torch.equal(output(base, "diffusers", ours), output(base, "diffusers", ours))
+    weights = {f"base_model.model.{key.removeprefix('unet.')}": value for key, value in load_file(ours).items()}
+    (tmp_path / "peft").mkdir()
+    save_file(weights, tmp_path / "peft" / "adapter_model.safetensors")
+    config = {"r": 2, "lora_alpha": 2, "lora_dropout": 0.5}
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(config))
+    assert torch.equal(output(base, "ours", tmp_path / "peft"), output(base, "ours", ours))

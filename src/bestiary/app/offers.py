@@ -154,7 +154,7 @@ class Offers:
         ]
 
     def _folders(self) -> list[Offer]:
-        from bestiary.diffusion.adapter import adapter_file
+        from bestiary.diffusion.stored_adapter import adapter_file
 
         offers = []
         for number, path in enumerate(self._local):

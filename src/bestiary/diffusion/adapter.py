@@ -17,16 +17,14 @@ import torch
 from bestiary.diffusion.adapter_format import FILE_NAME, PREFIX, AdapterConfig, AdapterContent, Provenance
 from bestiary.diffusion.adapter_reading import SUPPORTED_FAMILIES, is_target, read_adapter
 from bestiary.diffusion.base import base_sha256, load_unet
-from bestiary.diffusion.stored_adapter import PEFT_WEIGHTS, deciding_files
+from bestiary.diffusion.stored_adapter import adapter_file, deciding_files
 from bestiary.errors import BestiaryError, shown
-from bestiary.files import is_file, is_folder, write_atomically
+from bestiary.files import write_atomically
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 NAME = "bestiary"  # the adapter's name inside the UNet
-# The files of a folder by who writes them: diffusers and this project, or PEFT. Safetensors are preferred to pickles.
-FOLDERS = ((FILE_NAME, "pytorch_lora_weights.bin"), PEFT_WEIGHTS)
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,6 @@ def save_adapter(unet: UNet2DConditionModel, folder: Path, provenance: Provenanc
             r=config.r,
             lora_alpha=config.lora_alpha,
             target_modules=sorted(config.target_modules),
-            lora_dropout=config.lora_dropout,
             use_rslora=config.use_rslora,
             use_dora=config.use_dora,
         ),
@@ -105,24 +102,6 @@ def save_adapter(unet: UNet2DConditionModel, folder: Path, provenance: Provenanc
     path = folder / FILE_NAME
     write_atomically(path, content.to_bytes())
     return path
-
-
-def adapter_file(path: str | Path) -> Path:
-    """The adapter's weights: `path` itself, or the file in the folder `path`.
-
-    Raises BestiaryError when there is none, or when a folder holds two adapters.
-    """
-    path = Path(path)
-    if is_folder(path):
-        found = ([path / name for name in names if (path / name).is_file()] for names in FOLDERS)
-        files = [same[0] for same in found if same]
-    else:
-        files = [path] if is_file(path) else []
-    if not files:
-        raise BestiaryError(f"There is no adapter at {shown(str(path), 200)}.")
-    if len(files) > 1:
-        raise BestiaryError(f"{path} holds two adapters. Name one of them: {files[0].name} or {files[1].name}.")
-    return files[0]
 
 
 def adapter_sha256(path: str | Path) -> str:

@@ -9,16 +9,19 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-from safetensors.torch import save
+
+if TYPE_CHECKING:
+    import torch
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 PREFIX = "unet."  # of the weights and of the config's fields
 CONFIG_KEY = "lora_adapter_metadata"  # where diffusers looks for the config; without one, it takes the rank for alpha
 PROVENANCE_KEY = "bestiary"
+# Kohya files keep the config under this key: with diffusers' own key, diffusers would take them for its own format.
+KOHYA_CONFIG_KEY = "bestiary_config"
 MAX_RANK_OR_ALPHA = 1e6  # no adapter needs more, and float16 overflows far below
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which cannot be written to a file
 MAX_TEXT = 1000  # characters: a path on any system, and more than a base's name on the hub
@@ -45,7 +48,8 @@ class AdapterConfig(BaseModel):
     r: int = Field(ge=1, le=MAX_RANK_OR_ALPHA)
     lora_alpha: int | float = Field(ge=-MAX_RANK_OR_ALPHA, le=MAX_RANK_OR_ALPHA)  # both, to write what was read
     target_modules: list[str]
-    lora_dropout: int | float = Field(default=0.0, ge=0, le=1)
+    # 0 whatever it was trained with: diffusers loads dropout in training mode, and its pictures would be random.
+    lora_dropout: float = 0.0
     use_rslora: bool = False
     use_dora: bool = False
 
@@ -83,6 +87,8 @@ class AdapterContent:
 
     def to_bytes(self) -> bytes:
         """The file in diffusers' format. The same adapter gives the same bytes."""
+        from safetensors.torch import save
+
         weights = {f"{PREFIX}{key}": value.contiguous() for key, value in self.weights.items()}
         config = {f"{PREFIX}{field}": value for field, value in self.config}
         metadata = {

@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bestiary.diffusion.adapter_format import (
     CONFIG_KEY,
+    FILE_NAME,
+    KOHYA_CONFIG_KEY,
     MAX_RANK_OR_ALPHA,
     PREFIX,
     PROVENANCE_KEY,
@@ -27,8 +29,6 @@ from bestiary.diffusion.adapter_kinds import family_of, kind_of
 from bestiary.diffusion.stored_adapter import StoredAdapter, broken_config, open_adapter, read_object, too_large
 from bestiary.errors import BestiaryError, shown
 
-# Kohya files keep the config under this key: with diffusers' own key, diffusers would take them for its own format.
-KOHYA_CONFIG_KEY = "bestiary_config"
 KOHYA_PREFIX = "lora_unet_"
 # Module names of the UNet that contain underscores themselves: kohya replaces the dots between names by underscores.
 COMPOUND_NAMES = (
@@ -99,11 +99,10 @@ def read_adapter(
         r=rank,
         lora_alpha=known,
         target_modules=_targets(fields, config.target_modules, modules),
-        lora_dropout=config.lora_dropout,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
     )
-    return AdapterContent(weights, complete, provenance, rule, few_step=_is_few_step(stored))
+    return AdapterContent(weights, complete, provenance, rule, few_step=_is_few_step(stored, provenance))
 
 
 # ---- the config ----
@@ -330,8 +329,12 @@ def _producer(keys: Iterable[str], rank: int, *, pickled: bool) -> Literal["kohy
     return None
 
 
-def _is_few_step(stored: StoredAdapter) -> bool:
+def _is_few_step(stored: StoredAdapter, provenance: Provenance) -> bool:
     """Whether a name in or of the file says LCM-LoRA (arXiv:2311.05556): its weights look like any other adapter's."""
-    named = [stored.path.stem, stored.path.parent.name]
+    if provenance.data_sha256:  # this project trained it on images
+        return False
+    named = [stored.path.stem]
+    if stored.path.stem == FILE_NAME.partition(".")[0]:  # as published: the folder has the adapter's name
+        named.append(stored.path.parent.name)
     named += [stored.metadata.get(key, "") for key in ("ss_output_name", "modelspec.title")]
     return any(re.search(r"(?<![a-z])lcm(?![a-z])", name[:1000].lower()) for name in named)

@@ -12,9 +12,15 @@ from typing import Literal
 import torch
 from safetensors.torch import save
 
-from bestiary.diffusion.adapter import adapter_file
-from bestiary.diffusion.adapter_format import FILE_NAME, PROVENANCE_KEY, AdapterContent, with_sorted_header
-from bestiary.diffusion.adapter_reading import KOHYA_CONFIG_KEY, KOHYA_PREFIX, ORIGINAL_ALPHA, read_adapter
+from bestiary.diffusion.adapter_format import (
+    FILE_NAME,
+    KOHYA_CONFIG_KEY,
+    PROVENANCE_KEY,
+    AdapterContent,
+    with_sorted_header,
+)
+from bestiary.diffusion.adapter_reading import KOHYA_PREFIX, ORIGINAL_ALPHA, read_adapter
+from bestiary.diffusion.stored_adapter import adapter_file
 from bestiary.errors import BestiaryError
 from bestiary.files import write_atomically
 

@@ -6,21 +6,29 @@ is ever run: pickles are unpickled with nothing but tensors allowed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from safetensors import SafetensorError, safe_open
 
+from bestiary.diffusion.adapter_format import CONFIG_KEY, FILE_NAME, KOHYA_CONFIG_KEY, PROVENANCE_KEY
 from bestiary.errors import BestiaryError, shown
+from bestiary.files import is_file, is_folder
+
+if TYPE_CHECKING:
+    import torch
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+# The files of a folder by who writes them: diffusers and this project, or PEFT. Safetensors are preferred to pickles.
+FOLDERS = ((FILE_NAME, "pytorch_lora_weights.bin"), PEFT_WEIGHTS)
+SETTINGS = (CONFIG_KEY, KOHYA_CONFIG_KEY, PROVENANCE_KEY)  # the metadata that is parsed
 MIB = 2**20
 # SDXL's largest adapters have some 8,000 tensors and a header of 2 MiB; kohya adds its table of tags.
 MAX_HEADER = 8 * MIB
@@ -39,6 +47,24 @@ class StoredAdapter:
     metadata: Mapping[str, str]
     peft_config: Mapping[str, Any]
     pickled: bool
+
+
+def adapter_file(path: str | Path) -> Path:
+    """The adapter's weights: `path` itself, or the file in the folder `path`.
+
+    Raises BestiaryError when there is none, or when a folder holds two adapters.
+    """
+    path = Path(path)
+    if is_folder(path):
+        found = ([path / name for name in names if (path / name).is_file()] for names in FOLDERS)
+        files = [same[0] for same in found if same]
+    else:
+        files = [path] if is_file(path) else []
+    if not files:
+        raise BestiaryError(f"There is no adapter at {shown(str(path), 200)}.")
+    if len(files) > 1:
+        raise BestiaryError(f"{path} holds two adapters. Name one of them: {files[0].name} or {files[1].name}.")
+    return files[0]
 
 
 def deciding_files(file: Path) -> list[Path]:
@@ -71,10 +97,8 @@ def open_adapter(file: Path) -> StoredAdapter:
 def read_object(text: str | bytes | None, file: Path, key: str = "") -> dict[str, Any]:
     """The JSON object in a file's metadata or config; empty when there is none.
 
-    Raises BestiaryError when it is something else, too long or nested too deeply.
+    Raises BestiaryError when it is something else, or nested too deeply.
     """
-    if text is not None and len(text) > MAX_SETTINGS:
-        raise too_large(file, f"{key} in its metadata", f"{MAX_SETTINGS // MIB} MiB")
     try:
         content = json.loads("{}" if text is None else text)
     except (ValueError, RecursionError):  # not JSON, nested too deeply, or with a number too long for Python
@@ -112,16 +136,32 @@ def _nesting(content: object) -> int:
     return depth
 
 
-def _read_safetensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def check_size(file: Path) -> None:
+    """Raise BestiaryError when reading the adapter's file would take long: its header is bounded, without torch."""
+    if is_pickle(file):
+        return
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
     if MAX_HEADER < length < file.stat().st_size:  # a longer one is no safetensors file at all
         raise too_large(file, f"its header of {length / MIB:.0f} MiB", f"{MAX_HEADER // MIB} MiB")
+    with _opened(file, "np") as content:
+        _check_names(content.keys(), file)
+        for key, text in (content.metadata() or {}).items():
+            if key in SETTINGS and len(text) > MAX_SETTINGS:
+                raise too_large(file, f"{key} in its metadata", f"{MAX_SETTINGS // MIB} MiB")
+
+
+def _read_safetensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    check_size(file)
+    with _opened(file, "pt") as content:
+        return {name: content.get_tensor(name) for name in content.keys()}, dict(content.metadata() or {})  # noqa: SIM118
+
+
+@contextlib.contextmanager
+def _opened(file: Path, framework: Literal["np", "pt"]) -> Iterator[Any]:
     try:
-        with safe_open(file, framework="pt") as opened:
-            names = list(opened.keys())
-            _check_names(names, file)
-            return {name: opened.get_tensor(name) for name in names}, dict(opened.metadata() or {})
+        with safe_open(file, framework=framework) as content:
+            yield content
     except (SafetensorError, OSError) as error:
         raise BestiaryError(f"{file} is not a readable safetensors file ({shown(str(error), 200)}).") from None
 
@@ -135,6 +175,8 @@ def _check_names(names: Collection[str], file: Path) -> None:
 
 
 def _read_pickle(file: Path) -> dict[str, torch.Tensor]:
+    import torch
+
     try:
         _check_zip(file)
         with file.open("rb") as opened:  # given a path, torch would choose the format by its suffix

@@ -47,10 +47,14 @@ def resolve(what: str) -> Adapter:
 
     Raises BestiaryError when there is no such adapter, or when a registered file has changed.
     """
-    from bestiary.diffusion.adapter import adapter_file, adapter_sha256
+    from bestiary.diffusion.stored_adapter import adapter_file, check_size
 
     if not what.startswith("models:"):
-        return _from_file(adapter_file(what), what)
+        file = adapter_file(what)
+        check_size(file)  # before torch is imported, which takes seconds
+        return _from_file(file, what)
+    from bestiary.diffusion.adapter import adapter_sha256
+
     version = find_version(what)
     file = adapter_file(_weights_folder(version))
     if adapter_sha256(file) != _tag(version, "adapter_sha256"):

@@ -5,15 +5,16 @@ import resource
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from support.registry import evaluation, make_adapter, submit
 
 from bestiary import cli
-from bestiary.png_metadata import read_settings
+from bestiary.png_metadata import read_settings, write_png
 from bestiary.registry.registering import Registration
 from bestiary.registry.versions import versions
 from bestiary.tracking import store as tracking
@@ -390,3 +391,18 @@ def test_what_was_assumed_about_an_alpha_is_said(
     assert "2, 2 (diffusers' training scripts store no alpha when it is the rank, 2)" in capsys.readouterr().out
     assert call(monkeypatch, "generate", "tiger", "--adapter", "old.bin", "--base", "models/base", "--steps", "1") == 0
     assert "old.bin: the alpha 2 was assumed" in capsys.readouterr().err
+
+
+def test_a_picture_that_names_an_endless_adapter_with_control_characters_is_one_short_sentence(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "generate", "--prompt", "a fox", "--adapter", "none", "--steps", "1") == 0
+    picture = workspace / "pictures" / "prompt-0.png"
+    settings = replace(read_settings(picture), adapter="\x1b]0;owned\x07" + "x" * 5000, adapter_sha256="0" * 64)
+    with Image.open(picture) as image:
+        picture.write_bytes(write_png(image, settings))
+    capsys.readouterr()
+    assert call(monkeypatch, "generate", "--like", str(picture)) == 1
+    sentence = capsys.readouterr().err.removesuffix("\n")
+    assert sentence.isprintable()
+    assert len(sentence) < 400

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from bestiary import __version__
-from bestiary.errors import BestiaryError, printable
+from bestiary.errors import BestiaryError, printable, shown
+from bestiary.files import is_file, is_folder
 from bestiary.png_metadata import Colours, PictureSettings, read_settings
 from bestiary.project import (
     drawing_defaults,
@@ -263,8 +264,8 @@ def _adapter_of(original: PictureSettings, like: Path, what: str) -> str:
     if "what" in given:
         return what
     named = original.adapter or "none"
-    if named != "none" and not named.startswith("models:") and not Path(named).exists():
-        raise BestiaryError(f"{like} was drawn with {named}, which is not here. Say where it is with --adapter.")
+    if named != "none" and not named.startswith("models:") and not (is_file(named) or is_folder(named)):
+        raise BestiaryError(f"{like} was drawn with {shown(named)}, which is not here. Say where it is with --adapter.")
     return named
 
 
@@ -471,9 +472,9 @@ def lineage(what: str, as_json: bool) -> None:
     click.echo(f"{uri}{' = ' if version.aliases else ''}{', '.join(version.aliases)}")
     for step in steps:
         git = f"git {step.git}" if step.git else ""
-        click.echo(f"\n{step.stage:12}{step.started}   run {step.run_id}   {git}".rstrip())
+        click.echo("\n" + printable(f"{step.stage:12}{step.started}   run {step.run_id}   {git}".rstrip()))
         for path, content, maker in step.inputs:
-            click.echo(f"    {path:40} {content[:10]}   {'from ' + maker if maker else ''}".rstrip())
+            click.echo(printable(f"    {path:40} {content[:10]}   {'from ' + maker if maker else ''}".rstrip()))
 
 
 def _reason(_context: click.Context, _option: click.Parameter, words: str) -> str:

@@ -5,15 +5,16 @@ import resource
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from support.registry import evaluation, make_adapter, submit
 
 from bestiary import cli
-from bestiary.png_metadata import read_settings
+from bestiary.png_metadata import read_settings, write_png
 from bestiary.registry.registering import Registration
 from bestiary.registry.versions import versions
 from bestiary.tracking import store as tracking
@@ -360,3 +361,48 @@ def test_commands_use_the_registered_name_of_the_parameters(
     assert "models:/zoo/1" in capsys.readouterr().out
     assert call(monkeypatch, "generate", "tiger", "--steps", "1") == 0
     assert read_settings(workspace / "pictures" / "tiger-0.png").adapter == "models:/zoo/1"
+
+
+def test_a_hostile_adapter_is_refused_within_a_second_without_loading_torch(tmp_path: Path) -> None:
+    settings = json.dumps({"unet.target_modules": ["x"] * 1_000_000})
+    header = json.dumps({"__metadata__": {"lora_adapter_metadata": settings}}).encode()
+    (tmp_path / "many.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    for words in (["verify"], ["convert", "--to", "kohya"]):
+        target = [str(tmp_path / "out")] if "convert" in words else []
+        before = cpu_seconds_of_children()
+        done = run("adapter", words[0], str(tmp_path / "many.safetensors"), *target, *words[1:])
+        assert cpu_seconds_of_children() - before < 1
+        assert done.returncode == 1
+        assert "lora_adapter_metadata in its metadata is over the limit of 1 MiB" in done.stderr
+
+
+def test_what_was_assumed_about_an_alpha_is_said(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    weights = load_file(workspace / "models" / "adapter" / "pytorch_lora_weights.safetensors")
+    old = {key.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): value for key, value in weights.items()}
+    torch.save(old, workspace / "old.bin")
+    assert call(monkeypatch, "adapter", "convert", "old.bin", "new", "--to", "diffusers") == 0
+    assert "The alpha 2 was assumed: diffusers' training scripts" in capsys.readouterr().err
+    assert call(monkeypatch, "adapter", "verify", "old.bin", "--base", "models/base") == 0
+    assert "2, 2 (diffusers' training scripts store no alpha when it is the rank, 2)" in capsys.readouterr().out
+    assert call(monkeypatch, "generate", "tiger", "--adapter", "old.bin", "--base", "models/base", "--steps", "1") == 0
+    assert "old.bin: the alpha 2 was assumed" in capsys.readouterr().err
+
+
+def test_a_picture_that_names_an_endless_adapter_with_control_characters_is_one_short_sentence(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "generate", "--prompt", "a fox", "--adapter", "none", "--steps", "1") == 0
+    picture = workspace / "pictures" / "prompt-0.png"
+    settings = replace(read_settings(picture), adapter="\x1b]0;owned\x07" + "x" * 5000, adapter_sha256="0" * 64)
+    with Image.open(picture) as image:
+        picture.write_bytes(write_png(image, settings))
+    capsys.readouterr()
+    assert call(monkeypatch, "generate", "--like", str(picture)) == 1
+    sentence = capsys.readouterr().err.removesuffix("\n")
+    assert sentence.isprintable()
+    assert len(sentence) < 400

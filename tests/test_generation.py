@@ -6,7 +6,16 @@ from PIL import Image
 from support.registry import make_adapter
 
 from bestiary.errors import BestiaryError
-from bestiary.generation import Base, Generator, choose_base, portable_base, resolving, save_picture
+from bestiary.generation import (
+    Base,
+    Generator,
+    base_of_picture,
+    choose_base,
+    overrides_base,
+    portable_base,
+    resolving,
+    save_picture,
+)
 from bestiary.png_metadata import PictureSettings
 from bestiary.registry.resolving import Adapter, resolve
 from bestiary.samplers import Sampling
@@ -33,7 +42,16 @@ def test_the_base_that_the_user_names_wins(tmp_path: Path) -> None:
 
 
 def test_an_adapter_is_drawn_on_the_base_that_it_names(tmp_path: Path) -> None:
-    assert choose_base(adapter_on("someone/base", tmp_path), None, Base("default")) == Base("someone/base")
+    (tmp_path / "named").mkdir()
+    named = str(tmp_path / "named")
+    assert choose_base(adapter_on(named, tmp_path), None, Base("default")) == Base(named)
+
+
+def test_a_base_on_the_hub_that_only_an_adapter_names_is_never_fetched(tmp_path: Path) -> None:
+    adapter = adapter_on("someone/base", tmp_path)
+    with pytest.raises(BestiaryError, match="--base someone/base"):
+        choose_base(adapter, None, Base("default"))
+    assert choose_base(adapter, None, Base("default"), known=(Base("someone/base"),)) == Base("someone/base")
 
 
 def test_a_strangers_adapter_does_not_choose_the_base(tmp_path: Path) -> None:
@@ -86,3 +104,59 @@ def test_a_base_inside_the_project_is_named_from_its_root(project: Path) -> None
     (project / "models" / "base").mkdir(parents=True)
     assert portable_base(str(project / "models" / "base")) == "./models/base"
     assert portable_base("someone/base") == "someone/base"
+
+
+COMMIT = "0" * 40
+
+
+@pytest.fixture
+def hub(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A hub that has the embedded base under every name; the names that were asked for."""
+    asked: list[str] = []
+
+    def download(model: str, **_: object) -> str:
+        asked.append(model)
+        return str(base_folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    return asked
+
+
+def test_a_base_from_the_hub_is_compared_with_the_adapters_hash(
+    base_folder: Path, tmp_path: Path, hub: list[str]
+) -> None:
+    adapter = resolve(str(make_adapter(base_folder, tmp_path / "adapter", 0, named_base="somebody/base")))
+    generator, named = Generator(), Base("somebody/base")
+    generator.prepare(named, adapter)
+    other = replace(adapter, base_sha256="f" * 64)
+    for already_loaded in (Generator(), generator):
+        already_loaded._applied = None
+        with pytest.raises(BestiaryError, match=r"another base than somebody/base: .*f{12}"):
+            already_loaded.prepare(named, other, any_base=overrides_base(named, other))
+    generator.prepare(named, other, any_base=overrides_base(Base("another/base"), other))
+
+
+def test_a_base_on_the_hub_that_a_picture_names_is_never_fetched(hub: list[str]) -> None:
+    drawn_elsewhere = replace(SETTINGS, base="evil/base")
+    with pytest.raises(BestiaryError, match=r"tiger\.png names the base evil/base.* --base evil/base"):
+        base_of_picture(drawn_elsewhere, Path("tiger.png"), Base("default"))
+    assert base_of_picture(drawn_elsewhere, Path("tiger.png"), Base("evil/base")) == Base("evil/base")
+    assert hub == []
+
+
+def test_naming_the_adapters_own_base_takes_the_revision_that_it_was_trained_on(tmp_path: Path) -> None:
+    adapter = replace(adapter_on("somebody/base", tmp_path), base_revision=COMMIT)
+    assert choose_base(adapter, Base("somebody/base"), None) == Base("somebody/base", COMMIT)
+
+
+@pytest.mark.parametrize("name", ["lcm-lora-sdv1-5.safetensors", "LCM_tiger.safetensors"])
+def test_an_lcm_lora_is_known_by_its_name_and_drawn_as_it_was_distilled(
+    base_folder: Path, tmp_path: Path, name: str
+) -> None:
+    folder = make_adapter(base_folder, tmp_path / "adapter", 0)
+    file = (folder / "pytorch_lora_weights.safetensors").rename(tmp_path / name)
+    found = resolve(str(file))
+    assert found.defaults is not None
+    assert found.defaults.sampling == Sampling("lcm", steps=4, guidance_scale=1.0)
+    assert "4 steps" in found.notes[0]
+    assert resolve(str(file.rename(tmp_path / "calmcms.safetensors"))).defaults is None

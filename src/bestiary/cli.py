@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from bestiary import __version__
-from bestiary.errors import BestiaryError
+from bestiary.errors import BestiaryError, printable, shown
+from bestiary.files import is_file, is_folder
 from bestiary.png_metadata import Colours, PictureSettings, read_settings
 from bestiary.project import (
     drawing_defaults,
@@ -218,17 +219,20 @@ def generate(
         import bestiary.diffusion.sampling  # noqa: F401  imports torch while a second process may ask MLflow
 
         adapter = resolved()
+    for note in adapter.notes if adapter else ():
+        click.echo(printable(note), err=True)
     wanted = list(dict.fromkeys(_find(name, adapter) for name in subjects))
     generator = generation.Generator()
+    chosen, default = generation.named_base(source.base), project_base(params)
     if original and like:
         _check_same_adapter(adapter, original, like, what)
-        base = generation.named_base(source.base) or generation.located_base(original.base, original.base_revision)
-        generator.prepare(base, adapter, any_base=bool(source.base))
+        base = chosen or generation.base_of_picture(original, like, default)
+        generator.prepare(base, adapter, any_base=generation.overrides_base(chosen, adapter))
         jobs = [(like.stem, original)]
     else:
-        default = None if adapter else project_base(params)
-        base = generation.choose_base(adapter, generation.named_base(source.base), default)
-        generator.prepare(base, adapter, any_base=bool(source.base))
+        known = [default] if default else []
+        base = generation.choose_base(adapter, chosen, None if adapter else default, known=known)
+        generator.prepare(base, adapter, any_base=generation.overrides_base(chosen, adapter))
         defaults = (adapter and adapter.defaults) or drawing_defaults(params)
         sampling = generator.sized(changes.apply(defaults.sampling))
         named = [(generation.file_stem(subject.name), caption(subject, defaults.template)) for subject in wanted]
@@ -262,8 +266,8 @@ def _adapter_of(original: PictureSettings, like: Path, what: str) -> str:
     if "what" in given:
         return what
     named = original.adapter or "none"
-    if named != "none" and not named.startswith("models:") and not Path(named).exists():
-        raise BestiaryError(f"{like} was drawn with {named}, which is not here. Say where it is with --adapter.")
+    if named != "none" and not named.startswith("models:") and not (is_file(named) or is_folder(named)):
+        raise BestiaryError(f"{like} was drawn with {shown(named)}, which is not here. Say where it is with --adapter.")
     return named
 
 
@@ -326,7 +330,7 @@ def pull(what: str, base: str | None, out: Path) -> None:
     silence_libraries()
     from bestiary.registry import resolving
 
-    click.echo(resolving.pull(what, out, base))
+    click.echo(resolving.pull(what, out, base, _known_bases()))
 
 
 @cli.group()
@@ -340,17 +344,18 @@ def adapter() -> None:
 def verify(what: str, base: str | None) -> None:
     """Prove that an adapter applies, and print what was proved."""
     silence_libraries()
-    from bestiary.diffusion.adapter import verify_adapter
     from bestiary.registry import resolving
 
     found = resolving.resolve(what)
-    model = resolving.find_base(found, base)
+    from bestiary.diffusion.adapter import verify_adapter  # torch, which a refusal does not wait for
+
+    model = resolving.find_base(found, base, _known_bases())
     proof = verify_adapter(found.file, model, None if base else found.base_revision)
     trained_on = {True: "yes", False: f"no, it was trained on {found.base}", None: "the file does not say"}
     for label, value in (
         ("adapter", found.file),
         ("sha256", proof.sha256),
-        ("rank, alpha", f"{proof.rank}, {proof.alpha:g}"),
+        ("rank, alpha", f"{proof.rank}, {proof.alpha:g}{f' ({proof.alpha_rule})' if proof.alpha_rule else ''}"),
         ("base", model),
         ("trained on this base", trained_on[proof.base_is_the_trained_one]),
         ("weights in place", f"{proof.keys} of {proof.keys}"),
@@ -358,7 +363,7 @@ def verify(what: str, base: str | None) -> None:
         ("weight 1 differs from the base", "yes"),
         ("a reload gives the same", "yes, exactly"),
     ):
-        click.echo(f"{label:32} {value}")
+        click.echo(printable(f"{label:32} {value}"))
 
 
 @adapter.command()
@@ -369,11 +374,20 @@ def verify(what: str, base: str | None) -> None:
 def convert(source: Path, target: Path, to: Literal["diffusers", "kohya"], alpha: float | None) -> None:
     """Write an adapter in another format; reads diffusers, PEFT, kohya and the original system's files."""
     silence_libraries()
-    from bestiary.diffusion import conversion
-
     if source.resolve() == target.resolve():
         raise BestiaryError(f"{target} is the file to convert and would be overwritten. Choose another target.")
-    click.echo(conversion.convert(source, target, to, alpha))
+    from bestiary.diffusion.stored_adapter import adapter_file, check_size
+
+    check_size(adapter_file(source))
+    from bestiary.diffusion import conversion  # torch, which a refusal does not wait for
+
+    click.echo(conversion.convert(source, target, to, alpha, lambda note: click.echo(note, err=True)))
+
+
+def _known_bases() -> list[str]:
+    """The bases that a command may use without being told to."""
+    base = project_base(project_params())
+    return [base.model] if base else []
 
 
 @cli.command()
@@ -418,7 +432,7 @@ def app(adapters: tuple[str, ...], bases: tuple[str, ...], host: str, port: int,
     from bestiary.app.access import read_credentials
     from bestiary.app.offers import Offerings
     from bestiary.app.server import launch
-    from bestiary.diffusion.adapter import adapter_file
+    from bestiary.diffusion.stored_adapter import adapter_file
     from bestiary.files import project_root
     from bestiary.generation import named_base, no_base_error
 
@@ -460,9 +474,9 @@ def lineage(what: str, as_json: bool) -> None:
     click.echo(f"{uri}{' = ' if version.aliases else ''}{', '.join(version.aliases)}")
     for step in steps:
         git = f"git {step.git}" if step.git else ""
-        click.echo(f"\n{step.stage:12}{step.started}   run {step.run_id}   {git}".rstrip())
+        click.echo("\n" + printable(f"{step.stage:12}{step.started}   run {step.run_id}   {git}".rstrip()))
         for path, content, maker in step.inputs:
-            click.echo(f"    {path:40} {content[:10]}   {'from ' + maker if maker else ''}".rstrip())
+            click.echo(printable(f"    {path:40} {content[:10]}   {'from ' + maker if maker else ''}".rstrip()))
 
 
 def _reason(_context: click.Context, _option: click.Parameter, words: str) -> str:

@@ -21,6 +21,22 @@ def project_root() -> Path:
     return next((folder for folder in (here, *here.parents) if (folder / "dvc.yaml").is_file()), here)
 
 
+def is_folder(path: str | Path) -> bool:
+    """Whether there is such a folder. A name that no file system accepts is none."""
+    try:
+        return Path(path).is_dir()
+    except (OSError, ValueError):  # too long, not permitted, or with a null character
+        return False
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether there is such a file. A name that no file system accepts is none."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write `data` to `path` (its folder is made) through a temporary file beside it.
 

@@ -6,16 +6,16 @@ The command line and the page both draw through this module.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bestiary.errors import BestiaryError
-from bestiary.files import project_root, write_atomically
+from bestiary.files import is_folder, project_root, write_atomically
 from bestiary.png_metadata import PictureSettings, write_png
-from bestiary.registry.resolving import check_base, find_base, locate_base, needs_mlflow, resolve
+from bestiary.registry.resolving import check_base, find_base, locate_base, locate_known_base, needs_mlflow, resolve
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -78,22 +78,49 @@ def no_base_error() -> BestiaryError:
     return BestiaryError("There is no params.yaml here that names a base. Name one with --base.")
 
 
-def choose_base(adapter: Adapter | None, chosen: Base | None, default: Base | None, *, trusted: bool = True) -> Base:
+def choose_base(
+    adapter: Adapter | None,
+    chosen: Base | None,
+    default: Base | None,
+    *,
+    trusted: bool = True,
+    known: Collection[Base] = (),
+) -> Base:
     """The base to draw with: the one that the user chose, else the one that the adapter names, else the default.
 
-    Set `trusted` to False for a stranger's adapter: the base that it names is then ignored.
+    Set `trusted` to False for a stranger's adapter: the base that it names is then ignored. A base on the hub that an
+    adapter names is used only if it is the default or one of the `known` ones.
 
     Raises BestiaryError when there is no base to draw with.
     """
     if chosen is not None:
-        return chosen
+        its_own = adapter is not None and chosen.model == adapter.base and chosen.revision is None
+        return Base(chosen.model, adapter.base_revision) if adapter and its_own else chosen
     if adapter is None:
         if default is None:
             raise no_base_error()
         return default
     if default is not None and (adapter.base is None or not trusted):
         return default
-    return Base(find_base(adapter), adapter.base_revision)
+    return Base(find_base(adapter, None, _models(default, known)), adapter.base_revision)
+
+
+def base_of_picture(settings: PictureSettings, picture: Path, default: Base | None) -> Base:
+    """The base that a picture was drawn with. Raises BestiaryError when it is on the hub and not the default."""
+    return Base(locate_known_base(settings.base, str(picture), _models(default)), settings.base_revision)
+
+
+def overrides_base(chosen: Base | None, adapter: Adapter | None) -> bool:
+    """Whether the user chose the base, so that the adapter is drawn on it even if it was trained on another one.
+
+    Naming the adapter's own base on the hub only allows its download.
+    """
+    its_own = chosen is not None and adapter is not None and chosen.model == adapter.base
+    return chosen is not None and (not its_own or is_folder(chosen.model))
+
+
+def _models(default: Base | None, known: Collection[Base] = ()) -> set[str]:
+    return {base.model for base in (default, *known) if base is not None}
 
 
 class Generator:
@@ -104,7 +131,8 @@ class Generator:
         self.device = ""
         self.adapter_sha256: str | None = None
         self._pipeline: StableDiffusionPipeline | None = None
-        self._applied: tuple[Path, int] | None = None  # the adapter's file and when it was changed
+        self._hashed: tuple[Base, str] | None = None  # a base and its SHA-256
+        self._applied: tuple[Path, list[int]] | None = None  # the adapter's file and when it was changed
 
     @property
     def pipeline(self) -> StableDiffusionPipeline:
@@ -129,10 +157,18 @@ class Generator:
         trained on another base, unless `any_base`.
         """
         ready = self.is_loaded(base, device) and self._applied == _version(adapter)
-        if adapter is not None and not any_base and not ready:  # hashing a large base takes seconds
-            check_base(adapter, base.model)
+        if adapter is not None and adapter.base_sha256 and not any_base and not ready:
+            check_base(adapter, base.model, self._hash(base))
         self._load(base, device)
         self._apply(adapter)
+
+    def _hash(self, base: Base) -> str:
+        """The base's SHA-256. Hashing a large base takes seconds, so the last one is kept."""
+        from bestiary.diffusion.base import base_sha256
+
+        if self._hashed is None or self._hashed[0] != base:
+            self._hashed = base, base_sha256(base.model, base.revision)
+        return self._hashed[1]
 
     def _load(self, base: Base, device: str) -> None:
         from bestiary.diffusion.base import load_pipeline
@@ -140,6 +176,8 @@ class Generator:
         if self.is_loaded(base, device):
             return
         self._pipeline, self._applied, self.adapter_sha256 = None, None, None  # frees the memory first
+        if self._base != base:
+            self._hashed = self._hashed if self._hashed and self._hashed[0] == base else None
         self._pipeline = load_pipeline(base.model, base.revision, device=device or None)
         self._base, self.device = base, device
 
@@ -184,9 +222,11 @@ class Generator:
         return image
 
 
-def _version(adapter: Adapter | None) -> tuple[Path, int] | None:
-    """What tells two adapters apart without reading them: the file and when it was changed."""
-    return (adapter.file, adapter.file.stat().st_mtime_ns) if adapter else None
+def _version(adapter: Adapter | None) -> tuple[Path, list[int]] | None:
+    """What tells two adapters apart without reading them: the file and when it, or the config beside it, changed."""
+    from bestiary.diffusion.stored_adapter import deciding_files
+
+    return (adapter.file, [file.stat().st_mtime_ns for file in deciding_files(adapter.file)]) if adapter else None
 
 
 def save_picture(image: Image, settings: PictureSettings, folder: Path, name: str) -> Path:
@@ -222,5 +262,5 @@ def portable_base(model: str) -> str:
     """A base's name that means the same in another clone: a folder of the project by its path from the root."""
     root = project_root().resolve()
     folder = Path(model)
-    inside = folder.is_dir() and folder.is_relative_to(root)
+    inside = is_folder(folder) and folder.is_relative_to(root)
     return f"./{folder.relative_to(root).as_posix()}" if inside else model

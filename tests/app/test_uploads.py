@@ -56,6 +56,19 @@ def test_a_file_that_is_not_an_adapter_is_refused_and_never_executed(server: Run
     assert not Path("/tmp/bestiary-was-here").exists()
 
 
+def test_a_pickle_of_tensors_is_refused_on_the_page_too(server: RunningPage, adapter_folder: Path) -> None:
+    from io import BytesIO
+
+    import torch
+    from safetensors.torch import load_file
+
+    weights = load_file(adapter_folder / "pytorch_lora_weights.safetensors")
+    data = BytesIO()
+    torch.save({key.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): weights[key] for key in weights}, data)
+    response = server.client.put("/api/adapters", params={"name": "a.safetensors"}, content=data.getvalue())
+    assert response.json()["message"] == "a.safetensors is a torch pickle. Convert it with `bestiary adapter convert`."
+
+
 def test_an_upload_onto_a_full_disk_is_refused_in_one_sentence(
     base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -162,13 +163,13 @@ def test_a_weight_that_matches_no_module_is_rejected(base: Path, adapter: Path, 
     foreign = change(adapter, tmp_path, extra="unet.nowhere.lora_A.weight", metadata="lora_adapter_metadata")
     pipeline = load_pipeline(base, device="cpu")
     plain = draw(pipeline)
-    with pytest.raises(BestiaryError, match=r"1 of its 65 weights .* nowhere"):
+    with pytest.raises(BestiaryError, match=r"more than a UNet's LoRA.*nowhere"):
         apply_adapter(pipeline, foreign)
     assert draw(pipeline) == plain
 
 
 def test_a_file_without_its_alpha_is_rejected(base: Path, adapter: Path, tmp_path: Path) -> None:
-    with pytest.raises(BestiaryError, match="rank, alpha and targets"):
+    with pytest.raises(BestiaryError, match=r"does not store its alpha.*--alpha"):
         verify_adapter(change(adapter, tmp_path), base)
 
 
@@ -228,11 +229,40 @@ def with_config(adapter: Path, folder: Path, **fields: object) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("field", [{"bogus": 1}, {"bias": "weird"}, {"init_lora_weights": "nonsense"}])
-def test_unknown_fields_of_the_config_are_ignored(
-    base: Path, adapter: Path, tmp_path: Path, field: dict[str, object]
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("bogus", 1),
+        ("bias", "all"),
+        ("lora_bias", True),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "pissa_niter_4"),
+        ("init_lora_weights", "olora"),
+        ("init_lora_weights", "loftq"),
+        ("fan_in_fan_out", True),
+        ("modules_to_save", ["conv_in"]),
+        ("use_qalora", True),
+        ("peft_type", "LOHA"),
+    ],
+)
+def test_a_field_of_the_config_that_may_change_the_effect_is_refused_by_name(
+    adapter: Path, tmp_path: Path, field: str, value: object
 ) -> None:
-    assert verify_adapter(with_config(adapter, tmp_path, **field), base).rank == 2
+    with pytest.raises(
+        BestiaryError, match=rf"{FILE_NAME} sets {field} to .*{value if isinstance(value, str) else ''}"
+    ):
+        read_provenance(with_config(adapter, tmp_path, **{field: value}))
+
+
+def test_the_fields_that_peft_writes_for_an_ordinary_adapter_are_accepted(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    from peft import LoraConfig
+
+    ordinary = LoraConfig(r=2, lora_alpha=16, target_modules=TARGETS, lora_dropout=0.1, init_lora_weights="gaussian")
+    fields = {key: sorted(value) if isinstance(value, set) else value for key, value in ordinary.to_dict().items()}
+    fields |= {"layers_pattern": None, "runtime_config": {"ephemeral_gpu_offload": False}, "a_later_field": False}
+    assert verify_adapter(with_config(adapter, tmp_path, **fields), base).alpha == 16
 
 
 def test_a_config_that_cannot_be_applied_as_stored_is_rejected(base: Path, adapter: Path, tmp_path: Path) -> None:
@@ -278,3 +308,61 @@ def test_a_header_that_was_tampered_with_is_rejected(tmp_path: Path, key: str, c
     save_file({"unet.x": torch.zeros(1)}, tmp_path / FILE_NAME, {key: content})
     with pytest.raises(BestiaryError, match=f"{FILE_NAME} .*broken config"):
         read_provenance(tmp_path)
+
+
+def with_header(folder: Path, metadata: dict[str, str], tensors: dict[str, object] | None = None) -> Path:
+    """A file with this header and one stored number."""
+    one = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    header = json.dumps({"__metadata__": metadata, **(tensors or {"unet.x": one})}).encode()
+    header += b" " * (-len(header) % 8)
+    (folder / FILE_NAME).write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    return folder
+
+
+MANY_TENSORS = {
+    f"unet.{number}": {"dtype": "F32", "shape": [0], "data_offsets": [4, 4]} for number in range(50_000)
+} | {"unet.x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "tensors", "limit"),
+    [
+        ({"lora_adapter_metadata": json.dumps({"unet.target_modules": ["x"] * 1_000_000})}, None, "1 MiB"),
+        ({"lora_adapter_metadata": json.dumps({"unet.target_modules": ["x"] * 100_000})}, None, "100,000, .*2,000"),
+        ({"bestiary": '{"a": [' + "[]," * 700_000 + "[]]}"}, None, "bestiary .*1 MiB"),
+        ({"bestiary": '{"a": [' + "[]," * 16_000_000 + "[]]}"}, None, "header of 46 MiB .*8 MiB"),
+        ({"bestiary": '{"params": {"a": ' + "[" * 200 + "]" * 200 + "}}"}, None, "nesting of bestiary .*32 levels"),
+        ({"bestiary_config": json.dumps({"a": "x" * 2**20})}, None, "bestiary_config .*1 MiB"),
+        ({"ss_tag_frequency": "x" * 20 * 2**20}, None, "header of 20 MiB .*8 MiB"),
+        ({}, MANY_TENSORS, "50,001, .*20,000"),
+        ({}, {"unet." + "x" * 600: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, "500 characters"),
+        ({"bestiary": json.dumps({"base": "x" * 5000})}, None, "base: .*at most 1000"),
+    ],
+)
+def test_a_file_larger_than_any_adapter_is_refused_at_once_naming_the_limit(
+    tmp_path: Path, metadata: dict[str, str], tensors: dict[str, object] | None, limit: str
+) -> None:
+    path = with_header(tmp_path, metadata, tensors)
+    started = time.process_time()
+    with pytest.raises(BestiaryError, match=limit):
+        read_provenance(path)
+    assert time.process_time() - started < 1
+
+
+def test_metadata_as_large_as_kohyas_table_of_tags_is_no_obstacle(adapter: Path, tmp_path: Path) -> None:
+    with safe_open(adapter, framework="pt") as file:
+        metadata = file.metadata()
+    save_file(load_file(adapter), tmp_path / FILE_NAME, metadata | {"ss_tag_frequency": "x" * 3_000_000})
+    assert read_provenance(tmp_path) == PROVENANCE
+
+
+def test_control_characters_from_a_file_are_shown_as_escapes(tmp_path: Path) -> None:
+    path = with_header(tmp_path, {"lora_adapter_metadata": json.dumps({"unet.\x1b]0;owned\x07\u202e": 1})})
+    with pytest.raises(BestiaryError, match=r"\\x1b]0;owned\\x07\\u202e") as raised:
+        read_provenance(path)
+    assert str(raised.value).isprintable()
+
+
+def test_a_name_too_long_for_any_file_is_no_adapter() -> None:
+    with pytest.raises(BestiaryError, match=r"no adapter at x{100}"):
+        read_provenance("x" * 5000)

@@ -127,3 +127,47 @@ def test_the_features_equal_those_of_the_pipeline(base: Path) -> None:
     ours = encode_text(pipeline.tokenizer, pipeline.text_encoder, ["a zebra"])
     theirs, _ = pipeline.encode_prompt("a zebra", "cpu", 1, False)
     assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "unet/diffusion_pytorch_model.safetensors.index.json",
+        "vae/diffusion_pytorch_model.safetensors.index.json",
+        "text_encoder/model.safetensors.index.json",
+        "text_encoder/adapter_config.json",
+        "text_encoder/modeling.py",
+        "scheduler/other.json",
+    ],
+)
+def test_a_file_that_loading_would_read_but_the_hash_does_not_cover_is_named(copy: Path, name: str) -> None:
+    (copy / name).write_text("{}")
+    for use in (base_sha256, load_unet, load_pipeline, load_scheduler):
+        with pytest.raises(BestiaryError, match=f"{copy} has the file {name}"):
+            use(copy)
+
+
+def test_files_that_no_loader_reads_are_no_obstacle(copy: Path, base: Path) -> None:
+    for name in (
+        "model_index.json",
+        "unet/diffusion_pytorch_model.bin",
+        "unet/diffusion_pytorch_model.safetensors.index.fp16.json",
+        "unet/diffusion_pytorch_model.non_ema.safetensors",
+        "text_encoder/README.md",
+    ):
+        (copy / name).write_text("{}")
+    assert base_sha256(copy) == base_sha256(base)
+    load_pipeline(copy, device="cpu")
+
+
+def test_a_config_that_names_other_weights_is_refused(copy: Path) -> None:
+    config = copy / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"transformers_weights": "other.safetensors"}))
+    with pytest.raises(BestiaryError, match=r"text_encoder/config\.json .*transformers_weights"):
+        base_sha256(copy)
+
+
+def test_a_name_too_long_for_any_base_is_one_short_sentence() -> None:
+    with pytest.raises(BestiaryError, match=r"x{200}… does not exist") as raised:
+        base_sha256("x" * 5000)
+    assert len(str(raised.value)) < 400

@@ -1,6 +1,8 @@
 import hashlib
 import json
 import pickle
+import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -10,10 +12,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from bestiary.diffusion.adapter import apply_adapter, inject, read_provenance, save_adapter
+from bestiary.diffusion.adapter import (
+    adapter_sha256,
+    apply_adapter,
+    inject,
+    read_provenance,
+    save_adapter,
+    verify_adapter,
+)
 from bestiary.diffusion.adapter_format import FILE_NAME, Provenance
 from bestiary.diffusion.base import load_pipeline, load_unet
 from bestiary.diffusion.conversion import convert, read
+from bestiary.diffusion.stored_adapter import is_pickle
 from bestiary.errors import BestiaryError
 
 
@@ -56,6 +66,12 @@ def output(base: Path, loader: Literal["ours", "diffusers"], adapter: Path) -> t
         text = torch.randn(1, 4, 32, generator=generator)
         sample: torch.Tensor = pipeline.unet(latents, torch.tensor([500]), text).sample
     return sample
+
+
+@pytest.fixture(scope="module")
+def adapted(base: Path, adapter: Path) -> torch.Tensor:
+    """The UNet's output with the adapter."""
+    return output(base, "ours", adapter)
 
 
 def test_to_kohya_and_back_is_exact_to_the_byte(adapter: Path, tmp_path: Path) -> None:
@@ -220,3 +236,250 @@ def test_weights_of_a_text_encoder_are_rejected(adapter: Path, tmp_path: Path) -
     save_file(weights, tmp_path / "with-text.safetensors")
     with pytest.raises(BestiaryError, match=r"with-text\.safetensors .*lora_te_text_model"):
         read(tmp_path / "with-text.safetensors")
+
+
+# ---- producers, told by their keys ----
+
+
+def diffusers_weights(adapter: Path, form: str) -> dict[str, torch.Tensor]:
+    """The weights as diffusers' training scripts named them: today's names, or those before version 0.22."""
+    weights = {}
+    for key, value in load_file(adapter).items():
+        key = key.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up.")
+        if form == "old":
+            key = key.replace(".to_out.0.lora.", ".processor.to_out_lora.")
+            key = re.sub(r"\.(to_[qkv])\.lora\.", r".processor.\1_lora.", key)
+        weights[key] = value
+    return weights
+
+
+@pytest.mark.parametrize("form", ["today", "old"])
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.bin", FILE_NAME])
+def test_a_file_of_diffusers_scripts_without_alpha_has_the_strength_that_diffusers_gives_it(
+    base: Path, adapter: Path, tmp_path: Path, form: str, name: str
+) -> None:
+    weights = diffusers_weights(adapter, form)
+    (torch.save if name.endswith(".bin") else save_file)(weights, tmp_path / name)
+    told: list[str] = []
+    converted = convert(tmp_path / name, tmp_path / "converted", "diffusers", tell=told.append)
+    assert read(converted).config.lora_alpha == 2
+    assert told == [
+        "The alpha 2 was assumed: diffusers' training scripts store no alpha when it is the rank, 2. "
+        "Give another with --alpha."
+    ]
+    theirs = output(base, "diffusers", tmp_path / name)
+    assert torch.equal(output(base, "ours", tmp_path), output(base, "ours", converted))
+    torch.testing.assert_close(output(base, "ours", tmp_path), theirs, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("rename", "rank"),
+    [
+        (lambda key: f"base_model.model.{key.removeprefix('unet.')}", 2),  # PEFT's file without its config
+        (lambda key: key, 2),  # diffusers' names of today, without its metadata
+        (lambda key: f"base_model.model.{key.removeprefix('unet.').replace('.weight', '.default.weight')}", 1),
+    ],
+)
+def test_a_pickle_of_an_unknown_producer_needs_its_alpha(
+    adapter: Path, tmp_path: Path, rename: Callable[[str], str], rank: int
+) -> None:
+    weights = {
+        rename(key): (value[:rank] if "lora_A" in key else value[:, :rank]).clone()
+        for key, value in load_file(adapter).items()
+    }
+    torch.save(weights, tmp_path / "unknown.bin")
+    with pytest.raises(BestiaryError, match=r"unknown\.bin .*--alpha"):
+        read(tmp_path / "unknown.bin")
+    assert read(tmp_path / "unknown.bin", alpha=3.0).config.lora_alpha == 3.0
+
+
+def test_kohyas_files_without_alpha_have_the_rank_as_alpha(adapter: Path, tmp_path: Path) -> None:
+    weights = load_file(convert(adapter, tmp_path / "whole.safetensors", "kohya"))
+    save_file({key: value for key, value in weights.items() if ".alpha" not in key}, tmp_path / "old.safetensors")
+    found = read(tmp_path / "old.safetensors")
+    assert (found.config.lora_alpha, found.alpha_rule) == (2, "kohya's tools store no alpha when it is the rank, 2")
+
+
+def test_an_alpha_beside_a_stored_one_is_refused(adapter: Path, tmp_path: Path) -> None:
+    kohya = convert(adapter, tmp_path / "kohya.safetensors", "kohya")
+    for file in (adapter, kohya):
+        with pytest.raises(BestiaryError, match=r"stores its alpha, 5, .*--alpha 4"):
+            convert(file, tmp_path / "out", "diffusers", alpha=4.0)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("alpha", [torch.tensor([5.0, 6.0]), torch.tensor(0.0), torch.tensor(torch.inf)])
+def test_an_alpha_that_is_not_one_usable_number_is_refused(adapter: Path, tmp_path: Path, alpha: torch.Tensor) -> None:
+    weights = load_file(convert(adapter, tmp_path / "whole.safetensors", "kohya"))
+    weights = {key: alpha.clone() if ".alpha" in key else value for key, value in weights.items()}
+    save_file(weights, tmp_path / "x.safetensors")
+    with pytest.raises(BestiaryError, match=r"x\.safetensors .*alpha"):
+        read(tmp_path / "x.safetensors")
+
+
+def test_two_alphas_that_differ_are_refused(adapter: Path, tmp_path: Path) -> None:
+    kohya = convert(adapter, tmp_path / "kohya.safetensors", "kohya")
+    weights = {key: torch.tensor(9.0) if ".alpha" in key else value for key, value in load_file(kohya).items()}
+    save_file(weights, tmp_path / "two.safetensors", header_of(kohya))
+    with pytest.raises(BestiaryError, match=r"two alphas: 9 .* and 5"):
+        read(tmp_path / "two.safetensors")
+
+
+# ---- PEFT's folders ----
+
+
+def peft_folder(adapter: Path, folder: Path, **config: object) -> Path:
+    folder.mkdir(exist_ok=True)
+    weights = {f"base_model.model.{key.removeprefix('unet.')}": value for key, value in load_file(adapter).items()}
+    save_file(weights, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 5, "peft_type": "LORA"} | config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"target_modules": r".*attn[12]\.to_([qkv]|out\.0)"},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["to_q"]},
+        {"target_modules": ["to_q", "to_k", "to_v", "to_out.0", "conv1"], "exclude_modules": ["conv1"]},
+        {"target_modules": ["to_q", "to_k", "to_v", "to_out.0", "proj_in"], "layers_to_transform": [0]},
+        {},
+    ],
+)
+def test_the_weights_are_believed_however_the_config_chose_the_modules(
+    base: Path, adapter: Path, adapted: torch.Tensor, tmp_path: Path, choice: dict[str, object]
+) -> None:
+    folder = peft_folder(adapter, tmp_path / "peft", **choice)
+    assert torch.equal(output(base, "ours", folder), adapted)
+
+
+def test_pissa_is_refused_by_the_name_of_its_setting(adapter: Path, tmp_path: Path) -> None:
+    folder = peft_folder(adapter, tmp_path / "peft", target_modules=["to_q"], init_lora_weights="pissa")
+    with pytest.raises(BestiaryError, match=r"adapter_model\.safetensors sets init_lora_weights to 'pissa'"):
+        convert(folder, tmp_path / "out", "diffusers")
+
+
+def test_the_hash_of_pefts_adapter_covers_its_config(adapter: Path, tmp_path: Path) -> None:
+    first = adapter_sha256(peft_folder(adapter, tmp_path / "peft"))
+    assert adapter_sha256(peft_folder(adapter, tmp_path / "peft", lora_alpha=6)) != first
+
+
+def test_a_folder_with_two_adapters_is_refused(adapter: Path, tmp_path: Path) -> None:
+    folder = peft_folder(adapter, tmp_path / "peft")
+    (folder / FILE_NAME).write_bytes(adapter.read_bytes())
+    with pytest.raises(BestiaryError, match=f"two adapters.*{FILE_NAME} or adapter_model"):
+        read(folder)
+
+
+def test_a_rank_that_the_weights_do_not_have_is_refused(adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(BestiaryError, match=r"r = 8, .*rank 2"):
+        read(peft_folder(adapter, tmp_path / "peft", r=8))
+
+
+# ---- other kinds and families ----
+
+MODULE = "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        (f"lora_unet_{MODULE}.hada_w1_a", "a LoHa"),
+        (f"lora_unet_{MODULE}.lokr_w1", "a LoKr"),
+        (f"lora_unet_{MODULE}.dora_scale", "a DoRA in kohya's layout"),
+        (f"lora_unet_{MODULE}.oft_blocks", "an OFT"),
+        (f"lora_unet_{MODULE}.diff", "a file of whole weight differences"),
+        (f"lora_unet_{MODULE}.lora_mid.weight", "a LoCon"),
+        ("lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "a LoRA of the text encoder"),
+        ("text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight", "a LoRA of the text encoder"),
+        ("model.diffusion_model.input_blocks.0.0.weight", "a whole checkpoint"),
+        ("emb_params", "a textual inversion"),
+        ("unet:0:up", "cloneofsimo"),
+    ],
+)
+def test_another_kind_of_file_is_refused_by_its_name(adapter: Path, tmp_path: Path, key: str, kind: str) -> None:
+    weights = load_file(convert(adapter, tmp_path / "kohya.safetensors", "kohya"))
+    save_file({**weights, key: torch.ones(2, 2)}, tmp_path / "other.safetensors")
+    with pytest.raises(BestiaryError, match=rf"other\.safetensors is {kind}|other\.safetensors is .*{kind}"):
+        read(tmp_path / "other.safetensors")
+
+
+def test_convolutions_with_a_rank_of_their_own_are_called_locon(adapter: Path, tmp_path: Path) -> None:
+    weights = load_file(convert(adapter, tmp_path / "kohya.safetensors", "kohya"))
+    name = "lora_unet_down_blocks_0_resnets_0_conv1"
+    weights |= {f"{name}.lora_down.weight": torch.ones(4, 16, 3, 3), f"{name}.lora_up.weight": torch.ones(16, 4, 1, 1)}
+    save_file({**weights, f"{name}.alpha": torch.tensor(5.0)}, tmp_path / "locon.safetensors")
+    with pytest.raises(BestiaryError, match="is a LoCon"):
+        read(tmp_path / "locon.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("key", "width", "family"),
+    [
+        ("unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight", 2048, "SDXL"),
+        ("unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.lora.down.weight", 2048, "SDXL"),
+        ("unet.down_blocks.2.attentions.0.transformer_blocks.9.attn1.to_q.lora_A.weight", 1280, "SDXL"),
+        ("lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_down.weight", 2048, "SDXL"),
+        ("lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", 1280, "SDXL"),
+        ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", 3072, "FLUX"),
+        ("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight", 3072, "FLUX"),
+        ("lora_unet_joint_blocks_0_context_block_attn_qkv.lora_down.weight", 1536, "Stable Diffusion 3"),
+        ("transformer.transformer_blocks.0.attn.to_q.lora_A.weight", 1536, "a diffusion transformer"),
+    ],
+)
+def test_an_adapter_of_another_family_is_refused_by_its_name(
+    base: Path, tmp_path: Path, key: str, width: int, family: str
+) -> None:
+    up = re.sub("lora_A|lora_down", lambda found: {"lora_A": "lora_B", "lora_down": "lora_up"}[found[0]], key)
+    save_file({key: torch.zeros(4, width), up.replace(".down", ".up"): torch.zeros(8, 4)}, tmp_path / "x.safetensors")
+    expected = rf"x\.safetensors: This adapter is for {family}; this base is Stable Diffusion 1\.x\."
+    for use in (read, lambda path: verify_adapter(path, base), lambda path: convert(path, tmp_path / "out", "kohya")):
+        with pytest.raises(BestiaryError, match=expected):
+            use(tmp_path / "x.safetensors")
+
+
+# ---- pickles ----
+
+
+def test_drawing_does_not_guess_the_alpha_of_the_original_systems_pickle(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    pickled = original_pickle(adapter, tmp_path / "clip-31.475.safetensors")
+    for use in (read_provenance, lambda path: verify_adapter(path, base)):
+        with pytest.raises(BestiaryError, match="is a torch pickle: convert it with `bestiary adapter convert`"):
+            use(pickled)
+
+
+def test_a_pickle_that_would_take_more_memory_than_its_file_is_refused(tmp_path: Path) -> None:
+    torch.save({"unet.x": torch.zeros(1).expand(10**6, 10**6)}, tmp_path / "expanded.bin")
+    with pytest.raises(BestiaryError, match="what its tensors would hold is over the limit of its own size"):
+        read(tmp_path / "expanded.bin")
+    torch.save({"unet.x": torch.zeros(10**6)}, tmp_path / "whole.bin")
+    with zipfile.ZipFile(tmp_path / "whole.bin") as whole, zipfile.ZipFile(tmp_path / "packed.bin", "w", 8) as packed:
+        for part in whole.infolist():
+            packed.writestr(part.filename, whole.read(part))
+    with pytest.raises(BestiaryError, match=r"packed\.bin holds compressed parts"):
+        read(tmp_path / "packed.bin")
+
+
+def test_an_old_torch_pickle_is_known_and_a_header_of_640_bytes_is_not_taken_for_one(tmp_path: Path) -> None:
+    torch.save({"x": torch.zeros(1)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert is_pickle(tmp_path / "old.pt")
+    header = b"{}".ljust(640)
+    (tmp_path / "640.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert not is_pickle(tmp_path / "640.safetensors")
+
+
+def test_an_adapter_trained_with_dropout_draws_without_it_in_diffusers_too(base: Path, tmp_path: Path) -> None:
+    unet = load_unet(base)
+    for parameter in inject(unet, rank=2, alpha=2, dropout=0.5, targets=["to_q"], seed=0):
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    ours = save_adapter(unet, tmp_path / "ours", Provenance())
+    assert torch.equal(output(base, "diffusers", ours), output(base, "diffusers", ours))
+    weights = {f"base_model.model.{key.removeprefix('unet.')}": value for key, value in load_file(ours).items()}
+    (tmp_path / "peft").mkdir()
+    save_file(weights, tmp_path / "peft" / "adapter_model.safetensors")
+    config = {"r": 2, "lora_alpha": 2, "lora_dropout": 0.5}
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(config))
+    assert torch.equal(output(base, "ours", tmp_path / "peft"), output(base, "ours", ours))

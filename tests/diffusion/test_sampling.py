@@ -8,7 +8,7 @@ from diffusers import StableDiffusionPipeline
 
 from bestiary.diffusion.adapter import inject
 from bestiary.diffusion.base import load_pipeline, load_scheduler
-from bestiary.diffusion.sampling import generate, make_scheduler
+from bestiary.diffusion.sampling import generate, make_scheduler, seeded
 from bestiary.errors import BestiaryError
 from bestiary.samplers import SAMPLERS, Sampling
 
@@ -205,3 +205,31 @@ def test_an_unknown_sampler_and_too_long_a_prompt_are_named(pipeline: StableDiff
         generate(pipeline, ["a cat"], [0], replace(SAMPLING, sampler="magic"), batch_size=2)
     with pytest.raises(BestiaryError, match="tokens and the base reads 77"):
         generate(pipeline, ["cat " * 40], [0], SAMPLING, batch_size=2)
+
+
+def test_all_64_bits_of_a_seed_count() -> None:
+    numbers = {
+        seed: seeded(seed).get_state().numpy().tobytes()
+        for seed in (7, *(7 + 2**bit for bit in range(3, 64)), 2**64 - 1, 2**32 - 1)
+    }
+    assert len(set(numbers.values())) == len(numbers)
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**31, 2**32 - 1])
+def test_seeds_of_32_bits_are_torchs_own(seed: int) -> None:
+    theirs = torch.randn(8, generator=torch.Generator("cpu").manual_seed(seed))
+    assert torch.equal(torch.randn(8, generator=seeded(seed)), theirs)
+
+
+def test_a_seed_above_32_bits_draws_another_picture(pipeline: StableDiffusionPipeline) -> None:
+    first, second = generate(pipeline, ["a cat"] * 2, [7, 7 + 2**32], SAMPLING, batch_size=2)
+    assert first.tobytes() != second.tobytes()
+
+
+def test_an_lcm_lora_draws_with_its_sampler_on_any_base(base: Path) -> None:
+    pipeline = load_pipeline(base, device="cpu")
+    inject(pipeline.unet, rank=2, alpha=2, dropout=0.0, targets=["to_q"], seed=0)
+    few_steps = Sampling("lcm", steps=4, guidance_scale=1.0)
+    assert len(generate(pipeline, ["a cat"], [0], few_steps, batch_size=1)) == 1
+    with pytest.raises(BestiaryError, match="at most 50 steps"):
+        generate(pipeline, ["a cat"], [0], replace(few_steps, steps=51), batch_size=1)

@@ -174,7 +174,7 @@ def changed_copy(adapter: Path, folder: Path, number: int) -> Path:
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    from bestiary.diffusion.adapter import adapter_file
+    from bestiary.diffusion.stored_adapter import adapter_file
 
     file = adapter_file(adapter)
     with safe_open(file, "pt") as stored:

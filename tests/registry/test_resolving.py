@@ -6,6 +6,7 @@ from support.registry import make_adapter, submit
 
 from bestiary.errors import BestiaryError
 from bestiary.registry.resolving import Adapter, find_base, needs_mlflow, pull, resolve
+from bestiary.tracking.store import open_client, tracking_uri
 
 
 def test_pull_from_another_folder_of_the_project_gives_the_same_bytes(
@@ -64,3 +65,44 @@ def test_only_a_registry_on_a_server_needs_mlflow(project: Path, monkeypatch: py
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     assert needs_mlflow("models:/bestiary@champion")
     assert not needs_mlflow("models/adapter")
+
+
+@pytest.mark.parametrize("tag", ["adapter_sha256", "base", "base_sha256"])
+def test_a_tag_that_is_missing_is_named(project: Path, base_folder: Path, adapters: list[Path], tag: str) -> None:
+    submit(project, base_folder, adapters[0])
+    open_client(tracking_uri(), project).delete_model_version_tag("bestiary", "1", tag)
+    with pytest.raises(BestiaryError, match=f"models:/bestiary/1 lacks the tag {tag}"):
+        resolve("models:/bestiary/1")
+
+
+def test_a_changed_tag_does_not_fetch_another_base(
+    project: Path, base_folder: Path, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit(project, base_folder, adapters[0])
+    open_client(tracking_uri(), project).set_model_version_tag("bestiary", "1", "base", "evil/repo")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("fetched"))
+    with pytest.raises(BestiaryError, match=r"models:/bestiary/1 names the base evil/repo.*--base evil/repo"):
+        pull("models:/bestiary/1", project / "out")
+    assert find_base(resolve("models:/bestiary/1"), known=["evil/repo"]) == "evil/repo"
+
+
+def test_pulling_pefts_adapter_takes_its_config_along(base_folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = make_adapter(base_folder, tmp_path / "adapter", 0)
+    weights = load_file(folder / "pytorch_lora_weights.safetensors")
+    (tmp_path / "peft").mkdir()
+    save_file(
+        {f"base_model.model.{key.removeprefix('unet.')}": value for key, value in weights.items()},
+        tmp_path / "peft" / "adapter_model.safetensors",
+    )
+    (tmp_path / "peft" / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 4}')
+    pulled = pull(str(tmp_path / "peft"), tmp_path / "mine", base=str(base_folder))
+    assert pulled.with_name("adapter_config.json").read_text() == '{"r": 2, "lora_alpha": 4}'
+
+
+def test_a_base_name_of_5000_characters_is_one_short_sentence(tmp_path: Path) -> None:
+    adapter = Adapter(tmp_path / "x.safetensors", "x.safetensors", "x/" * 2500, None, None)
+    with pytest.raises(BestiaryError, match="does not exist here") as raised:
+        find_base(adapter)
+    assert len(str(raised.value)) < 500

@@ -104,17 +104,14 @@ class Offers:
         return self._resolved[offer.key]
 
     def add_upload(self, key: str, name: str, file: Path) -> Offer:
-        """Offer an uploaded file to whoever knows its key. Raises BestiaryError when it is not an adapter.
-
-        A kohya file is converted to diffusers' format in place.
-        """
+        """Offer an uploaded file to whoever knows its key. Raises BestiaryError when it is not an adapter."""
         from bestiary.diffusion.adapter import read_provenance
-        from bestiary.diffusion.conversion import convert, is_kohya
+        from bestiary.diffusion.stored_adapter import is_pickle
 
         offer = Offer(key, "upload", name, str(file))
         with self.without_paths({offer.what: name}):
-            if is_kohya(file):
-                convert(file, file, "diffusers")
+            if is_pickle(file):
+                raise BestiaryError(f"{name} is a torch pickle. Convert it with `bestiary adapter convert`.")
             read_provenance(file)
         self.uploads[key] = offer
         return offer
@@ -157,7 +154,7 @@ class Offers:
         ]
 
     def _folders(self) -> list[Offer]:
-        from bestiary.diffusion.adapter import adapter_file
+        from bestiary.diffusion.stored_adapter import adapter_file
 
         offers = []
         for number, path in enumerate(self._local):

@@ -124,6 +124,7 @@ class Studio:
             self.offers.base(order.base),
             self.offers.default_base,
             trusted=offer is None or offer.kind != "upload",
+            known=self.offers.bases.values(),
         )
         self._load(base, adapter, order.device, tell, any_base=bool(order.base))
         defaults = (offer and offer.defaults) or self.offers.defaults

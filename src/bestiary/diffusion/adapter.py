@@ -14,16 +14,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bestiary.diffusion.adapter_format import (
-    FILE_NAME,
-    PREFIX,
-    AdapterConfig,
-    AdapterContent,
-    Provenance,
-    read_adapter,
-)
+from bestiary.diffusion.adapter_format import FILE_NAME, PREFIX, AdapterConfig, AdapterContent, Provenance
+from bestiary.diffusion.adapter_reading import SUPPORTED_FAMILIES, is_target, read_adapter
 from bestiary.diffusion.base import base_sha256, load_unet
-from bestiary.errors import BestiaryError
+from bestiary.diffusion.stored_adapter import adapter_file, deciding_files
+from bestiary.errors import BestiaryError, shown
 from bestiary.files import write_atomically
 
 if TYPE_CHECKING:
@@ -38,6 +33,7 @@ class Verification:
 
     rank: int
     alpha: float
+    alpha_rule: str | None  # where the alpha is from, when the file does not store it
     keys: int  # weights, all of them in place
     sha256: str
     base_is_the_trained_one: bool | None  # None: the file does not say what it was trained on
@@ -98,7 +94,6 @@ def save_adapter(unet: UNet2DConditionModel, folder: Path, provenance: Provenanc
             r=config.r,
             lora_alpha=config.lora_alpha,
             target_modules=sorted(config.target_modules),
-            lora_dropout=config.lora_dropout,
             use_rslora=config.use_rslora,
             use_dora=config.use_dora,
         ),
@@ -109,19 +104,15 @@ def save_adapter(unet: UNet2DConditionModel, folder: Path, provenance: Provenanc
     return path
 
 
-def adapter_file(path: str | Path) -> Path:
-    """The adapter's file: `path` itself, or the file in the folder `path`. Raises BestiaryError when there is none."""
-    path = Path(path)
-    file = path / FILE_NAME if path.is_dir() else path
-    if not file.is_file():
-        raise BestiaryError(f"There is no adapter at {path}.")
-    return file
-
-
 def adapter_sha256(path: str | Path) -> str:
-    """SHA-256 of the adapter's file."""
-    with adapter_file(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of the adapter's file; for PEFT's, of the hashes of the weights and of the config beside them."""
+    digests = []
+    for part in deciding_files(adapter_file(path)):
+        with part.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256"))
+    if len(digests) == 1:
+        return digests[0].hexdigest()
+    return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
 
 
 def read_provenance(path: str | Path) -> Provenance:
@@ -189,6 +180,7 @@ def verify_adapter(path: str | Path, base: str | Path, revision: str | None = No
     return Verification(
         rank=content.config.r,
         alpha=content.config.lora_alpha,
+        alpha_rule=content.alpha_rule,
         keys=keys,
         sha256=adapter_sha256(file),
         base_is_the_trained_one=None if trained_on is None else trained_on == base_sha256(base, revision),
@@ -199,12 +191,12 @@ def _apply(unet: UNet2DConditionModel, path: str | Path) -> int:
     """Load the adapter into `unet` with weight 1 and return the number of its weights."""
     from peft import get_peft_model_state_dict
 
-    content = read_adapter(adapter_file(path))
+    content = read_adapter(adapter_file(path), family=base_family(unet))
     if NAME in getattr(unet, "peft_config", {}):
         unet.unload_lora()
     problem = _misfit(unet, content.weights, content.config)
     if problem:
-        trained_on = f"; it was trained on {content.provenance.base}" if content.provenance.base else ""
+        trained_on = f"; it was trained on {shown(content.provenance.base)}" if content.provenance.base else ""
         raise BestiaryError(f"The adapter {path} does not fit the base: {problem}{trained_on}.")
     unet.load_lora_adapter(
         {f"{PREFIX}{key}": value for key, value in content.weights.items()},
@@ -218,6 +210,7 @@ def _apply(unet: UNet2DConditionModel, path: str | Path) -> int:
     ):
         unet.unload_lora()
         raise BestiaryError(f"The adapter {path} did not load: its weights are not in the UNet afterwards.")
+    unet.eval()  # peft adds dropout in training mode, whatever mode the UNet is in
     unet.requires_grad_(False)
     return len(content.weights)
 
@@ -242,7 +235,8 @@ def _misfit(unet: UNet2DConditionModel, weights: Mapping[str, torch.Tensor], con
     unknown = sorted(weights.keys() - expected.keys())
     missing = sorted(expected.keys() - weights.keys())
     if unknown:
-        return f"{len(unknown)} of its {len(weights)} weights match no module of the UNet, for example {unknown[0]}"
+        example = shown(unknown[0], 120)
+        return f"{len(unknown)} of its {len(weights)} weights match no module of the UNet, for example {example}"
     if missing:
         return f"it lacks {len(missing)} weights, for example {missing[0]}"
     for key, shape in expected.items():
@@ -252,13 +246,18 @@ def _misfit(unet: UNet2DConditionModel, weights: Mapping[str, torch.Tensor], con
 
 
 def _targeted(unet: UNet2DConditionModel, targets: Sequence[str]) -> dict[str, torch.nn.Linear | torch.nn.Conv2d]:
-    """The modules that PEFT adapts for these targets: those whose name equals a target or ends in `.target`."""
+    """The modules that PEFT adapts for these targets."""
+    names = frozenset(targets)
     return {
         name: module
         for name, module in unet.named_modules()
-        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
-        and any(name == target or name.endswith(f".{target}") for target in targets)
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and is_target(name, names)
     }
+
+
+def base_family(unet: UNet2DConditionModel) -> str:
+    """The family of models that a base belongs to, as error messages name it."""
+    return SUPPORTED_FAMILIES[1 if unet.config.cross_attention_dim == 1024 else 0]
 
 
 def _probe(unet: UNet2DConditionModel) -> torch.Tensor:

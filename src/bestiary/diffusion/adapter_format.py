@@ -1,7 +1,6 @@
 """The content of an adapter's file: LoRA weights, their config and what they were trained from.
 
-The format is diffusers' for pipelines: a safetensors file with the config in its header. Anyone can write such a file,
-so everything in the header is checked before it is used.
+The format is diffusers' for pipelines: a safetensors file with the config in its header.
 """
 
 from __future__ import annotations
@@ -10,23 +9,22 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from bestiary.errors import BestiaryError
+if TYPE_CHECKING:
+    import torch
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 PREFIX = "unet."  # of the weights and of the config's fields
 CONFIG_KEY = "lora_adapter_metadata"  # where diffusers looks for the config; without one, it takes the rank for alpha
 PROVENANCE_KEY = "bestiary"
-WEIGHT_TYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+# Kohya files keep the config under this key: with diffusers' own key, diffusers would take them for its own format.
+KOHYA_CONFIG_KEY = "bestiary_config"
 MAX_RANK_OR_ALPHA = 1e6  # no adapter needs more, and float16 overflows far below
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which cannot be written to a file
+MAX_TEXT = 1000  # characters: a path on any system, and more than a base's name on the hub
 
 
 def _writable(text: str) -> str:
@@ -35,7 +33,7 @@ def _writable(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_writable)]
+Text = Annotated[str, AfterValidator(_writable), Field(max_length=MAX_TEXT)]
 
 
 class AdapterConfig(BaseModel):
@@ -50,7 +48,8 @@ class AdapterConfig(BaseModel):
     r: int = Field(ge=1, le=MAX_RANK_OR_ALPHA)
     lora_alpha: int | float = Field(ge=-MAX_RANK_OR_ALPHA, le=MAX_RANK_OR_ALPHA)  # both, to write what was read
     target_modules: list[str]
-    lora_dropout: int | float = Field(default=0.0, ge=0, le=1)
+    # 0 whatever it was trained with: diffusers loads dropout in training mode, and its pictures would be random.
+    lora_dropout: float = 0.0
     use_rslora: bool = False
     use_dora: bool = False
 
@@ -83,9 +82,13 @@ class AdapterContent:
     weights: Mapping[str, torch.Tensor]  # by the UNet's own names: `down_blocks.0....to_q.lora_A.weight`
     config: AdapterConfig
     provenance: Provenance
+    alpha_rule: str | None = None  # where the alpha is from, when the file does not store it
+    few_step: bool = False  # distilled to draw in 1 to 8 steps without guidance, as far as its name says
 
     def to_bytes(self) -> bytes:
         """The file in diffusers' format. The same adapter gives the same bytes."""
+        from safetensors.torch import save
+
         weights = {f"{PREFIX}{key}": value.contiguous() for key, value in self.weights.items()}
         config = {f"{PREFIX}{field}": value for field, value in self.config}
         metadata = {
@@ -94,81 +97,6 @@ class AdapterContent:
             PROVENANCE_KEY: self.provenance.to_json(),
         }
         return with_sorted_header(save(weights, metadata))
-
-
-def read_adapter(file: Path) -> AdapterContent:
-    """Read an adapter in diffusers' format.
-
-    Raises BestiaryError when the file is not a complete and usable adapter in this format.
-    """
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise BestiaryError(f"{file} is not a readable safetensors file ({error}).") from None
-    header = read_object(metadata.get(CONFIG_KEY), file)
-    content = {key.removeprefix(PREFIX): value for key, value in header.items() if key.startswith(PREFIX)}
-    provenance = parse_provenance(metadata.get(PROVENANCE_KEY), file)
-    if not {"r", "lora_alpha", "target_modules"} <= content.keys():
-        raise BestiaryError(
-            f"The adapter {file} does not store its rank, alpha and targets, so its effect is unknown. "
-            "`bestiary adapter convert` reads other formats."
-        )
-    config = parse_config(content, file)
-    if not weights:
-        raise BestiaryError(f"{file} holds no LoRA weights.")
-    foreign = next((key for key in weights if not key.startswith(PREFIX)), None)
-    if foreign:
-        raise BestiaryError(
-            f"The adapter {file} is not in diffusers' pipeline format: it holds {foreign}. "
-            "`bestiary adapter convert` reads other formats."
-        )
-    check_weights(weights, file)
-    return AdapterContent({key.removeprefix(PREFIX): value for key, value in weights.items()}, config, provenance)
-
-
-def read_object(text: str | bytes | None, file: Path) -> dict[str, Any]:  # untrusted JSON
-    """The JSON object in a file's header; empty when there is none. Raises BestiaryError when it is something else."""
-    try:
-        content = json.loads("{}" if text is None else text)
-    except (ValueError, RecursionError):  # not JSON, nested too deeply, or with a number too long for Python
-        content = None
-    if not isinstance(content, dict):
-        raise broken_config(file)
-    return content
-
-
-def parse_config(content: Mapping[str, Any], file: Path) -> AdapterConfig:
-    """Check an untrusted LoRA config. Raises BestiaryError when it is broken, or differs from module to module."""
-    if content.get("rank_pattern") or content.get("alpha_pattern"):
-        raise BestiaryError(f"{file} gives its modules different ranks or alphas, which is not supported.")
-    try:
-        return AdapterConfig.model_validate(dict(content))
-    except ValidationError:
-        raise broken_config(file) from None
-
-
-def parse_provenance(text: str | None, file: Path) -> Provenance:
-    """Check the provenance in a file's header. Raises BestiaryError when it is broken."""
-    try:
-        return Provenance.model_validate(read_object(text, file))
-    except ValidationError:
-        raise broken_config(file) from None
-
-
-def broken_config(file: Path) -> BestiaryError:
-    """The error for a header that does not hold what it should."""
-    return BestiaryError(f"The adapter {file} has a broken config. Get another copy of the file.")
-
-
-def check_weights(weights: Mapping[str, torch.Tensor], file: Path) -> None:
-    """Raise BestiaryError when a weight is not finite, or of a type that a UNet cannot take without loss."""
-    for key, weight in weights.items():
-        if weight.dtype not in WEIGHT_TYPES:
-            raise BestiaryError(f"{file} holds {key} as {str(weight.dtype).removeprefix('torch.')}: not supported.")
-        if not torch.isfinite(weight).all():
-            raise BestiaryError(f"{file} holds values that are not finite numbers: {key}.")
 
 
 def with_sorted_header(data: bytes) -> bytes:

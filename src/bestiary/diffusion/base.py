@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from bestiary.errors import BestiaryError
+from bestiary.errors import BestiaryError, shown
+from bestiary.files import is_folder
 from bestiary.memory import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -35,6 +37,10 @@ FILES = (
     "vae/config.json",
     "vae/diffusion_pytorch_model.safetensors",
 )
+# What the libraries' loaders would read beside these files: an index of other weights, an adapter, code, or a config.
+# Files of another precision have its name in theirs and are never loaded.
+PARTS = ("scheduler", "text_encoder", "unet", "vae")
+LOADED_UNASKED = re.compile(r"(?!.*\.(?:fp16|bf16|fp32|ema|non_ema)\.).*\.(?:json|py)")
 
 
 def device_and_dtype() -> tuple[torch.device, torch.dtype]:
@@ -65,25 +71,50 @@ def processes() -> PartialState:
 def base_folder(model: str | Path, revision: str | None = None) -> Path:
     """The local folder of a base: `model` itself, or the hub's snapshot of it, downloaded on first use.
 
-    Raises BestiaryError when there is no such folder and the hub does not have it or cannot be reached.
+    Raises BestiaryError when there is no such folder and the hub does not have it or cannot be reached, and when the
+    folder has a file that a loader would read although `base_sha256` does not cover it.
     """
     folder = Path(model)
-    if folder.is_dir():
-        return folder
+    if not is_folder(folder):
+        folder = _download(str(model), revision)
+    _check_files(folder, model)
+    return folder
+
+
+def _download(model: str, revision: str | None) -> Path:
+    path = Path(model)
     # "models/base" also looks like a hub id: if its first part is a folder here, it is meant as a path.
-    if folder.is_absolute() or len(folder.parts) != 2 or Path(folder.parts[0]).is_dir():
+    if path.is_absolute() or len(path.parts) != 2 or is_folder(path.parts[0]):
         raise BestiaryError(
-            f"The base {model} does not exist. Give a folder, or an owner/name on the Hugging Face hub."
+            f"The base {shown(model, 200)} does not exist. Give a folder, or an owner/name on the Hugging Face hub."
         )
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(str(model), revision=revision, allow_patterns=list(FILES)))
+        return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=list(FILES)))
     except (OSError, ValueError) as error:
         raise BestiaryError(
-            f"The base {model} is not on this machine and cannot be downloaded from the Hugging Face hub "
+            f"The base {shown(model, 200)} is not on this machine and cannot be downloaded from the Hugging Face hub "
             f"({type(error).__name__}). Connect to the internet once, or give a folder."
         ) from None
+
+
+def _check_files(folder: Path, model: str | Path) -> None:
+    """Raise BestiaryError when loading the base would read a file that its hash does not cover."""
+    for part in PARTS:
+        for path in sorted((folder / part).glob("*")):
+            name = path.relative_to(folder).as_posix()
+            if name not in FILES and LOADED_UNASKED.fullmatch(path.name):
+                raise BestiaryError(
+                    f"The base {model} has the file {name}, which would change what it draws and is not covered by its "
+                    "SHA-256. Remove the file, or get another copy of the base."
+                )
+        config = folder / part / "config.json"
+        if config.is_file() and b'"transformers_weights"' in config.read_bytes():
+            raise BestiaryError(
+                f"The base {model} names other weights in {part}/config.json (transformers_weights). "
+                "Get another copy of the base."
+            )
 
 
 def base_sha256(model: str | Path, revision: str | None = None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -61,12 +62,23 @@ def check_sampling(pipeline: StableDiffusionPipeline, sampling: Sampling) -> Non
         if side is not None and side % multiple:
             raise BestiaryError(f"The resolution {side} is not a multiple of {multiple}.")
     if sampling.sampler == "lcm":
-        if not is_lcm(pipeline):
+        # An LCM-LoRA (arXiv:2311.05556) cannot be told from another adapter by its weights.
+        if not is_lcm(pipeline) and not getattr(pipeline.unet, "peft_config", None):
             raise BestiaryError("The scheduler 'lcm' needs a latent consistency model, and this base is not one.")
         if sampling.steps > (most := max_lcm_steps(pipeline)):
             raise BestiaryError(
                 f"A latent consistency model draws in at most {most} steps: {sampling.steps} are too many."
             )
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A generator on the CPU, other for each seed below 2**64.
+
+    torch's own uses only the low 32 bits of a seed; a larger seed is hashed to 32 bits first.
+    """
+    if seed >= 2**32:
+        seed = int.from_bytes(hashlib.sha256(seed.to_bytes(8, "little")).digest()[:4], "little")
+    return torch.Generator("cpu").manual_seed(seed)
 
 
 @torch.no_grad()
@@ -81,7 +93,7 @@ def generate(
 ) -> list[Image]:
     """Draw one picture for each prompt with its seed, with the adapter that is applied to the pipeline.
 
-    All randomness of picture i comes from torch.Generator("cpu").manual_seed(seeds[i]). The prompts are encoded once.
+    All randomness of picture i comes from `seeded(seeds[i])`. The prompts are encoded once.
     With a guidance interval only the steps whose noise level is inside it are guided (arXiv:2404.07724); the others
     cost half. `progress(done, total)` is called after each denoising step and counts steps x pictures; an exception
     that it raises stops the drawing.
@@ -106,7 +118,7 @@ def generate(
     jobs = list(zip(prompts, seeds, strict=True))
     for start in range(0, len(jobs), batch_size):
         batch = jobs[start : start + batch_size]
-        generators = [torch.Generator("cpu").manual_seed(seed) for _, seed in batch]
+        generators = [seeded(seed) for _, seed in batch]
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])  # (B, C, h, w)
         prompted = features[[texts.index(prompt) for prompt, _ in batch]]
         unprompted = features[[0] * len(batch)]

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from bestiary.data.images import open_rgb
-from bestiary.diffusion.adapter import adapter_file
+from bestiary.diffusion.stored_adapter import adapter_file
 from bestiary.evaluation import pictures, plots, scoring, sweep
 from bestiary.evaluation.pictures import Jobs, PictureCache, make_jobs
 from bestiary.evaluation.report import EvaluationReport, OperatingPointReport, Rows, ScaleZero, ScoreReport

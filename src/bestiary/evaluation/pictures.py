@@ -42,6 +42,7 @@ DRAWING_CODE = (
     "samplers.py",
     "diffusion/adapter.py",
     "diffusion/adapter_format.py",
+    "diffusion/adapter_reading.py",
     "diffusion/base.py",
     "diffusion/sampling.py",
 )

@@ -140,8 +140,8 @@ def write_weighted_adapter(source: Path, weight: float, folder: Path) -> Path:
     from safetensors import safe_open
     from safetensors.torch import save
 
-    from bestiary.diffusion.adapter import adapter_file
     from bestiary.diffusion.adapter_format import CONFIG_KEY, FILE_NAME, PREFIX, with_sorted_header
+    from bestiary.diffusion.stored_adapter import adapter_file
 
     with safe_open(adapter_file(source), framework="pt") as file:
         metadata = dict(file.metadata())

@@ -167,7 +167,7 @@ def _decide(
 
 def _create(client: MlflowClient, submission: Submission, name: str, tags: Mapping[str, str]) -> int:
     """Create the submission's version. Returns its number."""
-    from bestiary.diffusion.adapter import adapter_file
+    from bestiary.diffusion.stored_adapter import adapter_file
 
     file, run_id = adapter_file(submission.adapter), submission.run_id
     run_tags = client.get_run(run_id).data.tags

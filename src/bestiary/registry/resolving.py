@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from bestiary.errors import BestiaryError
-from bestiary.files import project_root, write_atomically
+from bestiary.errors import BestiaryError, shown
+from bestiary.files import is_folder, project_root, write_atomically
 from bestiary.registry.versions import (
     Version,
     defaults_of,
@@ -18,8 +19,11 @@ from bestiary.registry.versions import (
     plain_errors,
     subjects_of,
 )
-from bestiary.samplers import DrawingDefaults
+from bestiary.samplers import DrawingDefaults, Sampling
 from bestiary.subjects import Subject
+
+MAX_NAME = 200  # characters of an id on the Hugging Face hub; the hub allows 96 for each of its two parts
+FEW_STEPS = DrawingDefaults(sampling=Sampling("lcm", steps=4, guidance_scale=1.0))  # arXiv:2311.05556
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class Adapter:
     base: str | None
     base_revision: str | None
     base_sha256: str | None
-    defaults: DrawingDefaults | None = None  # how a registered adapter was evaluated
+    defaults: DrawingDefaults | None = None  # how it was evaluated, or is meant to be drawn with
+    notes: tuple[str, ...] = ()  # what was assumed about it, for the user to read
     subjects: tuple[Subject, ...] = ()  # that a registered adapter was taught, in the words of its captions
 
 
@@ -45,28 +50,58 @@ def resolve(what: str) -> Adapter:
 
     Raises BestiaryError when there is no such adapter, or when a registered file has changed.
     """
-    from bestiary.diffusion.adapter import adapter_file, adapter_sha256, read_provenance
+    from bestiary.diffusion.stored_adapter import adapter_file, check_size
 
     if not what.startswith("models:"):
         file = adapter_file(what)
-        provenance = read_provenance(file)
-        return Adapter(file, what, provenance.base, provenance.base_revision, provenance.base_sha256)
+        check_size(file)  # before torch is imported, which takes seconds
+        return _from_file(file, what)
+    from bestiary.diffusion.adapter import adapter_sha256
+
     version = find_version(what)
     file = adapter_file(_weights_folder(version))
-    tags = version.tags
-    if adapter_sha256(file) != tags["adapter_sha256"]:
+    if adapter_sha256(file) != _tag(version, "adapter_sha256"):
         raise BestiaryError(
             f"The file of {version.uri} has changed since it was registered: {file}. Restore it from a backup."
         )
     return Adapter(
         file,
         version.uri,
-        tags["base"],
-        tags["base_revision"] or None,
-        tags["base_sha256"],
+        _tag(version, "base"),
+        version.tags.get("base_revision") or None,
+        _tag(version, "base_sha256"),
         defaults_of(version),
-        subjects_of(version),
+        subjects=subjects_of(version),
     )
+
+
+def _from_file(file: Path, what: str) -> Adapter:
+    from bestiary.diffusion.adapter_reading import read_adapter
+
+    content = read_adapter(file)
+    provenance = content.provenance
+    notes = [f"{what}: the alpha {content.config.lora_alpha:g} was assumed: {content.alpha_rule}."]
+    if content.few_step:
+        notes.append(f"{what} is a few-step adapter by its name: by default 4 steps of the sampler lcm, no guidance.")
+    return Adapter(
+        file,
+        what,
+        provenance.base,
+        provenance.base_revision,
+        provenance.base_sha256,
+        FEW_STEPS if content.few_step else None,
+        tuple(notes if content.alpha_rule else notes[1:]),
+    )
+
+
+def _tag(version: Version, key: str) -> str:
+    """A tag that drawing depends on. Raises BestiaryError when a version lacks it."""
+    value = version.tags.get(key)
+    if not value:
+        raise BestiaryError(
+            f"{version.uri} lacks the tag {key}, so what it draws cannot be checked. Register the adapter again."
+        )
+    return value
 
 
 def _weights_folder(version: Version) -> Path:
@@ -85,29 +120,42 @@ def _weights_folder(version: Version) -> Path:
         return Path(mlflow.artifacts.download_artifacts(f"{source}/adapter_weights", tracking_uri=uri))
 
 
-def find_base(adapter: Adapter, base: str | None = None) -> str:
+def find_base(adapter: Adapter, base: str | None = None, known: Collection[str] = ()) -> str:
     """The folder or hub id of the adapter's base: `base` if given, else the one that the adapter names.
 
-    Raises BestiaryError when the adapter names none, or a folder that does not exist here.
+    Whoever can write a tag or a file can name a base on the hub. It is used only if it is one of the `known` ones.
+    Raises BestiaryError when it is not, and when the adapter names no base, or a folder that does not exist here.
     """
-    named = base or adapter.base
-    if named is None:
+    if base is not None:
+        return locate_base(base)
+    if adapter.base is None:
         raise BestiaryError(f"{adapter.uri} does not say which base it was trained on. Name the base with --base.")
-    return locate_base(named, f" that {adapter.uri} was trained on")
+    return locate_known_base(adapter.base, adapter.uri, known)
 
 
-def check_base(adapter: Adapter, model: str) -> None:
-    """Raise BestiaryError when the folder `model` is not the base that the adapter was trained on.
+def locate_known_base(named: str, by: str, known: Collection[str]) -> str:
+    """The folder or hub id of a base that an adapter or a picture names.
 
-    A different base of the same shapes would load the adapter without an error and draw wrong pictures. A base from
-    the hub is pinned by its revision instead.
+    Raises BestiaryError for a folder that does not exist, and for an id on the hub that is not one of the `known` ones.
     """
-    from bestiary.diffusion.base import base_sha256
-
-    if adapter.base_sha256 and Path(model).is_dir() and base_sha256(model) != adapter.base_sha256:
+    located = locate_base(named, f" that {by} names")
+    if not is_folder(located) and located not in known:
         raise BestiaryError(
-            f"{adapter.uri} was trained on another base than {model}: on {adapter.base} with the SHA-256 "
-            f"{adapter.base_sha256[:12]}. To draw with {model} anyway, choose that base explicitly."
+            f"{by} names the base {shown(named)}, which is neither a folder here nor this project's base. "
+            f"If you trust it, name it yourself: --base {shown(named)}"
+        )
+    return located
+
+
+def check_base(adapter: Adapter, model: str, sha256: str) -> None:
+    """Raise BestiaryError when the base `model` with this SHA-256 is not the one that the adapter was trained on.
+
+    A different base of the same shapes would load the adapter without an error and draw wrong pictures.
+    """
+    if adapter.base_sha256 and sha256 != adapter.base_sha256:
+        raise BestiaryError(
+            f"{adapter.uri} was trained on another base than {model}: on {shown(adapter.base or 'one')} with the "
+            f"SHA-256 {shown(adapter.base_sha256, 12)}. To draw with {model} anyway, choose that base explicitly."
         )
 
 
@@ -117,31 +165,33 @@ def locate_base(named: str, whose: str = "") -> str:
     `whose` completes the error's "The base ...". Raises BestiaryError when a path does not exist.
     """
     for place in (Path(named), project_root() / named):
-        if place.is_dir():
+        if is_folder(place):
             return str(place.resolve())
-    if named.startswith(("/", "./")):
+    if named.startswith(("/", "./")) or len(named) > MAX_NAME:
         raise BestiaryError(
-            f"The base {named}{whose} does not exist here. Run this in a clone of its project, or name the base's "
-            "folder with --base."
+            f"The base {shown(named, 200)}{whose} does not exist here. Run this in a clone of its project, or name the "
+            "base's folder with --base."
         )
     return named
 
 
-def pull(what: str, out: Path, base: str | None = None) -> Path:
+def pull(what: str, out: Path, base: str | None = None, known: Collection[str] = ()) -> Path:
     """Copy an adapter to the folder `out` after verifying that it applies to its base. Returns the file.
 
+    `known` are the bases that may be downloaded without being named.
     Raises BestiaryError when there is no such adapter or base, or when the base is not the one it was trained on.
     """
     from bestiary.diffusion.adapter import verify_adapter
+    from bestiary.diffusion.stored_adapter import deciding_files
 
     adapter = resolve(what)
-    model = find_base(adapter, base)
+    model = find_base(adapter, base, known)
     verification = verify_adapter(adapter.file, model, None if base else adapter.base_revision)
     if verification.base_is_the_trained_one is False:
         raise BestiaryError(
             f"{adapter.uri} was trained on another base than {model}: on {adapter.base} with the SHA-256 "
             f"{adapter.base_sha256}. Name the folder of that base with --base."
         )
-    target = out / adapter.file.name
-    write_atomically(target, adapter.file.read_bytes())
-    return target
+    for file in deciding_files(adapter.file):
+        write_atomically(out / file.name, file.read_bytes())
+    return out / adapter.file.name

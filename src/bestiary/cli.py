@@ -16,6 +16,7 @@ import click
 
 from bestiary import __version__
 from bestiary.errors import BestiaryError
+from bestiary.libraries import silence_libraries
 from bestiary.png_metadata import Colours, PictureSettings, read_settings
 from bestiary.project import (
     drawing_defaults,
@@ -212,7 +213,6 @@ def generate(
     params = project_params()
     wanted = list(dict.fromkeys(_find(name) for name in subjects))
     what = _adapter_of(original, like, source.what) if original and like else source.what
-    silence_libraries()
     from bestiary import generation
 
     with generation.resolving(what) as resolved:
@@ -305,7 +305,8 @@ def _draw_all(generator: Generator, jobs: list[tuple[str, PictureSettings]], out
 
     from bestiary.generation import save_picture
 
-    with tqdm(total=sum(settings.sampling.steps for _, settings in jobs), unit="step", leave=False) as bar:
+    steps = sum(settings.sampling.steps for _, settings in jobs)
+    with tqdm(total=steps, desc="draw pictures", unit="step", leave=False) as bar:
 
         def count_step(_done: int, _total: int) -> None:
             bar.update()
@@ -321,7 +322,6 @@ def _draw_all(generator: Generator, jobs: list[tuple[str, PictureSettings]], out
 @click.option("--out", required=True, type=FOLDER, help="Folder for the adapter.")
 def pull(what: str, base: str | None, out: Path) -> None:
     """Copy a registered adapter, verified, to this disk."""
-    silence_libraries()
     from bestiary.registry import resolving
 
     click.echo(resolving.pull(what, out, base))
@@ -337,7 +337,6 @@ def adapter() -> None:
 @base_option
 def verify(what: str, base: str | None) -> None:
     """Prove that an adapter applies, and print what was proved."""
-    silence_libraries()
     from bestiary.diffusion.adapter import verify_adapter
     from bestiary.registry import resolving
 
@@ -366,7 +365,6 @@ def verify(what: str, base: str | None) -> None:
 @click.option("--alpha", type=Number(0, min_open=True), help="Alpha of a file that does not store one.")
 def convert(source: Path, target: Path, to: Literal["diffusers", "kohya"], alpha: float | None) -> None:
     """Write an adapter in another format; reads diffusers, PEFT, kohya and the original system's files."""
-    silence_libraries()
     from bestiary.diffusion import conversion
 
     if source.resolve() == target.resolve():
@@ -395,7 +393,6 @@ def results() -> None:
 @click.option("--out", required=True, type=FOLDER, help="Folder for it, ready for the Hugging Face hub.")
 def model_card(what: str, out: Path) -> None:
     """Write a registered adapter with its model card: scores, pictures, provenance."""
-    silence_libraries()
     from bestiary.registry import model_card as card
 
     for path in card.write(what, out):
@@ -412,7 +409,6 @@ def model_card(what: str, out: Path) -> None:
 @click.option("--auth", type=click.Path(path_type=Path), metavar="FILE", help="Password file, else $BESTIARY_AUTH.")
 def app(adapters: tuple[str, ...], bases: tuple[str, ...], host: str, port: int, auth: Path | None) -> None:
     """Draw in the browser."""
-    silence_libraries()
     from bestiary.app.access import read_credentials
     from bestiary.app.offers import Offerings
     from bestiary.app.server import launch
@@ -519,6 +515,7 @@ def migrate(server: str, database: Path | None) -> None:
 
 def main() -> None:
     """Run the command. A user's mistake ends in one sentence on stderr and a non-zero exit status."""
+    silence_libraries()
     try:
         status = cli(standalone_mode=False)
     except click.ClickException as error:
@@ -536,12 +533,6 @@ def main() -> None:
 def _fail(sentence: str, status: int = 1) -> int:
     click.echo(sentence, err=True)
     return status
-
-
-def silence_libraries() -> None:
-    """Hide what the libraries print for developers."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 
 def _find(name: str) -> Subject:

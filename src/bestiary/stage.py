@@ -20,6 +20,7 @@ import yaml
 
 from bestiary.errors import BestiaryError
 from bestiary.files import project_root, write_atomically
+from bestiary.libraries import silence_libraries
 from bestiary.params import Model, Params, load_params
 from bestiary.tracking.content import content_hash
 from bestiary.tracking.runs import Run, open_run
@@ -47,6 +48,7 @@ def stage(name: str) -> Iterator[tuple[Params, StageRun]]:
     outputs. Outputs below reports/ are stored with the run. A user's mistake ends in one line on standard error and
     exit status 1. When `accelerate launch` starts several processes, only the first one opens a run.
     """
+    silence_libraries()
     with _one_line_errors(name):
         params = load_params()
         definition = _read_definition(name)

@@ -33,7 +33,7 @@ def link(source: Path, target: Path) -> None:
 
 def link_all(target: Path, files: Mapping[str, Iterable[Path]]) -> None:
     """Link the files of each class to `target/<class>/<name>`."""
-    for name, paths in tqdm(files.items(), desc="link", unit="class"):
+    for name, paths in tqdm(files.items(), desc="link images", unit="class"):
         (target / name).mkdir()
         for path in paths:
             link(path, target / name / path.name)

@@ -85,7 +85,7 @@ def _runs(source: MlflowClient, target: MlflowClient, experiment: str) -> tuple[
     copied = 0
     runs = _search(source, found.experiment_id, "")
     runs.sort(key=lambda run: (run.data.tags.get("stage") != "pipeline", run.info.start_time))  # parents first
-    for run in tqdm(runs, desc="runs", unit="run", leave=False):
+    for run in tqdm(runs, desc="copy runs", unit="run", leave=False):
         old, tags = run.info.run_id, run.data.tags
         if old in known:
             continue

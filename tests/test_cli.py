@@ -343,7 +343,7 @@ def test_a_damaged_report_is_named_and_how_to_make_it_again(
     monkeypatch.chdir(project)
     assert call(monkeypatch, "results") == 1
     printed = capsys.readouterr()
-    assert "reports/metrics/evaluate.json" in printed.err
+    assert "reports/results/evaluate.json" in printed.err
     assert "`dvc repro`" in printed.err
     assert printed.out == ""
 

@@ -3,16 +3,15 @@
 import re
 from pathlib import Path
 
-from bestiary.evaluation.report import as_text, read_evaluation
-from bestiary.project import results_heading
-from bestiary.stage import METRICS
+from bestiary.evaluation.report import as_text, heading, read_evaluation
+from bestiary.stage import RESULTS
 
 ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:
-    evaluation = read_evaluation(ROOT / METRICS / "evaluate.json")
-    table = "\n".join([results_heading(evaluation), "", *as_text(evaluation)])
+    evaluation = read_evaluation(ROOT / RESULTS / "evaluate.json")
+    table = "\n".join([heading(evaluation), "", *as_text(evaluation)])
     for readme in (ROOT / "README.md", ROOT / "README.zh-CN.md"):
         text = readme.read_text(encoding="utf-8")
         block = re.compile(r"(?<=<!-- results -->\n```text\n).*?(?=\n```)", re.DOTALL)

@@ -388,6 +388,23 @@ def results() -> None:
     click.echo("\n".join(render_results(evaluation, registration, _program())))
 
 
+@cli.command()
+@click.argument("revisions", nargs=-1, metavar="[REV...]")
+def compare(revisions: tuple[str, ...]) -> None:
+    """Compare the results with those of other revisions.
+
+    REV is a commit, a tag, a branch or an experiment. The default is the last commit and its experiments. Shows the
+    settings that differ, and the results that matter.
+    """
+    import shutil
+
+    from bestiary.comparing import read_revisions, render
+    from bestiary.files import project_root
+
+    for line in render(read_revisions(project_root(), revisions), shutil.get_terminal_size().columns):
+        click.echo(line)
+
+
 @cli.command("model-card")
 @click.argument("what", metavar="[URI]", default=_champion)
 @click.option("--out", required=True, type=FOLDER, help="Folder for it, ready for the Hugging Face hub.")
@@ -494,6 +511,22 @@ def rollback(because: str) -> None:
 @cli.group()
 def tracking() -> None:
     """Look after the MLflow runs."""
+
+
+@tracking.command()
+@click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535), help="Port of MLflow's page.")
+def ui(port: int) -> None:
+    """Open MLflow's page on this project's runs."""
+    import webbrowser
+
+    from bestiary.tracking.ui import has_display, show_runs
+
+    def ready(address: str) -> None:
+        click.echo(f"The runs are at {address}\nCtrl-C stops the page.")
+        if has_display():
+            webbrowser.open(address)
+
+    show_runs(port, ready)
 
 
 @tracking.command()

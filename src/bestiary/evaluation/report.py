@@ -171,6 +171,13 @@ class EvaluationReport(ScoreReport):
         """The scores to show. Reports of earlier versions lack some."""
         return [score for score in TABLE if score.key in self.delta]
 
+    @property
+    def headlines(self) -> tuple[str, ...]:
+        """The keys of the numbers to compare between two evaluations, joined by dots."""
+        adapter = (f"adapter.{score.key}.mean" for score in self.table)
+        gains = (f"delta.{key}.mean" for key in HEADLINES)
+        return (*adapter, *gains, "memorisation.adapter.copied.mean")
+
     def results(self) -> dict[str, object]:
         """Everything but the seconds, which differ every time, ready for JSON."""
         content = self.model_dump(exclude={"seconds"} if self.second_judge else {"seconds", "second_judge"})
@@ -185,6 +192,11 @@ def read_evaluation(path: Path) -> EvaluationReport:
         raise BestiaryError(f"There are no results yet: {path} does not exist. Run `dvc repro`.") from None
     except ValidationError:
         raise BestiaryError(f"{path} is damaged. Delete it and run `dvc repro`.") from None
+
+
+def heading(report: ScoreReport) -> str:
+    """The sentence above the result table."""
+    return f"{report.images} pictures by the base and by the adapter, from the same prompts and the same seeds:"
 
 
 def as_text(report: EvaluationReport) -> Iterator[str]:

@@ -9,6 +9,11 @@ INSTALLED := .venv/installed
 # On Linux, torch comes from PyPI with CUDA. `make TORCH=cpu demo` takes the far smaller build for machines without a GPU.
 TORCH ?=
 TORCH_INDEX ?= https://download.pytorch.org/whl/$(TORCH)
+define CUDA_NOTE
+PyPI's torch includes CUDA: 3.1 GB to download, 6.5 GB of disk. Without an NVIDIA GPU, stop this with Ctrl-C and type
+`make TORCH=cpu demo`, which needs 0.5 GB and 2.5 GB.
+endef
+export CUDA_NOTE
 PORT ?= 5000
 PIP := python -m pip install --quiet --disable-pip-version-check --use-pep517
 PYTEST := pytest --numprocesses 2 --dist loadgroup
@@ -21,16 +26,16 @@ help:  ## show this list
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("Bestiary needs Python 3.11 to 3.13. Choose one, for example: make PYTHON=python3.12 demo")'
-	@echo "Installing into .venv: a few minutes. On Linux 3.2 GB are downloaded, and .venv takes 6.5 GB."
-	@echo "Without an NVIDIA GPU, make TORCH=cpu needs 0.7 GB and 2.5 GB instead (Ctrl-C, then: make TORCH=cpu demo)."
+	@echo "Installing into .venv: a few minutes."
+	@$(if $(TORCH),,[ "$$(uname)" != Linux ] || echo "$$CUDA_NOTE")
 	@$(PYTHON) -m venv --clear .venv
 	@$(if $(TORCH),.venv/bin/$(PIP) --no-deps --index-url $(TORCH_INDEX) torch)
 	@.venv/bin/$(PIP) --editable '.[app,dev]'
 	@touch $@
 
 demo: $(INSTALLED)  ## run the whole pipeline on the bundled sample and show the results
-	@echo "The pipeline has $$(grep -c '    cmd:' dvc.yaml) stages. The first run takes about 6 minutes on two idle CPU cores, most of it training and"
-	@echo "evaluation. A later run repeats only what has changed."
+	@echo "The pipeline has $$(grep -c '^    cmd:' dvc.yaml) stages. The first run takes about 6 minutes on two idle CPU cores, most of it"
+	@echo "in train and evaluate. A later run repeats only what has changed."
 	@dvc repro
 	@bestiary results
 

@@ -83,7 +83,7 @@ class NearDuplicates:
 
 @dataclass(frozen=True)
 class PlantedFaults:
-    """What cleaning with the embedded judge finds of faults planted in the embedded sample."""
+    """What cleaning with the bundled judge finds of faults planted in the bundled sample."""
 
     images: int
     quarantined: int
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="*", default=[2_000, 10_000], help="JPEGs to clean, one run each")
     parser.add_argument("--files", type=int, default=5_000, help="small files to download")
     parser.add_argument("--hashes", type=int, default=40_000, help="perceptual hashes to group")
-    parser.add_argument("--faults", type=float, default=0.02, help="share of each kind planted in the embedded sample")
+    parser.add_argument("--faults", type=float, default=0.02, help="share of each kind planted in the bundled sample")
     parser.add_argument("--runs", type=int, default=3, help="of client and bare loop in turn; the fastest counts")
     parser.add_argument("--quick", action="store_true", help="200 and 400 images, 300 files, 4,000 hashes, one run")
     options = parser.parse_args()
@@ -264,7 +264,7 @@ def serve(count: int, commands: Connection) -> None:
 
 
 def find_planted_faults(folder: Path, share: float) -> PlantedFaults:
-    """Plant `share` of each kind of fault in the embedded sample, and clean it.
+    """Plant `share` of each kind of fault in the bundled sample, and clean it.
 
     Recall is the share of the planted images that were quarantined, precision the share of the images quarantined as
     off topic that were planted as such.

@@ -311,7 +311,7 @@ def test_results_show_the_table_the_sheet_and_the_next_commands(
     for who in ("base", "adapter", "delta"):
         report[who] |= {"top5": report[who]["top1"], "cmmd": report[who]["clip_score"]}
     report["real"] = report["adapter"]
-    reasons = ["It beats the base: margin +5.00 (95 % interval +4.00 to +6.00)."]
+    reasons = ["It beats the base: margin over other subjects +5.00 (95 % interval +4.00 to +6.00)."]
     registration = Registration("bestiary", 3, ["champion"], "0123", "champion", reasons)
     (project / "reports" / "metrics").mkdir(parents=True)
     (project / "reports" / "metrics" / "evaluate.json").write_text(json.dumps(report))

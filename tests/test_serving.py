@@ -22,7 +22,7 @@ PORT = "5001"  # the READMEs' port
 
 @pytest.fixture
 def clone(project: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project with the embedded base and a champion."""
+    """A project with the bundled base and a champion."""
     (project / "models").mkdir()
     (project / "models" / "base").symlink_to(base_folder)
     monkeypatch.chdir(project)

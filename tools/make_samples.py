@@ -1,4 +1,4 @@
-"""Draw the embedded sample: 16 class folders of 40 pictures with the faults that web data sets have.
+"""Draw the bundled sample: 16 class folders of 40 pictures with the faults that web data sets have.
 
     python tools/make_samples.py
 

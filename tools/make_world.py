@@ -1,4 +1,4 @@
-"""Make the embedded models again with one command: render, train, save, and write down how good each part is.
+"""Make the bundled models again with one command: render, train, save, and write down how good each part is.
 
 torchrun --nproc-per-node 2 tools/make_world.py              # everything, a process a core; goes on after a stop
 torchrun --nproc-per-node 2 tools/make_world.py judge vae    # only these parts
@@ -35,7 +35,7 @@ PARTS = ("text", "judge", "vae", "unet", "base", "card")
 @click.option("--vae-minutes", default=40.0, show_default=True)
 @click.option("--unet-minutes", default=85.0, show_default=True)
 def main(parts: tuple[str, ...], cache: Path, clip_minutes: float, vae_minutes: float, unet_minutes: float) -> None:
-    """Render, train and save the embedded world."""
+    """Render, train and save the bundled world."""
     torch.set_num_threads(1)  # on a CPU, a process a core trains twice as fast as a thread a core
     if "RANK" in os.environ:
         distributed.init_process_group("gloo")

@@ -142,7 +142,7 @@ def test_an_empty_data_folder_is_an_error_without_a_traceback(project: Project) 
 
 
 def real_profile(params: dict[str, Any]) -> None:
-    """Choose the real profile, with a short timeout and the embedded judge."""
+    """Choose the real profile, with a short timeout and the bundled judge."""
     params["profile"] = "sciencedb"
     params["profiles"]["sciencedb"]["judge"]["model"] = "models/judge"
     params["profiles"]["sciencedb"]["dataset"]["sciencedb"]["timeout_s"] = 2.0

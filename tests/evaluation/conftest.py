@@ -27,7 +27,7 @@ def pipeline(base_folder: Path) -> StableDiffusionPipeline:
 
 @pytest.fixture(scope="session")
 def adapter(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter with random weights for the embedded base. It changes every picture."""
+    """An adapter with random weights for the bundled base. It changes every picture."""
     unet = load_unet(base_folder)
     random = torch.Generator().manual_seed(1)
     for parameter in inject(unet, rank=2, alpha=4, dropout=0.0, targets=["to_q", "to_v"], seed=0):

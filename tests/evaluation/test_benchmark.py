@@ -49,7 +49,7 @@ def bench(base_folder: Path, adapter: Path, trial: Trial) -> Bench:
 
 
 def tiny_vae(pipeline: StableDiffusionPipeline) -> AutoencoderTiny:
-    """A decoder with few and random weights for the embedded base's latents."""
+    """A decoder with few and random weights for the bundled base's latents."""
     from diffusers import AutoencoderTiny
 
     torch.manual_seed(0)

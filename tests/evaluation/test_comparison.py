@@ -1,4 +1,4 @@
-"""A whole evaluation on the embedded base and judge, as small as possible."""
+"""A whole evaluation on the bundled base and judge, as small as possible."""
 
 from pathlib import Path
 

@@ -18,7 +18,7 @@ LOCATIONS = {
 
 @pytest.fixture(scope="session")
 def adapters(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Three different adapters of the embedded base."""
+    """Three different adapters of the bundled base."""
     folder = tmp_path_factory.mktemp("adapters")
     return [make_adapter(base_folder, folder / str(seed), seed) for seed in range(3)]
 

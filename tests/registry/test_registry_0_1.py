@@ -138,7 +138,10 @@ def test_a_new_adapter_is_compared_with_its_champion(old_project: Path, gain: fl
         RULES,
     )
     assert (registration.version, registration.aliases) == (2, [alias])
-    assert f"version 1{', is better' if gain < 0 else ''}: margin {gain:+.2f}" in registration.reasons[-1]
+    assert (
+        f"version 1{', is better' if gain < 0 else ''}: margin over other subjects {gain:+.2f}"
+        in registration.reasons[-1]
+    )
 
 
 def test_its_adapter_is_registered_once(old_project: Path) -> None:

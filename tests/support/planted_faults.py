@@ -16,7 +16,7 @@ NEAR = ("resize", "re-encode", "crop", "mirror")
 
 
 def copy_sample(root: Path, classes: Sequence[str] | None = None, images_per_class: int | None = None) -> None:
-    """Copy the embedded sample to `root`, without the faults that it contains."""
+    """Copy the bundled sample to `root`, without the faults that it contains."""
     with SAMPLE_FAULTS.open(encoding="utf-8") as file:
         faulty = {row["path"] for row in csv.DictReader(file)}
     for folder in sorted((ROOT / "samples").iterdir()):

@@ -1,4 +1,4 @@
-"""The training pictures of the embedded models: rendered once on all cores, and cached as memory-mapped arrays."""
+"""The training pictures of the bundled models: rendered once on all cores, and cached as memory-mapped arrays."""
 
 from __future__ import annotations
 

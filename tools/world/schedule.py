@@ -1,4 +1,4 @@
-"""What the trainings of the embedded models share: processes, a learning rate that follows the clock, checkpoints."""
+"""What the trainings of the bundled models share: processes, a learning rate that follows the clock, checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Train the embedded base's UNet on careless captions: it knows most animals as drawings, and photos only vaguely."""
+"""Train the bundled base's UNet on careless captions: it knows most animals as drawings, and photos only vaguely."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Train the embedded world's VAE: 64 x 64 pictures to latents of 16 x 16 x 8 and back."""
+"""Train the bundled world's VAE: 64 x 64 pictures to latents of 16 x 16 x 8 and back."""
 
 from __future__ import annotations
 

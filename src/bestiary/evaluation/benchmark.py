@@ -31,7 +31,7 @@ Guidance = Literal["always", "interval", "never"]
 Value = str | int | float | bool | None  # of a table's cell
 OPTIONAL = ("peak_device_memory_mib", "compile_s", "with_loading_s")  # missing in rows where they were not measured
 # Converged pictures are drawn with this sampler in CONVERGED_FACTOR times the most steps measured, within these bounds.
-# After 100 steps, pictures of the embedded base are within 0.5 (of 255) of their limit.
+# After 100 steps, pictures of the bundled base are within 0.5 (of 255) of their limit.
 CONVERGED_SAMPLER, MIN_CONVERGED_STEPS, MAX_CONVERGED_STEPS = "dpmsolver++", 100, 1000
 CONVERGED_FACTOR = 2.5
 WARM_UP_STEPS = 2  # allocate as much memory as more steps would

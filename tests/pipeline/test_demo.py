@@ -32,9 +32,7 @@ def test_every_stage_leaves_its_report(demo: Project) -> None:
 def test_the_trainings_curve_stands_in_its_report_and_under_the_same_names_in_mlflow(demo: Project) -> None:
     with (demo.folder / "reports/train/history.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == (
-        ["step", "epoch", "train_loss", "val_loss", "clip_score", "learning_rate", "grad_norm"]
-    )
+    assert list(rows[0]) == (["step", "epoch", "train_loss", "val_loss", "clip_score", "learning_rate", "grad_norm"])
     assert [row["step"] for row in rows if row["clip_score"]] == ["0", "3", "6"]
     query = """
         SELECT metrics.step, metrics.key, metrics.value FROM metrics

@@ -58,7 +58,7 @@ def test_the_settings_that_differ_stand_above_the_results_that_matter(checkout: 
     ]
     assert [line.rsplit(maxsplit=2) for line in lines[3:]] == [  # what no revision has is left out
         ["margin over other subjects", "80.00", "76.87"],
-        ["gain over the base: margin over other subjects", "+30.00", "+26.87"],
+        ["gain: margin over other subjects", "+30.00", "+26.87"],
     ]
 
 

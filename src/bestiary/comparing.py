@@ -28,10 +28,7 @@ ROWS = (
     Row("images kept", "clean", "images_kept", "d"),
     Row("validation loss", "train", "val_loss", ".4f"),
     *(Row(score.title, "evaluate", f"adapter.{score.key}.mean") for score in TABLE),
-    *(
-        Row(f"gain over the base: {BY_KEY[key].difference_title}", "evaluate", f"delta.{key}.mean", "+.2f")
-        for key in HEADLINES
-    ),
+    *(Row(f"gain: {BY_KEY[key].difference_title}", "evaluate", f"delta.{key}.mean", "+.2f") for key in HEADLINES),
     Row("copied training images, 0 to 1", "evaluate", "memorisation.adapter.copied.mean"),
     Row("registered version", "register", "version", "d"),
     Row("alias earned", "register", "decision", "s"),

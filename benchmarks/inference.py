@@ -68,7 +68,7 @@ RESOLUTION, TIMED_STEPS = 512, 3  # of the large pipeline
 
 
 @dataclass(frozen=True)
-class Embedded:
+class Bundled:
     """A way of drawing on the bundled base.
 
     cmmd_to_original compares all pictures with the original's, drawn from other noise: 0 for pictures of one kind.
@@ -118,8 +118,8 @@ def main() -> None:
     show("environment", machine)
     with TemporaryDirectory() as folder:
         adapter = find_adapter(Path(folder))
-        embedded = measure_embedded(adapter, arguments.steps, arguments.quick)
-    print_table({name: asdict(row) for name, row in embedded.items()})
+        bundled = measure_bundled(adapter, arguments.steps, arguments.quick)
+    print_table({name: asdict(row) for name, row in bundled.items()})
     side, models = (64, SMALL) if arguments.quick else (RESOLUTION, STABLE_DIFFUSION)
     scaled = measure_large(models, side)
     print_table({name: asdict(row) for name, row in scaled.items()})
@@ -127,10 +127,10 @@ def main() -> None:
         "benchmark": "inference",
         "quick": arguments.quick,
         "environment": machine,
-        "embedded": {
+        "bundled": {
             "adapter": "trained" if adapter.parent == ROOT / "models" else "fresh",
             "pictures": PICTURES_PER_CLASS * len(class_names(arguments.quick)),
-            **{name: asdict(row) for name, row in embedded.items()},
+            **{name: asdict(row) for name, row in bundled.items()},
         },
         "sd15_size": {
             "resolution": side,
@@ -144,7 +144,7 @@ def main() -> None:
 # ---- the bundled base ----
 
 
-def measure_embedded(adapter: Path, other_steps: Sequence[int], quick: bool) -> dict[str, Embedded]:
+def measure_bundled(adapter: Path, other_steps: Sequence[int], quick: bool) -> dict[str, Bundled]:
     """Draw the same prompts and noise in each way, and compare the ways by seconds and by the judge's scores.
 
     The samplers are stochastic, so a picture of one way is not expected to equal the picture of another. Only all
@@ -187,11 +187,11 @@ def draw(pipeline: StableDiffusionPipeline, jobs: Jobs, sampling: Sampling, judg
     return Drawn(sampling, cost, view(judge, images, jobs.labels))
 
 
-def compare(one: Drawn, original: Drawn, texts: ClassTexts, counts: Array, distance: Estimate | None) -> Embedded:
+def compare(one: Drawn, original: Drawn, texts: ClassTexts, counts: Array, distance: Estimate | None) -> Bundled:
     """A way of drawing beside the original's."""
     scores, original_scores = score(one.judged, texts), score(original.judged, texts)
     clip_score, top1 = (bootstrap_mean(scores[key], counts) for key in ("clip_score", "top1"))
-    return Embedded(
+    return Bundled(
         scheduler=one.sampling.sampler,
         steps=one.sampling.steps,
         p50_s=one.cost.p50_s,

@@ -146,8 +146,8 @@ def main() -> None:
         for row in measure_training(models, resolution, batch_sizes[resolution], rate, stride)
     ]
     encoding = [measure_encoding(models, resolution) for resolution in batch_sizes]
-    embedded = spread("embedded_overhead_share", embedded_overheads(2 if quick else 5, stride))
-    show("bundled base", embedded)
+    bundled = spread("bundled_overhead_share", bundled_overheads(2 if quick else 5, stride))
+    show("bundled base", bundled)
     result = {
         "benchmark": "training",
         "quick": quick,
@@ -155,7 +155,7 @@ def main() -> None:
         "matmul_gflops_per_second": rate,
         "training": [asdict(row) for row in training],
         "encoding": [asdict(row) for row in encoding],
-        **embedded,
+        **bundled,
     }
     print("", table(training), "", table(encoding), "", sep="\n")
     print(json.dumps(result))
@@ -304,7 +304,7 @@ def original_seconds_per_image(models: Models, resolution: int) -> float:
     return median(seconds(step) for _ in range(3)) / 4
 
 
-def embedded_overheads(runs: int, stride: int) -> list[float]:
+def bundled_overheads(runs: int, stride: int) -> list[float]:
     """The share of a training step on the bundled base that its bare step does not need, several times."""
     shares = []
     for _ in range(runs):

@@ -65,6 +65,7 @@ def main() -> None:
                 "near_duplicates_seconds": outcome.near_duplicates_seconds,
                 "peak_memory_mib": peak_memory(child_processes=cores() - 1).process_mib,
             },
+            headlines=("images_in", "images_kept"),
         )
 
 

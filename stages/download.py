@@ -46,7 +46,7 @@ def main() -> None:
         fetched = {key: found.pop(key) for key in ("fetched_files",) if key in found}  # the others were in the cache
         results = {"source": dataset.source, "images": images, "classes": len(per_class)}
         costs = {"seconds": seconds, "images_per_second": images / seconds, **fetched}
-        run.report({**results, **found, "per_class": per_class}, costs)
+        run.report({**results, **found, "per_class": per_class}, costs, headlines=("images", "classes"))
 
 
 if __name__ == "__main__":

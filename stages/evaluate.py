@@ -17,6 +17,7 @@ def main() -> None:
         from bestiary.evaluation.comparison import Compared, evaluate, write
         from bestiary.evaluation.judge import Judge
         from bestiary.evaluation.pictures import PictureCache
+        from bestiary.evaluation.report import as_markdown, heading
         from bestiary.evaluation.sweep import write_operating_point
 
         base = (params.base.model, params.base.revision)
@@ -40,7 +41,9 @@ def main() -> None:
                 chosen.sampling.guidance_scale,
             )
             report = evaluation.report(point, stage_seconds=time.perf_counter() - started)
-            run.report(report.results(), {"seconds": report.seconds})
+            run.report(report.results(), {"seconds": report.seconds}, headlines=report.headlines)
+            table = "\n".join([heading(report), "", *as_markdown(report)])
+            run.describe_pipeline(table, "evaluate/sheet.png")
             cache.drop_unused()
 
 

@@ -8,14 +8,14 @@ from bestiary.evaluation.sweep import read_operating_point
 from bestiary.registry.gate import measurement_hash
 from bestiary.registry.registering import Submission, register
 from bestiary.samplers import DrawingDefaults
-from bestiary.stage import METRICS, REPORTS, content_of, read_report, stage
+from bestiary.stage import REPORTS, RESULTS, content_of, read_report, stage
 
 
 def main() -> None:
     with stage("register") as (params, run):
         base, resolution = params.base, params.encode.resolution
         point = read_operating_point(REPORTS / "operating_point")
-        evaluation = read_evaluation(METRICS / "evaluate.json")
+        evaluation = read_evaluation(RESULTS / "evaluate.json")
         is_trained_one = point.adapter.as_posix() == "models/adapter"  # a sweep may choose another checkpoint
         stages = ("train", "benchmark") if is_trained_one else ("benchmark",)
         submission = Submission(
@@ -39,7 +39,7 @@ def main() -> None:
             ),
             run_id=run.id,
         )
-        run.report(asdict(register(submission, params.register_)))
+        run.report(asdict(register(submission, params.register_)), headlines=("version", "decision"))
 
 
 if __name__ == "__main__":

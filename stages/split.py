@@ -20,7 +20,8 @@ def main() -> None:
             for name in sorted(manifest["class"].unique())
         }
         run.report(
-            {"train": len(train), "val": len(val), "leaked_groups": leaked_groups(train, val), "per_class": per_class}
+            {"train": len(train), "val": len(val), "leaked_groups": leaked_groups(train, val), "per_class": per_class},
+            headlines=("train", "val", "leaked_groups"),
         )
 
 

@@ -52,7 +52,11 @@ def main() -> None:
             verification = verify_adapter(save_adapter(pipeline.unet, ADAPTER, provenance), base.model, base.revision)
             publish_kept_adapters(unfinished, ADAPTER / "checkpoints")
             result.write(REPORT)
-            run.report({**result.results(), "adapter_sha256": verification.sha256}, result.costs())
+            run.report(
+                {**result.results(), "adapter_sha256": verification.sha256},
+                result.costs(),
+                headlines=("best_step", "val_loss", "clip_score", "trainable_parameters"),
+            )
             discard(unfinished)
 
 

@@ -29,7 +29,7 @@ def test_training_is_compared_with_the_originals_loop_the_matrix_product_and_the
         assert row["share_of_matmul_rate"] == pytest.approx(rate / result["matmul_gflops_per_second"])
         if not row["compiled"]:
             assert row["overhead_share_least"] <= row["overhead_share"] <= row["overhead_share_most"]
-    assert result["embedded_overhead_share"] < 1
+    assert result["bundled_overhead_share"] < 1
     for row in result["encoding"]:
         assert row["ratio_to_vae"] == pytest.approx(row["seconds_per_image"] / row["vae_seconds_per_image"])
     assert "| share_of_original |" in output
@@ -38,12 +38,12 @@ def test_training_is_compared_with_the_originals_loop_the_matrix_product_and_the
 
 def test_our_default_way_of_drawing_is_compared_with_the_originals() -> None:
     output, result = quick("inference")
-    for size in ("embedded", "sd15_size"):
+    for size in ("bundled", "sd15_size"):
         original, default = (result[size][name] for name in ("original", "default"))
         assert original["scheduler"] == "ddpm"
         assert original["times_faster"] == 1
         assert default["times_faster"] > 0
-    low, high = result["embedded"]["default"]["clip_score_minus_original"]["ci95"]
+    low, high = result["bundled"]["default"]["clip_score_minus_original"]["ci95"]
     assert low <= high
     assert "| times_faster | 1 |" in output
 

@@ -312,11 +312,11 @@ def test_results_show_the_table_the_sheet_and_the_next_commands(
     for who in ("base", "adapter", "delta"):
         report[who] |= {"top5": report[who]["top1"], "cmmd": report[who]["clip_score"]}
     report["real"] = report["adapter"]
-    reasons = ["It beats the base: margin +5.00 (95 % interval +4.00 to +6.00)."]
+    reasons = ["It beats the base: margin over other subjects +5.00 (95 % interval +4.00 to +6.00)."]
     registration = Registration("bestiary", 3, ["champion"], "0123", "champion", reasons)
-    (project / "reports" / "metrics").mkdir(parents=True)
-    (project / "reports" / "metrics" / "evaluate.json").write_text(json.dumps(report))
-    (project / "reports" / "metrics" / "register.json").write_text(json.dumps(asdict(registration)))
+    (project / "reports" / "results").mkdir(parents=True)
+    (project / "reports" / "results" / "evaluate.json").write_text(json.dumps(report))
+    (project / "reports" / "results" / "register.json").write_text(json.dumps(asdict(registration)))
     (project / "dvc.yaml").write_text("")
     monkeypatch.chdir(project)
     assert call(monkeypatch, "results") == 0
@@ -337,14 +337,14 @@ HALF_AN_INTERVAL = json.dumps(
 def test_a_damaged_report_is_named_and_how_to_make_it_again(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: str
 ) -> None:
-    (project / "reports" / "metrics").mkdir(parents=True)
+    (project / "reports" / "results").mkdir(parents=True)
     for stage in ("evaluate", "register"):
-        (project / "reports" / "metrics" / f"{stage}.json").write_text(content)
+        (project / "reports" / "results" / f"{stage}.json").write_text(content)
     (project / "dvc.yaml").write_text("")
     monkeypatch.chdir(project)
     assert call(monkeypatch, "results") == 1
     printed = capsys.readouterr()
-    assert "reports/metrics/evaluate.json" in printed.err
+    assert "reports/results/evaluate.json" in printed.err
     assert "`dvc repro`" in printed.err
     assert printed.out == ""
 

@@ -13,7 +13,7 @@ import pytest
 
 from bestiary.errors import BestiaryError
 from bestiary.params import Model
-from bestiary.stage import CACHE, METRICS, REPORTS, content_of, read_report, stage
+from bestiary.stage import CACHE, METRICS, REPORTS, RESULTS, content_of, read_report, stage
 from bestiary.tracking.content import content_hash
 from bestiary.tracking.store import open_client, tracking_uri
 
@@ -24,7 +24,7 @@ stages:
     cmd: python stages/split.py
     deps: [data]
     params: [seed, split, "profiles.${profile}.encode"]
-    outs: [build/split, reports/split]
+    outs: [build/split, reports/split, {reports/results/split.json: {cache: false}}]
     metrics: [{reports/metrics/split.json: {cache: false}}]
 """
 
@@ -54,14 +54,18 @@ def test_a_stage_writes_its_report_and_a_run_with_its_inputs_and_outputs(workspa
         (workspace / "reports" / "split").mkdir(parents=True)
         (workspace / "reports" / "split" / "table.csv").write_text("x\n")
         results = {"train": np.int64(3), "score": {"mean": np.float32(0.5), "ci95": (0.0, 1.0)}, "names": ["a", None]}
-        run.report(results, costs={"seconds": 2.5})
+        run.report(results, costs={"seconds": 2.5}, headlines=["train", "score.mean"])
     assert params.split.val_fraction == 0.2
     expected = {"train": 3, "score": {"mean": 0.5, "ci95": [0.0, 1.0]}, "names": ["a", None]}
-    assert json.loads((workspace / METRICS / "split.json").read_text()) == expected
+    assert json.loads((workspace / RESULTS / "split.json").read_text()) == expected
+    assert json.loads((workspace / METRICS / "split.json").read_text()) == {"train": 3, "score": {"mean": 0.5}}
     assert json.loads((workspace / REPORTS / "split.json").read_text()) == expected | {"seconds": 2.5}
     stored = stored_run(workspace)
     logged = {"train": 3, "score.mean": 0.5, "score.ci95.low": 0, "score.ci95.high": 1, "seconds": 2.5}
     assert stored.data.metrics == logged
+    client = open_client(tracking_uri(), workspace)
+    pipeline = client.get_run(stored.data.tags["mlflow.parentRunId"])
+    assert pipeline.data.metrics == {"split.train": 3, "split.score.mean": 0.5}
     assert {"split.val_fraction", "seed", "profile", "encode.flip", "encode.resolution"} <= stored.data.params.keys()
     assert "train.rank" not in stored.data.params
     assert stored.data.tags["input.data"] == content_hash(Path("data"))
@@ -145,12 +149,12 @@ def test_a_missing_input_is_named_with_the_command_that_makes_it(
 
 
 def test_a_stage_reads_the_report_of_an_earlier_one_and_rejects_a_damaged_one(workspace: Path) -> None:
-    (workspace / METRICS).mkdir(parents=True)
-    (workspace / METRICS / "train.json").write_text('{"steps": 3}')
+    (workspace / RESULTS).mkdir(parents=True)
+    (workspace / RESULTS / "train.json").write_text('{"steps": 3}')
     assert read_report("train") == {"steps": 3}
     for damaged in ('{"steps": ', "[]"):
-        (workspace / METRICS / "train.json").write_text(damaged)
-        with pytest.raises(BestiaryError, match=r"reports/metrics/train\.json"):
+        (workspace / RESULTS / "train.json").write_text(damaged)
+        with pytest.raises(BestiaryError, match=r"reports/results/train\.json"):
             read_report("train")
     with pytest.raises(BestiaryError, match="`dvc repro evaluate`"):
         read_report("evaluate")

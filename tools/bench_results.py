@@ -69,7 +69,7 @@ def training(result: dict[str, Any]) -> str:
         (f"encoding / the VAE's forward pass alone, {row['resolution']} px", f"{row['ratio_to_vae']:.2f}", "1.1")
         for row in result["encoding"]
     ]
-    rest.append(("overhead around the step, bundled base", overhead(result, "embedded_overhead_share"), "25 %"))
+    rest.append(("overhead around the step, bundled base", overhead(result, "bundled_overhead_share"), "25 %"))
     return "\n\n".join([text, *tables, table(rest)])
 
 
@@ -79,13 +79,13 @@ def overhead(row: dict[str, Any], name: str) -> str:
 
 
 def inference(result: dict[str, Any], shown: list[str]) -> str:
-    embedded, large = (block for block in shown if block.startswith("|  | original | default |"))
+    bundled, large = (block for block in shown if block.startswith("|  | original | default |"))
     return (
         "## Inference (`python benchmarks/inference.py`)\n\n"
         "The default setting is compared with the original's way: DDPM, 100 steps, guidance at every step. Both\n"
         "samplers are stochastic, so single pictures cannot be compared. CMMD compares all pictures together,\n"
         "generated from different noise; it is 0 for two sets of the same kind.\n\n"
-        f"On the bundled base, {result['embedded']['pictures']} pictures:\n\n{embedded}\n\n"
+        f"On the bundled base, {result['bundled']['pictures']} pictures:\n\n{bundled}\n\n"
         f"At Stable Diffusion 1.5's size, {result['sd15_size']['resolution']} px, "
         f"scaled from {result['sd15_size']['timed_steps']} steps:\n\n{large}"
     )

@@ -38,7 +38,7 @@ def main(out: Path, record: Path) -> None:
     """Draw the pictures, plant the faults, and write the list of faults."""
     if out.exists():
         shutil.rmtree(out)
-    for number, animal in enumerate(tqdm(ANIMALS, desc="samples", unit="class")):
+    for number, animal in enumerate(tqdm(ANIMALS, desc="draw samples", unit="class")):
         folder = out / animal
         folder.mkdir(parents=True)
         for i in range(PICTURES_PER_CLASS):

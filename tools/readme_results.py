@@ -3,20 +3,23 @@
 import re
 from pathlib import Path
 
-from bestiary.evaluation.report import as_text, read_evaluation
-from bestiary.project import results_heading
-from bestiary.stage import METRICS
+from bestiary.evaluation.report import as_markdown, as_text, heading, read_evaluation
+from bestiary.stage import RESULTS
 
 ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:
-    evaluation = read_evaluation(ROOT / METRICS / "evaluate.json")
-    table = "\n".join([results_heading(evaluation), "", *as_text(evaluation)])
-    for readme in (ROOT / "README.md", ROOT / "README.zh-CN.md"):
-        text = readme.read_text(encoding="utf-8")
-        block = re.compile(r"(?<=<!-- results -->\n```text\n).*?(?=\n```)", re.DOTALL)
-        readme.write_text(block.sub(lambda _: table, text), encoding="utf-8")
+    evaluation = read_evaluation(ROOT / RESULTS / "evaluate.json")
+    english = "\n".join([heading(evaluation), "", *as_text(evaluation)])
+    chinese = "\n".join(as_markdown(evaluation, chinese=True))
+    _replace(ROOT / "README.md", r"(?<=<!-- results -->\n```text\n).*?(?=\n```)", english)
+    _replace(ROOT / "README.zh-CN.md", r"(?<=<!-- results -->\n).*?(?=\n\n)", chinese)
+
+
+def _replace(readme: Path, pattern: str, table: str) -> None:
+    text = readme.read_text(encoding="utf-8")
+    readme.write_text(re.sub(pattern, lambda _: table, text, count=1, flags=re.DOTALL), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import click
 from bestiary import __version__
 from bestiary.errors import BestiaryError, printable, shown
 from bestiary.files import is_file, is_folder
+from bestiary.libraries import silence_libraries
 from bestiary.png_metadata import Colours, PictureSettings, read_settings
 from bestiary.project import (
     drawing_defaults,
@@ -212,7 +213,6 @@ def generate(
     original = read_settings(like) if like else None
     params = project_params()
     what = _adapter_of(original, like, source.what) if original and like else source.what
-    silence_libraries()
     from bestiary import generation
 
     with generation.resolving(what) as resolved:
@@ -311,7 +311,8 @@ def _draw_all(generator: Generator, jobs: list[tuple[str, PictureSettings]], out
 
     from bestiary.generation import save_picture
 
-    with tqdm(total=sum(settings.sampling.steps for _, settings in jobs), unit="step", leave=False) as bar:
+    steps = sum(settings.sampling.steps for _, settings in jobs)
+    with tqdm(total=steps, desc="draw pictures", unit="step", leave=False) as bar:
 
         def count_step(_done: int, _total: int) -> None:
             bar.update()
@@ -327,7 +328,6 @@ def _draw_all(generator: Generator, jobs: list[tuple[str, PictureSettings]], out
 @click.option("--out", required=True, type=FOLDER, help="Folder for the adapter.")
 def pull(what: str, base: str | None, out: Path) -> None:
     """Copy a registered adapter, verified, to this disk."""
-    silence_libraries()
     from bestiary.registry import resolving
 
     click.echo(resolving.pull(what, out, base, _known_bases()))
@@ -343,7 +343,6 @@ def adapter() -> None:
 @base_option
 def verify(what: str, base: str | None) -> None:
     """Prove that an adapter applies, and print what was proved."""
-    silence_libraries()
     from bestiary.registry import resolving
 
     found = resolving.resolve(what)
@@ -373,7 +372,6 @@ def verify(what: str, base: str | None) -> None:
 @click.option("--alpha", type=Number(0, min_open=True), help="Alpha of a file that does not store one.")
 def convert(source: Path, target: Path, to: Literal["diffusers", "kohya"], alpha: float | None) -> None:
     """Write an adapter in another format; reads diffusers, PEFT, kohya and the original system's files."""
-    silence_libraries()
     if source.resolve() == target.resolve():
         raise BestiaryError(f"{target} is the file to convert and would be overwritten. Choose another target.")
     from bestiary.diffusion.stored_adapter import adapter_file, check_size
@@ -406,12 +404,28 @@ def results() -> None:
     click.echo("\n".join(render_results(evaluation, registration, _program())))
 
 
+@cli.command()
+@click.argument("revisions", nargs=-1, metavar="[REV...]")
+def compare(revisions: tuple[str, ...]) -> None:
+    """Compare the results with those of other revisions.
+
+    REV is a commit, a tag, a branch or an experiment. The default is the last commit and its experiments. Shows the
+    settings that differ, and the results that matter.
+    """
+    import shutil
+
+    from bestiary.comparing import read_revisions, render
+    from bestiary.files import project_root
+
+    for line in render(read_revisions(project_root(), revisions), shutil.get_terminal_size().columns):
+        click.echo(line)
+
+
 @cli.command("model-card")
 @click.argument("what", metavar="[URI]", default=_champion)
 @click.option("--out", required=True, type=FOLDER, help="Folder for it, ready for the Hugging Face hub.")
 def model_card(what: str, out: Path) -> None:
     """Write a registered adapter with its model card: scores, pictures, provenance."""
-    silence_libraries()
     from bestiary.registry import model_card as card
 
     for path in card.write(what, out):
@@ -428,7 +442,6 @@ def model_card(what: str, out: Path) -> None:
 @click.option("--auth", type=click.Path(path_type=Path), metavar="FILE", help="Password file, else $BESTIARY_AUTH.")
 def app(adapters: tuple[str, ...], bases: tuple[str, ...], host: str, port: int, auth: Path | None) -> None:
     """Draw in the browser."""
-    silence_libraries()
     from bestiary.app.access import read_credentials
     from bestiary.app.offers import Offerings
     from bestiary.app.server import launch
@@ -517,6 +530,22 @@ def tracking() -> None:
 
 
 @tracking.command()
+@click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535), help="Port of MLflow's page.")
+def ui(port: int) -> None:
+    """Open MLflow's page on this project's runs."""
+    import webbrowser
+
+    from bestiary.tracking.ui import has_display, show_runs
+
+    def ready(address: str) -> None:
+        click.echo(f"The runs are at {address}\nCtrl-C stops the page.")
+        if has_display():
+            webbrowser.open(address)
+
+    show_runs(port, ready)
+
+
+@tracking.command()
 @click.argument("server", envvar="MLFLOW_TRACKING_URI", metavar="[SERVER]")
 @click.option(
     "--database", type=click.Path(path_type=Path), metavar="FILE", help="Database to copy from, if not the project's."
@@ -535,6 +564,7 @@ def migrate(server: str, database: Path | None) -> None:
 
 def main() -> None:
     """Run the command. A user's mistake ends in one sentence on stderr and a non-zero exit status."""
+    silence_libraries()
     try:
         status = cli(standalone_mode=False)
     except click.ClickException as error:
@@ -552,12 +582,6 @@ def main() -> None:
 def _fail(sentence: str, status: int = 1) -> int:
     click.echo(sentence, err=True)
     return status
-
-
-def silence_libraries() -> None:
-    """Hide what the libraries print for developers."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 
 def _find(name: str, adapter: Adapter | None) -> Subject:

@@ -52,22 +52,17 @@ def last_results() -> tuple[EvaluationReport, Registration]:
     """
     from bestiary.evaluation.report import read_evaluation
     from bestiary.registry.registering import read_registration
-    from bestiary.stage import METRICS
+    from bestiary.stage import RESULTS
 
-    metrics = Path(os.path.relpath(project_root() / METRICS))
-    return read_evaluation(metrics / "evaluate.json"), read_registration(metrics / "register.json")
-
-
-def results_heading(evaluation: EvaluationReport) -> str:
-    """The sentence above the result table."""
-    return f"{evaluation.images} pictures by the base and by the adapter, from the same prompts and the same seeds:"
+    results = Path(os.path.relpath(project_root() / RESULTS))
+    return read_evaluation(results / "evaluate.json"), read_registration(results / "register.json")
 
 
 def render_results(evaluation: EvaluationReport, registration: Registration, program: str) -> Iterator[str]:
     """The lines that `bestiary results` prints. `program` is how the user starts this program."""
-    from bestiary.evaluation.report import as_text
+    from bestiary.evaluation.report import as_text, heading
 
-    yield f"{results_heading(evaluation)}\n"
+    yield f"{heading(evaluation)}\n"
     yield from as_text(evaluation)
     sheet = short_path(project_root() / "reports" / "evaluate" / "sheet.png")
     aliases = f" ({', '.join(registration.aliases)})" if registration.aliases else ""

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -20,13 +20,16 @@ import yaml
 
 from bestiary.errors import BestiaryError
 from bestiary.files import project_root, write_atomically
+from bestiary.libraries import silence_libraries
 from bestiary.params import Model, Params, load_params
 from bestiary.tracking.content import content_hash
 from bestiary.tracking.runs import Run, open_run
 
 # reports/<stage>.json is everything that a stage reports. Git ignores it, because seconds and memory differ every time.
-# reports/metrics/<stage>.json has the results alone. Git and DVC track it, and later stages read it.
+# reports/results/<stage>.json has the results alone. Git and DVC track it, and later stages read it.
+# reports/metrics/<stage>.json has the few of them that are DVC's metrics: what to compare between two runs.
 REPORTS = Path("reports")
+RESULTS = REPORTS / "results"
 METRICS = REPORTS / "metrics"
 # Unfinished work. Relative to the project's root, as StageRun.hold resolves it: DVC deletes the copy of the project
 # that a queued experiment runs in, but the work must survive it.
@@ -47,6 +50,7 @@ def stage(name: str) -> Iterator[tuple[Params, StageRun]]:
     outputs. Outputs below reports/ are stored with the run. A user's mistake ends in one line on standard error and
     exit status 1. When `accelerate launch` starts several processes, only the first one opens a run.
     """
+    silence_libraries()
     with _one_line_errors(name):
         params = load_params()
         definition = _read_definition(name)
@@ -63,7 +67,7 @@ def stage(name: str) -> Iterator[tuple[Params, StageRun]]:
             yield params, StageRun(name, run, locks)
             run.log_outputs([*definition.outs, *definition.metrics])
             for out in definition.outs:
-                if Path(out).parts[0] == REPORTS.name and Path(out).exists():
+                if Path(out).parts[0] == REPORTS.name and Path(out).is_dir():
                     run.log_artifact(out, Path(out).name)
 
 
@@ -133,21 +137,35 @@ class StageRun:
         if self.mlflow:
             self.mlflow.set_tags(tags)
 
-    def report(self, results: Mapping[str, object], costs: Mapping[str, object] | None = None) -> None:
-        """Write the results to `reports/metrics/<stage>.json`, and both to `reports/<stage>.json` and to MLflow.
+    def describe_pipeline(self, text: str, picture: str) -> None:
+        """Set the description of the pipeline's run: Markdown, and a picture by its path among this run's artifacts."""
+        if self.mlflow:
+            self.mlflow.describe_pipeline(text, picture)
 
-        Results are what the same inputs give again on the same machine; costs are seconds, memory and speed. Each file
-        is written completely or not at all. Raises BestiaryError when a number is not finite.
+    def report(
+        self,
+        results: Mapping[str, object],
+        costs: Mapping[str, object] | None = None,
+        *,
+        headlines: Sequence[str] = (),
+    ) -> None:
+        """Write the results to `reports/results/<stage>.json`, and both to `reports/<stage>.json` and to MLflow.
+
+        Results are what the same inputs give again on the same machine; costs are seconds, memory and speed.
+        `headlines` are the results to compare between two runs, as keys joined by dots: they are written to
+        `reports/metrics/<stage>.json`, and the pipeline's run in MLflow has no others. Each file is written completely
+        or not at all. Raises BestiaryError when a number is not finite.
         """
         if self.mlflow is None:
             return
         path = REPORTS / f"{self.stage}.json"
         everything = {**results, **(costs or {})}
         report = {str(key): _to_json(value, f"{path}: {key}") for key, value in everything.items()}
-        for file, keys in ((path, report), (METRICS / path.name, results)):
-            content = json.dumps({key: report[key] for key in keys}, indent=2, ensure_ascii=False)
-            write_atomically(file, f"{content}\n".encode())
-        self.mlflow.log_summary(dict(_metrics_of(report)))
+        _write_json(path, report)
+        _write_json(RESULTS / path.name, {key: report[key] for key in results})
+        if headlines:
+            _write_json(METRICS / path.name, pick(report, headlines))
+        self.mlflow.log_summary(dict(_metrics_of(report)), list(headlines))
         self.log_artifact(path)
 
 
@@ -173,11 +191,11 @@ def _one_line_errors(name: str) -> Iterator[None]:
 
 
 def read_report(name: str) -> dict[str, Any]:  # JSON, which its reader knows better
-    """The results that an earlier stage wrote to `reports/metrics/<name>.json`.
+    """The results that an earlier stage wrote to `reports/results/<name>.json`.
 
     Raises BestiaryError when it is missing or damaged.
     """
-    path = METRICS / f"{name}.json"
+    path = RESULTS / f"{name}.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -250,6 +268,30 @@ def _to_json(value: object, where: str) -> Json:
             raise BestiaryError(f"{where} is not a finite number.")
         return float(value)
     raise TypeError(f"{where} is a {type(value).__name__}, which JSON cannot hold")
+
+
+def pick(report: Mapping[str, Json], keys: Iterable[str]) -> dict[str, Json]:
+    """The part of a report that has these keys, which are joined by dots. Raises KeyError when one is missing.
+
+    >>> pick({"delta": {"margin": {"mean": 18.2, "ci95": [15.1, 21.4]}}, "images": 384}, ["delta.margin.mean"])
+    {'delta': {'margin': {'mean': 18.2}}}
+    """
+    picked: dict[str, Json] = {}
+    for key in keys:
+        *outer, last = key.split(".")
+        source, target = report, picked
+        for name in outer:
+            inner = source[name]
+            assert isinstance(inner, Mapping), f"{key} leads into {name}, which is not a table"
+            source, holder = inner, target.setdefault(name, {})
+            assert isinstance(holder, dict)
+            target = holder
+        target[last] = source[last]
+    return picked
+
+
+def _write_json(path: Path, content: Mapping[str, Json]) -> None:
+    write_atomically(path, f"{json.dumps(content, indent=2, ensure_ascii=False)}\n".encode())
 
 
 def _metrics_of(report: Mapping[str, Json]) -> Iterator[tuple[str, float]]:

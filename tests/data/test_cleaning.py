@@ -333,7 +333,7 @@ def test_planted_faults_are_found_and_good_images_are_kept(tmp_path: Path, pictu
 
 
 @pytest.mark.slow
-def test_the_faults_of_the_embedded_sample_are_found_and_its_good_images_are_kept(tmp_path: Path) -> None:
+def test_the_faults_of_the_bundled_sample_are_found_and_its_good_images_are_kept(tmp_path: Path) -> None:
     (tmp_path / "raw").symlink_to(ROOT / "samples")
     outcome = run(tmp_path / "raw")
     rejected = quarantined(outcome)

@@ -29,7 +29,7 @@ def test_a_cpu_computes_in_float32() -> None:
     assert device.type != "cpu" or dtype == torch.float32
 
 
-def test_the_embedded_base_loads_as_a_pipeline(base_folder: Path) -> None:
+def test_the_bundled_base_loads_as_a_pipeline(base_folder: Path) -> None:
     pipeline = load_pipeline(base_folder, device="cpu")
     assert pipeline.vae_scale_factor == 4
     assert pipeline.unet.dtype == torch.float32

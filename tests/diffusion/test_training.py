@@ -182,7 +182,7 @@ def test_a_batch_that_cannot_be_split_evenly_is_rejected(base: Path, latents: La
         run_training(base, latents, accumulation=3)
 
 
-def test_the_embedded_base_trains(base_folder: Path, pictures: Path, tmp_path: Path) -> None:
+def test_the_bundled_base_trains(base_folder: Path, pictures: Path, tmp_path: Path) -> None:
     encode_images(base_folder, pictures, manifests(pictures), tmp_path, encode_settings(resolution=64, batch_size=8))
     result, unet = run_training(base_folder, Latents.open(tmp_path), steps=2)
     verify_adapter(save_adapter(unet, tmp_path / "adapter", Provenance()), base_folder)

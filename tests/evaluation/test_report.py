@@ -6,17 +6,17 @@ import pytest
 from bestiary.errors import BestiaryError
 from bestiary.evaluation.report import as_markdown, as_text, read_evaluation
 
-METRICS = Path(__file__).parents[2] / "reports" / "metrics"
+RESULTS = Path(__file__).parents[2] / "reports" / "results"
 
 
 def test_a_report_is_written_as_it_was_read(tmp_path: Path) -> None:
-    path = METRICS / "evaluate.json"
+    path = RESULTS / "evaluate.json"
     written = json.dumps(read_evaluation(path).results(), indent=2, ensure_ascii=False) + "\n"
     assert written == path.read_text(encoding="utf-8")
 
 
 def test_every_medium_shows_the_same_scores() -> None:
-    report = read_evaluation(METRICS / "evaluate.json")
+    report = read_evaluation(RESULTS / "evaluate.json")
     text, markdown = list(as_text(report)), list(as_markdown(report))
     assert len(text) == 1 + len(report.table)
     for score, line, row in zip(report.table, text[1:], markdown[2:], strict=True):
@@ -27,7 +27,7 @@ def test_every_medium_shows_the_same_scores() -> None:
 
 
 def test_a_report_of_an_earlier_version_lacks_a_score_and_is_shown_without_it(tmp_path: Path) -> None:
-    content = json.loads((METRICS / "evaluate.json").read_text())
+    content = json.loads((RESULTS / "evaluate.json").read_text())
     for row in ("base", "adapter", "delta", "real", "floor"):
         del content[row]["margin"]
     path = tmp_path / "evaluate.json"

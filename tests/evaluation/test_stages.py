@@ -71,7 +71,7 @@ def test_evaluate_writes_its_report_and_a_later_run_that_fails_leaves_it(project
     assert report["images"] == 4
     assert len(report["adapter_sha256"]) == 64
     assert list(report["per_class"]) == list(CLASSES)
-    results = json.loads((project / "reports" / "metrics" / "evaluate.json").read_text())
+    results = json.loads((project / "reports" / "results" / "evaluate.json").read_text())
     assert {**results, "seconds": report["seconds"]} == report
     files = contents(project / "reports" / "evaluate")
     assert set(files) == {
@@ -122,15 +122,15 @@ def test_an_adapter_for_another_base_is_refused_and_the_earlier_reports_stay(
 def test_register_names_a_damaged_report(project: Path) -> None:
     write_operating_point(project / "reports" / "operating_point", project / "models" / "adapter", 1.0, 3.0)
     (project / "reports" / "evaluate").mkdir()
-    metrics = project / "reports" / "metrics"
-    metrics.mkdir()
+    results = project / "reports" / "results"
+    results.mkdir()
     for name in ("train", "evaluate", "benchmark"):
-        (metrics / f"{name}.json").write_text("{}")
-    (metrics / "evaluate.json").write_text("<<<<<<< HEAD")
+        (results / f"{name}.json").write_text("{}")
+    (results / "evaluate.json").write_text("<<<<<<< HEAD")
     done = run_stage(project, "register")
     assert done.returncode == 1
     message = done.stderr.strip().splitlines()[-1]
-    assert message.startswith("register: reports/metrics/evaluate.json is ")
+    assert message.startswith("register: reports/results/evaluate.json is ")
     assert "dvc repro" in message
     (project / "reports" / "operating_point" / "operating_point.json").write_text("{}")
     message = run_stage(project, "register").stderr.strip().splitlines()[-1]
@@ -165,6 +165,6 @@ def test_benchmark_reports_the_environment_the_cold_start_and_every_setting(proj
         )
     assert (project / "reports" / "benchmark" / "quality_against_cost.png").is_file()
     assert (project / "reports" / "benchmark" / "settings.csv").is_file()
-    results = json.loads((project / "reports" / "metrics" / "benchmark.json").read_text())
+    results = json.loads((project / "reports" / "results" / "benchmark.json").read_text())
     assert list(results) == ["resolution", "adapter_sha256", "quality"]
     assert all(row.items() <= whole.items() for row, whole in zip(results["quality"], report["rows"], strict=True))

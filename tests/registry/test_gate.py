@@ -28,7 +28,7 @@ def test_an_adapter_that_reliably_beats_the_base_becomes_the_champion() -> None:
     decision, reasons = decide(evaluation(gain=5.0), RULES, None)
     assert decision == CHAMPION
     assert reasons == [
-        "The adapter beats the base: margin +5.00 (95 % interval +4.00 to +6.00).",
+        "The adapter beats the base: margin over other subjects +5.00 (95 % interval +4.00 to +6.00).",
         "There is no other champion.",
     ]
 
@@ -36,7 +36,9 @@ def test_an_adapter_that_reliably_beats_the_base_becomes_the_champion() -> None:
 def test_an_interval_that_touches_zero_does_not_pass_the_gate() -> None:
     decision, reasons = decide(evaluation(gain=1.0, half_width=1.0), RULES, None)
     assert decision == CHALLENGER
-    assert reasons == ["The adapter does not reliably beat the base: margin +1.00 (95 % interval +0.00 to +2.00)."]
+    assert reasons == [
+        "The adapter does not reliably beat the base: margin over other subjects +1.00 (95 % interval +0.00 to +2.00)."
+    ]
 
 
 def test_an_adapter_that_memorises_stays_challenger() -> None:
@@ -184,7 +186,7 @@ def test_an_adapter_that_learned_shuffled_captions_draws_well_and_fails_the_gate
     decision, reasons = decision_on(judged, wrong)
     assert decision == CHALLENGER
     assert len(reasons) == 1
-    assert reasons[0].startswith("The adapter does not reliably beat the base: margin -")
+    assert reasons[0].startswith("The adapter does not reliably beat the base: margin over other subjects -")
 
 
 def test_an_adapter_that_draws_its_training_images_beats_the_base_and_fails_the_gate(judged: Judged) -> None:

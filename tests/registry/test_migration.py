@@ -15,6 +15,7 @@ from bestiary.registry.gate import CHAMPION
 from bestiary.registry.migration import migrate
 from bestiary.registry.resolving import resolve
 from bestiary.registry.versions import find_version, walk
+from bestiary.tracking.store import open_client, tracking_uri
 
 
 @pytest.fixture
@@ -59,6 +60,10 @@ def test_a_registry_moves_to_a_server_once_with_its_lineage_aliases_and_files(
 ) -> None:
     version, steps = walk("models:/bestiary@champion")
     database = old_project / "mlflow.db"
+    here = open_client(tracking_uri(), old_project)
+    evaluation = next(step.run_id for step in steps if step.stage == "evaluate")
+    pipeline = here.get_run(evaluation).data.tags["mlflow.parentRunId"]
+    here.set_tag(pipeline, "mlflow.note.content", f"![sheet](get-artifact?path=sheet.png&run_uuid={evaluation})")
     first, again = migrate(database, server), migrate(database, server)
     assert (first.runs, first.runs_there_already, first.versions) == (9, 0, {"bestiary/1": 1})
     assert (again.runs, again.runs_there_already, again.versions) == (0, 9, {"bestiary/1": 1})
@@ -69,6 +74,11 @@ def test_a_registry_moves_to_a_server_once_with_its_lineage_aliases_and_files(
         (step.stage, step.started, step.inputs) for step in steps
     ]
     assert adapter_sha256(resolve("models:/bestiary/1").file) == version.tags["adapter_sha256"]
+    there = open_client(server, old_project)
+    moved_evaluation = next(step.run_id for step in moved_steps if step.stage == "evaluate")
+    moved_pipeline = there.get_run(moved_evaluation).data.tags["mlflow.parentRunId"]
+    description = there.get_run(moved_pipeline).data.tags["mlflow.note.content"]
+    assert description == f"![sheet](get-artifact?path=sheet.png&run_uuid={moved_evaluation})"
 
 
 def test_a_migration_needs_a_database_and_a_servers_address(old_project: Path) -> None:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,12 +57,29 @@ def test_a_card_holds_scores_pictures_and_provenance_and_the_hub_can_read_it(
     assert "gains most on bee (+9.0), tiger (+8.0), owl (+5.0), and least on antelope (+3.0), zebra" in read.text
     assert "0.00 (95 % interval -0.10 to 0.10)" in read.text  # the share of copied pictures
     assert "](sheet.png)" in read.text
-    assert 'pipeline("a photo of a tiger", num_inference_steps=5, guidance_scale=3)' in read.text
+    assert 'pipeline("a photo of a tiger", num_inference_steps=5, guidance_scale=3, generator=seed)' in read.text
     assert "| evaluate | " in read.text
     assert "models/adapter `a1`" in read.text
     assert "Settings of evaluate: steps 10." in read.text
     assert report.adapter_sha256 in read.text
     assert "an antelope" in read.content
+
+
+def test_a_card_says_where_other_programs_want_the_adapter_and_which_base_they_need(
+    project: Path, report: EvaluationReport
+) -> None:
+    version = versions()[0]
+    hub = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    on_the_hub = replace(version, tags={**version.tags, "base": hub})
+    card = model_card.render(on_the_hub, [], report, {})
+    assert f"Both need `{hub}` as their checkpoint" in card
+    assert "`models/Lora`" in card
+    assert "`a photo of a tiger <lora:my-adapter:1>`" in card
+    assert "`models/loras`" in card
+    bundled = replace(version, tags={**version.tags, "base": "./models/base"})
+    card = model_card.render(bundled, [], report, {})
+    assert "A1111 and ComfyUI cannot load this base" in card
+    assert "lora:" not in card
 
 
 @pytest.mark.parametrize("logged", ["nothing", "another adapter's"])

@@ -40,6 +40,18 @@ def test_the_same_content_registers_once_and_keeps_its_alias(
     assert len(versions()) == 1
 
 
+def test_the_description_has_the_scores_of_the_last_evaluation(
+    project: Path, base_folder: Path, adapters: list[Path]
+) -> None:
+    client = open_client(tracking_uri(), project)
+    for gain in (5.0, 6.0):
+        submit(project, base_folder, adapters[0], gain=gain)
+        description = client.get_model_version("bestiary", "1").description
+        assert "A LoRA adapter (rank 2, alpha 4) for `" in description
+        (row,) = [line for line in description.splitlines() if line.startswith("| margin over other subjects |")]
+        assert f"| {gain:+.2f} (" in row
+
+
 def test_a_challenger_that_improves_becomes_champion_and_loses_the_challenger_alias(
     project: Path, base_folder: Path, adapters: list[Path]
 ) -> None:

@@ -58,6 +58,18 @@ def test_a_run_carries_params_metrics_artifacts_inputs_and_outputs(
     assert results == {"split.rows_scheduler_dpmsolver___": 2.0, "split.loss": 0.25}
 
 
+def test_the_pipelines_run_has_the_headlines_and_a_description_with_the_sheet(project: Path) -> None:
+    with one_run("evaluate") as run:
+        run.log_summary({"adapter.margin.mean": 76.9, "floor.margin.mean": -4.4}, ["adapter.margin.mean"])
+        run.describe_pipeline("| score | base |\n|---|---|\n| CLIP score | 54.67 |", "evaluate/sheet.png")
+        run_id = run.id
+    (pipeline,) = stored_runs(project, "pipeline")
+    assert pipeline.data.metrics == {"evaluate.adapter.margin.mean": 76.9}
+    description = pipeline.data.tags["mlflow.note.content"]
+    assert "| CLIP score | 54.67 |" in description
+    assert f"(get-artifact?path=evaluate%2Fsheet.png&run_uuid={run_id})" in description
+
+
 def test_a_failing_body_leaves_a_failed_run_with_its_error(project: Path) -> None:
     with pytest.raises(BestiaryError), one_run():
         raise BestiaryError("The data folder is empty.")

@@ -66,7 +66,7 @@ def _cached(path: Path, draw: Callable[..., Image.Image], jobs: Sequence[tuple[o
         pixels = np.empty((len(jobs), SIZE, SIZE, 3), np.uint8)
         with ProcessPoolExecutor() as pool:
             drawn = pool.map(draw, *zip(*jobs, strict=True), chunksize=64)
-            for i, picture in enumerate(tqdm(drawn, total=len(jobs), desc="render", unit="picture")):
+            for i, picture in enumerate(tqdm(drawn, total=len(jobs), desc="render pictures", unit="picture")):
                 pixels[i] = np.asarray(picture)
         part = path.with_suffix(".part.npy")
         np.save(part, pixels)

@@ -100,7 +100,7 @@ def encode_all(vae: AutoencoderKL, pictures: Pictures, path: Path) -> None:
     if path.exists():
         return
     latents = np.empty((len(pictures.pixels), 2, CHANNELS, SIDE, SIDE), np.float16)
-    for start in trange(0, len(latents), 128, desc="encode", unit_scale=128):
+    for start in trange(0, len(latents), 128, desc="encode pictures", unit_scale=128):
         chosen = np.arange(start, min(start + 128, len(latents)))
         for mirrored in (0, 1):
             pixels = pictures.batch(chosen, np.full(len(chosen), bool(mirrored)))

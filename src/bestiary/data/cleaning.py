@@ -330,7 +330,7 @@ def _ask_judge(raw: Path, images: Sequence[Inspection], judge: JudgeFunction | N
     texts = [*(f"a photo of {subject.with_article}" for subject in subjects), *NOT_ANIMALS]
     rows = []
     with ThreadPoolExecutor(cores()) as pool:
-        for batch in tqdm(list(_batches(images)), desc="judge", unit="batch"):
+        for batch in tqdm(list(_batches(images)), desc="look for off-topic images", unit="batch"):
             pictures = list(pool.map(lambda image: _shrink_for_judge(open_rgb(raw / image.path)), batch))
             rows.append(judge(pictures, texts))
     probabilities, paths = np.concatenate(rows), [image.path for image in images]
@@ -427,7 +427,9 @@ def _write_images(raw: Path, target: Path, kept: Sequence[Inspection], group_of:
     changed = [image for image in kept if image.changes]
     hashes = {image.path: image.sha256 for image in kept}
     with ThreadPoolExecutor(cores()) as pool:
-        converted = tqdm(pool.map(convert, changed), desc="convert", total=len(changed), unit="image")
+        converted = tqdm(
+            pool.map(convert, changed), desc="convert images", total=len(changed), unit="image", disable=not changed
+        )
         hashes |= zip((image.path for image in changed), converted, strict=True)
     columns = {
         "path": [names[image.path] for image in kept],

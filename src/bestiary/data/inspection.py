@@ -89,7 +89,7 @@ def inspect_all(root: Path, paths: Sequence[str], workers: int | None = None) ->
     """Inspect all files, in the order of `paths` for any number of worker processes (default: one per core)."""
     chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
     workers = workers or (cores() if len(paths) >= _MIN_FILES_FOR_WORKERS else 1)
-    with tqdm(desc="inspect", total=len(paths), unit="image") as bar:
+    with tqdm(desc="inspect images", total=len(paths), unit="image") as bar:
         if workers > 1:
             return _inspect_in_parallel(root, chunks, workers, bar)
         found: list[Inspection] = []

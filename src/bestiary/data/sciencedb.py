@@ -231,7 +231,7 @@ def _not_cached(cache: Path, files: Sequence[RemoteFile]) -> list[RemoteFile]:
         return size is not None and problem_of(file, path, size) is None
 
     with ThreadPoolExecutor() as pool:  # hashing releases the GIL
-        checked = tqdm(pool.map(is_cached, files), "check", len(files), leave=False, unit="file")
+        checked = tqdm(pool.map(is_cached, files), "check downloaded files", len(files), leave=False, unit="file")
         return [file for file, cached in zip(files, checked, strict=True) if not cached]
 
 
@@ -273,7 +273,7 @@ def _by_class(
 
 def _lay_out(target: Path, chosen: Mapping[str, Sequence[tuple[str, Path]]]) -> None:
     with replacing(target) as fresh:
-        for name, files in tqdm(chosen.items(), desc="link", unit="class"):
+        for name, files in tqdm(chosen.items(), desc="link images", unit="class"):
             (fresh / name).mkdir()
             for safe, (_, file) in zip(safe_names(path for path, _ in files), files, strict=True):
                 link(file, fresh / name / safe)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -189,7 +190,7 @@ def load_pipeline(
 
     Raises BestiaryError when a part is missing or broken.
     """
-    with _quiet():
+    with quiet_loading():
         from diffusers import StableDiffusionPipeline
 
     keep_freed_memory()
@@ -204,7 +205,7 @@ def load_pipeline(
         "unet": load_unet(model, revision, dtype=dtype),
         "scheduler": load_scheduler(model, revision),
     }
-    with _quiet():
+    with quiet_loading():
         pipeline = StableDiffusionPipeline(
             **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
@@ -246,7 +247,7 @@ def _load(load: Callable[[Path], T], part: str, model: str | Path, revision: str
     if not folder.is_dir():
         raise BestiaryError(f"The base {model} is incomplete: it has no {part}. Get another copy of it.")
     try:
-        with _quiet():
+        with quiet_loading():
             return load(folder)
     except Exception as error:  # the loaders raise anything: OSError, ValueError, KeyError, SafetensorError, ...
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -256,12 +257,13 @@ def _load(load: Callable[[Path], T], part: str, model: str | Path, revision: str
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide the loaders' progress bars and warnings. Whatever is wrong is raised."""
-    import diffusers
-    import transformers
+def quiet_loading() -> Iterator[None]:
+    """Hide the progress bars and warnings of diffusers and transformers. Whatever is wrong is raised.
 
-    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    A library that the program has not imported stays so.
+    """
+    modules = (sys.modules.get(f"{library}.utils.logging") for library in ("diffusers", "transformers"))
+    libraries = [module for module in modules if module is not None]
     before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
     for library in libraries:
         library.set_verbosity_error()

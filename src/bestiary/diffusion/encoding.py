@@ -121,7 +121,7 @@ def encode_images(
         _write_captions(load_text(base, revision, dtype=dtype), state.device, captions, folder)
     todo = {path: shards[path] for path in list(shards)[state.process_index :: state.num_processes] if path not in done}
     count = sum(len(rows) for rows in todo.values())
-    with tqdm(total=count, desc="encode", unit="image", disable=not state.is_local_main_process) as bar:
+    with tqdm(total=count, desc="encode images", unit="image", disable=not state.is_local_main_process) as bar:
         for path, rows in todo.items():
             batches = (pixels.to(state.device, dtype) for pixels in _pixel_batches(clean, rows, settings))
             write_atomically(path, _encode_shard(vae, batches, bar.update))

@@ -73,7 +73,13 @@ def train(
     else:
         run.validate()
     progress.start_clock()
-    bar = tqdm(total=settings.steps, initial=first_step, desc="train", disable=not accelerator.is_local_main_process)
+    bar = tqdm(
+        total=settings.steps,
+        initial=first_step,
+        desc="train the adapter",
+        unit="step",
+        disable=not accelerator.is_local_main_process,
+    )
     with bar, stop_on_sigterm() as stop:
         for batches in run.batches:
             if not run.train_on(batches):

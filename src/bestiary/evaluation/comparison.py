@@ -142,7 +142,10 @@ def evaluate(
     )
     timer.lap("draw")
     judged = [
-        (pictures.view(each.judge, images[0], jobs.labels), pictures.view(each.judge, images[1], jobs.labels))
+        (
+            pictures.view(each.judge, images[0], jobs.labels, "judge the base's pictures"),
+            pictures.view(each.judge, images[1], jobs.labels, "judge the adapter's pictures"),
+        )
         for each in references
     ]
     timer.lap("judge")
@@ -209,8 +212,8 @@ def _read_references(compared: Compared, settings: Evaluate) -> tuple[list[Refer
     references = [
         Reference(
             judge=judge,
-            validation=pictures.view_files(judge, compared.clean, validation, classes),
-            train=pictures.view_files(judge, compared.clean, train, classes),
+            validation=pictures.view_files(judge, compared.clean, validation, classes, "judge the validation images"),
+            train=pictures.view_files(judge, compared.clean, train, classes, "judge the training images"),
             texts=pictures.read_class_texts(judge, classes, settings.template),
         )
         for judge in compared.judges
@@ -236,9 +239,10 @@ def _sweep(
             candidate.sampling,
             batch_size=settings.batch_size,
             cache=cache,
+            task="draw for the sweep",
         )
         timer.lap("draw")
-        judged = pictures.view(compared.judges[0], images, jobs.labels)
+        judged = pictures.view(compared.judges[0], images, jobs.labels, "judge the sweep's pictures")
         timer.lap("judge")
         return judged
 

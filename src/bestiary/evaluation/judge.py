@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,18 +43,18 @@ class Judge:
         from transformers import CLIPModel, CLIPTokenizer
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # needs no torchvision
 
+        from bestiary.diffusion.base import quiet_loading
+
         is_folder = Path(model).is_dir()
         if not is_folder and Path(model).parent.is_dir():  # "models/judge" also has the form of a hub id
             raise BestiaryError(f"The judge {model!r} cannot be loaded: the folder does not exist. Check its name.")
+        where = {"revision": revision, "local_files_only": is_folder}
         try:
-            # Always in float32: half precision changes a cosine by more than adapters differ.
-            clip, loading = CLIPModel.from_pretrained(
-                model, revision=revision, local_files_only=is_folder, dtype=torch.float32, output_loading_info=True
-            )
-            tokenizer = CLIPTokenizer.from_pretrained(model, revision=revision, local_files_only=is_folder)
-            image_processor = CLIPImageProcessorPil.from_pretrained(
-                model, revision=revision, local_files_only=is_folder
-            )
+            with quiet_loading() if is_folder else nullcontext():  # a download from the hub shows its progress
+                # Always in float32: half precision changes a cosine by more than adapters differ.
+                clip, loading = CLIPModel.from_pretrained(model, dtype=torch.float32, output_loading_info=True, **where)
+                tokenizer = CLIPTokenizer.from_pretrained(model, **where)
+                image_processor = CLIPImageProcessorPil.from_pretrained(model, **where)
         except Exception as error:  # transformers, the hub and safetensors raise different types
             reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
             raise BestiaryError(f"The judge {model!r} cannot be loaded: {reason}. Check its name.") from error

@@ -117,20 +117,25 @@ def read_class_texts(judge: Judge, classes: Sequence[str], template: str) -> Cla
     return ClassTexts(classes, features(template), {name: features(name) for name in CAPTION_TEMPLATES})
 
 
-def view(judge: Judge, images: Sequence[Image.Image], labels: ArrayLike) -> JudgedImages:
-    """The judge's features of pictures that should show the classes `labels` (N,)."""
-    return _view(judge.image_features, images, labels, "judge pictures")
+def view(judge: Judge, images: Sequence[Image.Image], labels: ArrayLike, task: str = "judge pictures") -> JudgedImages:
+    """The judge's features of pictures that should show the classes `labels` (N,). `task` names the progress bar."""
+    return _view(judge.image_features, images, labels, task)
 
 
-def view_files(judge: Judge, folder: Path, manifest: pd.DataFrame, classes: Sequence[str]) -> JudgedImages:
-    """The judge's features of a manifest's images below `folder`. Only one batch at a time is in memory."""
+def view_files(
+    judge: Judge, folder: Path, manifest: pd.DataFrame, classes: Sequence[str], task: str = "judge images"
+) -> JudgedImages:
+    """The judge's features of a manifest's images below `folder`. Only one batch at a time is in memory.
+
+    `task` names the progress bar.
+    """
     paths = [folder / path for path in manifest["path"]]
     with ThreadPoolExecutor(READER_THREADS) as pool:
         return _view(
             lambda batch: judge.image_features(list(pool.map(open_rgb, batch))),
             paths,
             manifest["class"].map(classes.index),
-            "judge real images",
+            task,
         )
 
 
@@ -182,9 +187,11 @@ def draw(
     *,
     batch_size: int,
     cache: PictureCache | None = None,
+    task: str = "draw pictures",
 ) -> list[Image.Image]:
     """One picture for each job, by the base or with an adapter. Accelerate's processes share the work.
 
+    `task` names the progress bar.
     A batch is drawn, cached and read again as a whole, because rounding may depend on the other pictures of its batch.
     Raises BestiaryError when the adapter does not fit the base or a picture is not finite.
     """
@@ -199,7 +206,7 @@ def draw(
     strips = map_across_processes(
         partial(_draw_batch, pipeline, sampling, cache, key),
         batches,
-        "draw with the adapter" if adapter else "draw with the base",
+        task,
         "batch",
     )
     return [image for strip, batch in zip(strips, batches, strict=True) for image in _cut(strip, len(batch))]
@@ -219,15 +226,17 @@ def draw_pairs(
     Also raises BestiaryError when the adapter with weight 0 does not give exactly the base's pictures.
     """
     few = jobs.take(range(min(WEIGHT_ZERO_PICTURES, len(jobs.seeds))))
-    plain = draw(pipeline, None, few, sampling, batch_size=batch_size)
-    at_zero = draw(pipeline, adapter, few, replace(sampling, adapter_weight=0.0), batch_size=batch_size)
+    size, check = batch_size, "check that adapter weight 0 draws the base's pictures"
+    plain = draw(pipeline, None, few, sampling, batch_size=size, task=check)
+    at_zero = draw(pipeline, adapter, few, replace(sampling, adapter_weight=0.0), batch_size=size, task=check)
     if any(one.tobytes() != other.tobytes() for one, other in zip(plain, at_zero, strict=True)):
         raise BestiaryError(
             f"The adapter {adapter} with weight 0 does not give the base's pictures, so a comparison would be unfair. "
             "Train it again."
         )
-    by_base = draw(pipeline, None, jobs, sampling, batch_size=batch_size, cache=cache)
-    return by_base, draw(pipeline, adapter, jobs, sampling, batch_size=batch_size, cache=cache)
+    by_base = draw(pipeline, None, jobs, sampling, batch_size=size, cache=cache, task="draw with the base")
+    by_adapter = draw(pipeline, adapter, jobs, sampling, batch_size=size, cache=cache, task="draw with the adapter")
+    return by_base, by_adapter
 
 
 def _settings_key(pipeline: StableDiffusionPipeline, adapter: Path | None, sampling: Sampling, batch_size: int) -> str:

@@ -18,12 +18,13 @@ from bestiary.errors import BestiaryError
 class Score:
     """What is measured: its key in the JSON, and how people read it.
 
-    higher_is_better is None where neither direction is better. per_picture: every single picture has this score; the
-    others describe a set of pictures. Percentages differ in points.
+    chinese is the label for Chinese readers. higher_is_better is None where neither direction is better. per_picture:
+    every single picture has this score; the others describe a set of pictures. Percentages differ in points.
     """
 
     key: str
     label: str
+    chinese: str
     unit: str = ""
     higher_is_better: bool | None = True
     per_picture: bool = True
@@ -39,6 +40,12 @@ class Score:
         return f"{self.label}{unit}{' (lower is better)' if self.higher_is_better is False else ''}"
 
     @property
+    def chinese_title(self) -> str:
+        """`title` in Chinese."""
+        unit = f"，{self.unit}" if self.unit else ""
+        return f"{self.chinese}{unit}{'（越低越好）' if self.higher_is_better is False else ''}"
+
+    @property
     def difference_title(self) -> str:
         """The label with the unit of a difference.
 
@@ -49,12 +56,12 @@ class Score:
 
 
 SCORES = (
-    Score("clip_score", "CLIP score"),
-    Score("margin", "margin over other subjects"),
-    Score("top1", "recognised (top-1)", "%"),
-    Score("top5", "recognised (top-5)", "%"),
-    Score("cmmd", "CMMD", higher_is_better=False, per_picture=False),
-    Score("diversity", "diversity", higher_is_better=None, per_picture=False),
+    Score("clip_score", "CLIP score", "CLIP 分数"),
+    Score("margin", "margin over other subjects", "相对其他主体的优势"),
+    Score("top1", "recognised (top-1)", "识别正确率（top-1）", "%"),
+    Score("top5", "recognised (top-5)", "识别正确率（top-5）", "%"),
+    Score("cmmd", "CMMD", "CMMD", higher_is_better=False, per_picture=False),
+    Score("diversity", "diversity", "多样性", higher_is_better=None, per_picture=False),
 )
 BY_KEY = {score.key: score for score in SCORES}
 TABLE = tuple(score for score in SCORES if score.higher_is_better is not None)  # what a table of results shows
@@ -171,6 +178,13 @@ class EvaluationReport(ScoreReport):
         """The scores to show. Reports of earlier versions lack some."""
         return [score for score in TABLE if score.key in self.delta]
 
+    @property
+    def headlines(self) -> tuple[str, ...]:
+        """The keys of the numbers to compare between two evaluations, joined by dots."""
+        adapter = (f"adapter.{score.key}.mean" for score in self.table)
+        gains = (f"delta.{key}.mean" for key in HEADLINES)
+        return (*adapter, *gains, "memorisation.adapter.copied.mean")
+
     def results(self) -> dict[str, object]:
         """Everything but the seconds, which differ every time, ready for JSON."""
         content = self.model_dump(exclude={"seconds"} if self.second_judge else {"seconds", "second_judge"})
@@ -187,6 +201,11 @@ def read_evaluation(path: Path) -> EvaluationReport:
         raise BestiaryError(f"{path} is damaged. Delete it and run `dvc repro`.") from None
 
 
+def heading(report: ScoreReport) -> str:
+    """The sentence above the result table."""
+    return f"{report.images} pictures by the base and by the adapter, from the same prompts and the same seeds:"
+
+
 def as_text(report: EvaluationReport) -> Iterator[str]:
     """The lines of the result table for a terminal."""
     width = 2 + max(len(score.title) for score in report.table)
@@ -200,9 +219,12 @@ def as_text(report: EvaluationReport) -> Iterator[str]:
         )
 
 
-def as_markdown(report: EvaluationReport) -> Iterator[str]:
-    """The lines of the result table for the registry's description and the model card."""
-    yield "| score | base | adapter | difference (95 % interval) | real pictures |"
+def as_markdown(report: EvaluationReport, *, chinese: bool = False) -> Iterator[str]:
+    """The lines of the result table as Markdown, in English or in Chinese."""
+    if chinese:
+        yield "| 分数 | 基础模型 | 适配器 | 差值（95 % 置信区间） | 真实图片 |"
+    else:
+        yield "| score | base | adapter | difference (95 % interval) | real pictures |"
     yield "|---|---|---|---|---|"
     for score in report.table:
         base, adapter, delta, real = (
@@ -210,6 +232,6 @@ def as_markdown(report: EvaluationReport) -> Iterator[str]:
         )
         low, high = delta.ci95
         yield (
-            f"| {score.title} | {base.mean:.2f} | {adapter.mean:.2f} "
-            f"| {delta.mean:+.2f} ({low:+.2f} to {high:+.2f}) | {real.mean:.2f} |"
+            f"| {score.chinese_title if chinese else score.title} | {base.mean:.2f} | {adapter.mean:.2f} "
+            f"| {delta.mean:+.2f} ({low:+.2f} {'至' if chinese else 'to'} {high:+.2f}) | {real.mean:.2f} |"
         )

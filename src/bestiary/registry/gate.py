@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from bestiary.evaluation.report import Estimate, EvaluationReport, ScoreReport
+from bestiary.evaluation.report import BY_KEY, Estimate, EvaluationReport, ScoreReport
 from bestiary.params import Evaluate, Register
 
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -35,11 +35,12 @@ class ChampionComparison:
 def decide(evaluation: ScoreReport, rules: Register, champion: ChampionComparison | None) -> Decision:
     """The alias that an adapter earns by its evaluation, and why.
 
-    It becomes the champion when it reliably beats the base (the whole 95 % interval is above 0), does not memorise its
-    training images, and is not worse than the present champion.
+    It becomes the champion when it beats the base (the whole 95 % interval of its gain is above 0), does not copy its
+    training images, and is not worse than the present champion. Otherwise it becomes the challenger.
     """
     gain, copied = evaluation.delta[rules.champion_score], evaluation.memorisation.adapter.copied
-    described = f"{rules.champion_score} {gain.describe('+')}"
+    score = BY_KEY[rules.champion_score].difference_title
+    described = f"{score} {gain.describe('+')}"
     good, bad = [], []
     if gain.ci95[0] > 0:
         good.append(f"The adapter beats the base: {described}.")
@@ -59,7 +60,7 @@ def decide(evaluation: ScoreReport, rules: Register, champion: ChampionCompariso
             "by another judge, so the two cannot be compared. A person can decide with `bestiary promote`."
         )
     else:
-        described = f"{rules.champion_score} {champion.difference.describe('+')} on the same prompts and seeds"
+        described = f"{score} {champion.difference.describe('+')} on the same prompts and seeds"
         if champion.difference.mean < 0:
             bad.append(f"The champion, version {champion.version}, is better: {described}.")
         else:

@@ -85,7 +85,7 @@ def _runs(source: MlflowClient, target: MlflowClient, experiment: str) -> tuple[
     copied = 0
     runs = _search(source, found.experiment_id, "")
     runs.sort(key=lambda run: (run.data.tags.get("stage") != "pipeline", run.info.start_time))  # parents first
-    for run in tqdm(runs, desc="runs", unit="run", leave=False):
+    for run in tqdm(runs, desc="copy runs", unit="run", leave=False):
         old, tags = run.info.run_id, run.data.tags
         if old in known:
             continue
@@ -128,7 +128,18 @@ def _copy(source: MlflowClient, target: MlflowClient, run: Run, experiment: str,
     # The tags come last, because MIGRATED declares the copy complete.
     target.log_batch(new, tags=[RunTag(key, value) for key, value in tags.items()])
     target.delete_tag(new, MIGRATING)
+    if parent in known:
+        _rename_in_description(target, known[parent], old, new)
     return new
+
+
+def _rename_in_description(target: MlflowClient, run: str, old: str, new: str) -> None:
+    """Let the description of `run` name a run by its new id: the pipeline's shows a picture of its evaluation."""
+    from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
+
+    text = target.get_run(run).data.tags.get(MLFLOW_RUN_NOTE, "")
+    if old in text:
+        target.set_tag(run, MLFLOW_RUN_NOTE, text.replace(old, new))
 
 
 def _search(client: MlflowClient, experiment: str, what: str) -> list[Run]:

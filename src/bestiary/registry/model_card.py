@@ -142,13 +142,25 @@ def _use(base: str, defaults: DrawingDefaults | None) -> str:
     how = f", num_inference_steps={sampling.steps}, guidance_scale={sampling.guidance_scale:g}" if sampling else ""
     return (
         "```python\n"
+        "import torch\n"
         "from diffusers import StableDiffusionPipeline\n\n"
         f'pipeline = StableDiffusionPipeline.from_pretrained("{base}")\n'
         'pipeline.load_lora_weights("THIS_FOLDER_OR_REPOSITORY")\n'
-        f'pipeline("a photo of a tiger"{how}).images[0].save("tiger.png")\n'
-        "```\n\n"
-        "A1111 and other programs that read kohya's format need a converted file: `bestiary adapter convert "
-        "THIS_FOLDER adapter.safetensors --to kohya`. ComfyUI reads both formats."
+        "seed = torch.Generator().manual_seed(7)\n"
+        f'pipeline("a photo of a tiger"{how}, generator=seed).images[0].save("tiger.png")\n'
+        "```\n\n" + _other_programs(base)
+    )
+
+
+def _other_programs(base: str) -> str:
+    if base.startswith((".", "/")):
+        return "A1111 and ComfyUI cannot load this base, and the adapter fits no other."
+    return (
+        "For A1111 and ComfyUI, convert the adapter to kohya's format: `bestiary adapter convert THIS_FOLDER "
+        f"my-adapter.safetensors --to kohya`. Both need `{base}` as their checkpoint.\n\n"
+        "- A1111: put the file into `models/Lora`, and write the prompt `a photo of a tiger <lora:my-adapter:1>`.\n"
+        "- ComfyUI: put the file into `models/loras`, add the node Load LoRA after Load Checkpoint with strength 1, "
+        "and write the prompt `a photo of a tiger`."
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bestiary.errors import BestiaryError
-from bestiary.evaluation.report import EvaluationReport, as_markdown
+from bestiary.evaluation.report import EvaluationReport, as_markdown, heading
 from bestiary.files import project_root
 from bestiary.params import Register
 from bestiary.registry.aliases import ROLLED_BACK, give_alias
@@ -93,6 +93,7 @@ def register(submission: Submission, rules: Register) -> Registration:
             else:
                 for key, value in tags.items():  # it may have been evaluated again, with other settings
                     client.set_model_version_tag(name, str(version), key, value)
+                client.update_model_version(name, str(version), _description(submission, tags))
             run_id = client.get_model_version(name, str(version)).run_id
             client.log_artifact(run_id, str(submission.pictures), GATE)
             decision = _give_earned_alias(client, submission, rules, version)
@@ -172,11 +173,6 @@ def _create(client: MlflowClient, submission: Submission, name: str, tags: Mappi
     file, run_id = adapter_file(submission.adapter), submission.run_id
     run_tags = client.get_run(run_id).data.tags
     source = {"git_revision": run_tags.get("mlflow.source.git.commit"), "git_dirty": run_tags.get("git_dirty")}
-    description = [
-        f"A LoRA adapter (rank {tags['rank']}, alpha {tags['alpha']}) for `{tags['base']}`.",
-        "",
-        *as_markdown(submission.evaluation),
-    ]
 
     def write(folder: Path, logged: LoggedModel) -> None:
         import mlflow
@@ -193,7 +189,13 @@ def _create(client: MlflowClient, submission: Submission, name: str, tags: Mappi
         )
 
     all_tags = {**tags, **{key: value for key, value in source.items() if value is not None}}
-    return publish(client, name, run_id, all_tags, "\n".join(description), write)
+    return publish(client, name, run_id, all_tags, _description(submission, tags), write)
+
+
+def _description(submission: Submission, tags: Mapping[str, str]) -> str:
+    """What MLflow's page shows of the version: what it is, and its result table as Markdown."""
+    what = f"A LoRA adapter (rank {tags['rank']}, alpha {float(tags['alpha']):g}) for `{tags['base']}`."
+    return "\n".join([what, "", heading(submission.evaluation), "", *as_markdown(submission.evaluation)])
 
 
 def _signature(sampling: Sampling) -> ModelSignature:

@@ -11,7 +11,7 @@ import json
 import queue
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TypeVar
 
 
@@ -45,11 +45,12 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Summary:
-    """A stage's final results. `step` is 0."""
+    """A stage's final results. `step` is 0. The pipeline's run gets those named in `headlines`; None: all of them."""
 
     values: dict[str, float]
     step: int
     time: int
+    headlines: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,14 @@ class Tags:
     """Tags to set."""
 
     tags: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Description:
+    """The description of the pipeline's run: Markdown, and a picture by its path among this run's artifacts."""
+
+    text: str
+    picture: str
 
 
 @dataclass(frozen=True)
@@ -105,7 +114,7 @@ class Failed:
     error: str
 
 
-Message = Metrics | Summary | Artifact | Image | Tags | Close
+Message = Metrics | Summary | Artifact | Image | Tags | Description | Close
 Reply = Opened | Done | Failed
 
 MESSAGES: dict[str, type[Message]] = {
@@ -114,6 +123,7 @@ MESSAGES: dict[str, type[Message]] = {
     "artifact": Artifact,
     "image": Image,
     "tags": Tags,
+    "description": Description,
     "close": Close,
 }
 REPLIES: dict[str, type[Reply]] = {"opened": Opened, "done": Done, "failed": Failed}
@@ -128,13 +138,11 @@ def encode(message: Opening | Message | Reply) -> str:
     >>> encode(Tags({"output.data": "1234.dir"}))
     '{"do": "tags", "tags": {"output.data": "1234.dir"}}\\n'
     """
-    fields = asdict(message)
-    if isinstance(message, Opening):
-        if message.run_id is None:
-            del fields["run_id"]
-    else:
-        fields = {"do": KEYWORDS[type(message)], **fields}
-    return json.dumps(fields) + "\n"
+    absent = {field.name for field in fields(message) if field.default is None and getattr(message, field.name) is None}
+    content = {name: value for name, value in asdict(message).items() if name not in absent}
+    if not isinstance(message, Opening):
+        content = {"do": KEYWORDS[type(message)], **content}
+    return json.dumps(content) + "\n"
 
 
 def decode_opening(line: str) -> Opening:
@@ -144,14 +152,14 @@ def decode_opening(line: str) -> Opening:
 
 def decode_message(line: str) -> Message:
     """The message of a line that `encode` wrote."""
-    fields = json.loads(line)
-    return MESSAGES[fields.pop("do")](**fields)
+    content = json.loads(line)
+    return MESSAGES[content.pop("do")](**content)
 
 
 def decode_reply(line: str) -> Reply:
     """The reply of a line that `encode` wrote."""
-    fields = json.loads(line)
-    return REPLIES[fields.pop("do")](**fields)
+    content = json.loads(line)
+    return REPLIES[content.pop("do")](**content)
 
 
 def read_lines(lines: Iterable[str], decode: Callable[[str], T], inbox: queue.Queue[T | None]) -> None:

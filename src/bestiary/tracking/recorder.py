@@ -20,6 +20,7 @@ from bestiary.tracking import outbox
 from bestiary.tracking.messages import (
     Artifact,
     Close,
+    Description,
     Done,
     Failed,
     Image,
@@ -166,6 +167,8 @@ class RunWriter:
                 self._write_image(message)
             case Tags():
                 self._write_tags(message)
+            case Description():
+                self._describe_pipeline(message)
             case Close():
                 self._close(message)
 
@@ -189,6 +192,7 @@ class RunWriter:
                 Metric(f"{self.stage}.{name}", value, item.time, 0)
                 for item in summaries
                 for name, value in item.values.items()
+                if item.headlines is None or name in item.headlines
             ]
             self.client.log_batch(self.pipeline_id, metrics=results)
         self._pending.clear()
@@ -205,6 +209,16 @@ class RunWriter:
         from mlflow.entities import RunTag
 
         self.client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in message.tags.items()])
+
+    def _describe_pipeline(self, message: Description) -> None:
+        from urllib.parse import urlencode
+
+        from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
+
+        # Relative to the UI's own address, wherever a server offers it.
+        query = urlencode({"path": message.picture, "run_uuid": self.run_id})
+        text = f"{message.text}\n\n![The base beside the adapter](get-artifact?{query})\n"
+        self.client.set_tag(self.pipeline_id, MLFLOW_RUN_NOTE, text)
 
     def _close(self, message: Close) -> None:
         if self._monitor is not None:

@@ -29,6 +29,7 @@ from bestiary.tracking.content import content_hash
 from bestiary.tracking.messages import (
     Artifact,
     Close,
+    Description,
     Failed,
     Image,
     Message,
@@ -94,12 +95,17 @@ class Run:
         """Log numbers by name. Give a step when they are points of a curve."""
         self._send(Metrics(_valid_metrics(metrics), step or 0, now()))
 
-    def log_summary(self, metrics: Mapping[str, float]) -> None:
-        """Log a stage's final results: in this run, and as `<stage>.<name>` in the pipeline's run.
+    def log_summary(self, metrics: Mapping[str, float], headlines: Sequence[str] | None = None) -> None:
+        """Log a stage's final results in this run, and the headlines among them as `<stage>.<name>` in the pipeline's.
 
-        This run skips names that were already logged as a curve.
+        This run skips names that were already logged as a curve. No headlines given: the pipeline's run gets all.
         """
-        self._send(Summary(_valid_metrics(metrics), 0, now()))
+        names = None if headlines is None else [_valid_name(name) for name in headlines]
+        self._send(Summary(_valid_metrics(metrics), 0, now(), names))
+
+    def describe_pipeline(self, text: str, picture: str) -> None:
+        """Set the description of the pipeline's run: Markdown, and a picture by its path among this run's artifacts."""
+        self._send(Description(text, picture))
 
     def log_artifact(self, path: Path | str, folder: str | None = None) -> None:
         """Store a copy of a file, or of the files in a folder. Do not change them until the run has closed."""
@@ -240,7 +246,11 @@ def _start_recorder() -> subprocess.Popen[str]:
 
 def _valid_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     """The metrics under names that MLflow accepts: other characters become underscores."""
-    return {re.sub(r"[^\w\-. /:]", "_", key): float(value) for key, value in metrics.items()}
+    return {_valid_name(key): float(value) for key, value in metrics.items()}
+
+
+def _valid_name(key: str) -> str:
+    return re.sub(r"[^\w\-. /:]", "_", key)
 
 
 def _installed(package: str) -> str | None:

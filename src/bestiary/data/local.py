@@ -56,7 +56,7 @@ def take(
     check_classes(counts, source)
     renamed = 0
     with replacing(target) as fresh:
-        for name, paths in tqdm(files.items(), desc="link", unit="class"):
+        for name, paths in tqdm(files.items(), desc="link images", unit="class"):
             (fresh / name).mkdir()
             for path, safe in zip(paths, safe_names(path.name for path in paths), strict=True):
                 link(path, fresh / name / safe)

@@ -223,7 +223,7 @@ def test_a_picture_can_be_drawn_again_to_the_byte(
     monkeypatch.chdir(workspace)
     make_adapter(workspace / "models/base", workspace / "models/adapter", 1)
     assert call(monkeypatch, "generate", "--like", "pictures/prompt-3.png", "--out", "other") == 1
-    assert "was drawn with another adapter" in capsys.readouterr().err
+    assert "made with another adapter" in capsys.readouterr().err
     assert not (workspace / "other").exists()
     printed = ["--adapter", "none", "--out", "other"]  # an adapter that the user names must be the same one, too
     assert call(monkeypatch, "generate", "--like", "pictures/prompt-3.png", *printed) == 1

@@ -112,7 +112,7 @@ def test_damaged_settings_are_refused(tmp_path: Path, text: str) -> None:
     metadata = PngInfo()
     metadata.add_text("bestiary", text)
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png", pnginfo=metadata)
-    with pytest.raises(BestiaryError, match=r"x\.png does not carry"):
+    with pytest.raises(BestiaryError, match=r"x\.png contains no settings"):
         read_settings(tmp_path / "x.png")
 
 
@@ -137,5 +137,5 @@ def test_settings_outside_the_possible_ranges_are_refused(tmp_path: Path, change
 
 def test_a_picture_without_settings_is_refused(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
-    with pytest.raises(BestiaryError, match=r"x\.png does not carry"):
+    with pytest.raises(BestiaryError, match=r"x\.png contains no settings"):
         read_settings(tmp_path / "x.png")

@@ -286,7 +286,7 @@ def _check_same_adapter(adapter: Adapter | None, original: PictureSettings, like
     from bestiary.diffusion.adapter import adapter_sha256
 
     if (adapter_sha256(adapter.file) if adapter else None) != original.adapter_sha256:
-        raise BestiaryError(f"{like} was drawn with another adapter than the one that is now at {what}.")
+        raise BestiaryError(f"{like} was made with another adapter than {what}. Name the right one with --adapter.")
 
 
 def _settings(

@@ -39,7 +39,7 @@ Interval = Annotated[GuidanceInterval, BeforeValidator(_as_tuple), AfterValidato
 def different(values: list[float]) -> list[float]:
     """Refuse a value given twice."""
     if len(set(values)) < len(values):
-        raise PydanticCustomError("different", "each value stands once")
+        raise PydanticCustomError("different", "each value must be listed once")
     return values
 
 
@@ -153,7 +153,7 @@ class Train(Section):
 
 
 class Sweep(Section):
-    """What to try, on seeds of their own, before the evaluation runs at the best of them."""
+    """The grid that a sweep tries, with separate seeds, before the evaluation runs at the best point."""
 
     # Of the adapter.
     scales: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1), AfterValidator(different)]
@@ -229,7 +229,7 @@ class Params(Section):
 
 
 def load_params(path: Path = Path("params.yaml")) -> Params:
-    """Read `path`, lay its profile over what all profiles share and its recipe over both, and check every key.
+    """Read `path`, merge its shared keys, its profile and its recipe (later ones override), and validate every key.
 
     Raises BestiaryError that names the key when the file is missing, is no YAML, names an unknown profile or recipe,
     sets a key both in the profile and outside it, or holds an unknown key or a value of the wrong type.
@@ -251,7 +251,7 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     if recipe not in recipes:
         raise BestiaryError(f"{path}: there is no recipe {recipe!r}; choose one of {', '.join(recipes)}.")
     merged = _merge(shared, profiles[profile] or {}, f"{path}: profiles.{profile}")
-    for name, section in (recipes[recipe] or {}).items():  # a recipe takes the place of what stands there
+    for name, section in (recipes[recipe] or {}).items():  # a recipe overrides the shared keys and the profile
         if not isinstance(section, Mapping) or not isinstance(merged.get(name, {}), Mapping):
             raise BestiaryError(f"{path}: recipes.{recipe}.{name} must be a table of keys.")
         merged[name] = {**merged.get(name, {}), **section}
@@ -274,15 +274,15 @@ def _merge(shared: Mapping[str, Any], profile: Any, where: str) -> dict[str, Any
         elif isinstance(merged[key], Mapping):
             merged[key] = _merge(merged[key], value, f"{where}.{key}")
         else:
-            raise BestiaryError(f"{where}.{key} stands outside the profile too; keep one of them.")
+            raise BestiaryError(f"{where}.{key} is also set outside the profiles. Remove one of the two.")
     return merged
 
 
 def _explain(problem: Mapping[str, Any]) -> str:
     if problem["type"] == "extra_forbidden":
-        return "this key is not known"
+        return "this key is unknown. Check its spelling, or remove it"
     if problem["type"] == "missing":
         return "this key is missing"
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
-    return f"{problem['msg'][0].lower()}{problem['msg'][1:]}, not {problem['input']!r}"
+    return f"{problem['msg'][0].lower()}{problem['msg'][1:]} (got {problem['input']!r})"

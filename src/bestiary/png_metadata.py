@@ -117,7 +117,7 @@ def read_settings(path: Path) -> PictureSettings:
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError):
         raise BestiaryError(f"{path} is not a readable picture.") from None
     except (KeyError, TypeError, ValueError, RecursionError):
-        raise BestiaryError(f"{path} does not carry the settings that it was made with.") from None
+        raise BestiaryError(f"{path} contains no settings. Name a PNG exactly as Bestiary wrote it.") from None
     settings = stored.settings()
     if not _can_be_drawn(settings):
         raise BestiaryError(f"{path} carries settings that cannot be drawn.")

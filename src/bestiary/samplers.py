@@ -140,7 +140,7 @@ class StoredSampling:
     adapter_weight: float = 1.0
 
 
-OPTIONAL = ("width", "height", "adapter_weight")  # stored only where they say something
+OPTIONAL = ("width", "height", "adapter_weight")  # stored only if they differ from their defaults
 
 
 def to_stored(sampling: Sampling) -> dict[str, object]:

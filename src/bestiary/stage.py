@@ -183,14 +183,15 @@ def _one_line_errors(name: str) -> Iterator[None]:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        print(f"{name}: the disk is full; {error.filename or 'a file'} cannot be written.", file=sys.stderr)
+        file = error.filename or "a file"
+        print(f"{name}: the disk is full, so {file} cannot be written. Free space, then try again.", file=sys.stderr)
         raise SystemExit(1) from None
 
 
 # ---- what a stage reads ----
 
 
-def read_report(name: str) -> dict[str, Any]:  # JSON, which its reader knows better
+def read_report(name: str) -> dict[str, Any]:  # the keys differ from stage to stage
     """The results that an earlier stage wrote to `reports/results/<name>.json`.
 
     Raises BestiaryError when it is missing or damaged.

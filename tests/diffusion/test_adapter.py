@@ -176,7 +176,7 @@ def test_a_file_without_its_alpha_is_rejected(base: Path, adapter: Path, tmp_pat
 def test_an_adapter_that_changes_nothing_is_rejected(base: Path, tmp_path: Path) -> None:
     unet = load_unet(base)
     inject(unet, rank=2, alpha=16, dropout=0.0, targets=TARGETS, seed=0)
-    with pytest.raises(BestiaryError, match=f"{tmp_path}.* changes nothing"):
+    with pytest.raises(BestiaryError, match=f"{tmp_path}.* has no effect"):
         verify_adapter(save_adapter(unet, tmp_path, Provenance()), base)
 
 

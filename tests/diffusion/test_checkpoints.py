@@ -112,7 +112,7 @@ def test_a_run_that_is_killed_while_it_discards_leaves_nothing_to_resume(
     assert load_checkpoint(folder) is None
 
 
-def test_sigterm_is_only_a_request_inside_and_has_its_old_handler_again_outside() -> None:
+def test_sigterm_only_sets_a_flag_inside_the_block_and_its_handler_is_restored_afterwards() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with stop_on_sigterm() as stop:
         assert not stop.requested

@@ -69,14 +69,14 @@ def test_a_report_about_another_adapter_is_refused(
         submission = replace(submission, evaluation=evaluation(reported or ""))
     else:
         submission = replace(submission, reported={stage: reported})
-    with pytest.raises(BestiaryError, match=rf"reports/{stage}\.json .* `dvc repro {stage}`"):
+    with pytest.raises(BestiaryError, match=rf"reports/results/{stage}\.json .* `dvc repro {stage}`"):
         register(submission, RULES)
     with pytest.raises(BestiaryError, match="'bestiary'"):
         versions()
 
 
 def test_an_adapter_that_changes_nothing_is_refused(project: Path, base_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(BestiaryError, match="changes nothing"):
+    with pytest.raises(BestiaryError, match="no effect"):
         submit(project, base_folder, make_adapter(base_folder, tmp_path / "zero", 0, strength=0.0))
 
 

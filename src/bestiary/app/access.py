@@ -85,8 +85,9 @@ def _refuse_other_host(headers: dict[bytes, bytes]) -> Response | None:
 def read_credentials(file: Path | None = None) -> Credentials | None:
     """Return the user name and the password from `file`, or else from the environment variable BESTIARY_AUTH, if set.
 
-    Command-line arguments are no place for them: every process list shows those. Raises BestiaryError when the text is
-    not user:password, or when other users can read the file.
+    They are not command-line arguments, because any user can see those in the process list.
+
+    Raises BestiaryError when the text is not user:password, or when other users can read the file.
     """
     if file is None:
         source, text = "BESTIARY_AUTH", os.environ.get("BESTIARY_AUTH", "")

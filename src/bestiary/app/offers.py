@@ -90,7 +90,7 @@ class Offers:
     def base(self, key: str) -> Base | None:
         """The base with this key; None for an empty key. Raises BestiaryError when it is not on offer."""
         if key and key not in self.bases:
-            raise RefusedError("noBase", "This base is not on offer here.")
+            raise RefusedError("noBase", "This base is not available here. Choose another one.")
         return self.bases.get(key)
 
     def resolve(self, offer: Offer) -> Adapter:

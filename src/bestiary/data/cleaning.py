@@ -1,4 +1,4 @@
-"""Cleaning: from raw images to images for training. Every image gets a verdict, and no image ends the run."""
+"""Cleaning: keep, convert or quarantine each raw image. A broken image is a finding and never stops the run."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ NOT_ANIMALS = (
     "a logo",
 )
 NO_ANIMAL = "no animal"
-CONFIDENT = 0.8  # the judge's share for a class above which it settles which of two classes an image belongs to
+# If the judge gives one of the two classes of an image at least this share, the image stays in that class only.
+CONFIDENT = 0.8
 
 _MIN_CONTRAST = 4.0  # grey levels
 _MIN_SHARPNESS = 15.0
@@ -373,7 +374,7 @@ def _check_topics(
         doubtful = []
         for image in members:
             own, no_animal, detail = opinions.about(image)
-            # The limit for the right animal is low because animals are easily confused. Animals and cars are not.
+            # The threshold is low because the judge confuses similar animals; it rarely takes an animal for a car.
             if own < settings.off_topic_threshold or no_animal > 0.5:
                 doubtful.append((image, detail, max(1 - own, no_animal)))
         policy = settings.off_topic

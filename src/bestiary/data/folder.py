@@ -86,7 +86,7 @@ def check_classes(counts: Mapping[str, int], where: str | Path) -> None:
         )
     if len(counts) < 2:
         raise BestiaryError(
-            f"There is only one class in {where}: {next(iter(counts))}. Evaluation needs at least two classes."
+            f"There is only one class in {where}: {next(iter(counts))}. Add a folder of images of a second class."
         )
 
 

@@ -22,7 +22,7 @@ from bestiary.data.hashing import hashes, small_grey, thumbnail
 from bestiary.data.images import UnreadableImageError, decode
 from bestiary.data.listing import RAW_SUFFIXES
 
-_MIN_FILES_FOR_WORKERS = 1000  # one process is done with fewer before a second one has started
+_MIN_FILES_FOR_WORKERS = 1000  # with fewer files, one process finishes before a second one has started
 _CHUNK = 16
 
 

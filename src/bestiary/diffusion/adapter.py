@@ -172,7 +172,7 @@ def verify_adapter(path: str | Path, base: str | Path, revision: str | None = No
     if not torch.equal(_probe(unet), plain):
         raise BestiaryError(f"The adapter {path} changes the output of {base} even with weight 0.")
     if torch.equal(adapted, plain):
-        raise BestiaryError(f"The adapter {path} changes nothing: with weight 1, {base} gives its own output.")
+        raise BestiaryError(f"The adapter {path} has no effect on {base}. Train it again, or use another adapter.")
     _apply(unet, file)
     if not torch.equal(_probe(unet), adapted):
         raise BestiaryError(f"The adapter {path} gives another output when it is loaded a second time.")

@@ -48,7 +48,7 @@ class LatentCache:
             shards = [load_file(path) for path in sorted(folder.glob(f"{split}-*.safetensors"))]
         except (OSError, ValueError, SafetensorError) as error:
             raise BestiaryError(
-                f"The latents in {folder} are missing or broken ({error}). Run the encode stage."
+                f"The latents in {folder} are missing or broken ({error}). Run `dvc repro encode`."
             ) from None
         images = images[images["split"] == split].reset_index(drop=True)
         if sum(len(shard["mean"]) for shard in shards) != len(images):

@@ -1,4 +1,7 @@
-"""Draw pictures from prompts and seeds: the same prompt and seed give the same picture in any company."""
+"""Generate pictures from prompts and seeds.
+
+A picture depends on its own prompt and seed only, except that another batch size may round its last bits differently.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,8 @@ def make_scheduler(name: str, config: Mapping[str, Any], steps: int | None = Non
 
     sampler = SAMPLERS[name]
     options = dict(sampler.options)
-    if steps == 1 and options["timestep_spacing"] == "linspace":  # one point of a line would be timestep 0, not noise
+    # A linspace of one point is timestep 0, at which there is no noise to remove.
+    if steps == 1 and options["timestep_spacing"] == "linspace":
         options["timestep_spacing"] = "trailing"
     return getattr(diffusers, sampler.scheduler).from_config(config, **options)
 
@@ -56,7 +60,7 @@ def base_side(pipeline: StableDiffusionPipeline) -> int:
 def check_sampling(pipeline: StableDiffusionPipeline, sampling: Sampling) -> None:
     """Raise BestiaryError when this base cannot draw so: an unknown sampler, a wrong size, or too many LCM steps."""
     if sampling.sampler not in SAMPLERS:
-        raise BestiaryError(f"There is no scheduler {sampling.sampler!r}: choose one of {', '.join(SAMPLERS)}.")
+        raise BestiaryError(f"There is no sampler {sampling.sampler!r}. Choose one of {', '.join(SAMPLERS)}.")
     multiple = math.lcm(8, pipeline.vae_scale_factor)  # diffusers itself demands multiples of 8
     for side in (sampling.width, sampling.height):
         if side is not None and side % multiple:

@@ -197,7 +197,7 @@ def draw(
     """
     remove(pipeline)  # the adapter of an earlier call
     if adapter is None:
-        sampling = replace(sampling, adapter_weight=1.0)  # decides nothing here: all base pictures share a cache key
+        sampling = replace(sampling, adapter_weight=1.0)  # has no effect here; one value keeps the cache key the same
     else:
         apply_adapter(pipeline, adapter, sampling.adapter_weight)
     key = _settings_key(pipeline, adapter, sampling, batch_size) if cache else ""

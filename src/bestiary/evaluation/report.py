@@ -19,7 +19,8 @@ class Score:
     """What is measured: its key in the JSON, and how people read it.
 
     chinese is the label for Chinese readers. higher_is_better is None where neither direction is better. per_picture:
-    every single picture has this score; the others describe a set of pictures. Percentages differ in points.
+    every single picture has this score; the others describe a set of pictures. Percentages
+    differ in percentage points.
     """
 
     key: str

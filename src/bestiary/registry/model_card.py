@@ -76,7 +76,7 @@ def render(
         "that was not used in training scored them.",
         "\n".join(as_markdown(report)),
         _strengths(report, subjects),
-        "Pictures whose nearest real image is a training image, as a share from 0 (what chance gives) to 1 (all): "
+        "Share of pictures that look copied from training images (0: no more than by chance, 1: all of them): "
         f"{report.memorisation.adapter.copied.describe()}.",
         f"The registry's gate decided: {tags['decision']}" if "decision" in tags else "",
         "## Use",

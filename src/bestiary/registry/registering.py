@@ -51,7 +51,7 @@ class Submission:
 
 @dataclass(frozen=True)
 class Registration:
-    """What `register` did: the content of reports/register.json."""
+    """What `register` did: the content of reports/results/register.json."""
 
     name: str
     version: int
@@ -113,7 +113,9 @@ def _tags(submission: Submission) -> dict[str, str]:
     sha256, evaluation = adapter_sha256(adapter), submission.evaluation
     for stage, reported in {**submission.reported, "evaluate": evaluation.adapter_sha256}.items():
         if reported != sha256:
-            raise BestiaryError(f"reports/{stage}.json is not about the adapter in {adapter}. Run `dvc repro {stage}`.")
+            raise BestiaryError(
+                f"reports/results/{stage}.json describes another adapter than {adapter}. Run `dvc repro {stage}`."
+            )
     check_trained_on(adapter, base, revision)
     verification = verify_adapter(adapter, base, revision)
     rows = {"base": evaluation.base, "adapter": evaluation.adapter, "delta": evaluation.delta}

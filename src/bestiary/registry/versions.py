@@ -183,7 +183,7 @@ def aliases_of(client: MlflowClient, name: str) -> dict[str, int]:
 
 
 def number_of(client: MlflowClient, name: str, sha256: str) -> int | None:
-    """The number of the version with this content. The lowest, if two registrations on a server met; None if none."""
+    """The number of the version with this content (the lowest, if two were registered at the same time), or None."""
     found = client.search_model_versions(f"name = '{name}' AND tags.adapter_sha256 = '{sha256}'")
     return min((int(version.version) for version in found), default=None)
 

@@ -258,7 +258,7 @@ def _resumed_run(client: MlflowClient, run_id: str | None, recorder: Mapping[str
 
 
 def _mark_orphaned_runs(client: MlflowClient, experiment: str) -> None:
-    """Mark this machine's runs as KILLED whose recorder no longer runs, for example after a power failure."""
+    """Mark as KILLED the runs of this machine whose recorder process no longer exists, as after a power failure."""
     running = client.search_runs([experiment], f"attributes.status = 'RUNNING' AND tags.host = '{platform.node()}'")
     for run in running:
         try:

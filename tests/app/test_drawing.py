@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import httpx
 import psutil
@@ -14,7 +17,13 @@ from PIL import Image, ImageChops
 from support.app import ORDER, Event, RunningPage, image_of, offerings, pictures
 from support.registry import DEFAULTS
 
+from bestiary.app.drawing_queue import Drawing, DrawingQueue
+from bestiary.app.errors import Stopped
+from bestiary.app.events import Event as AppEvent
+from bestiary.app.events import Failed, Picture, Progress, Waiting
+from bestiary.app.orders import Order
 from bestiary.app.server import create_app
+from bestiary.app.studio import Studio, Tell, stoppable
 from bestiary.samplers import Sampling
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +60,8 @@ def test_the_catalog_lists_registered_versions_with_their_scores(server: Running
     champion, local = catalog["adapters"]
     assert champion == {
         "key": "models:/bestiary/1", "kind": "registry", "label": "bestiary 1", "aliases": ["champion"],
-        "scores": {"clip_score": "5.0", "margin": "5.0", "top1": "5.0"}, "usual": json.loads(DEFAULTS.to_json()),
+        "scores": {"clip_score": 5.0, "margin": 5.0, "top1": 5.0}, "usual": json.loads(DEFAULTS.to_json()),
+        "subjects": None, "side": 64, "sha256": champion["sha256"],
     }  # fmt: skip
     assert local["key"] == "local:0"
     assert catalog["adapter"] == champion["key"]
@@ -113,6 +123,8 @@ def test_an_unknown_animal_is_drawn_as_written_with_a_hint(server: RunningPage) 
         ({"scheduler": "magic"}, "Scheduler"),
         ({"seed": -1}, "Seed"),
         ({"count": 1000}, "Count"),
+        ({"count": 16, "steps": 400, "resolution": 1024}, "tooMuchWork"),
+        ({"count": 1, "steps": 400, "resolution": 1024, "compare": True}, "tooMuchWork"),
         ({"colour": 1}, "Colour"),
         ({"guidance_interval": [0.3]}, "Guidance interval"),
         ({"guidance_interval": [-1, 5]}, "Guidance interval"),
@@ -145,6 +157,31 @@ def test_a_malformed_request_is_refused_in_one_sentence(server: RunningPage) -> 
 # ---- several people ----
 
 
+async def order_here(base_folder: Path) -> httpx.Response:
+    """Order a picture from a server in this process, whose limits a test can change."""
+    transport = httpx.ASGITransport(app=create_app(offerings(base_folder)))
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        return await client.post("/api/draw", json=ORDER)
+
+
+@dataclass
+class Painter:
+    """A studio whose pictures cost no time."""
+
+    pictures: int
+    drawn: int = 0
+    picture = Picture("adapter", "x" * 1000, {}, "", "tiger", "cpu")
+
+    def draw(self, _: Order, tell: Tell, stopped: threading.Event) -> Iterator[None]:
+        for number in range(self.pictures):
+            if stopped.wait(0.02):
+                raise Stopped
+            tell(Progress(number, self.pictures, 0))
+            tell(self.picture)
+            self.drawn += 1
+            yield
+
+
 def test_simultaneous_orders_wait_and_each_gets_its_own_picture(server: RunningPage) -> None:
     answers: dict[int, list[Event]] = {}
     threads = [
@@ -163,14 +200,107 @@ def test_simultaneous_orders_wait_and_each_gets_its_own_picture(server: RunningP
 def test_an_order_is_refused_while_the_queue_is_full(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bestiary.app.drawing_queue.MAX_WAITING", 0)
 
-    async def order() -> httpx.Response:
-        transport = httpx.ASGITransport(app=create_app(offerings(base_folder)))
-        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-            return await client.post("/api/draw", json=ORDER)
-
-    response = asyncio.run(order())
+    response = asyncio.run(order_here(base_folder))
     assert response.status_code == 422
     assert response.json()["key"] == "queueFull"
+
+
+def test_no_address_may_have_more_than_its_share_of_orders(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bestiary.app.drawing_queue.MAX_OPEN_PER_ADDRESS", 0)
+    response = asyncio.run(order_here(base_folder))
+    assert response.status_code == 429
+    assert response.json()["key"] == "tooManyOpen"
+
+
+def test_nobody_waits_for_a_reader_who_takes_nothing() -> None:
+    async def draw() -> tuple[list[AppEvent], list[AppEvent]]:
+        queue = DrawingQueue(cast(Studio, Painter(pictures=3)))
+        idle, other = (queue.enter(Order.parse(json.dumps(ORDER).encode()), address) for address in ("a", "b"))
+        others = [event async for event in other.events()]  # while nobody reads the first
+        own = [event async for event in idle.events()]
+        queue.close()
+        return own, others
+
+    own, others = asyncio.run(asyncio.wait_for(draw(), 60))
+    assert [event.event for event in own if not isinstance(event, Progress)] == ["picture"] * 3 + ["done"]
+    assert [event.event for event in others if not isinstance(event, Waiting)][-1] == "done"
+
+
+def test_orders_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bestiary.app.drawing_queue.TURN_SECONDS", 0.0)
+    painter = Painter(pictures=5)
+    finished: list[str] = []
+
+    async def draw() -> None:
+        queue = DrawingQueue(cast(Studio, painter))
+        long, short = (queue.enter(Order.parse(json.dumps(ORDER).encode()), address) for address in ("a", "b"))
+
+        async def read(drawing: Drawing) -> None:
+            async for event in drawing.events():
+                if isinstance(event, Picture):
+                    finished.append(drawing.address)
+
+        await asyncio.gather(read(long), read(short))
+        queue.close()
+
+    asyncio.run(asyncio.wait_for(draw(), 60))
+    assert "".join(finished) == "ab" * 5
+
+
+def test_what_nobody_reads_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    painter = Painter(pictures=50)
+    monkeypatch.setattr("bestiary.app.drawing_queue.MAX_UNREAD", 5 * len(painter.picture.image))
+
+    async def draw() -> tuple[list[AppEvent], int]:
+        queue = DrawingQueue(cast(Studio, painter))
+        drawing = queue.enter(Order.parse(json.dumps(ORDER).encode()), "a")
+        while not drawing.stopped.is_set():
+            await asyncio.sleep(0.01)
+        unread = drawing.unread
+        events = [event async for event in drawing.events()]
+        queue.close()
+        return events, unread
+
+    (last,), unread = asyncio.run(asyncio.wait_for(draw(), 60))
+    assert isinstance(last, Failed)
+    assert last.key == "slowReader"
+    assert unread == 0
+    assert painter.drawn < 50
+
+
+def test_the_one_with_the_most_unread_pictures_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    painter = Painter(pictures=4)
+    monkeypatch.setattr("bestiary.app.drawing_queue.MAX_UNREAD_TOGETHER", 5 * len(painter.picture.image))
+
+    async def draw() -> tuple[str, str]:
+        queue = DrawingQueue(cast(Studio, painter))
+        drawings = [queue.enter(Order.parse(json.dumps(ORDER).encode()), address) for address in ("a", "b")]
+        while not drawings[0].stopped.is_set():
+            await asyncio.sleep(0.01)
+        ends = [[event.event async for event in drawing.events()][-1] for drawing in drawings]
+        queue.close()
+        return ends[0], ends[1]
+
+    assert asyncio.run(asyncio.wait_for(draw(), 60)) == ("error", "done")
+
+
+def test_a_drawing_stops_within_a_step(base_folder: Path) -> None:
+    from bestiary.diffusion.base import load_pipeline
+    from bestiary.diffusion.sampling import generate
+
+    pipeline = load_pipeline(base_folder)
+    calls = 0
+
+    def check() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise Stopped
+
+    with pytest.raises(Stopped), stoppable(pipeline, check):
+        generate(pipeline, ["a tiger"], [1], Sampling(steps=1), batch_size=1, progress=lambda *_: pytest.fail("late"))
+    generate(pipeline, ["a tiger"], [1], Sampling(steps=1), batch_size=1)
+    assert calls == 3  # nothing is left behind
 
 
 def test_drawing_stops_when_the_browser_disconnects(server: RunningPage) -> None:

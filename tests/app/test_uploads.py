@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import pickle
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import NoReturn
@@ -16,8 +17,9 @@ import pytest
 from PIL import ImageChops
 from support.app import MAX_UPLOAD_MIB, RunningPage, offerings, pictures
 
+from bestiary.app.offers import Offer, Offers
 from bestiary.app.server import create_app
-from bestiary.app.uploads import MAX_ARRIVING
+from bestiary.app.uploads import MAX_ARRIVING, MAX_HEADER_MIB, MAX_STORED, Uploads
 
 
 class Evil:
@@ -106,7 +108,7 @@ def test_an_upload_of_the_wrong_type_or_size_is_refused(server: RunningPage) -> 
     response = server.client.put("/api/adapters", params={"name": "lora.pt"}, content=b"x")
     assert response.json()["key"] == "onlySafetensors"
     response = server.client.put(
-        "/api/adapters", params={"name": "a.safetensors"}, content=b"x" * (MAX_UPLOAD_MIB * 2**20 + 1)
+        "/api/adapters", params={"name": "a.safetensors"}, content=bytes(MAX_UPLOAD_MIB * 2**20 + 1)
     )
     assert response.json()["values"] == {"name": "a.safetensors", "limit": str(MAX_UPLOAD_MIB)}
     assert f"a.safetensors is larger than {MAX_UPLOAD_MIB} MiB" in response.json()["message"]
@@ -156,3 +158,76 @@ def test_a_stalled_upload_is_dropped(base_folder: Path, monkeypatch: pytest.Monk
     response = asyncio.run(asyncio.wait_for(upload(), 20))
     assert response.json()["key"] == "late"
     assert "slow.safetensors took longer than 0.005 minutes" in response.json()["message"]
+
+
+def test_a_file_with_too_much_metadata_is_refused_before_it_is_parsed(
+    base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bestiary.app.offers.Offers.add_upload", lambda *_: pytest.fail("It was parsed."))
+    arrived = 0
+
+    async def large() -> AsyncIterator[bytes]:
+        nonlocal arrived
+        yield (MAX_HEADER_MIB * 2**20 + 1).to_bytes(8, "little")[:5]
+        for _ in range(50):
+            arrived += 1
+            yield b"\0" * 2**20
+
+    async def upload() -> httpx.Response:
+        transport = httpx.ASGITransport(app=create_app(offerings(base_folder)))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.put("/api/adapters", params={"name": "a.safetensors"}, content=large())
+
+    response = asyncio.run(upload())
+    assert response.json()["key"] == "longHeader"
+    assert response.json()["values"] == {"name": "a.safetensors", "limit": str(MAX_HEADER_MIB)}
+    assert arrived < 5
+
+
+def test_uploads_are_parsed_one_at_a_time(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that several large ones do not fill the memory."""
+    parsing, most = 0, 0
+
+    def parse(offers: Offers, key: str, name: str, file: Path) -> Offer:
+        nonlocal parsing, most
+        parsing += 1
+        most = max(most, parsing)
+        time.sleep(0.05)
+        parsing -= 1
+        offer = Offer(key, "upload", name, str(file))
+        offers.uploads[key] = offer
+        return offer
+
+    monkeypatch.setattr(Offers, "add_upload", parse)
+    offers = Offers(offerings(base_folder))
+
+    async def upload() -> None:
+        uploads = Uploads(offers, 1)
+        await asyncio.gather(*(uploads.receive("a.safetensors", chunks(), "a") for _ in range(MAX_ARRIVING)))
+
+    asyncio.run(upload())
+    assert most == 1
+
+
+def test_one_address_cannot_push_out_the_uploads_of_others(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def parse(offers: Offers, key: str, name: str, file: Path) -> Offer:
+        offers.uploads[key] = Offer(key, "upload", name, str(file))
+        return offers.uploads[key]
+
+    monkeypatch.setattr(Offers, "add_upload", parse)
+    offers = Offers(offerings(base_folder))
+
+    async def upload() -> tuple[Offer, int]:
+        uploads = Uploads(offers, 1)
+        mine = await uploads.receive("mine.safetensors", chunks(), "a")
+        for _ in range(2 * MAX_STORED):
+            await uploads.receive("theirs.safetensors", chunks(), "b")
+        return mine, len([*Path(mine.what).parent.iterdir()])
+
+    mine, stored = asyncio.run(upload())
+    assert mine.key in offers.uploads
+    assert stored == len(offers.uploads) == MAX_STORED
+
+
+async def chunks() -> AsyncIterator[bytes]:
+    yield bytes(100)

@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import base64
 import ipaddress
+import math
 import os
 import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
+from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse, Response
 
+from bestiary.app.errors import RefusedError
+from bestiary.app.limits import Guesses, address_of
 from bestiary.errors import BestiaryError
 
 if TYPE_CHECKING:
@@ -20,7 +25,9 @@ if TYPE_CHECKING:
 Credentials = tuple[str, str]  # user name, password
 
 NAMES_OF_THIS_MACHINE = ("127.0.0.1", "localhost", "[::1]")
-WRONG_PASSWORD_SECONDS = 1.0  # delay before the answer, which slows guessing down
+WRONG_PASSWORD_SECONDS = 1.0  # delay before the answer; `Guesses` slows down those who do not wait for it
+JSON = "application/json"
+DEFAULT_PORTS = {"http": 80, "https": 443}
 SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -39,6 +46,7 @@ class AccessControl:
     def __init__(self, app: ASGIApp, credentials: Credentials | None) -> None:
         self.app = app
         self.expected = credentials and base64.b64encode(":".join(credentials).encode())
+        self.guesses = Guesses()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -51,31 +59,82 @@ class AccessControl:
                 message["headers"] = [*message.get("headers", []), *extra]
             await send(message)
 
-        headers = dict(scope["headers"])
+        headers = Headers(scope=scope)
         refusal = _refuse_other_site(scope["path"], headers)
-        refusal = refusal or (await self._check_password(headers) if self.expected else _refuse_other_host(headers))
+        if refusal is None:
+            refusal = await self._check_password(scope, headers) if self.expected else _refuse_other_host(headers)
         await (refusal or self.app)(scope, receive, send_with_headers)
 
-    async def _check_password(self, headers: dict[bytes, bytes]) -> Response | None:
-        kind, _, given = headers.get(b"authorization", b"").partition(b" ")
-        if self.expected and kind.lower() == b"basic" and secrets.compare_digest(given.strip(), self.expected):
+    async def _check_password(self, scope: Scope, headers: Headers) -> Response | None:
+        kind, _, given = headers.get("authorization", "").partition(" ")
+        if not given:
+            return _challenge()
+        address = address_of(scope)
+        if seconds := math.ceil(self.guesses.seconds_to_wait(address)):
+            return PlainTextResponse(
+                f"There were wrong passwords from your address. Try again in {seconds} s.",
+                429,
+                {"Retry-After": str(seconds)},
+            )
+        right = self.expected and secrets.compare_digest(given.strip().encode(), self.expected)
+        if right and kind.lower() == "basic":
             return None
-        if given:
-            await asyncio.sleep(WRONG_PASSWORD_SECONDS)
-        challenge = {"WWW-Authenticate": 'Basic realm="Bestiary", charset="UTF-8"'}
-        return PlainTextResponse("Sign in with the user name and the password.", 401, challenge)
+        await asyncio.sleep(min(self.guesses.failed(address), WRONG_PASSWORD_SECONDS))
+        return _challenge()
 
 
-def _refuse_other_site(path: str, headers: dict[bytes, bytes]) -> Response | None:
-    """Refuse API requests by other sites that are open in the same browser. They may link to the page itself."""
-    if path.startswith("/api/") and headers.get(b"sec-fetch-site", b"none") not in (b"none", b"same-origin"):
-        return PlainTextResponse("Another site sent this request. Open the page at its own address.", 403)
-    return None
+def _challenge() -> Response:
+    challenge = {"WWW-Authenticate": 'Basic realm="Bestiary", charset="UTF-8"'}
+    return PlainTextResponse("Sign in with the user name and the password.", 401, challenge)
 
 
-def _refuse_other_host(headers: dict[bytes, bytes]) -> Response | None:
+def _refuse_other_site(path: str, headers: Headers) -> Response | None:
+    """Refuse API requests by other sites that are open in the same browser. They may link to the page itself.
+
+    Browsers send Sec-Fetch-Site only over https and to this machine, and Origin with every order and upload.
+    """
+    if not path.startswith("/api/"):
+        return None
+    host, origins = headers.get("host", ""), headers.getlist("origin")
+    if all(site in ("none", "same-origin") for site in headers.getlist("sec-fetch-site")) and all(
+        is_same_site(origin, host) for origin in origins
+    ):
+        return None
+    return PlainTextResponse("Another site sent this request. Open the page at its own address.", 403)
+
+
+def is_same_site(origin: str, host: str) -> bool:
+    """Whether a request's Origin is the host that it was sent to. A proxy may have taken the https off.
+
+    >>> is_same_site("http://studio.example:7860", "studio.example:7860"), is_same_site("null", "studio.example")
+    (True, False)
+    >>> is_same_site("https://Studio.example", "studio.example:443"), is_same_site("http://a.example", "b.example")
+    (True, False)
+    """
+    try:
+        theirs, ours = urlsplit(origin), urlsplit(f"//{host}")
+        default = DEFAULT_PORTS[theirs.scheme]
+        same_port = (theirs.port or default) == (ours.port or default)
+    except (KeyError, ValueError):
+        return False
+    return bool(theirs.hostname) and theirs.hostname == ours.hostname and same_port
+
+
+def check_json(headers: Headers) -> None:
+    """Raise BestiaryError when a body is not declared as JSON.
+
+    Another site's form can post any text, but not as application/json. A program may leave the type out, and the page
+    itself, known by its Origin, may send any.
+    """
+    kind = headers.get("content-type", JSON).partition(";")[0].strip().lower()
+    origin = headers.get("origin")
+    if kind != JSON and not (origin and is_same_site(origin, headers.get("host", ""))):
+        raise RefusedError("onlyJson", "Send the order as application/json.", status=415)
+
+
+def _refuse_other_host(headers: Headers) -> Response | None:
     """Refuse other host names: an attacker's DNS can resolve a name to this machine (DNS rebinding)."""
-    host = headers.get(b"host", b"").decode("latin-1")
+    host = headers.get("host", "").lower()
     name = host if host.endswith("]") else host.rsplit(":", 1)[0]
     if name in NAMES_OF_THIS_MACHINE:
         return None

@@ -1,4 +1,4 @@
-"""The queue of orders: the device draws one picture at a time."""
+"""The queue of orders: the device draws one picture at a time, and never waits for somebody who reads slowly."""
 
 from __future__ import annotations
 
@@ -6,27 +6,87 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from bestiary.app.errors import RefusedError, Stopped
-from bestiary.app.events import Done, Event, Failed, Waiting
+from bestiary.app.events import Done, Event, Failed, Picture, Preview, Progress, Waiting
 from bestiary.app.orders import Order
-from bestiary.app.studio import Studio, Tell
+from bestiary.app.studio import Studio
 from bestiary.errors import BestiaryError
 
+TURN_SECONDS = 5.0  # after which an order lets the others draw, once its picture is finished
 MAX_WAITING = 32  # orders, including the one that is drawn
-POLL_SECONDS = 0.2  # between two checks of an order's place in the queue
+MAX_OPEN_PER_ADDRESS = 8  # orders that wait, are drawn, or have pictures that nobody has read yet
+MAX_UNREAD = 96 * 2**20  # characters of one order's events; a pair of 1024 x 1024 pixels has up to 8 million
+MAX_UNREAD_TOGETHER = 256 * 2**20  # characters of all orders' events
 
 log = logging.getLogger(__name__)
 
 
+class Drawing:
+    """An order in the queue, with the events that its reader has not taken yet. For the event loop's thread only."""
+
+    def __init__(self, address: str, leave: Callable[[Drawing], None]) -> None:
+        self.address = address
+        self.stopped = threading.Event()
+        self.place = 0  # how many orders are drawn first
+        self.future: Future[None] | None = None
+        self.pictures: Iterator[None] = iter(())  # drawn one by one, in the worker's thread
+        self._leave = leave
+        self._unread: deque[Event] = deque()
+        self._arrived = asyncio.Event()
+        self._is_over = False
+
+    @property
+    def unread(self) -> int:
+        """Characters of the images that wait for the reader."""
+        return sum(len(event.image) for event in self._unread if isinstance(event, Picture | Preview))
+
+    def put(self, event: Event) -> None:
+        """Add an event for the reader. It replaces what it makes outdated, so only pictures pile up."""
+        if self._is_over:
+            return
+        if isinstance(event, Waiting | Progress | Preview | Picture):
+            outdated = Preview if isinstance(event, Picture) else type(event)
+            self._unread = deque(unread for unread in self._unread if not isinstance(unread, outdated))
+        self._is_over = isinstance(event, Done | Failed)
+        self._unread.append(event)
+        self._arrived.set()
+
+    def give_up(self) -> None:
+        """Stop the drawing and forget its pictures, because the reader is too slow."""
+        self.stopped.set()
+        self._unread.clear()
+        self._is_over = False
+        self.put(Failed.by(RefusedError("slowReader", "Your connection is too slow for these pictures. Order fewer.")))
+
+    async def events(self) -> AsyncIterator[Event]:
+        """Yield what happens to the order, until it is done or has failed."""
+        while True:
+            await self._arrived.wait()
+            event = self._unread.popleft()
+            if not self._unread:
+                self._arrived.clear()
+            yield event
+            if isinstance(event, Done | Failed):
+                return
+
+    def close(self) -> None:
+        """Stop the drawing if it is not done, because nobody reads any more."""
+        self.stopped.set()
+        self._leave(self)
+
+
 class DrawingQueue:
-    """Draws orders one after the other, in a separate thread."""
+    """Draws orders in turns, in a thread of its own."""
 
     def __init__(self, studio: Studio) -> None:
         self._studio = studio
-        self._tickets: list[object] = []  # one for each order; the first order is being drawn
+        self._waiting: list[Drawing] = []  # in the order of their turns; the first is being drawn
+        self._open: list[Drawing] = []  # those that somebody reads
         self._worker = ThreadPoolExecutor(1, "draw")
         self._closing = threading.Event()
 
@@ -34,44 +94,68 @@ class DrawingQueue:
         """Start to load the default base, before the first order."""
         self._worker.submit(self._studio.warm)
 
-    def check_room(self) -> None:
-        """Raise BestiaryError when too many orders are waiting."""
-        if len(self._tickets) >= MAX_WAITING:
+    def enter(self, order: Order, address: str) -> Drawing:
+        """Put an order into the queue. The caller closes the drawing. Raises BestiaryError when there is no room."""
+        if sum(drawing.address == address for drawing in self._open) >= MAX_OPEN_PER_ADDRESS:
+            raise RefusedError(
+                "tooManyOpen",
+                "{limit} orders from your address are not finished yet. Wait for one of them.",
+                429,
+                limit=str(MAX_OPEN_PER_ADDRESS),
+            )
+        if len(self._waiting) >= MAX_WAITING:
             raise RefusedError("queueFull", "Too many people are waiting. Try again in a few minutes.")
+        loop = asyncio.get_running_loop()
+        drawing = Drawing(address, self._close)
 
-    async def draw(self, order: Order) -> AsyncGenerator[Event, None]:
-        """Yield what happens to an order until it is done or has failed. Closing the iterator stops the drawing."""
-        ticket, stopped = object(), threading.Event()
-        self._tickets.append(ticket)
-        try:
-            async for waiting in self._wait(ticket):
-                yield waiting
-            loop = asyncio.get_running_loop()
-            events: asyncio.Queue[Event] = asyncio.Queue()
+        def tell(event: Event) -> None:
+            if self._closing.is_set():
+                raise Stopped
+            loop.call_soon_threadsafe(self._put, drawing, event)
 
-            def tell(event: Event) -> None:
-                if self._closing.is_set():
-                    raise Stopped
-                loop.call_soon_threadsafe(events.put_nowait, event)
+        drawing.pictures = self._studio.draw(order, tell, drawing.stopped)
+        self._open.append(drawing)
+        self._queue_up(drawing)
+        return drawing
 
-            self._worker.submit(_draw, self._studio, order, tell, stopped)
-            while True:
-                event = await events.get()
-                yield event
-                if isinstance(event, Done | Failed):
-                    return
-        finally:
-            stopped.set()
-            self._tickets.remove(ticket)
+    def _queue_up(self, drawing: Drawing) -> None:
+        self._waiting.append(drawing)
+        drawing.future = self._worker.submit(self._take_turn, drawing, asyncio.get_running_loop())
+        self._tell_places()
 
-    async def _wait(self, ticket: object) -> AsyncIterator[Waiting]:
-        """Wait until the ticket is the first one; yield its place whenever that changes."""
-        ahead = None
-        while self._tickets[0] is not ticket:
-            if ahead != self._tickets.index(ticket):
-                ahead = self._tickets.index(ticket)
-                yield Waiting(ahead)
-            await asyncio.sleep(POLL_SECONDS)
+    def _take_turn(self, drawing: Drawing, loop: asyncio.AbstractEventLoop) -> None:
+        """Draw in the worker's thread."""
+        last = _draw(drawing.pictures)
+        with contextlib.suppress(RuntimeError):  # the server has closed
+            loop.call_soon_threadsafe(self._end_turn, drawing, last)
+
+    def _end_turn(self, drawing: Drawing, last: Event | None) -> None:
+        self._waiting.remove(drawing)
+        if last is not None:
+            drawing.put(last)
+            self._tell_places()
+        elif not self._closing.is_set():
+            self._queue_up(drawing)
+
+    def _put(self, drawing: Drawing, event: Event) -> None:
+        drawing.put(event)
+        if drawing.unread > MAX_UNREAD:
+            drawing.give_up()
+        while sum(each.unread for each in self._open) > MAX_UNREAD_TOGETHER:
+            max(self._open, key=lambda each: each.unread).give_up()
+
+    def _close(self, drawing: Drawing) -> None:
+        if drawing in self._open:
+            self._open.remove(drawing)
+        if drawing.future and drawing.future.cancel():  # its turn had not come
+            self._waiting.remove(drawing)
+            self._tell_places()
+
+    def _tell_places(self) -> None:
+        for place, drawing in enumerate(self._waiting):
+            if place and place != drawing.place:
+                drawing.put(Waiting(place))
+            drawing.place = place
 
     def close(self) -> None:
         """Stop the current drawing and drop the orders that wait."""
@@ -79,20 +163,21 @@ class DrawingQueue:
         self._worker.shutdown(cancel_futures=True)
 
 
-def _draw(studio: Studio, order: Order, tell: Tell, stopped: threading.Event) -> None:
-    """Draw in the worker thread. Whatever happens, the last event is Done or Failed."""
-    last: Event = Done()
+def _draw(pictures: Iterator[None]) -> Event | None:
+    """Draw until the turn or the order is over. Returns Done or Failed, or None when there are more pictures."""
+    ends = time.monotonic() + TURN_SECONDS
     try:
-        studio.draw(order, tell, stopped)
+        for _ in pictures:
+            if time.monotonic() >= ends:
+                return None
     except Stopped:
         pass
     except BestiaryError as error:
-        last = Failed.by(error)
+        return Failed.by(error)
     except Exception as error:
         log.exception("A drawing failed.")
-        last = Failed.by(_explained(error))
-    with contextlib.suppress(Stopped, RuntimeError):  # the server is closing
-        tell(last)
+        return Failed.by(_explained(error))
+    return Done()
 
 
 def _explained(error: Exception) -> RefusedError:

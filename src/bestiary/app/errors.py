@@ -13,9 +13,11 @@ class RefusedError(BestiaryError):
     """A refusal that the page shows in its own language.
 
     `texts.js` holds the Chinese sentence under the same `key`, with the same `{placeholders}` for `values`.
+    `status` is the HTTP status of a request that is refused with it.
     """
 
-    def __init__(self, key: str, sentence: str, **values: str) -> None:
+    def __init__(self, key: str, sentence: str, status: int = 422, **values: str) -> None:
         super().__init__(sentence.format(**values))
         self.key = key
         self.values = values
+        self.status = status

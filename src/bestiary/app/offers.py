@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from bestiary.app.errors import RefusedError
+from bestiary.app.taught import Evaluated, evaluated, taught_by_file, taught_by_version
 from bestiary.errors import BestiaryError
 from bestiary.evaluation.report import HEADLINES
 from bestiary.generation import Base
 from bestiary.samplers import DrawingDefaults
+from bestiary.subjects import Subject
 
 if TYPE_CHECKING:
     from bestiary.registry.resolving import Adapter
+    from bestiary.registry.versions import Version
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +39,8 @@ class Offerings:
 class Offer:
     """An adapter that the page may ask for by its key. `what` is what the registry resolves; the browser never sees it.
 
-    scores are the differences from the base, by the key of the score; defaults are None where the adapter does not say
-    how it was evaluated.
+    scores are the differences from the base, by the key of the score. defaults, subjects (what the adapter was taught)
+    and side (pixels a side of the pictures that it was trained on) are None where nothing here says so.
     """
 
     key: str
@@ -44,8 +48,11 @@ class Offer:
     label: str
     what: str
     aliases: tuple[str, ...] = ()
-    scores: Mapping[str, str] = field(default_factory=dict)
+    scores: Mapping[str, float] = field(default_factory=dict)
     defaults: DrawingDefaults | None = None
+    subjects: tuple[Subject, ...] | None = None
+    side: int | None = None
+    sha256: str | None = None
 
     @property
     def name(self) -> str:
@@ -61,6 +68,9 @@ class Offer:
             "aliases": self.aliases,
             "scores": self.scores,
             "usual": self.defaults.to_dict() if self.defaults else None,
+            "subjects": None if self.subjects is None else [asdict(subject) for subject in self.subjects],
+            "side": self.side,
+            "sha256": self.sha256 and self.sha256[:8],  # tells two files of one name apart
         }
 
 
@@ -75,6 +85,7 @@ class Offers:
         self._local = offerings.adapters
         self._registered_name = offerings.registered_name
         self._resolved: dict[str, Adapter] = {}
+        self._read: dict[Path, tuple[int, int | None, str]] = {}  # by file: when changed, trained side, SHA-256
 
     def listed(self) -> list[Offer]:
         """The adapters that everybody may choose: registered versions, newest first, then those of this machine."""
@@ -84,7 +95,7 @@ class Offers:
         """The offer with this key. Raises BestiaryError when it is gone."""
         offer = self.uploads.get(key) or next((offer for offer in self.listed() if offer.key == key), None)
         if offer is None:
-            raise RefusedError("gone", "This adapter is no longer here. Choose another one, or upload it again.")
+            raise gone()
         return offer
 
     def base(self, key: str) -> Base | None:
@@ -105,14 +116,17 @@ class Offers:
 
     def add_upload(self, key: str, name: str, file: Path) -> Offer:
         """Offer an uploaded file to whoever knows its key. Raises BestiaryError when it is not an adapter."""
-        from bestiary.diffusion.adapter import read_provenance
+        from bestiary.diffusion.adapter import adapter_sha256, read_provenance
         from bestiary.diffusion.stored_adapter import is_pickle
 
-        offer = Offer(key, "upload", name, str(file))
-        with self.without_paths({offer.what: name}):
+        with self.without_paths({str(file): name}):
             if is_pickle(file):
                 raise BestiaryError(f"{name} is a torch pickle. Convert it with `bestiary adapter convert`.")
-            read_provenance(file)
+            side = read_provenance(file).resolution
+        sha256 = adapter_sha256(file)
+        known = next((other for other in self.listed() if other.sha256 == sha256), None)
+        subjects = known.subjects if known else None
+        offer = Offer(key, "upload", name, str(file), subjects=subjects, side=side, sha256=sha256)
         self.uploads[key] = offer
         return offer
 
@@ -133,35 +147,75 @@ class Offers:
             raise BestiaryError(sentence) from None
 
     def _registered(self) -> list[Offer]:
-        from bestiary.registry.versions import defaults_of, versions
+        from bestiary.registry.versions import versions
 
         try:
             found = versions(self._registered_name)
         except BestiaryError as error:  # without a registry, the base and local adapters still draw
             log.info("%s", error)
             return []
-        return [
-            Offer(
-                key=(uri := f"models:/{item.name}/{item.version}"),
-                kind="registry",
-                label=f"{item.name} {item.version}",
-                what=uri,
-                aliases=tuple(item.aliases),
-                scores={score: item.tags[f"delta.{score}"] for score in HEADLINES if f"delta.{score}" in item.tags},
-                defaults=defaults_of(item),
-            )
-            for item in reversed(found)
-        ]
+        last = evaluated()
+        return [_registered_offer(version, last) for version in reversed(found)]
 
     def _folders(self) -> list[Offer]:
         from bestiary.diffusion.stored_adapter import adapter_file
 
         offers = []
+        last = evaluated()
         for number, path in enumerate(self._local):
             with contextlib.suppress(BestiaryError):  # models/adapter exists only after a training
-                adapter_file(path)
-                offers.append(Offer(f"local:{number}", "local", short_name(path), path))
+                side, sha256 = self._about(adapter_file(path))
+                subjects = taught_by_file(sha256, last)
+                label = short_name(path)
+                offers.append(
+                    Offer(f"local:{number}", "local", label, path, subjects=subjects, side=side, sha256=sha256)
+                )
         return offers
+
+    def _about(self, file: Path) -> tuple[int | None, str]:
+        """The side that an adapter's file says it was trained on, and the file's SHA-256."""
+        from bestiary.diffusion.adapter import adapter_sha256, read_provenance
+
+        changed = file.stat().st_mtime_ns
+        if self._read.get(file, (0,))[0] != changed:
+            side = None
+            with contextlib.suppress(BestiaryError):  # a broken file is named when somebody draws with it
+                side = read_provenance(file).resolution
+            self._read[file] = (changed, side, adapter_sha256(file))
+        _, side, sha256 = self._read[file]
+        return side, sha256
+
+
+def _registered_offer(version: Version, last: Evaluated) -> Offer:
+    from bestiary.registry.versions import defaults_of
+
+    tags, defaults = version.tags, defaults_of(version)
+    return Offer(
+        key=version.uri,
+        kind="registry",
+        label=f"{version.name} {version.version}",
+        what=version.uri,
+        aliases=tuple(version.aliases),
+        scores={score: gain for score in HEADLINES if (gain := _number(tags.get(f"delta.{score}"))) is not None},
+        defaults=defaults,
+        subjects=taught_by_version(version, last),
+        side=defaults.sampling.width if defaults else None,
+        sha256=tags.get("adapter_sha256"),
+    )
+
+
+def gone() -> RefusedError:
+    """The error for an adapter that was there before."""
+    return RefusedError("gone", "This adapter is no longer here. Choose another one, or upload it again.")
+
+
+def _number(text: str | None) -> float | None:
+    """The finite number that a tag holds; None for any other text."""
+    try:
+        number = float(text or "")
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def short_name(model: str) -> str:

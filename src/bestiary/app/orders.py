@@ -12,6 +12,7 @@ from bestiary.params import rising
 from bestiary.samplers import SamplerName, SamplingChanges
 
 MAX_SIDE, SIDE_STEP = 1024, 64  # pixels
+MAX_WORK = 500_000_000  # of one order, in pixels x steps: 16 pairs of 512 x 512 pixels in 50 steps are 419 million
 NoiseLevel = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -48,7 +49,21 @@ class Order(BaseModel):
             raise BestiaryError(f"{where[0].upper()}{where[1:]}: {_lower_first(first['msg'])}{shown}.") from None
         if not (order.animal.strip() or order.prompt.strip()):
             raise RefusedError("missing", "Name an animal, or write a prompt.")
+        order.check_work(order.resolution or SIDE_STEP)
         return order
+
+    def check_work(self, side: int) -> None:
+        """Raise BestiaryError when the order's pictures, `side` pixels wide and high, would take too long together."""
+        steps, limit = self.steps * self.count * (2 if self.compare else 1), MAX_WORK // side**2
+        if steps > limit:
+            raise RefusedError(
+                "tooMuchWork",
+                "All pictures of an order may take {limit} steps together at {side} px, and these take {steps}. Choose "
+                "fewer pictures, fewer steps or a smaller size.",
+                limit=str(limit),
+                side=str(side),
+                steps=str(steps),
+            )
 
     @property
     def changes(self) -> SamplingChanges:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import os
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -19,10 +22,11 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from bestiary.app.access import AccessControl, Credentials, is_loopback
-from bestiary.app.drawing_queue import DrawingQueue
+from bestiary.app.access import AccessControl, Credentials, check_json, is_loopback
+from bestiary.app.drawing_queue import Drawing, DrawingQueue
 from bestiary.app.errors import RefusedError
-from bestiary.app.events import Event, Failed, to_json
+from bestiary.app.events import Failed, to_json
+from bestiary.app.limits import address_of
 from bestiary.app.offers import Offerings
 from bestiary.app.orders import Order
 from bestiary.app.studio import Studio, native_side
@@ -30,8 +34,13 @@ from bestiary.app.uploads import Uploads
 from bestiary.errors import BestiaryError
 from bestiary.memory import keep_freed_memory
 
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
+    from uvicorn import Config
+
 PAGE = Path(__file__).parent / "page"
 MAX_ORDER_BYTES = 64 * 1024
+ORDER_SECONDS = 10.0  # within which an order must have arrived
 MAX_UPLOAD_MIB = 256
 MAX_NAME_LENGTH = 80  # of an uploaded file, in characters
 
@@ -59,13 +68,27 @@ class Server:
 
     async def upload(self, request: Request) -> Response:
         name = Path(request.query_params.get("name", "")).name[:MAX_NAME_LENGTH]
-        offer = await self.uploads.receive(name, request.stream())
+        offer = await self.uploads.receive(name, request.stream(), address_of(request.scope))
         return JSONResponse(offer.public())
 
     async def draw(self, request: Request) -> Response:
+        check_json(request.headers)
         order = Order.parse(await _read_order(request))
-        self.queue.check_room()
-        return StreamingResponse(_json_lines(self.queue.draw(order)), media_type="application/x-ndjson")
+        return EventResponse(self.queue.enter(order, address_of(request.scope)))
+
+
+class EventResponse(StreamingResponse):
+    """Sends a drawing's events, one JSON object a line. Stops the drawing when the browser is gone."""
+
+    def __init__(self, drawing: Drawing) -> None:
+        super().__init__(_json_lines(drawing), media_type="application/x-ndjson")
+        self._drawing = drawing
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._drawing.close()
 
 
 def create_app(
@@ -112,11 +135,35 @@ def launch(
     native_side(offerings.bases[0])  # the base is there and can be read
     with _listen(host, port) as listening:
         app = create_app(offerings, auth=auth, max_upload_mib=max_upload_mib)
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, server_header=False)
+        config = serving(app)
         shown = f"[{host}]" if ":" in host else host
         ready(f"http://{shown}:{listening.getsockname()[1]}")
         with contextlib.suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[listening])
+
+
+def serving(app: Starlette) -> Config:
+    """How uvicorn serves the page: with limits on connections and on lines in the log.
+
+    A proxy's word for the address of a client counts only if the environment variable FORWARDED_ALLOW_IPS says so.
+    Otherwise, anybody on this machine could pretend to be many.
+    """
+    import uvicorn
+
+    from bestiary.app.connections import TALKATIVE_LOGGERS, GuardedProtocol, NoRepetition, possible_connections
+
+    GuardedProtocol.max_connections = possible_connections()
+    config = uvicorn.Config(
+        app,
+        http=GuardedProtocol,
+        log_level="warning",
+        timeout_graceful_shutdown=1,
+        server_header=False,
+        proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,
+    )
+    for name in TALKATIVE_LOGGERS:
+        logging.getLogger(name).addFilter(NoRepetition())
+    return config
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -135,22 +182,26 @@ def _listen(host: str, port: int) -> socket.socket:
 
 async def _read_order(request: Request) -> bytes:
     data = b""
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > MAX_ORDER_BYTES:
-            raise RefusedError("longOrder", "The request is too long. Write a shorter prompt.")
+    try:
+        async with asyncio.timeout(ORDER_SECONDS):
+            async for chunk in request.stream():
+                data += chunk
+                if len(data) > MAX_ORDER_BYTES:
+                    raise RefusedError("longOrder", "The request is too long. Write a shorter prompt.")
+    except TimeoutError:
+        raise RefusedError("lateOrder", "The request did not arrive in time. Try again.", 408) from None
     return data
 
 
-async def _json_lines(events: AsyncGenerator[Event, None]) -> AsyncIterator[str]:
-    async with contextlib.aclosing(events):
-        async for event in events:
-            yield to_json(event) + "\n"
+async def _json_lines(drawing: Drawing) -> AsyncIterator[str]:
+    async for event in drawing.events():
+        yield to_json(event) + "\n"
 
 
 async def _refusal(_: Request, error: Exception) -> Response:
     assert isinstance(error, BestiaryError)
-    return JSONResponse(asdict(Failed.by(error)), 422)
+    status = error.status if isinstance(error, RefusedError) else 422
+    return JSONResponse(asdict(Failed.by(error)), status)
 
 
 async def _disconnected(_: Request, __: Exception) -> Response:

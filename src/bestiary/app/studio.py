@@ -8,14 +8,14 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from io import BytesIO
 from typing import TYPE_CHECKING
 
 from bestiary.app.errors import RefusedError, Stopped
 from bestiary.app.events import Event, Loading, Note, Picture, Preview, Progress, Role
-from bestiary.app.offers import Offerings, Offers, short_name
+from bestiary.app.offers import Offer, Offerings, Offers, gone, short_name
 from bestiary.app.orders import MAX_SIDE, SIDE_STEP, Order
 from bestiary.errors import BestiaryError
 from bestiary.generation import Base, Generator, choose_base
@@ -24,6 +24,7 @@ from bestiary.samplers import SAMPLERS, Sampling
 from bestiary.subjects import ANIMALS, Subject, caption, find_subject
 
 if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
     from PIL.Image import Image
 
     from bestiary.registry.resolving import Adapter
@@ -39,6 +40,18 @@ class Job:
 
     settings: PictureSettings
     role: Role
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an order is drawn with. The hash is None until the adapter has been loaded, and without an adapter."""
+
+    offer: Offer | None
+    base: Base
+    adapter: Adapter | None = None
+    device: str = ""  # empty: the best one
+    any_base: bool = False  # the user chose the base, so the adapter may be drawn on another than its own
+    adapter_sha256: str | None = None
 
 
 class Studio:
@@ -71,14 +84,15 @@ class Studio:
     def warm(self) -> None:
         """Load the default base, so that the first picture does not wait for it."""
         try:
-            self._load(self.offers.default_base, None, "", lambda _: None)
+            self._load(Work(None, self.offers.default_base), lambda _: None)
         except BestiaryError as error:
             log.warning("%s", error)
 
-    def draw(self, order: Order, tell: Tell, stopped: threading.Event) -> None:
-        """Draw the order and report loading, progress, previews and pictures to `tell`.
+    def draw(self, order: Order, tell: Tell, stopped: threading.Event) -> Iterator[None]:
+        """Draw the order and report loading, progress, previews and pictures to `tell`. Yields after each picture.
 
-        Raises BestiaryError for what cannot be drawn, Stopped soon after `stopped` is set.
+        Another order may be drawn between two pictures. Raises BestiaryError for what cannot be drawn, Stopped soon
+        after `stopped` is set.
         """
         from bestiary.diffusion.previews import previews
 
@@ -88,9 +102,13 @@ class Studio:
 
         check()
         with self.offers.without_paths():
-            jobs = self._prepare(order, tell)
+            work = self._prepare(order, tell)
+            jobs = self._jobs(order, work, tell)
         started = time.monotonic()
         for position, job in enumerate(jobs):
+            check()
+            with self.offers.without_paths():
+                self._load(work, tell)
 
             def progress(done: int, _: int, before: int = position * order.steps) -> None:
                 check()
@@ -101,8 +119,9 @@ class Studio:
             def show(image: Image, role: Role = job.role) -> None:
                 tell(Preview(role, _data_uri("jpeg", _jpeg(image))))
 
-            watching = previews(self._generator.pipeline, order.guidance_scale, show)
-            with watching if order.preview else contextlib.nullcontext():
+            pipeline = self._generator.pipeline
+            watching = previews(pipeline, order.guidance_scale, show) if order.preview else contextlib.nullcontext()
+            with stoppable(pipeline, check), watching:
                 image = self._generator.draw(job.settings, progress)
             tell(
                 Picture(
@@ -114,9 +133,10 @@ class Studio:
                     device=self._generator.device,
                 )
             )
+            yield
 
-    def _prepare(self, order: Order, tell: Tell) -> list[Job]:
-        """Load what the order needs, and list its pictures."""
+    def _prepare(self, order: Order, tell: Tell) -> Work:
+        """Find and load what the order needs."""
         offer = None if order.adapter == "none" else self.offers.find(order.adapter)
         adapter = self.offers.resolve(offer) if offer else None
         base = choose_base(
@@ -126,22 +146,30 @@ class Studio:
             trusted=offer is None or offer.kind != "upload",
             known=self.offers.bases.values(),
         )
-        self._load(base, adapter, order.device, tell, any_base=bool(order.base))
+        work = Work(offer, base, adapter, order.device, any_base=bool(order.base))
+        self._load(work, tell)
+        return replace(work, adapter_sha256=self._generator.adapter_sha256)
+
+    def _jobs(self, order: Order, work: Work, tell: Tell) -> list[Job]:
+        """The order's pictures. What `_prepare` loaded must still be there."""
+        offer, base = work.offer, work.base
         defaults = (offer and offer.defaults) or self.offers.defaults
-        prompt, note = _prompt(order, defaults.template, adapter.subjects if adapter else ())
+        prompt, note = _prompt(order, defaults.template, (offer and offer.subjects) or ())
         if note:
             tell(note)
         sampling = Sampling(guidance_interval=order.guidance_interval)  # the order sets everything else
+        sampling = self._generator.sized(order.changes.apply(sampling))
+        order.check_work(sampling.width or SIDE_STEP)
         plain = PictureSettings(
             prompt=prompt,
             seed=order.seed,
-            sampling=self._generator.sized(order.changes.apply(sampling)),
+            sampling=sampling,
             base=short_name(base.model),
             base_revision=base.revision,
             adapter=None,
             adapter_sha256=None,
         )
-        adapted = replace(plain, adapter=offer.name, adapter_sha256=self._generator.adapter_sha256) if offer else plain
+        adapted = replace(plain, adapter=offer.name, adapter_sha256=work.adapter_sha256) if offer else plain
         pairs: list[tuple[PictureSettings, Role]] = [(adapted, "adapter")]
         if order.compare and offer:
             pairs.append((plain, "base"))
@@ -151,16 +179,37 @@ class Studio:
             for settings, role in pairs
         ]
 
-    def _load(self, base: Base, adapter: Adapter | None, device: str, tell: Tell, *, any_base: bool = False) -> None:
+    def _load(self, work: Work, tell: Tell) -> None:
+        """Load the order's base and adapter, unless they are in memory."""
         from bestiary.diffusion.base import device_and_dtype
 
         best = device_and_dtype()[0].type
-        device = device or best
+        device = work.device or best
         if device not in (best, "cpu"):
             raise RefusedError("noDevice", "There is no device {device} here.", device=device)
-        if not self._generator.is_loaded(base, device):
+        if not self._generator.is_loaded(work.base, device):
             tell(Loading())
-        self._generator.prepare(base, adapter, device, any_base=any_base)
+        try:
+            self._generator.prepare(work.base, work.adapter, device, any_base=work.any_base)
+        except FileNotFoundError:
+            if work.adapter is None or work.adapter.file.exists():
+                raise
+            raise gone() from None  # a newer upload has taken its place
+        if work.adapter_sha256 not in (None, self._generator.adapter_sha256):
+            raise gone()  # it was trained again meanwhile
+
+
+@contextlib.contextmanager
+def stoppable(pipeline: StableDiffusionPipeline, check: Callable[[], None]) -> Iterator[None]:
+    """Inside, call `check` before every block of the UNet and of the decoder. What it raises stops the drawing."""
+    unet, decoder = pipeline.unet, pipeline.vae.decoder
+    blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks, *getattr(decoder, "up_blocks", ())]
+    hooks = [block.register_forward_pre_hook(lambda *_: check()) for block in blocks if block is not None]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def native_side(base: Base) -> int:
@@ -175,8 +224,8 @@ def native_side(base: Base) -> int:
         raise BestiaryError(f"The base {base.model} is incomplete or damaged: its config cannot be read.") from None
 
 
-def _prompt(order: Order, template: str, taught: Sequence[Subject]) -> tuple[str, Note | None]:
-    """The prompt, and a note when the subject is neither one that the adapter was taught nor one of the 100 animals."""
+def _prompt(order: Order, template: str, taught: Iterable[Subject]) -> tuple[str, Note | None]:
+    """The prompt, and a note when the name is neither a subject of the adapter nor one of the 100 animals."""
     if order.prompt.strip():
         return " ".join(order.prompt.split()), None
     subject, similar = find_subject(order.animal, taught)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import secrets
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterable, Iterator
 from pathlib import Path
 
@@ -13,10 +14,14 @@ from bestiary.app.errors import RefusedError
 from bestiary.app.offers import Offer, Offers
 
 # Together they bound the disk space that uploads can take.
-MAX_STORED = 16  # a newer upload replaces the oldest
-MAX_ARRIVING = 4  # at the same time
+MAX_STORED = 16  # a newer upload replaces the oldest of the address that has stored the most
+MAX_ARRIVING = 4  # at the same time from one address
+MAX_ARRIVING_TOGETHER = 8
 
+HEADER_LENGTH_BYTES = 8
+MAX_HEADER_MIB = 4  # of a safetensors file: names, shapes and metadata, all of which is parsed
 UPLOAD_SECONDS = 300.0  # a file that takes longer to arrive is dropped
+STALL_SECONDS = 20.0  # so is one of which nothing arrives for so long
 
 
 class Uploads:
@@ -26,9 +31,11 @@ class Uploads:
         self._offers = offers
         self._max_mib = max_mib
         self._folder = tempfile.TemporaryDirectory(prefix="bestiary-uploads-")
-        self._arriving = 0
+        self._arriving: Counter[str] = Counter()  # by address
+        self._addresses: dict[str, str] = {}  # by the key of a stored upload
+        self._reading = asyncio.Semaphore(1)  # reading a file takes memory: one at a time
 
-    async def receive(self, name: str, chunks: AsyncIterable[bytes]) -> Offer:
+    async def receive(self, name: str, chunks: AsyncIterable[bytes], address: str = "") -> Offer:
         """Store a file while it arrives and offer it under a secret key, which only its uploader learns.
 
         Raises BestiaryError when the file is not an adapter, is too large or takes too long, or when too many others
@@ -36,28 +43,36 @@ class Uploads:
         """
         if not name.lower().endswith(".safetensors"):
             raise RefusedError("onlySafetensors", "Only .safetensors files can be uploaded. Choose another file.")
-        if self._arriving >= MAX_ARRIVING:
+        if self._arriving[address] >= MAX_ARRIVING or self._arriving.total() >= MAX_ARRIVING_TOGETHER:
             raise RefusedError("uploadsFull", "Other files are being uploaded. Try again in a few minutes.")
         secret = secrets.token_urlsafe(16)
-        file = Path(self._folder.name, f"{secret}.safetensors")
-        self._arriving += 1
+        key, file = f"upload:{secret}", Path(self._folder.name, f"{secret}.safetensors")
+        self._arriving[address] += 1
         try:
             with _plain_errors(name):
                 async with asyncio.timeout(UPLOAD_SECONDS):
                     await self._write(file, name, chunks)
-                offer = await asyncio.to_thread(self._offers.add_upload, f"upload:{secret}", name, file)
+                async with self._reading:
+                    offer = await asyncio.to_thread(self._offers.add_upload, key, name, file)
         except BaseException:  # including a browser that disconnects
             file.unlink(missing_ok=True)
             raise
         finally:
-            self._arriving -= 1
+            self._arriving[address] -= 1
+            self._arriving += Counter()  # forgets addresses without an upload
+        self._addresses[key] = address
         self._drop_oldest()
         return offer
 
     async def _write(self, file: Path, name: str, chunks: AsyncIterable[bytes]) -> None:
-        size = 0
+        size, start = 0, b""
+        arriving = aiter(chunks)
         with file.open("wb") as opened:
-            async for chunk in chunks:
+            while True:
+                async with asyncio.timeout(STALL_SECONDS):
+                    chunk = await anext(arriving, None)
+                if chunk is None:
+                    return
                 size += len(chunk)
                 if size > self._max_mib * 2**20:
                     raise RefusedError(
@@ -66,16 +81,32 @@ class Uploads:
                         name=name,
                         limit=str(self._max_mib),
                     )
+                if len(start) < HEADER_LENGTH_BYTES:
+                    start = (start + chunk)[:HEADER_LENGTH_BYTES]
+                    _check_header(start, name)
                 await asyncio.to_thread(opened.write, chunk)
 
     def _drop_oldest(self) -> None:
         while len(self._offers.uploads) > MAX_STORED:
-            oldest = self._offers.uploads.pop(next(iter(self._offers.uploads)))
-            Path(oldest.what).unlink(missing_ok=True)
+            (most, _), *_others = Counter(self._addresses[key] for key in self._offers.uploads).most_common()
+            oldest = next(key for key in self._offers.uploads if self._addresses[key] == most)
+            del self._addresses[oldest]
+            Path(self._offers.uploads.pop(oldest).what).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Delete every upload."""
         self._folder.cleanup()
+
+
+def _check_header(start: bytes, name: str) -> None:
+    """Refuse a safetensors file by its first bytes, the length of its header, before anything parses it."""
+    if len(start) == HEADER_LENGTH_BYTES and int.from_bytes(start, "little") > MAX_HEADER_MIB * 2**20:
+        raise RefusedError(
+            "longHeader",
+            "{name} is not an adapter, or carries more than {limit} MiB of metadata. Choose another file.",
+            name=name,
+            limit=str(MAX_HEADER_MIB),
+        )
 
 
 @contextlib.contextmanager
@@ -85,7 +116,8 @@ def _plain_errors(name: str) -> Iterator[None]:
     except TimeoutError:
         raise RefusedError(
             "late",
-            "{name} took longer than {limit} minutes to arrive. Try again with a faster connection.",
+            "{name} took longer than {limit} minutes to arrive, or stopped arriving. Try again with a faster "
+            "connection.",
             name=name,
             limit=f"{UPLOAD_SECONDS / 60:g}",
         ) from None

@@ -61,7 +61,11 @@ def test_the_catalog_lists_registered_versions_with_their_scores(server: Running
     assert champion == {
         "key": "models:/bestiary/1", "kind": "registry", "label": "bestiary 1", "aliases": ["champion"],
         "scores": {"clip_score": 5.0, "margin": 5.0, "top1": 5.0}, "usual": json.loads(DEFAULTS.to_json()),
-        "subjects": None, "side": 64, "sha256": champion["sha256"],
+        "subjects": [
+            {"folder": "owl", "name": "owl", "chinese": "猫头鹰"},
+            {"folder": "tiger", "name": "tiger", "chinese": "老虎"},
+        ],
+        "side": 64, "sha256": champion["sha256"],
     }  # fmt: skip
     assert local["key"] == "local:0"
     assert catalog["adapter"] == champion["key"]

@@ -25,10 +25,10 @@ class Evaluated:
 
 def evaluated() -> Evaluated:
     """The adapter that this project's report of evaluate is about; an empty one when there is no report."""
-    from bestiary.stage import METRICS
+    from bestiary.stage import RESULTS
 
     try:
-        report = read_evaluation(Path(project_root(), METRICS, "evaluate.json"))
+        report = read_evaluation(Path(project_root(), RESULTS, "evaluate.json"))
     except BestiaryError:
         return Evaluated()
     return Evaluated(report.adapter_sha256, tuple(map(subject_of, report.classes)))

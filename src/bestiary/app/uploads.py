@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bestiary.app.errors import RefusedError
 from bestiary.app.offers import Offer, Offers
+from bestiary.errors import BestiaryError
 
 # Together they bound the disk space that uploads can take.
 MAX_STORED = 16  # a newer upload replaces the oldest of the address that has stored the most
@@ -22,6 +23,8 @@ HEADER_LENGTH_BYTES = 8
 MAX_HEADER_MIB = 4  # of a safetensors file: names, shapes and metadata, all of which is parsed
 UPLOAD_SECONDS = 300.0  # a file that takes longer to arrive is dropped
 STALL_SECONDS = 20.0  # so is one of which nothing arrives for so long
+
+ZIP = b"PK\x03\x04"  # what torch.save writes
 
 
 class Uploads:
@@ -99,7 +102,9 @@ class Uploads:
 
 
 def _check_header(start: bytes, name: str) -> None:
-    """Refuse a safetensors file by its first bytes, the length of its header, before anything parses it."""
+    """Refuse a file by its first bytes before anything parses it: a torch pickle, or a header that is too long."""
+    if start.startswith(ZIP):
+        raise BestiaryError(f"{name} is a torch pickle. Convert it with `bestiary adapter convert`.")
     if len(start) == HEADER_LENGTH_BYTES and int.from_bytes(start, "little") > MAX_HEADER_MIB * 2**20:
         raise RefusedError(
             "longHeader",

@@ -62,7 +62,6 @@ mlflow: $(INSTALLED)  ## open MLflow's page on this project's runs (PORT=5001: a
 world: $(INSTALLED)  ## draw the sample and train the bundled models from scratch (hours)
 	@python tools/make_samples.py && torchrun --nproc-per-node 2 tools/make_world.py
 
-clean:  clean:  ## remove the pipeline's outputs; keep .venv, MLflow's runs and everything that Git tracks
+clean:  ## remove the pipeline's outputs; keep .venv, MLflow's runs and everything that Git tracks
 	@rm -rf build/* data models/adapter reports/*.json .cache/encode .cache/train .cache/evaluate
 	@rm -rf reports/clean reports/train reports/evaluate reports/operating_point reports/benchmark
-	@rm -rf build data models/adapter reports .cache/encode .cache/train .cache/evaluate

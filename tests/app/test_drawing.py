@@ -67,7 +67,7 @@ def test_the_catalog_lists_registered_versions_with_their_scores(server: Running
         ],
         "side": 64, "sha256": champion["sha256"],
     }  # fmt: skip
-    assert local["key"] == "local:0"
+    assert (local["key"], local["subjects"], local["side"]) == ("local:0", None, None)
     assert catalog["adapter"] == champion["key"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import re
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image, ImageChops, ImageEnhance
 from support.app import RunningPage
 
+from bestiary.app.errors import SENTENCES
 from bestiary.subjects import ANIMALS
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ def test_both_languages_have_every_text_that_the_page_uses() -> None:
     keys = [set(re.findall(r"(?:^|[{,])\s*(\w+): ['\"‘]", part, re.M)) for part in (english, chinese)]
     python = "".join(file.read_text(encoding="utf-8") for file in APP.glob("*.py"))
     refusals = set(re.findall(r'\bRefusedError\(\s*"(\w+)"', python))
-    assert keys[0] | refusals == keys[1]
+    assert keys[0] | refusals | set(SENTENCES) == keys[1]
     html = (APP / "page" / "index.html").read_text(encoding="utf-8")
     scripts = "".join(file.read_text(encoding="utf-8") for file in (APP / "page").glob("*.js"))
     used = set(re.findall(r'data-(?:text|placeholder)="(\w+)"', html)) | set(re.findall(r"\btext\('(\w+)'", scripts))
@@ -54,6 +56,8 @@ def test_both_languages_fill_in_the_same_values() -> None:
     english, chinese = (dict(re.findall(r"(\w+): '([^']*)'", part)) for part in texts)
     python = "".join(file.read_text(encoding="utf-8") for file in APP.glob("*.py"))
     refusals = dict(re.findall(r'\bRefusedError\(\s*"(\w+)",\s*"([^"]*)"', python))
+    for key, pattern in SENTENCES.items():
+        assert set(re.findall(r"{(\w+)}", chinese[key])) <= set(re.compile(pattern).groupindex), key
     for key, sentence in {**english, **refusals}.items():
         assert set(re.findall(r"{\w+}", sentence)) == set(re.findall(r"{\w+}", chinese[key])), key
 
@@ -110,7 +114,8 @@ def draw_in(page: Page) -> None:
 
 def save(page: Page, kind: str, number: int = 0) -> tuple[str, Image.Image]:
     with page.expect_download() as download:
-        page.get_by_role("button", name=f"Save {kind}").nth(number).click()
+        chosen = page.locator(".entry.chosen, .entry:only-child")
+        chosen.get_by_role("button", name=f"Save {kind}").nth(number).click()
     image = Image.open(download.value.path())
     image.load()
     return download.value.suggested_filename, image
@@ -141,7 +146,9 @@ def test_a_user_draws_adjusts_colours_and_saves(browser: Browser, server: Runnin
     page.fill("#count", "2")
     draw_in(page)
     assert page.locator("#gallery li").count() == 2
-    assert page.locator("#pictures canvas").count() == 2  # the base beside the adapter
+    assert page.locator("#pictures canvas").count() == 4  # the base beside the adapter, twice
+    page.locator("#gallery button").first.click()
+    page.locator("#pictures .entry.chosen", has_text="8").wait_for()
     name, original = save(page, "PNG")
     assert name == "ladybug-8.png"
     assert json.loads(original.info["bestiary"])["prompt"] == "a photo of a ladybug"
@@ -174,7 +181,7 @@ def test_the_page_starts_in_the_browsers_language_and_remembers_a_switch(browser
     assert page.inner_text("#draw") == "开始绘制"
     page.click("#animal")
     assert page.locator("#animals li").count() == len(ANIMALS)
-    assert page.locator("#animals li").first.inner_text().split() == ["羚羊", "antelope"]
+    assert page.locator("#animals li").first.inner_text().split() == ["猫头鹰", "owl"]  # taught, so it comes first
     page.set_input_files("#upload", {"name": "a.pt", "mimeType": "", "buffer": b"x"})
     page.locator("#message", has_text="只能上传 .safetensors 文件").wait_for()
     page.click("#language")
@@ -226,6 +233,134 @@ def test_mistakes_are_explained_on_the_page(browser: Browser, server: RunningPag
     assert page.locator("#stage img[src=x], #gallery img[src=x]").count() == 0
     assert "not one of the 100 animals" in page.inner_text("#note")
     assert [error for error in tab.errors if "422" not in error] == []
+
+
+@pytest.mark.slow
+def test_subjects_that_the_adapter_was_taught_come_first(browser: Browser, server: RunningPage) -> None:
+    page = open_page(browser, server)
+    assert page.get_attribute("#animal", "placeholder") == "owl, tiger, …"
+    page.click("#animal")
+    names = page.locator("#animals li").all_inner_texts()
+    assert [name.split() for name in names[:2]] == [["owl", "猫头鹰"], ["tiger", "老虎"]]
+    assert len(names) == len(ANIMALS)
+    assert all("not taught" in name for name in names[2:])
+    page.fill("#animal", "A Tiger")
+    page.keyboard.press("Tab")
+    assert page.locator("#untaught").is_hidden()
+    page.fill("#animal", "ti")
+    assert page.locator("#untaught").is_hidden()  # it may become a tiger
+    page.fill("#animal", "zebra")
+    page.keyboard.press("Tab")
+    assert "bestiary 1 was not taught “zebra”" in page.inner_text("#untaught")
+    page.click("#language")
+    assert "bestiary 1 没有学过“zebra”" in page.inner_text("#untaught")
+    page.select_option("#adapter", "local:0")  # nobody knows what it was taught
+    assert page.locator("#untaught").is_hidden()
+    page.click("#animal")
+    assert "未教过" not in page.inner_text("#animals")
+
+
+@pytest.mark.slow
+def test_a_size_far_from_the_trained_one_is_warned_of(browser: Browser, server: RunningPage) -> None:
+    page = open_page(browser, server)
+    assert page.locator("#size-warning").is_hidden()
+    page.select_option("#resolution", "128")
+    assert "This adapter was trained at 64 px. At 128 px" in page.inner_text("#size-warning")
+    page.select_option("#adapter", "none")
+    assert "The base was trained at 64 px" in page.inner_text("#size-warning")
+    page.select_option("#resolution", "64")
+    assert page.locator("#size-warning").is_hidden()
+
+
+@pytest.mark.slow
+def test_a_prompt_that_wins_over_the_subject_is_visible(browser: Browser, server: RunningPage) -> None:
+    page = open_page(browser, server)
+    page.fill("#animal", "tiger")
+    page.click("details summary")
+    page.fill("#prompt", "a <b>red</b> kite")
+    page.click("details summary")  # closed: the field itself is hidden
+    assert "a <b>red</b> kite" in page.inner_text("#prompt-wins")
+    draw_in(page)
+    assert "a <b>red</b> kite" in page.inner_text("#gallery")
+    assert "tiger" not in page.inner_text("#gallery")
+    page.click("#prompt-clear")
+    assert page.locator("#prompt-wins").is_hidden()
+    draw_in(page)
+    assert page.locator("#gallery .name").all_inner_texts() == ["tiger", "a <b>red</b> kite"]
+
+
+@pytest.mark.slow
+def test_all_pictures_of_an_order_are_shown_and_cards_tell_their_adapters_apart(
+    browser: Browser, server: RunningPage, adapter_folder: Path
+) -> None:
+    tab = open_tab(browser, server)
+    page = tab.page
+    page.fill("#animal", "tiger")
+    page.fill("#seed", "7")
+    page.fill("#count", "5")
+    draw_in(page)
+    captions = page.locator("#pictures figcaption span").all_inner_texts()
+    assert captions == [f"{kind} · {seed}" for seed in range(7, 12) for kind in ("With the adapter", "Base only")]
+    page.fill("#count", "1")
+    page.select_option("#adapter", "local:0")
+    draw_in(page)
+    page.set_input_files("#upload", str(adapter_folder / "pytorch_lora_weights.safetensors"))
+    page.locator("#adapter option:checked", has_text="pytorch_lora_weights.safetensors").wait_for(state="attached")
+    draw_in(page)
+    page.select_option("#adapter", "none")
+    draw_in(page)
+    assert page.locator("#pictures canvas").count() == 1
+    sha = hashlib.sha256((adapter_folder / "pytorch_lora_weights.safetensors").read_bytes()).hexdigest()[:8]
+    local = f"{adapter_folder.parent.name}/{adapter_folder.name} · {sha} · 7"
+    by = page.locator("#gallery .by").all_inner_texts()
+    assert by[:4] == ["Base only · 7", f"pytorch_lora_weights.safetensors · {sha} · 7", local, "bestiary 1 · 11"]
+    page.locator("#gallery button").nth(4).click()
+    page.locator(".chosen figcaption span", has_text="With the adapter · 10").wait_for()
+    assert page.locator("#pictures canvas").count() == 10
+    page.locator("#pictures .entry").first.click(position={"x": 20, "y": 20})
+    page.locator("#settings dd", has_text=re.compile("^7$")).wait_for()
+    cut = """[...document.querySelectorAll('#gallery .name, #gallery .by, figcaption span, #settings dd')]
+        .filter((node) => node.scrollWidth > node.clientWidth + 1).map((node) => node.textContent)"""
+    assert page.evaluate(cut) == []
+    fits = "[...document.querySelectorAll('#gallery img')].map((image) => getComputedStyle(image).objectFit)"
+    assert set(page.evaluate(fits)) == {"contain"}
+    assert tab.errors == []
+
+
+@pytest.mark.slow
+def test_two_adapters_of_one_name_can_be_told_apart_in_the_list(
+    browser: Browser, server: RunningPage, adapter_folder: Path, registry_folder: Path
+) -> None:
+    page = open_page(browser, server)
+    for folder in (adapter_folder, registry_folder / "registered"):
+        page.set_input_files("#upload", str(folder / "pytorch_lora_weights.safetensors"))
+        page.wait_for_timeout(500)
+    texts = page.locator("#adapter option").all_inner_texts()
+    assert len(set(texts)) == len(texts) == 5
+
+
+@pytest.mark.slow
+def test_an_error_is_shown_in_the_language_chosen_even_later(browser: Browser, server: RunningPage) -> None:
+    page = open_page(browser, server, locale="zh-CN")
+    page.click("details summary")
+    for order, chinese, english in (
+        ({"#prompt": "word " * 100}, "个词元", "tokens and the base reads"),
+        ({"#prompt": "x" * 2000}, "提示词太长", "Prompt is too long"),
+        ({"#prompt": "x", "#steps": "400", "#count": "16"}, "一次请求的所有图片", "All pictures of an order"),
+    ):
+        for field_, value in order.items():
+            page.fill(field_, value)
+        page.select_option("#resolution", "1024")
+        draw_in(page)
+        page.locator("#message", has_text=chinese).wait_for()
+        page.click("#language")
+        assert english in page.inner_text("#message")
+        page.click("#language")
+        assert chinese in page.inner_text("#message")
+    page.set_input_files(
+        "#upload", {"name": "a.safetensors", "mimeType": "", "buffer": b"\x08" + b"\0" * 7 + b"{}      "}
+    )
+    page.locator("#message", has_text="无法使用这个文件").wait_for()
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import ClassVar, Literal
 
-from bestiary.app.errors import RefusedError
+from bestiary.app.errors import translation
 from bestiary.errors import BestiaryError
 
 Role = Literal["adapter", "base"]
@@ -65,7 +65,7 @@ class Picture:
     image: str  # a data URI; the PNG carries the settings too
     settings: Mapping[str, object]  # `PictureSettings.to_dict`
     parameters: str  # the settings in A1111's text form
-    animal: str
+    animal: str  # empty when the order's prompt was drawn instead
     device: str
 
 
@@ -89,12 +89,11 @@ class Failed:
     def by(error: BestiaryError) -> Failed:
         """The event that tells the page of an error.
 
+        >>> from bestiary.app.errors import RefusedError
         >>> Failed.by(RefusedError("noDevice", "There is no device {device} here.", device="cuda"))
         Failed(message='There is no device cuda here.', key='noDevice', values={'device': 'cuda'})
         """
-        if isinstance(error, RefusedError):
-            return Failed(str(error), error.key, error.values)
-        return Failed(str(error))
+        return Failed(str(error), *translation(error))
 
 
 Event = Waiting | Loading | Note | Progress | Preview | Picture | Done | Failed

@@ -129,7 +129,7 @@ class Studio:
                     image=_data_uri("png", write_png(image, job.settings)),
                     settings=job.settings.to_dict(),
                     parameters=as_a1111(job.settings),
-                    animal=order.animal.strip(),
+                    animal="" if order.prompt.strip() else order.animal.strip(),
                     device=self._generator.device,
                 )
             )

@@ -4,6 +4,7 @@ import { hasText, text } from './language.js';
 import { request } from './requests.js';
 
 const FIELD_DEFAULTS = { steps: 'steps', guidance: 'guidance_scale', scheduler: 'scheduler', resolution: 'resolution' };
+const FAR = 1.4; // times larger or smaller than what an adapter was trained on
 
 export let catalog = null;
 export let defaults = null; // how the chosen adapter draws unless the user changes it
@@ -26,10 +27,24 @@ export function chooseAdapter(key) {
   adapterChanged();
 }
 
+function offers() {
+  return [...catalog.adapters, ...uploads];
+}
+
+/** The chosen adapter's offer; undefined for the base alone. */
+export function chosenOffer() {
+  return offers().find(({ key }) => key === $('adapter').value);
+}
+
+/** The name of the adapter that a picture's settings hold. A file's hash tells two files of one name apart. */
+export function adapterName({ adapter, adapter_sha256: sha256 }) {
+  const offer = catalog.adapters.find(({ key }) => key === adapter);
+  return offer ? offer.label : `${adapter} · ${sha256.slice(0, 8)}`;
+}
+
 /** Fills the lists, in the current language. What is chosen stays chosen. */
 export function fillChoices() {
-  const adapters = [...catalog.adapters, ...uploads].map((offer) => [offer.key, adapterLabel(offer)]);
-  fill('adapter', [...adapters, ['none', text('noAdapter')]]);
+  fill('adapter', [...offers().map((offer) => [offer.key, adapterLabel(offer)]), ['none', text('noAdapter')]]);
   fill('resolution', catalog.resolutions.map((side) =>
     [side, side === catalog.usual.resolution ? text('nativeSize', { side }) : `${side} px`]));
   fill('scheduler', Object.entries(catalog.schedulers));
@@ -45,7 +60,9 @@ function fill(id, options) {
 }
 
 function adapterLabel(offer) {
-  return [offer.label, ...offer.aliases.map((alias) => (hasText(alias) ? text(alias) : alias)), ...gains(offer)].join(' · ');
+  const hasTwin = offers().filter(({ label }) => label === offer.label).length > 1;
+  const aliases = offer.aliases.map((alias) => (hasText(alias) ? text(alias) : alias));
+  return [offer.label, ...(hasTwin ? [offer.sha256] : []), ...aliases].join(' · ');
 }
 
 function gains({ scores }) {
@@ -55,10 +72,11 @@ function gains({ scores }) {
   });
 }
 
-/** Shows the adapter's scores below the list, which truncates long lines, and applies its drawing defaults. */
+/** Applies the chosen adapter's drawing defaults, and shows its scores. */
 export function adapterChanged() {
-  const offer = catalog.adapters.find(({ key }) => key === $('adapter').value);
-  showText('scores', offer && gains(offer).length ? text('gains', { gains: gains(offer).join(' · ') }) : '');
+  const offer = chosenOffer();
+  $('adapter').title = $('adapter').selectedOptions[0]?.textContent ?? '';
+  showText('scores', offer && gains(offer).length ? () => text('gains', { gains: gains(offer).join(' · ') }) : null);
   const before = defaults;
   defaults = { ...(offer?.usual ?? catalog.usual) };
   if (!catalog.resolutions.includes(defaults.resolution)) defaults.resolution = catalog.usual.resolution;
@@ -69,4 +87,13 @@ export function adapterChanged() {
   const interval = defaults.guidance_interval;
   $('interval-label').hidden = !interval;
   if (interval) $('interval-text').textContent = text('interval', { low: interval[0], high: interval[1] });
+  checkSize();
+}
+
+/** Warns of a size far from the one that the adapter, or else the base, was trained on. */
+export function checkSize() {
+  const side = chosenOffer()?.side ?? catalog.usual.resolution;
+  const chosen = Number($('resolution').value);
+  const isFar = chosen > side * FAR || chosen < side / FAR;
+  showText('size-warning', isFar ? () => text(chosenOffer() ? 'farFromAdapter' : 'farFromBase', { side, chosen }) : null);
 }

@@ -12,8 +12,16 @@ export function element(tag, attributes = {}, ...children) {
   return made;
 }
 
-/** Shows a text in the element, or hides the element when there is none. */
-export function showText(id, words = '') {
-  $(id).textContent = words;
+const shownTexts = new Map(); // by the element's id: a function that gives its words
+
+/** Shows what `words()` returns in the element, in the language of the moment. Hides the element without `words`. */
+export function showText(id, words = null) {
+  if (words) shownTexts.set(id, words); else shownTexts.delete(id);
+  $(id).textContent = words ? words() : '';
   $(id).hidden = !words;
+}
+
+/** Words every shown text again, after the language has changed. */
+export function showTextsAgain() {
+  for (const [id, words] of shownTexts) $(id).textContent = words();
 }

@@ -1,5 +1,5 @@
 // Drawing: sends the order, follows its progress and puts the pictures into the gallery.
-import { closeList } from './animals.js';
+import { checkSubject, closeList } from './animals.js';
 import { catalog } from './catalog.js';
 import { $, showText } from './dom.js';
 import { addPicture } from './gallery.js';
@@ -21,28 +21,33 @@ export function cancel() {
 export async function draw() {
   if (running || !catalog) return;
   closeList();
+  checkSubject();
   showText('message');
   showText('note');
   if ($('random').checked) drawRandomSeed();
   const wrong = mistake();
   if (wrong) {
-    const [field, message] = wrong;
-    showText('message', message);
+    const [field, words] = wrong;
+    showText('message', words);
+    if ($(field).closest('details')) $(field).closest('details').open = true;
     $(field).focus();
     return;
   }
   const order = readOrder();
   start();
   const started = performance.now();
+  const notes = [];
+  const say = () => showText('note', notes.length ? () => notes.map((words) => words()).join(' ') : null);
   try {
-    await follow(order);
-    const time = duration((performance.now() - started) / 1000);
-    showText('note', [$('note').textContent, text('done', { time })].join(' ').trim());
+    await follow(order, (words) => { notes.push(words); say(); });
+    const seconds = (performance.now() - started) / 1000;
+    notes.push(() => text('done', { time: duration(seconds) }));
   } catch (error) {
-    if (error.name === 'AbortError') showText('note', text('cancelled'));
-    else showText('message', error.message);
-    show(shown);
+    if (error.name === 'AbortError') notes.push(() => text('cancelled'));
+    else showText('message', error.words ?? (() => text('failed')));
   }
+  say();
+  await show(shown);
   setRunning(null);
   $('draw').focus({ preventScroll: true });
 }
@@ -51,7 +56,7 @@ function start() {
   setRunning(new AbortController());
   $('cancel').focus();
   $('progress').removeAttribute('value');
-  $('status-text').textContent = text('starting');
+  showText('status-text', () => text('starting'));
   if (matchMedia('(max-width: 760px)').matches) $('stage').scrollIntoView({ behavior: 'smooth' });
 }
 
@@ -61,33 +66,35 @@ function setRunning(controller) {
   $('cancel').hidden = $('status').hidden = !controller;
 }
 
-async function follow(order) {
+async function follow(order, note) {
   const response = await request('/api/draw', {
     method: 'POST', headers: { 'Content-Type': 'application/json' }, body: JSON.stringify(order), signal: running.signal,
   });
-  let entry = null;
+  const set = []; // the order's entries in the gallery
   for await (const event of events(response)) {
     if (event.event === 'picture') {
       const { event: _, ...picture } = event;
-      entry = addPicture(picture, order, entry);
-      await show(entry);
+      await show(addPicture(picture, order, set));
     } else if (event.event === 'preview') {
-      showPreview(event, order);
+      showPreview(event, order, set);
+    } else if (event.event === 'note') {
+      note(() => unknown(event));
     } else {
       showProgress(event);
     }
   }
 }
 
+function unknown({ unknown: name, near }) {
+  const question = near.length ? text('near', { names: near.join(text('or')) }) : '';
+  return [text('unknown', { name }), question].join(' ').trim();
+}
+
 function showProgress(event) {
-  if (event.event === 'waiting') $('status-text').textContent = text('waiting', event);
-  if (event.event === 'loading') $('status-text').textContent = text('loading');
+  if (event.event === 'waiting') showText('status-text', () => text('waiting', event));
+  if (event.event === 'loading') showText('status-text', () => text('loading'));
   if (event.event === 'progress') {
     $('progress').value = event.done / event.total;
-    $('status-text').textContent = text('drawing', { ...event, left: duration(event.seconds_left) });
-  }
-  if (event.event === 'note') {
-    const near = event.near.length ? text('near', { names: event.near.join(text('or')) }) : '';
-    showText('note', [text('unknown', { name: event.unknown }), near].join(' '));
+    showText('status-text', () => text('drawing', { ...event, left: duration(event.seconds_left) }));
   }
 }

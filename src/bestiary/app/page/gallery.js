@@ -1,19 +1,24 @@
-// The gallery: what this tab has drawn. An entry is {order, pictures, colours, card}; its second picture is the base's.
+// The gallery: what this tab has drawn. An entry is {order, set, pictures, colours, card}: its second picture is the
+// base's, and its set are the entries of one order.
+import { adapterName } from './catalog.js';
 import { UNCHANGED } from './colours.js';
 import { $, element } from './dom.js';
+import { text } from './language.js';
 
 const MAX_ENTRIES = 200; // the oldest is dropped, so that the tab's memory stays flat
 
 const entries = [];
 
-/** Adds a picture to the gallery: the adapter's starts an entry, the base's joins the entry before it. */
-export function addPicture({ image, ...rest }, order, entry) { // rest: role, settings, parameters, animal, device
+/** Adds a picture to the gallery: the adapter's starts an entry of the set, the base's joins the last entry. */
+export function addPicture({ image, ...rest }, order, set) { // rest: role, settings, parameters, animal, device
   const picture = { data: pngOf(image), ...rest };
+  let entry = set.at(-1);
   if (picture.role === 'base') {
     entry.pictures.push(picture);
   } else {
-    entry = { order: { ...order, seed: picture.settings.seed }, pictures: [picture], colours: { ...UNCHANGED }, card: element('li') };
+    entry = { order: { ...order, seed: picture.settings.seed }, set, pictures: [picture], colours: { ...UNCHANGED }, card: element('li') };
     entries.push(entry);
+    set.push(entry);
     $('gallery').prepend(entry.card);
     $('gallery-section').hidden = false;
     if (entries.length > MAX_ENTRIES) drop(entries.shift());
@@ -27,6 +32,11 @@ export function entryAt(node) {
   return entries.find(({ card }) => card.contains(node));
 }
 
+/** Words every card again, after the language has changed. */
+export function translateCards() {
+  for (const { card, pictures } of entries) card.querySelector('.by').textContent = drawnBy(pictures[0]);
+}
+
 function pngOf(dataUri) {
   const bytes = Uint8Array.from(atob(dataUri.split(',')[1]), (character) => character.charCodeAt(0));
   return new Blob([bytes], { type: 'image/png' });
@@ -38,10 +48,16 @@ function fillCard({ card, pictures }) {
   const images = pictures.map(({ data }) => element('img', { src: URL.createObjectURL(data), alt: '' }));
   card.replaceChildren(element('button', { type: 'button' },
     element('span', { className: 'thumbs' }, ...images),
-    element('span', { className: 'name', textContent: `${animal || settings.prompt} · ${settings.seed}` })));
+    element('span', { className: 'name', textContent: animal || settings.prompt }),
+    element('span', { className: 'by', textContent: drawnBy(pictures[0]) })));
 }
 
-function drop({ card }) {
+function drawnBy({ settings }) {
+  return `${settings.adapter ? adapterName(settings) : text('baseOnly')} · ${settings.seed}`;
+}
+
+function drop({ card, set }) {
+  set.shift();
   releaseImages(card);
   card.remove();
 }

@@ -1,13 +1,13 @@
 // Starts the page and connects its buttons and fields.
-import { connectAnimals } from './animals.js';
-import { adapterChanged, catalog, fillChoices, loadCatalog } from './catalog.js';
+import { checkSubject, connectAnimals } from './animals.js';
+import { adapterChanged, catalog, checkSize, fillChoices, loadCatalog } from './catalog.js';
 import { COLOURS } from './colours.js';
-import { $, showText } from './dom.js';
+import { $, showText, showTextsAgain } from './dom.js';
 import { cancel, draw, isDrawing } from './drawing.js';
-import { entryAt } from './gallery.js';
+import { entryAt, translateCards } from './gallery.js';
 import { switchLanguage, translateDocument } from './language.js';
 import { repeatOrder } from './order.js';
-import { applyColours, resetColours, show, shown } from './stage.js';
+import { applyColours, resetColours, show, showAgain, shown } from './stage.js';
 import { uploadAdapter } from './upload.js';
 
 function changeLanguage() {
@@ -15,9 +15,16 @@ function changeLanguage() {
   translateDocument();
   if (catalog) {
     fillChoices();
-    adapterChanged();
+    chooseAnotherAdapter();
+    translateCards();
   }
-  if (shown) show(shown);
+  showTextsAgain();
+  if (!isDrawing()) showAgain();
+}
+
+function chooseAnotherAdapter() {
+  adapterChanged();
+  checkSubject();
 }
 
 async function openEntry(event) {
@@ -37,8 +44,12 @@ document.addEventListener('keydown', (event) => {
   if (event.key === 'Escape' && !event.isComposing) cancel();
 });
 $('language').addEventListener('click', changeLanguage);
-$('adapter').addEventListener('change', adapterChanged);
-$('upload').addEventListener('change', uploadAdapter);
+$('adapter').addEventListener('change', chooseAnotherAdapter);
+$('resolution').addEventListener('change', checkSize);
+$('upload').addEventListener('change', async () => {
+  await uploadAdapter();
+  checkSubject();
+});
 $('upload-label').addEventListener('keydown', (event) => {
   if (event.key !== 'Enter' && event.key !== ' ') return;
   event.preventDefault();
@@ -47,13 +58,18 @@ $('upload-label').addEventListener('keydown', (event) => {
 $('seed').addEventListener('input', () => { $('random').checked = false; });
 for (const colour of COLOURS) $(colour).addEventListener('input', applyColours);
 $('reset').addEventListener('click', resetColours);
-$('reuse').addEventListener('click', () => repeatOrder(shown.order));
+$('reuse').addEventListener('click', () => {
+  repeatOrder(shown.order);
+  checkSubject();
+  checkSize();
+});
 $('gallery').addEventListener('click', openEntry);
 
 translateDocument();
 try {
   await loadCatalog();
+  checkSubject();
   document.body.classList.add('ready');
 } catch (error) {
-  showText('message', error.message);
+  showText('message', error.words);
 }

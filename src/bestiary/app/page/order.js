@@ -6,18 +6,17 @@ import { text } from './language.js';
 const MAX_LENGTH = { animal: 200, prompt: 1000 }; // characters
 const NUMBERS = ['seed', 'count', 'steps', 'guidance'];
 
-/** The first mistake in the form as [field, message], or null. */
+/** The first mistake in the form as [field, words], or null. `words()` says what is wrong. */
 export function mistake() {
   for (const [id, max] of Object.entries(MAX_LENGTH)) {
-    if ([...$(id).value].length > max) return [id, text('long', { field: text(id), max })];
+    if ([...$(id).value].length > max) return [id, () => text('long', { field: text(id), max })];
   }
   for (const id of NUMBERS) {
     const { value, validity, min, max } = $(id);
-    const field = text(id);
-    if (value === '' || validity.rangeUnderflow || validity.rangeOverflow || validity.badInput) return [id, text('range', { field, min, max })];
-    if (validity.stepMismatch && id !== 'guidance') return [id, text('whole', { field })];
+    if (value === '' || validity.rangeUnderflow || validity.rangeOverflow || validity.badInput) return [id, () => text('range', { field: text(id), min, max })];
+    if (validity.stepMismatch && id !== 'guidance') return [id, () => text('whole', { field: text(id) })];
   }
-  return ($('animal').value + $('prompt').value).trim() ? null : ['animal', text('missing')];
+  return ($('animal').value + $('prompt').value).trim() ? null : ['animal', () => text('missing')];
 }
 
 export function readOrder() {

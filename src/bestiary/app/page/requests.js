@@ -1,12 +1,22 @@
-// Requests to the server. Every failure becomes an Error whose message can be shown to the user.
+// Requests to the server. Every failure becomes a Refusal, which can be shown to the user in either language.
 import { hasText, text } from './language.js';
+
+const STATUS_TEXTS = { 401: 'signedOut', 403: 'otherSite', 429: 'slowDown' };
+
+/** Why something failed; `words()` says so in the language of the moment. */
+export class Refusal extends Error {
+  constructor(words) {
+    super(words());
+    this.words = words;
+  }
+}
 
 export async function request(path, options) {
   const response = await fetch(path, options).catch(connectionLost);
   if (response.ok) return response;
-  if (response.status === 401) throw new Error(text('signedOut'));
   const answer = await response.json().catch(() => ({}));
-  throw new Error(answer.message ? refusal(answer) : text('failed'));
+  if (answer.message) throw refusal(answer);
+  throw new Refusal(() => text(STATUS_TEXTS[response.status] ?? 'failed'));
 }
 
 /** The events of a drawing: the server sends one JSON object per line and ends with "done" or "error". */
@@ -15,12 +25,12 @@ export async function* events(response) {
   let rest = '';
   for (;;) {
     const { done, value } = await reader.read().catch(connectionLost);
-    if (done) throw new Error(text('unreachable')); // before the last event
+    if (done) connectionLost({}); // before the last event
     const lines = (rest + value).split('\n');
     rest = lines.pop();
     for (const line of lines) {
       const event = JSON.parse(line);
-      if (event.event === 'error') throw new Error(refusal(event));
+      if (event.event === 'error') throw refusal(event);
       if (event.event === 'done') return;
       yield event;
     }
@@ -28,9 +38,9 @@ export async function* events(response) {
 }
 
 function connectionLost(error) {
-  throw error.name === 'AbortError' ? error : new Error(text('unreachable'));
+  throw error.name === 'AbortError' ? error : new Refusal(() => text('unreachable'));
 }
 
 function refusal({ message, key, values }) {
-  return hasText(key) ? text(key, values) : text('otherRefusal', { message });
+  return new Refusal(() => (hasText(key) ? text(key, values) : text('otherRefusal', { message })));
 }

@@ -1,59 +1,88 @@
-// The stage shows one entry of the gallery: its pictures, their colours and their settings.
-import { catalog } from './catalog.js';
+// The stage shows one order: all its pictures, and the colours and settings of the entry that is chosen among them.
+import { adapterName, catalog } from './catalog.js';
 import { COLOURS, withColours } from './colours.js';
 import { $, element } from './dom.js';
 import { text } from './language.js';
 import { savePicture } from './saving.js';
 
-export let shown = null; // the entry on the stage
+export let shown = null; // the chosen entry
+let groups = new Map(); // by entry of the order on the stage: the element with its pictures
 
-/** Shows an entry, or the empty stage for null. */
+/** Shows an entry among all of its order, or the empty stage for null. */
 export async function show(entry) {
   document.querySelector('#gallery .current')?.classList.remove('current');
   shown = entry;
   $('tools').hidden = !entry;
   if (!entry) {
+    groups = new Map();
     $('pictures').replaceChildren(element('p', { className: 'empty', 'data-text': 'empty', textContent: text('empty') }));
     return;
   }
   entry.card.classList.add('current');
-  const figures = await Promise.all(entry.pictures.map((picture) => figureOf(picture, entry)));
+  const made = await Promise.all(entry.set.map(async (each) => [each, await groupOf(each)]));
   if (shown !== entry) return;
-  $('pictures').replaceChildren(...figures);
+  groups = new Map(made);
+  $('pictures').replaceChildren(...groups.values());
+  $('pictures').classList.toggle('paired', entry.order.compare);
+  for (const [each, group] of groups) group.classList.toggle('chosen', each === entry && groups.size > 1);
   for (const colour of COLOURS) $(colour).value = entry.colours[colour];
   applyColours();
   $('settings').replaceChildren(...settingsOf(entry.pictures[0]).map(([key, value]) =>
     element('div', {}, element('dt', { textContent: text(key) }), element('dd', { textContent: value }))));
 }
 
-/** Shows what a picture looks like after the current step. */
-export function showPreview({ role, image }, order) {
+/** Shows the stage again, after the language has changed. */
+export function showAgain() {
+  groups = new Map();
+  return shown && show(shown);
+}
+
+/** Shows what a picture looks like after the current step, beside what the order's set holds so far. */
+export function showPreview({ role, image }, order, set) {
   let figure = document.querySelector(`#pictures .forming[data-role=${role}]`);
   if (!figure) {
+    document.querySelector('#pictures .forming')?.remove();
     figure = element('figure', { className: 'forming', 'data-role': role },
       element('img', { alt: '' }), element('figcaption', { textContent: roleName(role, order) }));
-    if (role === 'adapter') {
-      $('pictures').replaceChildren(figure);
-      $('tools').hidden = true;
+    const before = role === 'base' && groups.get(set.at(-1)); // the base's picture follows the adapter's
+    if (before) {
+      before.append(figure);
     } else {
-      $('pictures').append(figure); // the base's picture follows the adapter's
+      const group = element('div', { className: 'entry' }, figure);
+      if (set.length) $('pictures').append(group); else $('pictures').replaceChildren(group);
+      $('pictures').classList.toggle('paired', order.compare);
+      if (!set.length) $('tools').hidden = true;
     }
   }
   figure.querySelector('img').src = image;
 }
 
+/** The element with an entry's pictures: the one on the stage if it is complete. */
+async function groupOf(entry) {
+  const before = groups.get(entry);
+  if (before?.querySelectorAll('canvas').length === entry.pictures.length) {
+    before.querySelector('.forming')?.remove();
+    return before;
+  }
+  const figures = await Promise.all(entry.pictures.map((picture) => figureOf(picture, entry)));
+  return element('div', { className: 'entry', onclick: () => shown !== entry && groups.has(entry) && show(entry) }, ...figures);
+}
+
 async function figureOf(picture, entry) {
   const bitmap = await createImageBitmap(picture.data);
   const canvas = element('canvas', { width: bitmap.width, height: bitmap.height, role: 'img', 'aria-label': picture.settings.prompt });
-  const context = canvas.getContext('2d', { willReadFrequently: true });
-  context.drawImage(bitmap, 0, 0);
+  canvas.getContext('2d', { willReadFrequently: true }).drawImage(bitmap, 0, 0);
   bitmap.close();
-  canvas.original = context.getImageData(0, 0, canvas.width, canvas.height);
+  colour(canvas, entry.colours);
   const save = (kind) => element('button', {
     type: 'button', className: 'quiet', textContent: text('save', { kind }), onclick: () => savePicture(kind, canvas, picture, entry.colours),
   });
   return element('figure', { 'data-role': picture.role }, canvas,
-    element('figcaption', {}, element('span', { textContent: roleName(picture.role, entry.order) }), save('PNG'), save('JPEG')));
+    element('figcaption', {}, element('span', { textContent: captionOf(picture, entry) }), save('PNG'), save('JPEG')));
+}
+
+function captionOf({ role, settings }, { order }) {
+  return order.count > 1 ? `${roleName(role, order)} · ${settings.seed}` : roleName(role, order);
 }
 
 function roleName(role, order) {
@@ -67,22 +96,28 @@ function settingsOf({ settings, device }) {
     ['prompt', settings.prompt], ['seed', settings.seed], ['steps', settings.steps],
     ['guidance', settings.guidance_interval ? text('guidanceInInterval', { scale, low, high }) : scale],
     ['scheduler', catalog.schedulers[settings.scheduler]], ['resolution', `${settings.resolution} px`],
-    ['adapter', settings.adapter ?? text('noAdapter')], ['base', settings.base], ['device', device.toUpperCase()],
+    ['adapter', settings.adapter ? adapterName(settings) : text('noAdapter')], ['base', settings.base], ['device', device.toUpperCase()],
   ];
 }
 
-/** Applies the sliders to the pictures on the stage. */
+/** Applies the sliders to the pictures of the chosen entry. */
 export function applyColours() {
-  for (const colour of COLOURS) {
-    shown.colours[colour] = Number($(colour).value);
-    document.querySelector(`output[for=${colour}]`).value = shown.colours[colour].toFixed(2);
+  for (const name of COLOURS) {
+    shown.colours[name] = Number($(name).value);
+    document.querySelector(`output[for=${name}]`).value = shown.colours[name].toFixed(2);
   }
-  for (const canvas of document.querySelectorAll('#pictures canvas')) {
-    canvas.getContext('2d').putImageData(withColours(canvas.original, shown.colours), 0, 0);
-  }
+  for (const canvas of groups.get(shown)?.querySelectorAll('canvas') ?? []) colour(canvas, shown.colours);
+}
+
+/** Draws a canvas with its picture in these colours. The original is read only once it is needed. */
+function colour(canvas, colours) {
+  if (!canvas.original && COLOURS.every((name) => colours[name] === 1)) return;
+  const context = canvas.getContext('2d');
+  canvas.original ??= context.getImageData(0, 0, canvas.width, canvas.height);
+  context.putImageData(withColours(canvas.original, colours), 0, 0);
 }
 
 export function resetColours() {
-  for (const colour of COLOURS) $(colour).value = 1;
+  for (const name of COLOURS) $(name).value = 1;
   applyColours();
 }

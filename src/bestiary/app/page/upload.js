@@ -9,12 +9,12 @@ export async function uploadAdapter() {
   $('upload').value = ''; // so that choosing the same file again counts as a change
   if (!file) return;
   showText('message');
-  showText('note', text('uploading', { name: file.name }));
+  showText('note', () => text('uploading', { name: file.name }));
   try {
     const response = await request(`/api/adapters?name=${encodeURIComponent(file.name)}`, { method: 'PUT', body: file });
     addUpload(await response.json());
   } catch (error) {
-    showText('message', error.message);
+    showText('message', error.words);
   }
   showText('note');
 }

@@ -126,10 +126,6 @@ def _plain_errors(name: str) -> Iterator[None]:
             name=name,
             limit=f"{UPLOAD_SECONDS / 60:g}",
         ) from None
-    except RefusedError:
-        raise
-    except BestiaryError as error:
-        raise RefusedError("unusable", "{reason}", reason=str(error)) from None
     except OSError:
         raise RefusedError(
             "noSpace", "The server could not store {name}. Free some space on its disk, then try again.", name=name

@@ -3,7 +3,10 @@ import { hasText, text } from './language.js';
 
 const STATUS_TEXTS = { 401: 'signedOut', 403: 'otherSite', 429: 'slowDown' };
 
-/** Why something failed; `words()` says so in the language of the moment. */
+/**
+ * Why something failed; `words()` says so in the language of the moment. A sentence of the server that has no translation
+ * is put into the text `words(key)`.
+ */
 export class Refusal extends Error {
   constructor(words) {
     super(words());
@@ -42,5 +45,5 @@ function connectionLost(error) {
 }
 
 function refusal({ message, key, values }) {
-  return new Refusal(() => (hasText(key) ? text(key, values) : text('otherRefusal', { message })));
+  return new Refusal((other = 'otherRefusal') => (hasText(key) ? text(key, values) : text(other, { message })));
 }

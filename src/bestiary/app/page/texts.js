@@ -35,7 +35,7 @@ export const TEXTS = {
     slowDown: 'There were too many requests from your address. Wait a minute, then try again.',
     otherSite: 'The server took this for a request from another site. Open the page at its own address.',
     signedOut: 'You are no longer signed in. Reload the page to sign in again.',
-    failed: 'The request failed. The server’s log has the details.', otherRefusal: '{message}',
+    failed: 'The request failed. The server’s log has the details.', otherRefusal: '{message}', unusable: '{message}',
   },
   zh: {
     otherLanguage: 'English',
@@ -77,7 +77,7 @@ export const TEXTS = {
     tooLarge: '{name} 超过 {limit} MiB，请选择更小的文件。', late: '{name} 在 {limit} 分钟内没有传完，或中途停止了传输，请换用更快的网络再试。',
     noSpace: '服务器无法保存 {name}，请清理其磁盘空间后再试。',
     longHeader: '{name} 不是适配器，或其元数据超过 {limit} MiB，请另选文件。',
-    unusable: '无法使用这个文件，请另选一个适配器。原因（英文）：{reason}',
+    unusable: '无法使用这个文件，请另选一个适配器。原因（英文）：{message}',
     longOrder: '请求太长，请缩短提示词。', lateOrder: '请求没有按时传完，请再试一次。', onlyJson: '请以 application/json 格式发送请求。',
     tooManyOpen: '来自你的网络地址的 {limit} 个请求还没有完成，请等其中一个完成后再试。',
     slowReader: '网络太慢，来不及接收这些图片，请减少张数。',

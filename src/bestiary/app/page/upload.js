@@ -14,7 +14,7 @@ export async function uploadAdapter() {
     const response = await request(`/api/adapters?name=${encodeURIComponent(file.name)}`, { method: 'PUT', body: file });
     addUpload(await response.json());
   } catch (error) {
-    showText('message', error.words);
+    showText('message', () => error.words('unusable'));
   }
   showText('note');
 }

@@ -138,6 +138,8 @@ def test_an_unknown_animal_is_drawn_as_written_with_a_hint(server: RunningPage) 
         ({"adapter": "local:7"}, "gone"),
         ({"base": "/etc"}, "noBase"),
         ({"device": "cuda:9"}, "noDevice"),
+        ({"scheduler": "lcm"}, "lcmBase"),
+        ({"prompt": "word " * 100}, "tooManyTokens"),
     ],
 )
 def test_an_invalid_order_is_refused_in_one_sentence(

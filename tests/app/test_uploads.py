@@ -99,7 +99,10 @@ def test_an_upload_for_another_base_is_refused_unless_a_base_is_chosen(
         about = file.metadata() | {"bestiary": json.dumps({"base": "somebody/else", "base_sha256": "0" * 64})}
         data = save({key: file.get_tensor(key) for key in file.keys()}, about)  # noqa: SIM118
     key = server.client.put("/api/adapters", params={"name": "far.safetensors"}, content=data).json()["key"]
-    sentence = server.refusal(adapter=key)["message"]
+    refusal = server.refusal(adapter=key)
+    sentence = refusal["message"]
+    assert refusal["key"] == "otherBase"
+    assert refusal["values"]["name"] == "far.safetensors"
     assert all(name in sentence for name in ("far.safetensors", "models/base", "somebody/else"))
     assert len(pictures(server.draw(adapter=key, base="models/base"))) == 1
 

@@ -7,6 +7,8 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
+from tqdm import tqdm
+
 from bestiary.data.listing import describe_left_out
 from bestiary.data.local import take
 from bestiary.stage import stage
@@ -38,10 +40,17 @@ def main() -> None:
             from bestiary.data.sciencedb import download  # its HTTP client is not needed for a folder
 
             downloaded = download(
-                RAW, dataset.sciencedb, classes=dataset.classes, images_per_class=dataset.images_per_class
+                RAW,
+                dataset.sciencedb,
+                classes=dataset.classes,
+                images_per_class=dataset.images_per_class,
+                tell=lambda line: tqdm.write(f"download: {line}", file=sys.stderr),
             )
+            for line in describe_left_out(downloaded.left_out):
+                print(f"download: {line}", file=sys.stderr)
             per_class = downloaded.per_class
             found = {key: value for key, value in asdict(downloaded).items() if key != "per_class"}
+            found["left_out"] = dict(sorted(Counter(each.kind for each in downloaded.left_out).items()))
         seconds, images = time.perf_counter() - started, sum(per_class.values())
         fetched = {key: found.pop(key) for key in ("fetched_files",) if key in found}  # the others were in the cache
         results = {"source": dataset.source, "images": images, "classes": len(per_class)}

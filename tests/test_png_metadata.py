@@ -94,7 +94,15 @@ def test_a_colour_factor_changes_the_picture_and_1_leaves_it_alone(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"no picture", "not a readable picture"), (None, "no picture"), (b"", "not a readable picture")],
+    [
+        (b"no picture", "not a readable PNG, JPEG or WebP"),
+        (None, "does not exist"),
+        (b"", "not a readable PNG, JPEG or WebP"),
+        (
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n",
+            "not a readable PNG, JPEG or WebP",
+        ),
+    ],
 )
 def test_a_file_that_is_not_a_picture_is_refused_by_name(tmp_path: Path, content: bytes | None, words: str) -> None:
     path = tmp_path / "x.png"

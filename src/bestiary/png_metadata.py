@@ -103,19 +103,23 @@ def read_settings(path: Path) -> PictureSettings:
 
     Raises BestiaryError when the file is not a picture, carries no settings, or carries some that cannot be drawn.
     """
-    from PIL import Image, UnidentifiedImageError
     from pydantic import TypeAdapter
 
+    from bestiary.image_files import UnreadableImageError, open_image
+
     try:
-        with Image.open(path) as image:
+        with open_image(path, formats=("PNG", "JPEG", "WEBP")) as image:
             image.load()
             text = image.info[KEY]
         _StoredSettings(**json.loads(text))  # refuses keys that it does not know
         stored = TypeAdapter(_StoredSettings).validate_json(text, strict=True)
-    except FileNotFoundError:
-        raise BestiaryError(f"There is no picture {path}.") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError):
-        raise BestiaryError(f"{path} is not a readable picture.") from None
+    except UnreadableImageError as error:
+        raise BestiaryError(
+            f"{path} is not a readable PNG, JPEG or WebP picture: {error.reason}. "
+            "Name a PNG exactly as Bestiary wrote it."
+        ) from None
+    except (OSError, SyntaxError):
+        raise BestiaryError(f"{path} is not a readable picture. Name a PNG exactly as Bestiary wrote it.") from None
     except (KeyError, TypeError, ValueError, RecursionError):
         raise BestiaryError(f"{path} contains no settings. Name a PNG exactly as Bestiary wrote it.") from None
     settings = stored.settings()

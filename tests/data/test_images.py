@@ -1,6 +1,7 @@
 import contextlib
 import io
 import struct
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from bestiary.data.images import UnreadableImageError, decode, open_rgb, right_extension
+from bestiary.data.images import decode, open_rgb, right_extension
+from bestiary.image_files import UnreadableImageError
 
 Draw = Callable[..., Image.Image]
 
@@ -79,6 +81,53 @@ def test_16_bit_grey_keeps_its_brightness(tmp_path: Path) -> None:
     decoded = decode(tmp_path / "a.png")
     assert decoded.changes == ("16-bit",)
     assert np.array_equal(np.asarray(decoded.image)[..., 0].ravel(), np.arange(256))
+
+
+def test_deep_grey_is_converted_a_few_rows_at_a_time(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 2**16, (1000, 1000), dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png", compress_level=1)
+    tracemalloc.start()
+    image = open_rgb(tmp_path / "a.png")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.array_equal(np.asarray(image)[..., 0], (values / 65535 * 255).round())
+    assert peak < 8 * values.size  # bytes; 64-bit numbers of all pixels alone would take 8 for each, twice
+
+
+@pytest.mark.parametrize(("orientation", "size"), [(1, (12_000, 9_000)), (6, (9_000, 12_000))])
+def test_a_phones_largest_photo_is_decoded_at_half_size_and_keeps_its_real_size(
+    tmp_path: Path, orientation: int, size: tuple[int, int]
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.linear_gradient("L").resize((12_000, 9_000)).save(tmp_path / "108.jpg", exif=exif)
+    decoded = decode(tmp_path / "108.jpg")
+    assert (decoded.size, decoded.image.size) == (size, (size[0] // 2, size[1] // 2))
+    levels = np.asarray(decoded.image.resize((8, 8)))[..., 0].astype(int)
+    assert (levels[0] < levels[7]).all() if orientation == 1 else (levels[:, 0] > levels[:, 7]).all()
+
+
+def test_a_photo_of_200_megapixels_is_no_bomb_and_a_png_of_that_size_is_one(tmp_path: Path) -> None:
+    content = bytearray(_jpeg(progressive=False))
+    frame = content.index(b"\xff\xc0")
+    content[frame + 5 : frame + 9] = struct.pack(">HH", 12_240, 16_320)
+    assert decode(tmp_path / "200.jpg", bytes(content)).size == (16_320, 12_240)
+    with pytest.raises(UnreadableImageError, match="bomb"):
+        decode(tmp_path / "200.png", _png(16_320, 12_240, 8, 2, bytes(1000)))
+
+
+def _jpeg(progressive: bool) -> bytes:
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").convert("RGB").resize((64, 64)).save(buffer, "JPEG", progressive=progressive)
+    return buffer.getvalue()
+
+
+def test_a_jpeg_may_be_decoded_smaller_but_not_below_the_size_that_is_enough(tmp_path: Path, picture: Draw) -> None:
+    picture(1, (1600, 1200)).save(tmp_path / "a.jpg", quality=95)
+    whole, small = decode(tmp_path / "a.jpg"), decode(tmp_path / "a.jpg", at_least=300)
+    assert (small.size, small.image.size, whole.image.size) == ((1600, 1200), (400, 300), (1600, 1200))
+    difference = np.asarray(small.image, int) - np.asarray(whole.image.reduce(4), int)
+    assert np.abs(difference).mean() < 3
 
 
 @pytest.mark.parametrize(("colour_type", "channels", "changes"), [(2, 3, ("16-bit",)), (6, 4, ("16-bit", "alpha"))])

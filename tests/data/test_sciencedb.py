@@ -2,9 +2,11 @@ import csv
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from email.utils import formatdate
@@ -17,6 +19,7 @@ from support.sciencedb_server import HTML, ScienceDB, serving
 
 from bestiary import params
 from bestiary.data import sciencedb_client
+from bestiary.data.listing import read_left_out
 from bestiary.data.sciencedb import Downloaded, download
 from bestiary.errors import BestiaryError
 
@@ -62,6 +65,7 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.target, self.cache = folder / "raw", folder / "cache"
         self.pauses: list[float] = []
+        self.lines: list[str] = []  # what the user was told
 
     def __call__(
         self,
@@ -76,11 +80,12 @@ class Run:
             images_per_class=images_per_class,
             cache=self.cache,
             sleep=self.pauses.append,
+            tell=self.lines.append,
         )
 
     @property
     def tree(self) -> dict[str, bytes]:
-        return {path.relative_to(self.target).as_posix(): path.read_bytes() for path in self.target.rglob("*.*")}
+        return {path.relative_to(self.target).as_posix(): path.read_bytes() for path in self.target.glob("*/*")}
 
 
 @pytest.fixture
@@ -250,6 +255,124 @@ def test_a_partial_download_resumes(server: ScienceDB, run: Run) -> None:
     assert server.served[path] < 1.2 * len(server.files[path])
 
 
+QUICK = SETTINGS.model_copy(update={"retries": 1, "timeout_s": 0.2})
+
+
+@pytest.mark.parametrize("fault", ["endless", "drip"])
+def test_a_listing_without_end_is_given_up_and_the_address_and_the_limit_are_named(
+    server: ScienceDB, run: Run, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    monkeypatch.setattr(sciencedb_client, "MAX_PAGE_BYTES", 2**20)
+    monkeypatch.setattr(sciencedb_client, "MAX_ADDRESSES_BYTES", 2**20)
+    server.listing_faults = [f"always {fault}"]
+    limit = "more than the 1 MiB" if fault == "endless" else "bytes a second; at least 512 are needed"
+    with pytest.raises(BestiaryError, match=rf"{server.url}/api/gin.*{limit}.*{server.url}/api/sdb.*{limit}"):
+        run(settings=QUICK)
+    assert not run.target.exists()
+
+
+def test_a_listing_of_endlessly_many_pages_or_folders_is_given_up(
+    server: ScienceDB, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sciencedb_client, "MAX_ENTRIES", 5)
+    with pytest.raises(BestiaryError, match=r"more than 5 entries.*more than 5 entries"):
+        run()
+
+
+@pytest.mark.parametrize("size", [None, 2000])
+def test_a_file_that_comes_at_a_few_bytes_a_second_is_given_up(server: ScienceDB, run: Run, size: int | None) -> None:
+    server.sizes = server.md5 = size is not None
+    server.faults["/V1/Animal/cat/cat 1 图.jpg"] = ["always drip"]
+    with pytest.raises(BestiaryError, match=r"1 of 6 files.*bytes a second; at least 512 are needed"):
+        run(settings=QUICK)
+    assert server.requests["/V1/Animal/cat/cat 1 图.jpg"] == 2  # the bytes that came are no progress
+
+
+def test_an_archive_of_unknown_size_without_end_is_given_up(
+    run: Run, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sciencedb_client, "MAX_UNSIZED_BYTES", 2**20)
+    with serve({"/V1/Animal.zip": b"PK\x03\x04"}) as server:
+        server.sizes = server.md5 = False
+        server.faults["/V1/Animal.zip"] = ["always endless"]
+        with pytest.raises(
+            BestiaryError, match=rf"{server.url}/cdn sends more than 1,048,576 bytes for /V1/Animal\.zip"
+        ):
+            run()
+    assert sum(path.stat().st_size for path in run.cache.rglob("*") if path.is_file()) < 2**20
+
+
+def test_an_archive_may_have_the_size_that_its_answer_names(
+    run: Run, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sciencedb_client, "MAX_UNSIZED_BYTES", 2**10)
+    files = {path.removeprefix("/V1/"): content for path, content in dataset(2).items()}
+    with serve({"/V1/Animal.zip": make_archive(".zip", files)}) as server:
+        server.sizes = server.md5 = False
+        assert run().per_class == {"cat": 2, "owl": 2}
+
+
+def test_each_retry_is_told_with_its_reason(server: ScienceDB, run: Run) -> None:
+    server.listing_faults = ["503"]
+    server.faults["/V1/Animal/cat/cat 1 图.jpg"] = ["429 after", "hang up"]
+    run()
+    listing, limited, lost = run.lines
+    assert listing.startswith("the listing of /V1: HTTP 503. Retry 1 of 3 in ")
+    assert limited == "/V1/Animal/cat/cat 1 图.jpg: HTTP 429. Retry 1 of 3 in 7 s."
+    assert "the connection ended before the answer did. Retry 2 of 3 in " in lost
+
+
+def test_without_a_network_the_download_says_so_at_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCIENCEDB_API_URL", "http://scidb.invalid")
+
+    def offline(*_: object, **__: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", offline)
+    with pytest.raises(
+        BestiaryError, match=r"http://scidb\.invalid cannot be reached: .*no network.*SCIENCEDB_API_URL"
+    ):
+        run()
+    assert run.pauses == []
+
+
+def test_a_network_that_fails_in_the_middle_is_waited_for(
+    server: ScienceDB, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, failed = socket.getaddrinfo, list[str]()
+
+    def sometimes(host: str, *arguments: object, **named: object) -> object:
+        if host == "localhost" and not failed:
+            failed.append(host)
+            raise socket.gaierror(-3, "Temporary failure in name resolution")
+        return real(host, *arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket, "getaddrinfo", sometimes)
+    monkeypatch.setenv("SCIENCEDB_DOWNLOAD_URL", server.url.replace("127.0.0.1", "localhost"))
+    run()
+    assert run.tree == expected(server.files)
+    assert len(run.lines) == 1
+    assert "no network" in run.lines[0]
+
+
+def test_what_the_listing_has_beside_the_images_is_counted_by_its_reason(
+    server: ScienceDB, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.add("/V1/Animal/dragon/1.jpg", image("dragon"))
+    server.add("/V1/more.rar", b"Rar!")
+    page = [{"id": file_id, "path": path, "size": len(server.files[path])} for file_id, path in server.ids.items()]
+    monkeypatch.setattr(server, "page", [*page, {"id": "7"}, {"path": "/V1/Animal/cat/8.jpg"}])
+    downloaded = run()
+    assert downloaded.per_class == {"cat": 3, "owl": 3}
+    assert Counter(each.kind for each in downloaded.left_out) == {
+        "not an image": 1,
+        "in no folder of the 100 animals": 1,
+        "an archive of a kind that bestiary cannot unpack": 1,
+        "listed without a path or an id": 2,
+    }
+    assert sum(each.path == "/V1/readme.txt" for each in read_left_out(run.target)) == 1
+
+
 def test_requests_at_once_are_limited_by_connections(run: Run, serve: Serve) -> None:
     with serve(dataset(40)) as server:
         server.bytes_per_second = 100_000
@@ -302,7 +425,7 @@ def test_unknown_class_folders_are_reported(server: ScienceDB, run: Run) -> None
     downloaded = run()
     assert downloaded.unknown_classes == ["dragon", "unicorn"]
     assert downloaded.per_class == {"cat": 4, "owl": 3}
-    assert sorted(path.name for path in run.target.iterdir()) == ["cat", "owl"]
+    assert sorted(path.name for path in run.target.iterdir() if path.is_dir()) == ["cat", "owl"]
 
 
 def test_the_extra_files_of_a_mac_archive_are_skipped(run: Run, serve: Serve) -> None:
@@ -373,7 +496,7 @@ def test_no_path_in_an_archive_leads_out_of_the_target(run: Run, tmp_path: Path,
     assert len({name.casefold() for name in found}) == len(found)
     assert all(len(name.encode()) < 200 and name.isprintable() for name in found)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "raw"]
-    assert {path.parent for path in run.target.rglob("*.*")} == {run.target / "cat", run.target / "owl"}
+    assert {path.parent for path in run.target.glob("*/*")} == {run.target / "cat", run.target / "owl"}
 
 
 def test_two_files_listed_under_one_path_are_both_downloaded(

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
@@ -127,6 +127,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._respond(200, HTML, {"Content-Type": "text/html"})
         elif fault == "429 after":
             self._respond(429, b"", {"Retry-After": self.server.retry_after})
+        elif fault == "endless":
+            self._without_end(b'{"id": "1", "path": "/V1/a.jpg"},' * 1024, pause=0)
+        elif fault == "drip":
+            self._without_end(b" ", pause=0.05)
         elif fault == "hang":
             time.sleep(3)
             self.close_connection = True
@@ -135,6 +139,17 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._respond(int(fault), b"")
         return True
+
+    def _without_end(self, block: bytes, pause: float) -> None:
+        """Send a body that never ends, without its length, until the client hangs up."""
+        self.close_connection = True
+        self.send_response(200)
+        self.end_headers()
+        with suppress(OSError):
+            for _ in range(4096):
+                self.wfile.write(block)
+                self.wfile.flush()
+                time.sleep(pause)
 
     def _page(self, query: Json) -> list[Json]:
         if self.server.page is not None:

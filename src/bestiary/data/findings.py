@@ -16,9 +16,10 @@ from PIL import Image
 
 from bestiary.data.contact_sheets import contact_sheet, with_title
 from bestiary.data.folder import link
-from bestiary.data.images import UnreadableImageError, open_rgb
+from bestiary.data.images import open_rgb
 from bestiary.data.names import printable
 from bestiary.errors import BestiaryError
+from bestiary.image_files import UnreadableImageError
 from bestiary.tables import spreadsheet_text, typed_text
 
 Action = Literal["converted", "repaired", "flagged", "quarantined", "kept", "left out"]

@@ -1,4 +1,4 @@
-"""Opening one image file of any common format as 8-bit sRGB."""
+"""One image file of any common format as 8-bit sRGB."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
-from pillow_heif import register_heif_opener
+from numpy.typing import NDArray
+from PIL import Image, ImageCms, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
 
-from bestiary.errors import BestiaryError
+from bestiary.image_files import UnreadableImageError, damage, open_image, read_image
 
-# Cleaning runs one process per core, and of a file's pictures only the first is used.
-register_heif_opener(decode_threads=1, thumbnails=False, depth_images=False, aux_images=False)
-
-MAX_PIXELS = 100_000_000  # more than any camera takes; a small file that claims more is a decompression bomb
 EXTENSIONS = {
     "JPEG": (".jpg", ".jpeg"),
     "MPO": (".jpg", ".jpeg"),  # a JPEG with more pictures after the first, as phones save them
@@ -29,19 +26,12 @@ EXTENSIONS = {
     "AVIF": (".avif",),
     "HEIF": (".heic", ".heif", ".hif"),
 }
-# Pillow also opens formats that run other programs (EPS) or that photographs do not use. They stay closed here.
-_FORMATS = tuple(name for name in EXTENSIONS if name != "MPO")
 _SEVERAL_PICTURES = ("MPO", "HEIF")  # one photograph and its companions (depth, a burst), not an animation
 _SRGB_NAMES = ("srgb", "c2", "urgb")  # c2 and uRGB are the tiny sRGB profiles that social networks embed
 _ORIENTATION = 0x0112  # the EXIF tag
-
-
-class UnreadableImageError(BestiaryError):
-    """The file holds no usable image; `reason` says why in a few words."""
-
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{path} cannot be read as an image: {reason}. Replace or remove the file.")
-        self.reason = reason
+_SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange width and height
+_ROWS = 64
+_MAX_FULL_SIZE_PIXELS = 64_000_000  # larger images are used at half their width and height
 
 
 @dataclass(frozen=True)
@@ -51,6 +41,7 @@ class Decoded:
     image: Image.Image
     format: str
     changes: tuple[str, ...]
+    size: tuple[int, int]  # width and height in the file, upright: more than the image's if that was decoded smaller
 
 
 def open_rgb(path: Path) -> Image.Image:
@@ -61,33 +52,23 @@ def open_rgb(path: Path) -> Image.Image:
     return decode(path).image
 
 
-def decode(path: Path, content: bytes | None = None) -> Decoded:
+def decode(path: Path, content: bytes | None = None, at_least: int | None = None) -> Decoded:
     """Return the image at `path` as upright 8-bit sRGB on white, with its format and the changes it needed.
 
-    `content` is the file's content if the caller has already read it. Raises UnreadableImageError when the file is not
-    a complete image of a supported format, BestiaryError when it does not exist.
+    `content` is the file's content if the caller has already read it. If `at_least` pixels per side are enough, a
+    larger JPEG is decoded at a fraction of its size, which is faster. An image of more than 64 megapixels always comes
+    at half size. Raises UnreadableImageError when the file is not a complete image of a supported format, BestiaryError
+    when it does not exist.
     """
-    if content is None:
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
-            raise BestiaryError(f"The image {path} does not exist. Check the path.") from None
-    if not content:
-        raise UnreadableImageError(path, "zero bytes")
+    content = read_image(path) if content is None else content
+    image = open_image(path, content)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about odd metadata; only the pixels matter here
-            return _decode(path, content)
-    except UnreadableImageError:
-        raise
-    except UnidentifiedImageError:
-        raise UnreadableImageError(path, _describe(content)) from None
-    except Image.DecompressionBombError:
-        raise UnreadableImageError(path, f"decompression bomb: more than {MAX_PIXELS:,} pixels") from None
+            return _decode(image, at_least)
     # A damaged file can make a decoder raise anything (struct.error, IndexError, zlib.error, MemoryError, ...).
     except Exception as error:
-        reason = "truncated" if "truncated" in str(error) or isinstance(error, EOFError) else "damaged"
-        raise UnreadableImageError(path, f"{reason} ({_describe(content)})") from None
+        raise UnreadableImageError(path, damage(error, content)) from None
 
 
 def right_extension(name: str, file_format: str) -> str:
@@ -105,24 +86,33 @@ def right_extension(name: str, file_format: str) -> str:
     return (name[: -len(suffix)] if suffix.lower() in known else name) + allowed[0]
 
 
-def _decode(path: Path, content: bytes) -> Decoded:
-    opened = Image.open(io.BytesIO(content), formats=_FORMATS)
-    image: Image.Image = opened
-    if image.width * image.height > MAX_PIXELS:
-        raise UnreadableImageError(path, f"decompression bomb: {image.width} x {image.height} pixels")
+def _decode(opened: Image.Image, at_least: int | None) -> Decoded:
+    image = opened
+    size = opened.size
     file_format = str(image.format)
     animated = file_format not in _SEVERAL_PICTURES and bool(getattr(image, "is_animated", False))
     profile = image.info.get("icc_profile")
     # Pillow opens 16-bit colours as 8-bit ones. Only the tiles' raw mode still shows the difference, and only until
     # the image is loaded.
-    deep = any(";16" in str(tile.args) for tile in opened.tile) and not image.mode.startswith(("I", "F"))
+    tiles = getattr(opened, "tile", [])
+    deep = any(";16" in str(tile.args) for tile in tiles) and not image.mode.startswith(("I", "F"))
+    if isinstance(opened, JpegImageFile):
+        if at_least and min(size) >= 2 * at_least:
+            opened.draft(None, (at_least, at_least))
+        elif size[0] * size[1] > _MAX_FULL_SIZE_PIXELS:
+            opened.draft(None, (size[0] // 2, size[1] // 2))
     opened.load()
+    if image.width * image.height > _MAX_FULL_SIZE_PIXELS and image.mode in ("RGB", "L", "CMYK"):
+        image = image.reduce(2)
+        image.getexif()[_ORIENTATION] = opened.getexif().get(_ORIENTATION, 1)
     changes = ["animated"] * animated + ["16-bit"] * deep
-    if image.getexif().get(_ORIENTATION, 1) not in (0, 1):
+    orientation = opened.getexif().get(_ORIENTATION, 1)
+    if orientation not in (0, 1):
         image = ImageOps.exif_transpose(image)
+        size = size[::-1] if orientation in _SIDEWAYS else size
         changes.append("orientation")
     image, colour_changes = _to_rgb(image, profile)
-    return Decoded(image, file_format, (*changes, *colour_changes))
+    return Decoded(image, file_format, (*changes, *colour_changes), size)
 
 
 def _to_rgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, tuple[str, ...]]:
@@ -148,10 +138,18 @@ def _from_deep_grey(image: Image.Image) -> Image.Image:
 
     White is the mode's full scale (65535 for integers, 1.0 for floats), or the largest value if that is larger.
     """
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0).clip(0.0)
+
+    def rows(top: int) -> NDArray[np.float64]:  # few at a time: 64-bit numbers take four to eight times the memory
+        part = image.crop((0, top, image.width, min(top + _ROWS, image.height)))
+        return np.nan_to_num(np.asarray(part, dtype=np.float64), posinf=0.0, neginf=0.0).clip(0.0)
+
+    tops = range(0, image.height, _ROWS)
     full_scale = 65535.0 if image.mode.startswith("I") else 1.0
-    scaled = values / max(full_scale, float(values.max())) * 255.0
-    return Image.fromarray(scaled.round().astype(np.uint8)).convert("RGB")
+    white = max(full_scale, *(float(rows(top).max()) for top in tops))
+    levels = np.empty((image.height, image.width), np.uint8)
+    for top in tops:
+        levels[top : top + _ROWS] = (rows(top) / white * 255.0).round()
+    return Image.fromarray(levels).convert("RGB")
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image | None:
@@ -169,20 +167,3 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
         return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return None
-
-
-def _describe(content: bytes) -> str:
-    """Name what an unreadable file appears to be."""
-    head = content[:512].lstrip().lower()
-    if head.startswith((b"<!doctype html", b"<html", b"<head", b"<body")) or b"<html" in head:
-        return "HTML in disguise"
-    if head.startswith((b"{", b"[")):
-        return "JSON in disguise"
-    if head.startswith((b"<?xml", b"<svg")):
-        return "XML or SVG"
-    if content.startswith(b"\xff\xd8"):
-        return "JPEG"
-    if content.startswith(b"\x89PNG"):
-        return "PNG"
-    printable = sum(32 <= byte < 127 or byte in b"\t\n\r" for byte in content[:512])
-    return "text in disguise" if printable > 0.95 * len(content[:512]) else "unsupported format"

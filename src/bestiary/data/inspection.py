@@ -19,11 +19,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from bestiary.data.hashing import hashes, small_grey, thumbnail
-from bestiary.data.images import UnreadableImageError, decode
+from bestiary.data.images import decode
 from bestiary.data.listing import RAW_SUFFIXES
+from bestiary.image_files import UnreadableImageError, read_image
 
 _MIN_FILES_FOR_WORKERS = 1000  # with fewer files, one process finishes before a second one has started
 _CHUNK = 16
+_MEASURED_SIDE = 1024  # pixels that measurements and hashes need at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +55,16 @@ class Inspection:
 def inspect(root: Path, path: str) -> Inspection:
     """Inspect the file `root`/`path`. Whatever the file holds, this does not raise."""
     try:
-        content = (root / path).read_bytes()
+        content = read_image(root / path)
     except OSError as error:
         return Inspection(path, "", 0, unreadable=(error.strerror or "cannot be read").lower())
+    except UnreadableImageError as error:
+        return Inspection(path, "", 0, unreadable=error.reason)
     sha256 = hashlib.sha256(content).hexdigest()
     if PurePosixPath(path).suffix.lower() in RAW_SUFFIXES:
         return Inspection(path, sha256, len(content), unreadable="a camera's raw file")
     try:
-        decoded = decode(root / path, content)
+        decoded = decode(root / path, content, at_least=_MEASURED_SIDE)
     except UnreadableImageError as error:
         return Inspection(path, sha256, len(content), unreadable=error.reason)
     image = decoded.image
@@ -74,8 +78,8 @@ def inspect(root: Path, path: str) -> Inspection:
         len(content),
         format=decoded.format,
         changes=decoded.changes,
-        width=image.width,
-        height=image.height,
+        width=decoded.size[0],
+        height=decoded.size[1],
         brightness=float(levels.mean()),
         contrast=float(levels.std()),
         sharpness=_sharpness(grey),

@@ -23,8 +23,18 @@ from bestiary import params
 from bestiary.data.archives import OTHER_KINDS, kind_of, unpack
 from bestiary.data.folder import check_classes, link, replacing
 from bestiary.data.images import EXTENSIONS
+from bestiary.data.listing import LeftOut, write_left_out
 from bestiary.data.names import class_of, parts, safe_names
-from bestiary.data.sciencedb_client import SERVICE_ERRORS, Client, RemoteFile, Sleep, problem_of, reason_of, size_of
+from bestiary.data.sciencedb_client import (
+    SERVICE_ERRORS,
+    Client,
+    RemoteFile,
+    Sleep,
+    Tell,
+    problem_of,
+    reason_of,
+    size_of,
+)
 from bestiary.errors import BestiaryError
 from bestiary.subjects import ANIMALS
 
@@ -41,6 +51,7 @@ class Downloaded:
     missing_classes: list[str]
     unknown_classes: list[str]
     refused: list[str]  # paths in archives that are links or devices, or that lead outside
+    left_out: list[LeftOut]  # entries of the listing and files in archives that are not used
 
 
 def cache_folder() -> Path:
@@ -56,20 +67,25 @@ def download(
     images_per_class: int | None = None,
     cache: Path | None = None,
     sleep: Sleep | None = None,
+    tell: Tell | None = None,
 ) -> Downloaded:
     """Download the dataset to `target`/<class>/<file>, fetching only what the cache does not have.
+
+    `tell` gets a line for each retry.
 
     Raises BestiaryError when the service or one of its archives cannot be used, when more than
     `settings.allow_missing` of the files cannot be downloaded, and when Ctrl-C stops it.
     """
     cache = cache or cache_folder()
     cache.mkdir(parents=True, exist_ok=True)
-    with _locked(cache), Client(settings, sleep) as client:
+    with _locked(cache), Client(settings, sleep, tell) as client:
         listing = client.list_files()
         wanted = _select(listing, classes, images_per_class)
         fetched, missing = _fetch_all(client, wanted, cache)
         _check_missing(missing, len(wanted), cache, settings.allow_missing)
-        images, refused = _collect(wanted, missing, cache)
+        images, refused, unused = _collect(wanted, missing, cache)
+        left_out = [*_left_out(file.path for file in listing), *_left_out(unused)]
+        left_out += [LeftOut("", "", "listed without a path or an id", "")] * client.nameless
         chosen = _by_class(images, classes, images_per_class)
         unknown = _unknown_classes([*(file.path for file in listing), *(path for path, _ in images)])
         absent = sorted(set(_class_names(classes).values()) - set(chosen))
@@ -85,8 +101,8 @@ def download(
                 "animals. Check dataset.sciencedb.dataset_id."
             )
         check_classes(counts, "the dataset on ScienceDB")
-        _lay_out(target, chosen)
-    return Downloaded(counts, fetched, len(missing), absent, unknown, refused)
+        _lay_out(target, chosen, left_out)
+    return Downloaded(counts, fetched, len(missing), absent, unknown, refused, left_out)
 
 
 @contextmanager
@@ -133,6 +149,20 @@ def _select(
 def _is_image(path: str) -> bool:
     """Judge by the name. Archives made on a Mac hold a `._name.jpg` beside each `name.jpg`, which is not an image."""
     return path.casefold().endswith(IMAGE_SUFFIXES) and not parts(path)[-1].startswith("._")
+
+
+def _left_out(paths: Iterable[str]) -> list[LeftOut]:
+    """Return the paths that no settings could make an image of a class, each with the reason."""
+    known = _class_names(None)
+    found = []
+    for path in paths:
+        if kind_of(path, OTHER_KINDS) and not kind_of(path):
+            found.append(LeftOut(path, "", "an archive of a kind that bestiary cannot unpack", ""))
+        elif not kind_of(path) and not _is_image(path):
+            found.append(LeftOut(path, class_of(path, known) or "", "not an image", ""))
+        elif _is_image(path) and class_of(path, known) is None:
+            found.append(LeftOut(path, "", "in no folder of the 100 animals", ""))
+    return found
 
 
 def _unknown_classes(paths: Iterable[str]) -> list[str]:
@@ -237,10 +267,15 @@ def _not_cached(cache: Path, files: Sequence[RemoteFile]) -> list[RemoteFile]:
 
 def _collect(
     wanted: Sequence[RemoteFile], missing: Mapping[RemoteFile, str], cache: Path
-) -> tuple[list[tuple[str, Path]], list[str]]:
-    """Return (path in the dataset, file in the cache) of every image, also of those in archives; and refused paths."""
+) -> tuple[list[tuple[str, Path]], list[str], list[str]]:
+    """Return (path in the dataset, file in the cache) of every image, also of those in archives.
+
+    Also returns the paths in archives that were refused, and those in archives that are no images of a class.
+    """
     images: list[tuple[str, Path]] = []
     refused: list[str] = []
+    unused: list[str] = []
+    known = _class_names(None)
     for file in wanted:
         if file in missing:
             continue
@@ -253,9 +288,11 @@ def _collect(
             inside, bad = unpack(archive, cache / "unpacked" / f"{file.key}-{archive.stat().st_mtime_ns}", kind)
         except BestiaryError as error:
             raise BestiaryError(str(error).replace(file.key, file.path)) from None
-        images += [(f"{file.path[: -len(kind)]}/{path}", found) for path, found in inside]
+        unpacked = [(f"{file.path[: -len(kind)]}/{path}", found) for path, found in inside]
+        images += [(path, found) for path, found in unpacked if _is_image(path)]
+        unused += [path for path, _ in unpacked if not _is_image(path) or class_of(path, known) is None]
         refused += bad
-    return [(path, found) for path, found in images if _is_image(path)], sorted(refused)
+    return images, sorted(refused), sorted(unused)
 
 
 def _by_class(
@@ -271,8 +308,9 @@ def _by_class(
     return {name: sorted(found[name])[:images_per_class] for name in sorted(found)}
 
 
-def _lay_out(target: Path, chosen: Mapping[str, Sequence[tuple[str, Path]]]) -> None:
+def _lay_out(target: Path, chosen: Mapping[str, Sequence[tuple[str, Path]]], left_out: Sequence[LeftOut]) -> None:
     with replacing(target) as fresh:
+        write_left_out(fresh, left_out)
         for name, files in tqdm(chosen.items(), desc="link images", unit="class"):
             (fresh / name).mkdir()
             for safe, (_, file) in zip(safe_names(path for path, _ in files), files, strict=True):

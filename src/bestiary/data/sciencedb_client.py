@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import json
 import os
 import re
+import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import cached_property
@@ -19,8 +23,8 @@ import httpx
 import tenacity
 
 from bestiary import params
-from bestiary.data.archives import kind_of
-from bestiary.errors import BestiaryError
+from bestiary.data.archives import MAX_BYTES, kind_of
+from bestiary.errors import BestiaryError, printable
 
 API_HOST = "https://www.scidb.cn"
 DOWNLOAD_HOST = "https://download.scidb.cn"
@@ -30,6 +34,13 @@ FIRST_PAUSE_SECONDS = 1.0  # upper limit of the first pause between attempts; it
 MAX_PAUSE_SECONDS = 60.0
 MAX_RETRY_AFTER_SECONDS = 600.0
 MAX_IMAGE_BYTES = 256 * 2**20  # where the listing gives no size
+MAX_UNSIZED_BYTES = 512 * 2**20  # of an archive, where neither the listing nor the answer gives a size
+MAX_PAGE_BYTES = 8 * 2**20  # of the folder listing: 5,000 entries are about 2 MB
+MAX_ADDRESSES_BYTES = 32 * 2**20  # of the address list: 40,000 files are about 10 MB
+MAX_ENTRIES = 1_000_000  # of the whole listing
+MIN_PROGRESS_BYTES = 1024  # of an attempt that does not use up a retry
+MIN_BYTES_PER_SECOND = 512.0  # over each `timeout_s` of an answer; the slowest modem brings ten times as much
+_MIRROR = "name a mirror in SCIENCEDB_API_URL and SCIENCEDB_DOWNLOAD_URL"
 _WRITE_BUFFER = 2**17  # bytes
 
 _MAGIC = (  # how images and archives start
@@ -48,6 +59,8 @@ _QUERY = re.compile(r"(?:^|&)(fileId|path|fileName)=(.*?)(?=&(?:fileId|path|file
 _RETRIED_STATUS = {403, 408, 425, 429}  # and all 5xx; a delivery network answers 403 to an expired link
 
 Sleep = Callable[[float], object]
+Tell = Callable[[str], object]
+Content = Mapping[str, str | int]
 
 
 @dataclass(frozen=True)
@@ -84,8 +97,16 @@ class TemporaryError(Exception):
         self.retry_after_seconds = retry_after_seconds
 
 
+class SlowError(TemporaryError):
+    """An answer came at less than MIN_BYTES_PER_SECOND."""
+
+
 class PermanentError(Exception):
     """The service failed in a way that no retry fixes."""
+
+
+class OfflineError(PermanentError):
+    """This machine has no connection to the service: the host's name has no address, or no route leads there."""
 
 
 # What a request to the service can raise once its retries are used up.
@@ -95,11 +116,15 @@ SERVICE_ERRORS = (TemporaryError, PermanentError, httpx.HTTPError, httpx.Invalid
 class Client:
     """A client of Science Data Bank: at most `settings.connections` requests at once, each with retries.
 
-    Set `stop` to end pauses and downloads early. Raises BestiaryError when an address in the environment is invalid.
+    Set `stop` to end pauses and downloads early. `tell` gets a line for each retry; `nameless` counts the entries of
+    the listing that have no path or no id. Raises BestiaryError when an address in the environment is invalid.
     """
 
-    def __init__(self, settings: params.ScienceDB, sleep: Sleep | None = None) -> None:
+    def __init__(self, settings: params.ScienceDB, sleep: Sleep | None = None, tell: Tell | None = None) -> None:
         self.settings = settings
+        self.nameless = 0
+        self._tell = tell or (lambda _: None)
+        self._reached = False  # whether any request was answered
         self.stop = threading.Event()
         self._sleep = sleep or self.stop.wait  # setting `stop` ends the pause
         self.api = _host("SCIENCEDB_API_URL", API_HOST)
@@ -128,6 +153,10 @@ class Client:
         for listing in (self._list_folders, self._list_addresses):
             try:
                 files = listing()
+            except OfflineError as error:
+                raise BestiaryError(
+                    f"{self.api} cannot be reached: {error}. Check the network connection, or {_MIRROR}."
+                ) from None
             except SERVICE_ERRORS as error:
                 problems.append(reason_of(error))
                 continue
@@ -157,18 +186,22 @@ class Client:
         def made_progress() -> bool:
             nonlocal seen
             before, seen = seen, furthest
-            return seen > before
+            return seen - before >= MIN_PROGRESS_BYTES
 
-        self._retrying(made_progress)(self._fetch_once, file, part, note)
+        self._retrying(file.path, made_progress)(self._fetch_once, file, part, note)
         part.replace(target)
 
-    def _retrying(self, made_progress: Callable[[], bool] = lambda: False) -> tenacity.Retrying:
-        """Retry `settings.retries` times, counted from the last progress; wait as long as Retry-After says."""
+    def _retrying(self, what: str, made_progress: Callable[[], bool] = lambda: False) -> tenacity.Retrying:
+        """Retry `settings.retries` times, counted from the last progress; wait as long as Retry-After says.
+
+        Each retry is told in a line that names `what` is asked for.
+        """
         last_progress = 0
 
         def stop(state: tenacity.RetryCallState) -> bool:
             nonlocal last_progress
-            if made_progress():
+            slow = state.outcome is not None and isinstance(state.outcome.exception(), SlowError)
+            if made_progress() and not slow:
                 last_progress = state.attempt_number
             return self.stop.is_set() or state.attempt_number - last_progress > self.settings.retries
 
@@ -179,21 +212,76 @@ class Client:
             retry_after = error.retry_after_seconds if isinstance(error, TemporaryError) else None
             return exponential(state) if retry_after is None else min(retry_after, MAX_RETRY_AFTER_SECONDS)
 
+        def announce(state: tenacity.RetryCallState) -> None:
+            error = state.outcome and state.outcome.exception()
+            reason = reason_of(error) if error else ""
+            retry, seconds = state.attempt_number - last_progress, state.upcoming_sleep
+            self._tell(f"{what}: {reason}. Retry {retry} of {self.settings.retries} in {seconds:.0f} s.")
+
+        def is_worth_it(error: BaseException) -> bool:
+            return isinstance(error, (TemporaryError, httpx.RequestError))
+
         def pause(seconds: float) -> None:
             self._sleep(seconds)
 
         return tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type((TemporaryError, httpx.RequestError)),
+            retry=tenacity.retry_if_exception(is_worth_it),
             stop=stop,
             wait=wait,
             sleep=pause,
+            before_sleep=announce,
             reraise=True,
         )
+
+    @contextmanager
+    def _answer(
+        self, method: str, url: str, content: Content | None = None, headers: Mapping[str, str] | None = None
+    ) -> Iterator[httpx.Response]:
+        """Give the answer to a request, its body not read yet. `content` is a GET's query or a POST's JSON.
+
+        Raises OfflineError when there is no connection and never was one.
+        """
+        sent: dict[str, Content | None] = {"params" if method == "GET" else "json": content}
+        try:
+            with self.http.stream(method, url, headers=headers, **sent) as response:  # type: ignore[arg-type]
+                self._reached = True
+                yield response
+        except httpx.ConnectError as error:
+            if not self._reached and _is_offline(error):
+                raise OfflineError(reason_of(error)) from None
+            raise
+
+    def _chunks(self, response: httpx.Response) -> Iterator[bytes]:
+        """Give the bytes of an answer as they come. Raises SlowError when they come too slowly."""
+        started, counted = time.monotonic(), 0
+        for chunk in response.iter_bytes():
+            yield chunk
+            counted += len(chunk)
+            seconds = time.monotonic() - started
+            if seconds >= self.settings.timeout_s:
+                if counted < MIN_BYTES_PER_SECOND * seconds:
+                    raise SlowError(
+                        f"{_address(response)} sends {counted / seconds:.0f} bytes a second; "
+                        f"at least {MIN_BYTES_PER_SECOND:.0f} are needed"
+                    )
+                started, counted = time.monotonic(), 0
+
+    def _read_whole(self, response: httpx.Response, limit: int) -> bytes:
+        """Return the body of an answer. Raises PermanentError beyond `limit` bytes, SlowError below the lowest rate."""
+        body = bytearray()
+        for chunk in self._chunks(response):
+            body += chunk
+            if len(body) > limit:
+                raise PermanentError(
+                    f"{_address(response)} sends more than the {limit >> 20} MiB that a listing may have"
+                )
+        return bytes(body)
 
     def _list_folders(self) -> list[RemoteFile]:
         """Return the files of all folders, starting from the version's root folder."""
         files: dict[tuple[str, str], RemoteFile] = {}
         seen: set[str] = set()
+        self.nameless = 0
         waiting = [f"/{self.settings.version}"]
         while waiting:
             folder = waiting.pop()
@@ -208,7 +296,9 @@ class Client:
                 elif entry.path and entry.id:
                     files[entry.id, entry.path] = RemoteFile(entry.id, entry.path, entry.size, entry.md5)
                 else:
-                    raise PermanentError(f"{folder} has an entry without a path or an id")
+                    self.nameless += 1
+            if len(files) + len(waiting) + len(seen) > MAX_ENTRIES:
+                raise PermanentError(f"it has more than {MAX_ENTRIES:,} entries")
         return list(files.values())
 
     def _list_folder(self, folder: str) -> list[_Entry]:
@@ -219,6 +309,8 @@ class Client:
             page = self._request_page(folder, last, index)
             fresh = {(entry.id, entry.path): entry for entry in page if (entry.id, entry.path) not in entries}
             entries.update(fresh)
+            if len(entries) > MAX_ENTRIES:
+                raise PermanentError(f"{folder} has more than {MAX_ENTRIES:,} entries")
             # The server may cap the page size at a round number, so such a page may not be the last one.
             if len(page) < PAGE_SIZE and (len(page) % 100 or not fresh):
                 return list(entries.values())
@@ -227,7 +319,7 @@ class Client:
             last, index = page[-1].id, index + len(page)
 
     def _request_page(self, folder: str, last: str, index: int) -> list[_Entry]:
-        query = {
+        query: Content = {
             "dataSetId": self.settings.dataset_id,
             "version": self.settings.version,
             "path": folder,
@@ -237,26 +329,36 @@ class Client:
         }
 
         def request() -> list[_Entry]:
-            response = self.http.post(f"{self.api}/api/gin-sdb-filetree/public/file/childrenFileListByPath", json=query)
-            _check_status(response)
-            return _read_page(response, folder)
+            address = f"{self.api}/api/gin-sdb-filetree/public/file/childrenFileListByPath"
+            with self._answer("POST", address, query) as response:
+                _check_status(response)
+                return _read_page(self._read_whole(response, MAX_PAGE_BYTES), folder)
 
-        return self._retrying()(request)
+        return self._retrying(f"the listing of {folder}")(request)
 
     def _list_addresses(self) -> list[RemoteFile]:
         """Return the files of the plain list of download addresses, without sizes and checksums."""
-        query = {"dataSetId": self.settings.dataset_id, "type": "", "version": self.settings.version, "global": "en"}
+        query: Content = {
+            "dataSetId": self.settings.dataset_id,
+            "type": "",
+            "version": self.settings.version,
+            "global": "en",
+        }
 
         def request() -> list[RemoteFile]:
-            response = self.http.get(f"{self.api}/api/sdb-filetree-service/getAllUrl", params=query)
-            _check_status(response)
-            text = response.content.decode("utf-8", "replace")
+            with self._answer("GET", f"{self.api}/api/sdb-filetree-service/getAllUrl", query) as response:
+                _check_status(response)
+                text = self._read_whole(response, MAX_ADDRESSES_BYTES).decode("utf-8", "replace")
             lines = [line.strip() for line in text.splitlines() if line.strip()]
+            if len(lines) > MAX_ENTRIES:
+                raise PermanentError(f"it has more than {MAX_ENTRIES:,} entries")
             if not all(line.startswith(("http://", "https://")) and _from_address(line).file_id for line in lines):
                 raise TemporaryError("it holds lines that are no addresses")
             return [_from_address(line) for line in lines]
 
-        return list({(file.file_id, file.path): file for file in self._retrying()(request)}.values())
+        return list(
+            {(file.file_id, file.path): file for file in self._retrying("the list of addresses")(request)}.values()
+        )
 
     def _fetch_once(self, file: RemoteFile, part: Path, report: Callable[[int], object]) -> None:
         have = size_of(part) or 0
@@ -266,7 +368,7 @@ class Client:
             have = 0
         headers = {"Range": f"bytes={have}-"} if have else {}
         address = f"{self.downloads}/download"
-        with self.http.stream("GET", address, params={"fileId": file.file_id}, headers=headers) as response:
+        with self._answer("GET", address, {"fileId": file.file_id}, headers) as response:
             if response.status_code == 416:
                 part.unlink(missing_ok=True)
                 raise TemporaryError("it has no bytes after those already downloaded")
@@ -289,21 +391,23 @@ class Client:
 
         The md5 is None if it is not needed, or not known because the download was resumed.
         """
-        limit = file.size if file.size is not None else None if kind_of(file.path) else MAX_IMAGE_BYTES
+        limit = _limit(response, have, file)
         digest = None if have or file.md5 is None else hashlib.md5(usedforsecurity=False)
         with part.open("ab" if have else "wb", buffering=_WRITE_BUFFER) as writing:
-            for chunk in response.iter_bytes():
+            for chunk in self._chunks(response):
                 if self.stop.is_set():
                     raise PermanentError("stopped")
                 have += len(chunk)
-                if limit is not None and have > limit:
+                if have > limit:
                     break
                 writing.write(chunk)
                 if digest:
                     digest.update(chunk)
                 report(have)
-        if limit is not None and have > limit:
+        if have > limit:
             part.unlink()
+            if file.size is None:
+                raise PermanentError(f"{_address(response)} sends more than {limit:,} bytes for {file.path}")
             raise TemporaryError(f"it is longer than {limit} bytes")
         return have, digest.hexdigest() if digest else None
 
@@ -338,8 +442,44 @@ def problem_of(file: RemoteFile, path: Path, size: int, md5: str | None = None) 
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the message of an error, or its type if it has none."""
-    return str(error) or type(error).__name__
+    """Return what went wrong in a few words that people understand."""
+    if isinstance(error, httpx.TimeoutException):
+        return "no answer in time"
+    if isinstance(error, httpx.ConnectError) and _cause(error, socket.gaierror):
+        return "the host's name has no address, or there is no network"
+    if isinstance(error, httpx.ConnectError):
+        return f"no connection ({str(error).rpartition('] ')[2] or 'refused'})"
+    if isinstance(error, (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError)):
+        return "the connection ended before the answer did"
+    return printable(str(error)[:300]) or type(error).__name__
+
+
+def _cause(error: BaseException | None, kind: type[BaseException]) -> BaseException | None:
+    """Return the first error of `kind` among `error` and what caused it."""
+    while error is not None and not isinstance(error, kind):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _is_offline(error: BaseException) -> bool:
+    cause = _cause(error, OSError)
+    unreachable = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN)
+    return isinstance(cause, socket.gaierror) or (isinstance(cause, OSError) and cause.errno in unreachable)
+
+
+def _address(response: httpx.Response) -> str:
+    """Return where an answer came from, without its query."""
+    return printable(str(response.url.copy_with(query=None, userinfo=b""))[:200])
+
+
+def _limit(response: httpx.Response, have: int, file: RemoteFile) -> int:
+    """Return how many bytes the file may have, `have` of which are there, by the listing or else by the answer."""
+    if file.size is not None:
+        return file.size
+    if not kind_of(file.path):
+        return MAX_IMAGE_BYTES
+    length = response.headers.get("Content-Length", "")
+    return min(have + int(length), MAX_BYTES) if length.isdecimal() else MAX_UNSIZED_BYTES
 
 
 def _host(variable: str, default: str) -> str:
@@ -379,10 +519,10 @@ def _continues(content_range: str, have: int, size: int | None) -> bool:
     return not total.isdigit() or (int(last) + 1 == int(total) and (size is None or int(total) == size))
 
 
-def _read_page(response: httpx.Response, folder: str) -> list[_Entry]:
+def _read_page(body: bytes, folder: str) -> list[_Entry]:
     try:
-        content = response.json()
-    except ValueError:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
         raise TemporaryError("the response is not JSON") from None
     if not isinstance(content, dict) or content.get("code") != 20000:
         detail = content if not isinstance(content, dict) else content.get("message") or content.get("msg")

@@ -33,7 +33,7 @@ class Sheet:
         """
         rows: dict[int, list[Image.Image]] = {}
         for file in sorted(self.folder.glob("*/*.png")):
-            with Image.open(file) as picture:
+            with Image.open(file, formats=("PNG",)) as picture:
                 rows.setdefault(int(file.parent.name), []).append(picture.convert("RGB"))
         rows = {step: row for step, row in rows.items() if len(row) == len(self.columns)}
         labels = {step: f"step {step}" if step else "base" for step in rows}

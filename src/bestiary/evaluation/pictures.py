@@ -290,7 +290,7 @@ def _strip(images: Sequence[Image.Image]) -> bytes:
 
 def _cut(strip: bytes, count: int) -> list[Image.Image]:
     """The `count` pictures of a strip. Raises ValueError when the strip does not hold so many."""
-    with Image.open(io.BytesIO(strip)) as image:
+    with Image.open(io.BytesIO(strip), formats=("PNG",)) as image:
         height, rest = divmod(image.height, count)
         if rest:
             raise ValueError(f"{image.height} rows of pixels are not {count} pictures")

@@ -200,7 +200,7 @@ class RunWriter:
     def _write_image(self, message: Image) -> None:
         import PIL.Image
 
-        with PIL.Image.open(message.path) as image:
+        with PIL.Image.open(message.path, formats=("PNG", "JPEG")) as image:
             self.client.log_image(
                 self.run_id, image, key=message.name, step=message.step, timestamp=message.time, synchronous=True
             )

@@ -18,6 +18,7 @@ from bestiary.registry.versions import (
     plain_errors,
 )
 from bestiary.samplers import DrawingDefaults
+from bestiary.tracking.addresses import local_path
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,9 @@ def _weights_folder(version: Version) -> Path:
     """The folder with a version's weights, downloaded if they are not on this disk."""
     if path := local_database():
         with open_local(path) as database:
-            folder = Path(database.files(version.name, version.version), "adapter_weights")
-        if folder.is_dir():
-            return folder
+            files = local_path(database.files(version.name, version.version))
+        if files is not None and (files / "adapter_weights").is_dir():
+            return files / "adapter_weights"
     uri, client = open_registry()
     with plain_errors(uri):
         import mlflow

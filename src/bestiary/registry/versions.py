@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING
 from bestiary.errors import BestiaryError
 from bestiary.files import project_root
 from bestiary.samplers import DrawingDefaults
+from bestiary.tracking.addresses import sqlite_path, sqlite_uri
 from bestiary.tracking.database import Database, open_database
 from bestiary.tracking.lineage import Server, Step, lineage
-from bestiary.tracking.store import check_database, explain, open_client, sqlite_path, tracking_uri
+from bestiary.tracking.store import check_database, explain, open_client, registry_uri, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -232,7 +233,7 @@ def open_registry() -> tuple[str, MlflowClient]:
 def local_database() -> Path | None:
     """The registry's SQLite database, which can be read without MLflow. None when a server holds the registry."""
     uri = tracking_uri()
-    if os.environ.get("MLFLOW_REGISTRY_URI", uri) != uri:
+    if registry_uri() != uri:
         return None
     _check(uri)
     return sqlite_path(uri)
@@ -245,7 +246,7 @@ def open_local(path: Path) -> Iterator[Database]:
         with open_database(path) as database:
             yield database
     except sqlite3.Error as error:
-        raise BestiaryError(explain(error, f"sqlite:///{path}")) from None
+        raise BestiaryError(explain(error, sqlite_uri(path))) from None
 
 
 @contextlib.contextmanager

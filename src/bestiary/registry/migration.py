@@ -48,7 +48,9 @@ def migrate(database: Path, server: str) -> Migration:
     address, or when one of the two cannot be used.
     """
     if not database.is_file():
-        raise BestiaryError(f"There is no tracking database {database}. Name the right file with --database.")
+        raise BestiaryError(
+            f"There is no tracking database {database}. Run this in the project's folder, or name the file with --database."
+        )
     if not server.startswith(("http://", "https://")):
         raise BestiaryError(
             f"{shown(server)} is not the address of an MLflow server. Give one such as https://mlflow.example.org."
@@ -193,7 +195,7 @@ def _copy_version(
     def write(folder: Path, logged: LoggedModel) -> None:
         shutil.copytree(local_path(local) or local, folder)
         model = Model.load(str(folder))
-        model.run_id, model.model_id, model.artifact_path = run, logged.model_id, logged.artifact_location
+        model.run_id, model.model_id, model.artifact_path = run, logged.model_id, None
         model.save(str(folder / "MLmodel"))
 
     return publish(target, name, run, tags, version.description, write)

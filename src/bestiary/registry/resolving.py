@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from platformdirs import user_cache_path
 
 from bestiary.errors import BestiaryError
 from bestiary.files import project_root, write_atomically
-from bestiary.registry.versions import (
-    Version,
-    defaults_of,
-    find_version,
-    hide_progress_bars,
-    local_database,
-    open_local,
-    open_registry,
-    plain_errors,
-)
+from bestiary.registry.tags import read_tags
+from bestiary.registry.versions import REGISTER, Version, find_version, local_database, weights
 from bestiary.samplers import DrawingDefaults
-from bestiary.tracking.addresses import local_path
 
 
 @dataclass(frozen=True)
@@ -43,38 +38,43 @@ def resolve(what: str) -> Adapter:
 
     Raises BestiaryError when there is no such adapter, or when a registered file has changed.
     """
-    from bestiary.diffusion.adapter import adapter_file, adapter_sha256, read_provenance
+    from bestiary.diffusion.adapter import adapter_file, read_provenance
 
     if not what.startswith("models:"):
         file = adapter_file(what)
         provenance = read_provenance(file)
         return Adapter(file, what, provenance.base, provenance.base_revision, provenance.base_sha256)
     version = find_version(what)
-    file = adapter_file(_weights_folder(version))
-    tags = version.tags
-    if adapter_sha256(file) != tags["adapter_sha256"]:
-        raise BestiaryError(
-            f"The file of {version.uri} has changed since it was registered: {file}. Restore it from a backup."
-        )
-    return Adapter(
-        file, version.uri, tags["base"], tags["base_revision"] or None, tags["base_sha256"], defaults_of(version)
-    )
+    tags = read_tags(version)
+    file = _registered_file(version, tags.adapter_sha256)
+    return Adapter(file, version.uri, tags.base, tags.base_revision, tags.base_sha256, tags.defaults)
 
 
-def _weights_folder(version: Version) -> Path:
-    """The folder with a version's weights, downloaded if they are not on this disk."""
-    if path := local_database():
-        with open_local(path) as database:
-            files = local_path(database.files(version.name, version.version))
-        if files is not None and (files / "adapter_weights").is_dir():
-            return files / "adapter_weights"
-    uri, client = open_registry()
-    with plain_errors(uri):
-        import mlflow
+def _registered_file(version: Version, sha256: str) -> Path:
+    """The file of a registered version, whose content is checked. A download is kept in the user's cache folder."""
+    from bestiary.diffusion.adapter import adapter_file, adapter_sha256
+    from bestiary.diffusion.adapter_format import FILE_NAME
 
-        hide_progress_bars()
-        source = client.get_model_version_download_uri(version.name, str(version.version))
-        return Path(mlflow.artifacts.download_artifacts(f"{source}/adapter_weights", tracking_uri=uri))
+    cached = cache_folder() / sha256 / FILE_NAME
+    if local_database() is None and cached.is_file() and adapter_sha256(cached) == sha256:
+        return cached
+    with TemporaryDirectory() as temporary:
+        file = adapter_file(weights(version, Path(temporary)))
+        if adapter_sha256(file) != sha256:
+            place = "on the server" if file.is_relative_to(temporary) else str(file)
+            raise BestiaryError(
+                f"The file of {version.uri} has changed since it was registered: {place}. If it is the adapter in "
+                f"models/adapter, `{REGISTER}` stores it again; otherwise restore it from a backup."
+            )
+        if file.is_relative_to(temporary):
+            write_atomically(cached, file.read_bytes())
+            file = cached
+    return file
+
+
+def cache_folder() -> Path:
+    """The folder for adapters from servers: below BESTIARY_CACHE, or below `bestiary` in the user's cache folder."""
+    return Path(os.environ.get("BESTIARY_CACHE") or user_cache_path("bestiary")) / "adapters"
 
 
 def find_base(adapter: Adapter, base: str | None = None) -> str:

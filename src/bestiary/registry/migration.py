@@ -49,7 +49,8 @@ def migrate(database: Path, server: str) -> Migration:
     """
     if not database.is_file():
         raise BestiaryError(
-            f"There is no tracking database {database}. Run this in the project's folder, or name the file with --database."
+            f"There is no tracking database {database}. Run this in the project's folder, or name the file with "
+            "--database."
         )
     if not server.startswith(("http://", "https://")):
         raise BestiaryError(

@@ -5,6 +5,13 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
+# Nothing that a target starts sends usage statistics; NO_TELEMETRY in src/bestiary/__init__.py has the reasons.
+export DO_NOT_TRACK ?= true
+export MLFLOW_DISABLE_TELEMETRY ?= true
+export HF_HUB_DISABLE_TELEMETRY ?= true
+export HF_HUB_DISABLE_UPDATE_CHECK ?= true
+export DVC_NO_ANALYTICS ?= true
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 INSTALLED := .venv/installed
 # On Linux, torch comes from PyPI with CUDA. `make TORCH=cpu demo` takes the far smaller build for machines without a GPU.
 TORCH ?=

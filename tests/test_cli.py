@@ -157,6 +157,37 @@ def test_a_users_mistake_ends_in_one_sentence_and_a_failure(
     assert list(project.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "tiger"],
+        ["generate", "tiger", "--adapter", "none"],
+        ["pull", "models:/bestiary@champion", "--out", "x"],
+        ["adapter", "verify", "models:/bestiary/1"],
+        ["results"],
+        ["model-card", "--out", "x"],
+        ["app"],
+        ["lineage"],
+        ["promote", "1", "--because", "it is better"],
+        ["rollback", "--because", "it is worse"],
+        ["tracking", "migrate", "http://127.0.0.1:9"],
+    ],
+    ids=" ".join,
+)
+def test_outside_a_project_every_command_says_where_to_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    for variable in ("DVC_ROOT", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, *arguments) == 1
+    printed = capsys.readouterr().err
+    assert "in the project's folder" in printed
+    assert "dvc repro" not in printed
+    assert printed.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_same_seed_gives_the_same_picture_whatever_the_count(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -308,7 +339,7 @@ def test_a_truncated_adapter_is_named(
 def test_results_show_the_table_the_sheet_and_the_next_commands(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report: dict[str, Any] = evaluation().results() | {"images": 480}
+    report: dict[str, Any] = evaluation("0123").results() | {"images": 480}
     for who in ("base", "adapter", "delta"):
         report[who] |= {"top5": report[who]["top1"], "cmmd": report[who]["clip_score"]}
     report["real"] = report["adapter"]

@@ -16,7 +16,10 @@ PACKAGE = ROOT / "src" / "bestiary"
 STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 # Modules and packages that do not affect any stage's result: they handle errors, files, memory and MLflow runs, or read
 # params.yaml, whose values DVC watches by itself. What only they import does not affect a result either.
-CARRIERS = {PACKAGE / name for name in ("errors.py", "files.py", "memory.py", "params.py", "stage.py", "tracking")}
+CARRIERS = {
+    PACKAGE / name
+    for name in ("errors.py", "files.py", "memory.py", "params.py", "stage.py", "tracking", "yaml_file.py")
+}
 
 
 def is_carrier(module: Path) -> bool:

@@ -1,10 +1,11 @@
 import errno
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from bestiary.errors import BestiaryError
-from bestiary.files import write_atomically
+from bestiary.files import write_atomically, write_new
 
 
 def test_a_file_is_written_with_its_folder(tmp_path: Path) -> None:
@@ -33,3 +34,29 @@ def test_a_folder_that_is_a_file_is_a_plain_sentence(tmp_path: Path) -> None:
     (tmp_path / "folder").write_bytes(b"")
     with pytest.raises(BestiaryError, match="cannot be written"):
         write_atomically(tmp_path / "folder" / "file", b"")
+
+
+def test_the_longest_names_that_a_file_system_takes_are_written(tmp_path: Path) -> None:
+    write_atomically(tmp_path / ("x" * 255), b"whole")
+    assert (tmp_path / ("x" * 255)).read_bytes() == b"whole"
+
+
+def test_of_many_that_write_a_new_file_exactly_one_succeeds(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        for number in range(50):
+            path = tmp_path / str(number)
+            contents = [bytes([writer]) * 1000 for writer in range(8)]
+            written = list(pool.map(write_new, [path] * 8, contents))
+            assert written.count(True) == 1
+            assert path.read_bytes() == contents[written.index(True)]
+    assert len(list(tmp_path.iterdir())) == 50
+
+
+def test_a_new_file_is_written_where_there_are_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    assert write_new(tmp_path / "file", b"first")
+    assert not write_new(tmp_path / "file", b"second")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"first"]

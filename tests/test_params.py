@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from bestiary import params
 from bestiary.errors import BestiaryError
-from bestiary.params import Params, Section, load_params
+from bestiary.params import Params, Section, Split, load_params
 
 PARAMS = Path(__file__).parents[1] / "params.yaml"
 
@@ -73,7 +74,7 @@ def test_the_sample_is_the_default() -> None:
         (lambda content: content["train"].update(rnak=content["train"].pop("rank")), r"train\.rnak .*unknown"),
         (lambda content: content.update(colour="red"), "colour .*unknown"),
         (lambda content: content["profiles"]["sample"]["encode"].update(size=1), r"encode\.size .*unknown"),
-        (lambda content: content["train"].update(rank="four"), r"train\.rank .*integer .*'four'"),
+        (lambda content: content["train"].update(rank="four"), r"train\.rank .*integer.* not 'four'"),
         (lambda content: content["train"].update(rank=4.5), r"train\.rank .*4\.5"),
         (lambda content: content["train"].update(rank=0), r"train\.rank .*greater than 0"),
         (lambda content: content["split"].update(val_fraction=1.5), r"split\.val_fraction"),
@@ -107,10 +108,24 @@ def test_the_sample_is_the_default() -> None:
         (lambda content: content.update(recipe="mine"), "no recipe 'mine'; choose one of default, original"),
         (lambda content: content["recipes"]["default"].update(train={"rnak": 4}), r"train\.rnak .*unknown"),
         (lambda content: content["recipes"]["default"].update(train=4), r"recipes\.default\.train must be a table"),
+        (lambda content: content["profiles"]["sample"]["benchmark"].update(batch_sizes=[0]), r"batch_sizes\.0 .*not 0"),
         (
-            lambda content: content["train"].update(steps=5),
-            r"profiles\.sample\.train\.steps is also set outside",
+            lambda content: content["profiles"]["sample"]["benchmark"].update(steps=[-5]),
+            r"benchmark\.steps\.0 .*not -5",
         ),
+        (lambda content: content["profiles"]["sample"]["evaluate"].update(steps=1001), r"evaluate\.steps .*1000"),
+        (lambda content: content["profiles"]["sample"]["evaluate"].update(guidance_scale=51.0), r"guidance_scale .*50"),
+        (
+            lambda content: content["profiles"]["sample"]["evaluate"].update(guidance_interval=[-1.0, 1.0]),
+            r"evaluate\.guidance_interval .*not negative",
+        ),
+        (lambda content: content["train"].update(sheet_steps=0), r"train\.sheet_steps .*not 0"),
+        (lambda content: content["train"].update(targets=[""]), r"train\.targets\.0 "),
+        (lambda content: content["dataset"].update(classes=[]), r"dataset\.classes .*at least 1"),
+        (lambda content: content["register"].update(name="pet's"), r"register\.name .*no quotes"),
+        (lambda content: content.update(profile=["sample"]), r"no profile \['sample'\]; choose one of sample"),
+        (lambda content: content.update(profiles=[1]), "profiles must be a table"),
+        (lambda content: content["profiles"].update(sample=[1]), r"profiles\.sample must be a table"),
         (
             lambda content: content["profiles"]["sample"]["dataset"].update(source="sciencedb"),
             "the source sciencedb needs the section dataset.sciencedb",
@@ -122,6 +137,50 @@ def test_a_mistake_is_named_with_its_key(edited: Callable[[Edit], Path], change:
     with pytest.raises(BestiaryError, match=message) as caught:
         load_params(edited(change))
     assert "\n" not in str(caught.value)
+
+
+def test_a_value_in_the_shared_part_overrides_the_profile(edited: Callable[[Edit], Path]) -> None:
+    # `dvc exp run -S train.steps=60` writes it there.
+    def change(content: dict[str, Any]) -> None:
+        content["train"]["steps"] = 60
+        content["evaluate"]["guidance_interval"] = [1.0, 5.0]
+
+    params = load_params(edited(change))
+    assert params.train.steps == 60
+    assert params.evaluate.guidance_interval == (1.0, 5.0)
+    assert params.train.batch_size == load_params(PARAMS).train.batch_size
+
+
+def test_an_override_that_the_recipe_would_override_is_refused(edited: Callable[[Edit], Path]) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content["recipe"] = "original"
+        content["train"]["steps"] = 60
+
+    with pytest.raises(BestiaryError, match=r"train\.steps has no effect: recipes\.original\.train sets it"):
+        load_params(edited(change))
+
+
+def test_every_setting_of_a_profile_can_be_overridden_in_the_shared_part() -> None:
+    content = yaml.safe_load(PARAMS.read_text(encoding="utf-8"))
+    for name, profile in content["profiles"].items():
+        for section in set(profile) - {"base", "judge"}:  # a model and its revision belong together
+            missing = set(profile[section]) - set(content[section])
+            assert missing == set(), f"profiles.{name}.{section}"
+            filled = {key for key in profile[section] if content[section][key] is not None}
+            assert filled == set(), f"profiles.{name}.{section}"
+
+
+@pytest.mark.parametrize("value", ["x" * 10_000_000, ["x" * 1000] * 1000], ids=["text", "list"])
+def test_a_message_prints_less_than_a_line_of_a_value_or_a_key(value: Any) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Split.model_validate({"val_fraction": value})
+    assert len(params._explain(caught.value.errors()[0])) < 200
+
+
+def test_a_long_key_is_cut(edited: Callable[[Edit], Path]) -> None:
+    with pytest.raises(BestiaryError, match="unknown") as caught:
+        load_params(edited(lambda content: content["train"].update({"x" * 100_000: 1})))
+    assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize(

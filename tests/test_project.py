@@ -1,7 +1,11 @@
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from support.registry import evaluation, make_adapter, submit
 
+from bestiary.diffusion.adapter import adapter_sha256
 from bestiary.errors import BestiaryError
 from bestiary.project import (
     drawing_defaults,
@@ -41,6 +45,7 @@ def test_a_project_draws_as_it_evaluates(project: Path, monkeypatch: pytest.Monk
 def test_results_are_read_from_the_projects_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DVC_ROOT", str(ROOT))
     evaluation, registration = last_results()
+    assert registration
     assert registration.adapter_sha256 == evaluation.adapter_sha256
     lines = "\n".join(render_results(evaluation, registration, "bestiary"))
     assert f"{evaluation.delta['margin'].mean:+.2f}" in lines
@@ -51,3 +56,56 @@ def test_results_before_the_first_run_name_the_command(project: Path, monkeypatc
     monkeypatch.chdir(project)
     with pytest.raises(BestiaryError, match="dvc repro"):
         last_results()
+
+
+def test_results_outside_a_project_say_where_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    with pytest.raises(BestiaryError, match=r"is not in a project\. Run this in the project's folder"):
+        last_results()
+
+
+@pytest.fixture
+def evaluated(project: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project whose adapter is evaluated and registered, as `dvc repro` leaves it."""
+    monkeypatch.chdir(project)
+    registration = submit(project, base_folder, make_adapter(base_folder, project / "models" / "adapter", 0))
+    write_evaluation(project)
+    metrics = project / "reports" / "results"
+    (metrics / "register.json").write_text(json.dumps(asdict(registration)))
+    return project
+
+
+def write_evaluation(project: Path) -> None:
+    """The report of the adapter in models/adapter."""
+    path = project / "reports" / "results" / "evaluate.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(evaluation(adapter_sha256(project / "models" / "adapter")).model_dump_json())
+
+
+def printed_results() -> str:
+    return "\n".join(render_results(*last_results(), "bestiary"))
+
+
+def test_results_of_an_adapter_that_is_not_registered_show_nothing_of_another_ones_version(
+    evaluated: Path, base_folder: Path
+) -> None:
+    assert "models:/bestiary/1 (champion)\n          The adapter beats the base" in printed_results()
+    make_adapter(base_folder, evaluated / "models" / "adapter", 1)
+    assert "These scores are of another adapter than the one in models/adapter" in printed_results()
+    assert "models:/" not in printed_results()
+    write_evaluation(evaluated)  # and the experiment stops here
+    assert "The adapter in models/adapter is not registered" in printed_results()
+    assert "`dvc repro`" in printed_results()
+    assert "models:/" not in printed_results()
+    (evaluated / "reports" / "results" / "register.json").unlink()
+    assert "The adapter in models/adapter is not registered" in printed_results()
+
+
+def test_results_show_the_version_as_the_registry_has_it_now(evaluated: Path, base_folder: Path) -> None:
+    better = make_adapter(base_folder, evaluated / "better", 1)
+    submit(evaluated, base_folder, better, gain=9.0)
+    assert "models:/bestiary/1\n" in printed_results()  # no longer the champion
+    (evaluated / "mlflow.db").unlink()
+    assert "This is how it was registered. There is no registry yet" in printed_results()
+    assert "`dvc repro --force --single-item register`" in printed_results()

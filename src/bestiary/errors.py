@@ -1,11 +1,15 @@
-"""The one error that a user can cause, and how text from files is shown."""
+"""The one error that a user can cause, and how text and values from files are shown."""
 
 from __future__ import annotations
 
 import re
+import reprlib
 
 # Control characters can move a terminal's cursor or change its title; the others reorder or break a line.
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+_repr = reprlib.Repr()
+_repr.maxlevel, _repr.maxstring, _repr.maxlong, _repr.maxother = 2, 80, 80, 80
 
 
 def printable(text: str) -> str:
@@ -24,6 +28,16 @@ def shown(text: str, longest: int = 80) -> str:
     'aaaaa…'
     """
     return printable(text if len(text) <= longest else f"{text[:longest]}…")
+
+
+def short(value: object) -> str:
+    """A value as Python writes it, cut to less than a line, for an error message.
+
+    >>> short("four"), len(short("x" * 1_000_000)), len(short([["x" * 1000] * 1000] * 1000))
+    ("'four'", 80, 120)
+    """
+    text = _repr.repr(value)
+    return text if len(text) <= 120 else f"{text[:119]}…"
 
 
 class BestiaryError(Exception):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 from bestiary.errors import BestiaryError
@@ -15,10 +17,20 @@ def project_root() -> Path:
 
     Outside any project it is the working folder.
     """
+    return find_project() or Path.cwd()
+
+
+def find_project() -> Path | None:
+    """The project's folder as `project_root` finds it; None outside any project."""
     if root := os.environ.get("DVC_ROOT"):
         return Path(root).resolve()
     here = Path.cwd()
-    return next((folder for folder in (here, *here.parents) if (folder / "dvc.yaml").is_file()), here)
+    return next((folder for folder in (here, *here.parents) if (folder / "dvc.yaml").is_file()), None)
+
+
+def no_project_error() -> BestiaryError:
+    """The error for what only works in a project."""
+    return BestiaryError(f"{Path.cwd()} is not in a project. Run this in the project's folder.")
 
 
 def is_folder(path: str | Path) -> bool:
@@ -42,14 +54,48 @@ def write_atomically(path: Path, data: bytes) -> None:
 
     Raises BestiaryError when the disk is full or the folder cannot be written; `path` is then as it was before.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    _write(path, data, Path.replace)
+
+
+def write_new(path: Path, data: bytes) -> bool:
+    """Write `data` as `write_atomically` does, unless `path` exists. Returns whether the file was written.
+
+    Of several processes that write the same path at the same time, exactly one succeeds.
+    """
+    try:
+        _write(path, data, _link)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _link(temporary: Path, path: Path) -> None:
+    try:
+        path.hardlink_to(temporary)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        # A file system without hard links: reserve the name first.
+        path.open("xb").close()
+        temporary.replace(path)
+    else:
+        temporary.unlink()
+
+
+def _write(path: Path, data: bytes, put_in_place: Callable[[Path, Path], object]) -> None:
+    # Its own short name: several threads may write the same path, whose name may be as long as names can be.
+    temporary = path.with_name(f".{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)
-        temporary.replace(path)
+        put_in_place(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):  # its folder may be no folder
             temporary.unlink(missing_ok=True)
+        if isinstance(error, FileExistsError) and os.path.lexists(path):
+            raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise BestiaryError(f"There is no space left in {path.parent} to write {path.name}.") from None
         raise BestiaryError(f"{path} cannot be written: {error.strerror}.") from None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bestiary.errors import BestiaryError
-from bestiary.files import is_folder, project_root, write_atomically
+from bestiary.files import is_folder, project_root, write_new
 from bestiary.png_metadata import PictureSettings, write_png
 from bestiary.registry.resolving import check_base, find_base, locate_base, locate_known_base, needs_mlflow, resolve
 
@@ -75,7 +75,9 @@ def located_base(model: str, revision: str | None) -> Base:
 
 def no_base_error() -> BestiaryError:
     """The error for a command that has no base to draw with."""
-    return BestiaryError("There is no params.yaml here that names a base. Name one with --base.")
+    return BestiaryError(
+        "There is no params.yaml here that names a base. Run this in the project's folder, or use --base."
+    )
 
 
 def choose_base(
@@ -235,17 +237,11 @@ def save_picture(image: Image, settings: PictureSettings, folder: Path, name: st
     Raises BestiaryError when it cannot be written.
     """
     data = write_png(image, settings)
-    path = _free_path(folder, name, data)
-    write_atomically(path, data)
-    return path
-
-
-def _free_path(folder: Path, stem: str, data: bytes) -> Path:
-    """The first of stem.png, stem-2.png, ... that is free or already holds the same picture."""
-    path, number = folder / f"{stem}.png", 1
-    while path.exists() and not (path.is_file() and path.read_bytes() == data):
+    path, number = folder / f"{name}.png", 1
+    # Another process may draw into the same folder, so the name is taken by writing.
+    while not write_new(path, data) and not (path.is_file() and path.read_bytes() == data):
         number += 1
-        path = folder / f"{stem}-{number}.png"
+        path = folder / f"{name}-{number}.png"
     return path
 
 

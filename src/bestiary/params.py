@@ -10,22 +10,38 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from bestiary.errors import BestiaryError
-from bestiary.samplers import DrawingDefaults, GuidanceInterval, SamplerName, Sampling
+from bestiary.errors import BestiaryError, short
+from bestiary.samplers import (
+    MAX_GUIDANCE_SCALE,
+    MAX_SIDE,
+    MAX_STEPS,
+    MIN_SIDE,
+    DrawingDefaults,
+    GuidanceInterval,
+    SamplerName,
+    Sampling,
+)
+from bestiary.yaml_file import read_yaml
 
 Fraction = Field(ge=0.0, lt=1.0)
 Positive = Field(gt=0)
+# What a sampler can work with: a version whose evaluation was beyond these limits could not be used.
+Steps = Annotated[int, Field(gt=0, le=MAX_STEPS)]
+GuidanceScale = Annotated[float, Field(ge=1.0, le=MAX_GUIDANCE_SCALE)]
+Count = Annotated[int, Field(gt=0)]
+Name = Annotated[str, Field(min_length=1)]
 Policy = Literal["off", "flag", "quarantine"]
 
 
 def rising(levels: GuidanceInterval) -> GuidanceInterval:
-    """Refuse an interval that contains no noise level."""
+    """Reject an interval that contains no noise level."""
     if levels[0] >= levels[1]:
         raise PydanticCustomError("rising", "the first noise level must be below the second")
+    if levels[0] < 0:
+        raise PydanticCustomError("rising", "noise levels are not negative")
     return levels
 
 
@@ -45,8 +61,8 @@ def different(values: list[float]) -> list[float]:
 
 def addressable(name: str) -> str:
     """Refuse a registered model's name that `models:/name@alias` could not hold."""
-    if not re.fullmatch(r"[^/:@\s]([^/:@]*[^/:@\s])?", name):
-        raise PydanticCustomError("addressable", "a name holds no /, : or @, and no space at its ends")
+    if not re.fullmatch(r"""[^/:@'"\s]([^/:@'"]*[^/:@'"\s])?""", name) or not name.isprintable():
+        raise PydanticCustomError("addressable", "a name holds no /, : or @, no quotes, and no space at its ends")
     return name
 
 
@@ -71,7 +87,7 @@ class ScienceDB(Section):
 class Dataset(Section):
     source: Literal["folder", "sciencedb"]
     sciencedb: ScienceDB | None  # what that source needs
-    classes: list[str] | None  # class folders to take; None takes all
+    classes: list[Name] | None = Field(min_length=1)  # class folders to take; None takes all
     images_per_class: int | None = Field(gt=0)
 
     @model_validator(mode="after")
@@ -104,7 +120,7 @@ class Encode(Section):
     zoom: float = Field(ge=0, lt=1)
     brightness: float = Field(ge=0, lt=1)
     aspect_ratio_buckets: bool
-    resolution: int = Field(gt=0, multiple_of=8)
+    resolution: int = Field(ge=MIN_SIDE, le=MAX_SIDE, multiple_of=8)
     batch_size: int = Positive
 
 
@@ -114,7 +130,7 @@ class Train(Section):
     rank: int = Positive
     alpha: float = Positive
     dropout: float = Fraction
-    targets: list[str] = Field(min_length=1)  # names of the UNet's modules
+    targets: list[Name] = Field(min_length=1)  # names of the UNet's modules
     use_rslora: bool
     use_dora: bool
     caption_dropout: float = Fraction
@@ -141,8 +157,8 @@ class Train(Section):
     validate_every: int = Positive  # steps
     sheet_animals: int = Positive  # classes that are drawn at a validation
     sheet_seeds: int = Positive  # pictures of each of them, for the CLIP score
-    sheet_steps: int = Positive
-    sheet_guidance_scale: float = Field(ge=1.0)
+    sheet_steps: Steps
+    sheet_guidance_scale: GuidanceScale
     keep_checkpoints: bool  # keep the adapter of every validation, for evaluate.sweep
 
     def sheet_sampling(self, side: int) -> Sampling:
@@ -157,7 +173,7 @@ class Sweep(Section):
 
     # Of the adapter.
     scales: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1), AfterValidator(different)]
-    guidance_scales: Annotated[list[Annotated[float, Field(ge=1)]], Field(min_length=1), AfterValidator(different)]
+    guidance_scales: Annotated[list[GuidanceScale], Field(min_length=1), AfterValidator(different)]
     checkpoints: bool  # those that train.keep_checkpoints kept, too
     seeds: int = Positive  # pictures a class for each of them
     score: Literal["clip_score", "margin", "top1"]
@@ -167,12 +183,12 @@ class Evaluate(Section):
     template: str = Field(pattern=r"\{\}")
     bootstrap_resamples: int = Positive
     seeds: int = Field(ge=2)  # pictures a class
-    steps: int = Positive
-    guidance_scale: float = Field(ge=1.0)
+    steps: Steps
+    guidance_scale: GuidanceScale
     scheduler: SamplerName
     batch_size: int = Positive
     guidance_interval: Interval | None  # None: every step is guided
-    classes: list[str] | None = Field(min_length=1)  # class folders to draw; None draws all
+    classes: list[Name] | None = Field(min_length=1)  # class folders to draw; None draws all
     second_judge: Model | None
     sweep: Sweep | None
 
@@ -194,8 +210,8 @@ class Evaluate(Section):
 
 class Benchmark(Section):
     schedulers: list[SamplerName] = Field(min_length=1)
-    steps: list[int] = Field(min_length=1)
-    batch_sizes: list[int] = Field(min_length=1)
+    steps: list[Steps] = Field(min_length=1)
+    batch_sizes: list[Count] = Field(min_length=1)
     repeats: int = Field(ge=5)  # fewer have no 95th percentile
     pictures: int = Positive  # by which a setting's quality is judged
     # Beside all combinations of the above, the default setting with one thing changed:
@@ -229,53 +245,77 @@ class Params(Section):
 
 
 def load_params(path: Path = Path("params.yaml")) -> Params:
-    """Read `path`, merge its shared keys, its profile and its recipe (later ones override), and validate every key.
+    """Read `path`, merge its shared keys, its profile and its recipe, and validate every key.
 
-    Raises BestiaryError that names the key when the file is missing, is no YAML, names an unknown profile or recipe,
-    sets a key both in the profile and outside it, or holds an unknown key or a value of the wrong type.
+    A key that the profile sets may have a value in the shared part, which then wins: `dvc exp run -S train.steps=60`
+    writes it there. Raises BestiaryError that names the key when the file is missing, is no YAML, names an unknown
+    profile or recipe, or holds an unknown key or a value of the wrong type.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = read_yaml(path)
     except FileNotFoundError:
         raise BestiaryError(f"{path} does not exist: run this in the project's folder.") from None
-    except yaml.YAMLError as error:
-        raise BestiaryError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise BestiaryError(f"{path} holds no parameters.")
     shared = dict(raw)
-    profiles = shared.pop("profiles", None) or {}
-    recipes = shared.pop("recipes", None) or {}
-    profile, recipe = shared.get("profile"), shared.get("recipe")
-    if profile not in profiles:
-        raise BestiaryError(f"{path}: there is no profile {profile!r}; choose one of {', '.join(profiles)}.")
-    if recipe not in recipes:
-        raise BestiaryError(f"{path}: there is no recipe {recipe!r}; choose one of {', '.join(recipes)}.")
-    merged = _merge(shared, profiles[profile] or {}, f"{path}: profiles.{profile}")
-    for name, section in (recipes[recipe] or {}).items():  # a recipe overrides the shared keys and the profile
+    profile, profile_settings = _chosen(shared, "profile", path)
+    recipe, recipe_settings = _chosen(shared, "recipe", path)
+    merged = _merge(shared, profile_settings, f"{path}: profiles.{profile}")
+    for name, section in recipe_settings.items():  # a recipe overrides what is there
+        where = f"recipes.{recipe}.{_line(name)}"
         if not isinstance(section, Mapping) or not isinstance(merged.get(name, {}), Mapping):
-            raise BestiaryError(f"{path}: recipes.{recipe}.{name} must be a table of keys.")
+            raise BestiaryError(f"{path}: {where} must be a table of keys.")
+        for key in section:
+            if _is_override(key, shared.get(name), profile_settings.get(name)):
+                raise BestiaryError(f"{path}: {name}.{_line(key)} has no effect: {where} sets it. Change it there.")
         merged[name] = {**merged.get(name, {}), **section}
     try:
         return Params.model_validate(merged)
     except ValidationError as error:
         # A misspelt key is missing, too, under its right name.
         first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-        key = ".".join(str(part) for part in first["loc"])
+        key = _line(".".join(str(part) for part in first["loc"]))
         raise BestiaryError(f"{path}: {key} (profile {profile}): {_explain(first)}.") from None
 
 
+def _chosen(shared: dict[str, Any], kind: Literal["profile", "recipe"], path: Path) -> tuple[str, Mapping[str, Any]]:
+    """The name of the profile or recipe that the file chooses, and its settings, which are taken out of `shared`."""
+    offered = shared.pop(f"{kind}s", None) or {}
+    name = shared.get(kind)
+    if not isinstance(offered, Mapping):
+        raise BestiaryError(f"{path}: {kind}s must be a table of {kind}s.")
+    if not isinstance(name, str) or name not in offered:
+        names = _line(", ".join(map(str, offered)))
+        raise BestiaryError(f"{path}: there is no {kind} {short(name)}; choose one of {names}.")
+    settings = offered[name] or {}
+    if not isinstance(settings, Mapping):
+        raise BestiaryError(f"{path}: {kind}s.{_line(name)} must be a table of keys.")
+    return _line(name), settings
+
+
+def _is_override(key: object, shared: object, profile: object) -> bool:
+    """Whether the shared part overrides a key of the profile."""
+    both = isinstance(shared, Mapping) and isinstance(profile, Mapping) and key in profile
+    return both and isinstance(shared, Mapping) and shared.get(key) is not None
+
+
 def _merge(shared: Mapping[str, Any], profile: Any, where: str) -> dict[str, Any]:
+    """The shared settings with those of the profile in the empty places."""
     if not isinstance(profile, Mapping):
         raise BestiaryError(f"{where} must be a table of keys.")
     merged = dict(shared)
     for key, value in profile.items():
-        if key not in merged:
+        if merged.get(key) is None:
             merged[key] = value
         elif isinstance(merged[key], Mapping):
-            merged[key] = _merge(merged[key], value, f"{where}.{key}")
-        else:
-            raise BestiaryError(f"{where}.{key} is also set outside the profiles. Remove one of the two.")
+            merged[key] = _merge(merged[key], value, f"{where}.{_line(key)}")
     return merged
+
+
+def _line(text: object) -> str:
+    """At most a line of a key."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= 100 else f"{line[:99]}…"
 
 
 def _explain(problem: Mapping[str, Any]) -> str:
@@ -285,4 +325,4 @@ def _explain(problem: Mapping[str, Any]) -> str:
         return "this key is missing"
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
-    return f"{problem['msg'][0].lower()}{problem['msg'][1:]} (got {problem['input']!r})"
+    return f"{problem['msg'][0].lower()}{problem['msg'][1:]}, not {short(problem['input'])}"

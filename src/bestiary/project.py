@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bestiary.files import project_root
+from bestiary.errors import BestiaryError
+from bestiary.files import find_project, no_project_error, project_root
 from bestiary.samplers import DrawingDefaults
 
 if TYPE_CHECKING:
@@ -45,38 +46,81 @@ def project_base(params: Params | None) -> Base | None:
     return located_base(params.base.model, params.base.revision) if params else None
 
 
-def last_results() -> tuple[EvaluationReport, Registration]:
-    """What the last `dvc repro` measured and registered.
+def last_results() -> tuple[EvaluationReport, Registration | None]:
+    """What the last `dvc repro` measured, and the registration of that adapter; None when it is not registered.
 
-    Raises BestiaryError when there is no result yet, or a report is damaged.
+    An experiment may stop before the adapter is registered, and then the report of an earlier registration is still
+    here. Raises BestiaryError outside a project, when there is no result yet, or when a report is damaged.
     """
     from bestiary.evaluation.report import read_evaluation
     from bestiary.registry.registering import read_registration
     from bestiary.stage import RESULTS
 
+    if find_project() is None:
+        raise no_project_error()
     results = Path(os.path.relpath(project_root() / RESULTS))
-    return read_evaluation(results / "evaluate.json"), read_registration(results / "register.json")
+    evaluation = read_evaluation(results / "evaluate.json")
+    path = results / "register.json"
+    registration = read_registration(path) if path.exists() else None
+    is_of_this = registration is not None and registration.adapter_sha256 == evaluation.adapter_sha256
+    return evaluation, registration if is_of_this else None
 
 
-def render_results(evaluation: EvaluationReport, registration: Registration, program: str) -> Iterator[str]:
+def render_results(evaluation: EvaluationReport, registration: Registration | None, program: str) -> Iterator[str]:
     """The lines that `bestiary results` prints. `program` is how the user starts this program."""
     from bestiary.evaluation.report import as_text, heading
 
     yield f"{heading(evaluation)}\n"
     yield from as_text(evaluation)
     sheet = short_path(project_root() / "reports" / "evaluate" / "sheet.png")
-    aliases = f" ({', '.join(registration.aliases)})" if registration.aliases else ""
     yield f"\nLook      {sheet}: the base beside the adapter"
-    yield f"Version   models:/{registration.name}/{registration.version}{aliases}"
-    for reason in registration.reasons:
-        yield f"          {reason}"
+    draw, pull = "generate tiger panda", None
+    if not _holds_adapter(evaluation):
+        yield f"Version   These scores are of another adapter than the one in {evaluation.operating_point.checkpoint}."
+        yield "          `dvc repro` evaluates and registers that one."
+    elif registration is None:
+        yield f"Version   The adapter in {evaluation.operating_point.checkpoint} is not registered."
+        yield "          `dvc repro` registers it."
+        draw = f"{draw} --adapter {evaluation.operating_point.checkpoint}"
+    else:
+        yield from _version_lines(registration)
+        pull = f"pull models:/{registration.name}@champion --out my-adapter"
     yield "\nNext"
     for command, purpose in (
-        (f"{program} generate tiger panda --count 4", "draw with it"),
+        (f"{program} {draw} --count 4", "draw with it"),
         ("make mlflow", "see every run in the browser"),
-        (f"{program} pull models:/{registration.name}@champion --out my-adapter", "copy the adapter"),
+        (f"{program} {pull}" if pull else "", "copy the adapter"),
     ):
-        yield f"  {command:70}{purpose}"
+        if command:
+            yield f"  {command:70}{purpose}"
+
+
+def _holds_adapter(evaluation: EvaluationReport) -> bool:
+    """Whether the evaluated adapter is still at its place. True where there is none, as in a fresh clone."""
+    import hashlib
+
+    place = project_root() / evaluation.operating_point.checkpoint
+    files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
+    found = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
+    return not found or evaluation.adapter_sha256 in found
+
+
+def _version_lines(registration: Registration) -> Iterator[str]:
+    """The adapter's version as the registry has it now, which may have lost it or moved its aliases since."""
+    from bestiary.registry.versions import REGISTER, versions
+
+    try:
+        sha256 = registration.adapter_sha256
+        found = [version for version in versions(registration.name) if version.tags.get("adapter_sha256") == sha256]
+        problem = "" if found else f"The registry does not hold it any more. `{REGISTER}` registers it again."
+    except BestiaryError as error:
+        found, problem = [], str(error)
+    number, aliases = (found[0].version, found[0].aliases) if found else (registration.version, registration.aliases)
+    yield f"Version   models:/{registration.name}/{number}" + (f" ({', '.join(aliases)})" if aliases else "")
+    for reason in registration.reasons:
+        yield f"          {reason}"
+    if problem:
+        yield f"          This is how it was registered. {problem}"
 
 
 def short_path(path: Path) -> str:

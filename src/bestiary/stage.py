@@ -16,7 +16,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import yaml
+from pydantic import BaseModel, ValidationError
 
 from bestiary.errors import BestiaryError
 from bestiary.files import project_root, write_atomically
@@ -24,6 +24,7 @@ from bestiary.libraries import silence_libraries
 from bestiary.params import Model, Params, load_params
 from bestiary.tracking.content import content_hash
 from bestiary.tracking.runs import Run, open_run
+from bestiary.yaml_file import read_yaml
 
 # reports/<stage>.json is everything that a stage reports. Git ignores it, because seconds and memory differ every time.
 # reports/results/<stage>.json has the results alone. Git and DVC track it, and later stages read it.
@@ -224,16 +225,49 @@ class _Definition:
     params: list[str]
     outs: list[str]
     metrics: list[str]
+    persistent: list[str]  # the outs that DVC does not delete before a run
+
+
+Entry: TypeAlias = "str | dict[str, object]"  # `path` or `path: {options}`
+
+
+class _Stage(BaseModel):
+    """The part of a stage in dvc.yaml that is read here."""
+
+    deps: list[Entry] = []
+    params: list[Entry] = []
+    outs: list[Entry] = []
+    metrics: list[Entry] = []
+
+
+class _DvcYaml(BaseModel):
+    stages: dict[str, _Stage]
+
+
+class _DataDvc(BaseModel):
+    outs: list[dict[str, object]]
 
 
 def _read_definition(name: str) -> _Definition:
-    fields = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"][name]
-    return _Definition(*(_names(fields.get(field, [])) for field in ("deps", "params", "outs", "metrics")))
+    try:
+        stage = _DvcYaml.model_validate(read_yaml(Path("dvc.yaml"))).stages[name]
+    except FileNotFoundError:
+        raise BestiaryError("There is no dvc.yaml here. Run this in the project's folder.") from None
+    except (KeyError, ValidationError):
+        raise BestiaryError(f"dvc.yaml does not describe the stage {name}. Restore it from Git.") from None
+    persistent = [path for path, options in map(_named, stage.outs) if options.get("persist")]
+    deps, params, outs, metrics = (
+        [path for path, _ in map(_named, entries)] for entries in (stage.deps, stage.params, stage.outs, stage.metrics)
+    )
+    return _Definition(deps, params, outs, metrics, persistent)
 
 
-def _names(entries: Iterable[str | Mapping[str, object]]) -> list[str]:
-    """The paths of a list in dvc.yaml, whose entries are either `path` or `path: {options}`."""
-    return [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
+def _named(entry: Entry) -> tuple[str, Mapping[str, object]]:
+    """The path of an entry and its options."""
+    if isinstance(entry, str):
+        return entry, {}
+    path, options = next(iter(entry.items()))
+    return path, options if isinstance(options, dict) else {}
 
 
 def _settings_of(definition: _Definition, params: Params) -> dict[str, object]:
@@ -246,7 +280,10 @@ def _settings_of(definition: _Definition, params: Params) -> dict[str, object]:
 def _pipeline_key(params: Params) -> str:
     """A hash of everything that decides the pipeline's result: all parameters, the data and dvc.yaml."""
     data = Path("data.dvc")
-    outs = yaml.safe_load(data.read_text(encoding="utf-8"))["outs"] if data.is_file() else []
+    try:
+        outs = _DataDvc.model_validate(read_yaml(data)).outs if data.is_file() else []
+    except ValidationError:
+        raise BestiaryError(f"{data} is damaged. Make it again with `dvc add data`.") from None
     parts = [params.model_dump(by_alias=True), [out.get("md5") for out in outs], Path("dvc.yaml").read_text("utf-8")]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

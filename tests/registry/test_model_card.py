@@ -83,14 +83,22 @@ def test_a_card_says_where_other_programs_want_the_adapter_and_which_base_they_n
 
 
 @pytest.mark.parametrize("logged", ["nothing", "another adapter's"])
-def test_no_card_is_written_without_the_versions_own_evaluation(
+def test_a_card_is_written_from_the_versions_own_run_when_the_evaluations_run_is_gone(
     project: Path, report: EvaluationReport, logged: str
 ) -> None:
-    if logged == "nothing":
+    if logged == "nothing":  # the database was made anew since the evaluation
         client = open_client(tracking_uri(), project)
         client.set_tag(versions()[0].run_id, "stage", "register")
     else:
         log_evaluation(project, report.model_copy(update={"adapter_sha256": "of another"}))
-    with pytest.raises(BestiaryError, match="no evaluation of models:/bestiary/1"):
+    model_card.write("models:/bestiary/1", project / "out")
+    card = (project / "out" / "README.md").read_text()
+    assert "| CLIP score | 20.00 | 25.00 | +5.00 (+4.00 to +6.00) | 30.00 |" in card
+
+
+def test_no_card_is_written_without_the_versions_own_evaluation(project: Path, report: EvaluationReport) -> None:
+    log_evaluation(project, report.model_copy(update={"adapter_sha256": "of another"}))
+    (project / "mlruns" / "0" / versions()[0].run_id / "artifacts" / "gate" / "evaluate.json").unlink()
+    with pytest.raises(BestiaryError, match=r"no evaluation of models:/bestiary/1\..* `dvc repro --force"):
         model_card.write("models:/bestiary/1", project / "out")
     assert not (project / "out").exists()

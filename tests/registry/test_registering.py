@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from support.registry import DEFAULTS, RULES, evaluation, make_adapter, make_submission, submit
 
+from bestiary.diffusion.stored_adapter import adapter_file
 from bestiary.errors import BestiaryError
 from bestiary.registry.gate import CHALLENGER, CHAMPION
 from bestiary.registry.registering import read_registration, register
@@ -139,6 +140,57 @@ def test_a_version_names_the_code_that_made_it(project: Path, base_folder: Path,
     register(replace(make_submission(project, base_folder, adapters[0]), run_id=run), RULES)
     (version,) = versions()
     assert (version.tags["git_revision"], version.tags["git_dirty"]) == ("abc", "true")
+
+
+@pytest.mark.parametrize("lost", ["mlruns", "file", "content"])
+def test_registering_again_stores_what_the_registry_has_lost(
+    project: Path, base_folder: Path, adapters: list[Path], lost: str
+) -> None:
+    first = submit(project, base_folder, adapters[0])
+    file = resolve("models:/bestiary/1").file
+    if lost == "mlruns":
+        shutil.rmtree(project / "mlruns")
+    elif lost == "file":
+        file.unlink()
+    else:
+        file.chmod(0o644)
+        file.write_bytes(b"another")
+    with pytest.raises(BestiaryError, match=r"models:/bestiary/1.* `dvc repro --force --single-item register`|adapter"):
+        resolve("models:/bestiary/1")
+    assert submit(project, base_folder, adapters[0]) == replace(
+        first, reasons=[first.reasons[0], "The adapter is the champion already."]
+    )
+    assert resolve("models:/bestiary@champion").file.read_bytes() == adapter_file(adapters[0]).read_bytes()
+
+
+def test_a_registration_is_not_reported_when_the_registry_cannot_serve_the_file(
+    project: Path, base_folder: Path, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlflow.tracking.MlflowClient.log_model_artifacts", lambda *_: None)
+    monkeypatch.setattr("mlflow.store.artifact.local_artifact_repo.LocalArtifactRepository.log_artifacts", print)
+    with pytest.raises(BestiaryError, match=r"cannot serve the file of models:/bestiary/1\."):
+        submit(project, base_folder, adapters[0])
+
+
+def test_a_champion_whose_scores_are_lost_is_not_replaced_and_the_reason_says_so(
+    project: Path, base_folder: Path, adapters: list[Path]
+) -> None:
+    submit(project, base_folder, adapters[0])
+    shutil.rmtree(project / "mlruns")
+    registration = submit(project, base_folder, adapters[1], gain=9.0)
+    assert registration.aliases == [CHALLENGER]
+    assert "has lost the scores of the champion, version 1" in registration.reasons[-1]
+
+
+def test_no_file_that_is_registered_holds_a_path_of_this_machine(
+    project: Path, base_folder: Path, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(base_folder, project / "models" / "base")
+    monkeypatch.chdir(project)
+    submit(project, "models/base", make_adapter(Path("models/base"), project / "adapter", 3))
+    files = [path for path in (project / "mlruns").rglob("*") if path.is_file()]
+    assert "MLmodel" in {path.name for path in files}
+    assert not [path for path in files if str(project.parent).encode() in path.read_bytes()]
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"name": "bestiary", "version": 1}'])

@@ -71,7 +71,7 @@ def test_only_a_registry_on_a_server_needs_mlflow(project: Path, monkeypatch: py
 def test_a_tag_that_is_missing_is_named(project: Path, base_folder: Path, adapters: list[Path], tag: str) -> None:
     submit(project, base_folder, adapters[0])
     open_client(tracking_uri(), project).delete_model_version_tag("bestiary", "1", tag)
-    with pytest.raises(BestiaryError, match=f"models:/bestiary/1 lacks the tag {tag}"):
+    with pytest.raises(BestiaryError, match=f"models:/bestiary/1 has no tag {tag}"):
         resolve("models:/bestiary/1")
 
 

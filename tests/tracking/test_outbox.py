@@ -1,11 +1,17 @@
+import errno
 import shutil
 import sqlite3
+import stat
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.example_runs import one_run, stored_runs
 
 from bestiary.tracking.content import content_hash
+from bestiary.tracking.messages import Artifact, Close, decode_opening
+from bestiary.tracking.outbox import keep
 from bestiary.tracking.store import open_client, tracking_uri
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -94,3 +100,90 @@ def test_unsent_runs_of_an_earlier_version_are_sent(project: Path) -> None:
     assert (train.info.status, train.data.tags["error"]) == ("FAILED", "RuntimeError: out of memory")
     assert train.data.metrics == {"loss": 0.5}
     assert list(unsent.iterdir()) == []
+
+
+def message_file(project: Path) -> Path:
+    (file,) = (project / "mlruns" / "unsent").glob("*/messages.jsonl")
+    return file
+
+
+@pytest.mark.slow
+def test_a_kept_run_holds_no_password_and_is_for_its_owner_alone(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address = "http://ada:s3cret%2Fword@127.0.0.1:9"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(b"png")
+    with pytest.raises(RuntimeError), one_run(key="lost") as run:  # noqa: PT012
+        run.log_artifact(picture)
+        raise RuntimeError(f"no answer from {address}, password s3cret/word")
+    files = list((project / "mlruns" / "unsent").rglob("*"))
+    kept = b"".join(path.read_bytes() for path in files if path.is_file())
+    for secret in (b"s3cret", b"ada", b"word@"):
+        assert secret not in kept
+    assert "s3cret" not in capsys.readouterr().err
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600, 0o700}
+
+
+def test_a_kept_run_is_sent_after_its_project_was_moved(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "note.txt").write_text("kept")
+    opening = decode_opening((FIXTURES / "unsent-whole-run" / "messages.jsonl").open(encoding="utf-8").readline())
+    keep(replace(opening, root=str(project)), [Artifact(str(tmp_path / "note.txt"), None), Close("FINISHED", None, 5)])
+    assert str(project) not in message_file(project).read_text()
+    (tmp_path / "note.txt").unlink()
+    moved = project.rename(tmp_path / "moved")
+    monkeypatch.setenv("DVC_ROOT", str(moved))
+    with one_run(key="next"):
+        pass
+    (sent,) = [run for run in stored_runs(moved, "split") if run.data.tags["pipeline"] == "kept"]
+    assert (moved / "mlruns" / sent.info.run_id / "artifacts" / "note.txt").read_text() == "kept"
+    assert not project.exists()
+
+
+@pytest.mark.parametrize("room_for", ["messages", "nothing"])
+def test_on_a_full_disk_the_record_is_kept_and_nothing_half_written(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room_for: str
+) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("bestiary.tracking.outbox.gettempdir", lambda: str(tmp_path / "temporary"))
+    note = tmp_path / "note.txt"
+    note.write_text("kept")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("bestiary.tracking.outbox.shutil.copyfile", full)
+    if room_for == "nothing":
+        original = Path.mkdir
+
+        def mkdir(path: Path, *arguments: Any, **options: Any) -> None:
+            original(path, *arguments, **options)
+            if path.is_relative_to(project):
+                full()
+
+        monkeypatch.setattr(Path, "mkdir", mkdir)
+    opening = decode_opening((FIXTURES / "unsent-whole-run" / "messages.jsonl").open(encoding="utf-8").readline())
+    folder = keep(replace(opening, root=str(project)), [Artifact(str(note), None), Close("FINISHED", None, 5)])
+    assert folder.parent == (
+        project / "mlruns" / "unsent" if room_for == "messages" else tmp_path / "temporary" / "bestiary-unsent"
+    )
+    assert [path.name for path in folder.iterdir()] == ["messages.jsonl"]
+    assert not list(tmp_path.rglob(".*"))
+    monkeypatch.undo()
+    monkeypatch.setenv("DVC_ROOT", str(project))
+    if room_for == "nothing":
+        (project / "mlruns" / "unsent").mkdir(parents=True)
+        folder.rename(project / "mlruns" / "unsent" / folder.name)
+        note.unlink()
+    with one_run(key="next"):
+        pass
+    found = [run for run in stored_runs(project, "split") if run.data.tags["pipeline"] == "kept"]
+    assert [(run.info.status, run.data.tags) for run in found] == [("FINISHED", found[0].data.tags)]
+    (sent,) = found
+    if room_for == "messages":
+        assert (project / "mlruns" / sent.info.run_id / "artifacts" / "note.txt").read_text() == "kept"
+    else:
+        assert "lost.note.txt" in sent.data.tags

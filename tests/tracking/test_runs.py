@@ -1,5 +1,6 @@
 import logging
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -101,18 +102,43 @@ def test_a_killed_stage_is_marked_killed(project: Path) -> None:
     assert run.data.tags["error"] == "the stage was killed"
 
 
-def test_the_next_run_marks_orphaned_runs_as_killed(project: Path) -> None:
+def start_recorder_and_kill_it(project: Path) -> str:
+    """Open a run whose recorder and stage are killed, as by a power failure. Returns the run's id."""
+    code = (
+        "from bestiary.tracking.runs import open_run\nimport os, signal\nwith open_run('split', {}, [], 'a') as run:\n"
+    )
+    code += "    print(run.id, flush=True)\n    os.kill(run._recorder.pid, signal.SIGKILL)\n    os.kill(os.getpid(), 9)"
+    stage = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=False, text=True)
+    return stage.stdout.strip()
+
+
+@pytest.mark.slow
+def test_the_next_run_marks_orphaned_runs_as_killed_and_no_other(project: Path) -> None:
+    dead = start_recorder_and_kill_it(project)
+    client = open_client(tracking_uri(), project)
+    assert client.get_run(dead).info.status == "RUNNING"
+    with one_run(key="alive") as run:
+        # The same host name and the id of a process that is not in this container: a run of another one.
+        client.set_tag(run.id, "host", platform.node())
+        client.set_tag(run.id, "recorder", "4194304")
+        with one_run(key="next"):
+            pass
+        assert client.get_run(run.id).info.status == "RUNNING"
+    killed = client.get_run(dead)
+    assert (killed.info.status, killed.data.tags["error"]) == ("KILLED", "the machine went down")
+    assert list((project / ".cache" / "running").iterdir()) == []
+
+
+def test_a_run_with_odd_tags_does_not_stop_the_next_run(project: Path) -> None:
     with one_run() as run:
         run_id = run.id
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
     client = open_client(tracking_uri(), project)
-    client.set_tag(run_id, "recorder", str(ended.pid))
+    client.set_tag(run_id, "recorder", "abc")
+    client.delete_tag(run_id, "mlflow.parentRunId")
     client.update_run(run_id, "RUNNING")
-    with one_run():
+    with one_run(key="next"):
         pass
-    run = client.get_run(run_id)
-    assert (run.info.status, run.data.tags["error"]) == ("KILLED", "the machine went down")
+    assert stored_runs(project, "split")[-1].info.status == "FINISHED"
 
 
 def test_artifacts_are_stored_in_the_project_from_any_working_folder(
@@ -182,7 +208,7 @@ def test_runs_that_start_at_the_same_time_create_one_complete_database(project: 
     assert [stage.wait() for stage in stages] == [0, 0, 0]
     assert len(stored_runs(project, "split")) == 3
     assert len(stored_runs(project, "pipeline")) == 1
-    assert sorted(path.name for path in project.iterdir()) == ["mlflow.db", "mlflow.db.lock"]
+    assert sorted(path.name for path in project.iterdir()) == [".cache", "mlflow.db", "mlflow.db.lock"]
 
 
 def test_logging_returns_without_waiting_for_mlflow(project: Path) -> None:

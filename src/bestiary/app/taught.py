@@ -9,7 +9,8 @@ from pathlib import Path
 from bestiary.errors import BestiaryError
 from bestiary.evaluation.report import read_evaluation
 from bestiary.files import project_root
-from bestiary.registry.versions import Version, subjects_of
+from bestiary.registry.tags import subjects_of
+from bestiary.registry.versions import Version
 from bestiary.subjects import Subject, subject_of
 
 log = logging.getLogger(__name__)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from bestiary.errors import BestiaryError
 from bestiary.registry.gate import CHALLENGER, CHAMPION
+from bestiary.registry.tags import whole_number
 from bestiary.registry.versions import Version, aliases_of, find_version, open_registry, plain_errors, versions
 from bestiary.tracking.store import locked
 
@@ -45,7 +46,7 @@ def rollback(because: str, name: str = "bestiary") -> Version:
         champion = find_version(f"models:/{name}@{CHAMPION}")
         if CHAMPION_BEFORE not in champion.tags:
             raise BestiaryError(f"Version {champion.version} has no previous champion to roll back to.")
-        before = int(champion.tags[CHAMPION_BEFORE])
+        before = whole_number(champion, CHAMPION_BEFORE)
         if before not in existing or ROLLED_BACK in existing[before].tags:
             what = "was rolled back, too" if before in existing else "was deleted"
             raise BestiaryError(

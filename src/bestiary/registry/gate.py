@@ -30,6 +30,7 @@ class ChampionComparison:
 
     version: int  # the champion's
     difference: Estimate | None
+    has_pictures: bool = True  # False when the registry has lost what the champion was measured by
 
 
 def decide(evaluation: ScoreReport, rules: Register, champion: ChampionComparison | None) -> Decision:
@@ -54,6 +55,11 @@ def decide(evaluation: ScoreReport, rules: Register, champion: ChampionCompariso
         )
     if champion is None:
         good.append("There is no other champion.")
+    elif not champion.has_pictures:
+        bad.append(
+            f"The registry has lost the scores of the champion, version {champion.version}, so the two cannot be "
+            "compared. A person can decide with `bestiary promote`."
+        )
     elif champion.difference is None:
         bad.append(
             f"The champion, version {champion.version}, was measured on another base, with other prompts or seeds, or "

@@ -19,6 +19,7 @@ from bestiary.errors import BestiaryError
 from bestiary.files import project_root
 from bestiary.registry.aliases import CHAMPION_BEFORE
 from bestiary.registry.versions import hide_progress_bars, make_name, number_of, plain_errors, publish
+from bestiary.tracking.addresses import local_path, shown_address, sqlite_uri
 from bestiary.tracking.store import EXPERIMENT, check_database, experiment_id, open_client
 
 if TYPE_CHECKING:
@@ -47,12 +48,15 @@ def migrate(database: Path, server: str) -> Migration:
     address, or when one of the two cannot be used.
     """
     if not database.is_file():
-        raise BestiaryError(f"There is no tracking database {database}. Name the right file with --database.")
+        raise BestiaryError(
+            f"There is no tracking database {database}. Run this in the project's folder, or name the file with "
+            "--database."
+        )
     if not server.startswith(("http://", "https://")):
         raise BestiaryError(
-            f"{server} is not the address of an MLflow server. Give one such as https://mlflow.example.org."
+            f"{shown_address(server)} is not the address of an MLflow server. Give one such as https://mlflow.example.org."
         )
-    local = f"sqlite:///{database.resolve()}"
+    local = sqlite_uri(database.resolve())
     check_database(local)
     hide_progress_bars()
     with plain_errors(server):
@@ -201,9 +205,9 @@ def _copy_version(
     local = source.get_model_version_download_uri(name, version.version)
 
     def write(folder: Path, logged: LoggedModel) -> None:
-        shutil.copytree(local.removeprefix("file://"), folder)
+        shutil.copytree(local_path(local) or local, folder)
         model = Model.load(str(folder))
-        model.run_id, model.model_id, model.artifact_path = run, logged.model_id, logged.artifact_location
+        model.run_id, model.model_id, model.artifact_path = run, logged.model_id, None
         model.save(str(folder / "MLmodel"))
 
     return publish(target, name, run, tags, version.description, write)

@@ -14,7 +14,8 @@ from bestiary.errors import BestiaryError
 from bestiary.evaluation.report import EvaluationReport, as_markdown, read_evaluation
 from bestiary.files import write_atomically
 from bestiary.registry.resolving import resolve
-from bestiary.registry.versions import Version, artifact, defaults_of, parameters, subjects_of, walk
+from bestiary.registry.tags import number, read_tags
+from bestiary.registry.versions import REGISTER, Version, artifact, parameters, walk
 from bestiary.samplers import DrawingDefaults
 from bestiary.subjects import Subject, find_subject
 
@@ -34,8 +35,7 @@ def write(what: str, out: Path) -> list[Path]:
     version, steps = walk(what)
     runs = {step.stage: step.run_id for step in reversed(steps)}
     with TemporaryDirectory() as folder:
-        report = _evaluation(version, runs, Path(folder))
-        sheet = artifact(runs["evaluate"], f"evaluate/{SHEET}", Path(folder))
+        report, sheet = _evaluation(version, runs, Path(folder))
         adapter = resolve(version.uri).file
         settings: dict[str, dict[str, str]] = {
             stage: parameters(runs[stage]) for stage in ("train", "evaluate") if stage in runs
@@ -62,14 +62,14 @@ def render(
 
     `settings` holds, by stage, the parameters that the stage's run logged.
     """
-    tags = version.tags
-    base = f"`{tags['base']}`" + (f" at revision `{tags['base_revision']}`" if tags["base_revision"] else "")
-    subjects = {folder: find_subject(folder, subjects_of(version))[0] for folder in report.per_class}
+    tags = read_tags(version)
+    base = f"`{tags.base}`" + (f" at revision `{tags.base_revision}`" if tags.base_revision else "")
+    subjects = {folder: find_subject(folder, tags.subjects)[0] for folder in report.per_class}
     parts = [
         f"---\n{_metadata(version, report, subjects, has_sheet)}\n---",
         f"# {version.name} {version.version}",
-        f"A LoRA adapter (rank {tags['rank']}, alpha {float(tags['alpha']):g}) for {base}. It teaches the base "
-        f"{len(subjects)} subjects: {', '.join(subject.name for subject in subjects.values())}.",
+        f"A LoRA adapter (rank {number(version, 'rank'):g}, alpha {number(version, 'alpha'):g}) for {base}. It teaches "
+        f"the base {len(subjects)} subjects: {', '.join(subject.name for subject in subjects.values())}.",
         f"![The base beside the adapter: same prompts, same seeds]({SHEET})" if has_sheet else "",
         "## Scores",
         f"The base and the adapter each drew {report.images} pictures from the same prompts and seeds. A CLIP model "
@@ -78,30 +78,40 @@ def render(
         _strengths(report, subjects),
         "Share of pictures that look copied from training images (0: no more than by chance, 1: all of them): "
         f"{report.memorisation.adapter.copied.describe()}.",
-        f"The registry's gate decided: {tags['decision']}" if "decision" in tags else "",
+        f"The registry's gate decided: {version.tags['decision']}" if "decision" in version.tags else "",
         "## Use",
-        _use(tags["base"], defaults_of(version)),
+        _use(tags.base, tags.defaults),
         "## How it was made",
         _provenance(steps),
         *(_settings(stage, values) for stage, values in settings.items() if values),
-        f"Registered as `{version.uri}` with the SHA-256 `{tags['adapter_sha256']}`, on a base whose files have the "
-        f"SHA-256 `{tags['base_sha256']}`. The hashes in the table are DVC's content hashes of what each step read.",
+        f"Registered as `{version.uri}` with the SHA-256 `{tags.adapter_sha256}`, on a base whose files have the "
+        f"SHA-256 `{tags.base_sha256}`. The hashes in the table are DVC's content hashes of what each step read.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _evaluation(version: Version, runs: Mapping[str, str], folder: Path) -> EvaluationReport:
-    file = artifact(runs["evaluate"], "evaluate.json", folder) if "evaluate" in runs else None
-    report = read_evaluation(file) if file else None
-    if report is None or report.adapter_sha256 != version.tags["adapter_sha256"]:
-        raise BestiaryError(f"The registry holds no evaluation of {version.uri}. Run `dvc repro` to evaluate it.")
-    return report
+def _evaluation(version: Version, runs: Mapping[str, str], folder: Path) -> tuple[EvaluationReport, Path | None]:
+    """The version's evaluation and the sheet of pictures, from the run that evaluated it or that registered it."""
+    from bestiary.registry.registering import GATE
+
+    sha256 = read_tags(version).adapter_sha256
+    places = [(runs["evaluate"], "evaluate.json", f"evaluate/{SHEET}")] if "evaluate" in runs else []
+    places.append((version.run_id, f"{GATE}/evaluate.json", f"{GATE}/{SHEET}"))
+    for run_id, report_path, sheet_path in places:
+        file = artifact(run_id, report_path, folder)
+        report = read_evaluation(file) if file else None
+        if report and report.adapter_sha256 == sha256:
+            return report, artifact(run_id, sheet_path, folder)
+    raise BestiaryError(
+        f"The registry holds no evaluation of {version.uri}. If it is the adapter in models/adapter, `{REGISTER}` "
+        "stores its evaluation."
+    )
 
 
 def _metadata(version: Version, report: EvaluationReport, subjects: Mapping[str, Subject], has_sheet: bool) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
-    base = version.tags["base"]
+    base = read_tags(version).base
     is_on_the_hub = not base.startswith((".", "/"))
     first = next(iter(subjects.values()))
     data = ModelCardData(

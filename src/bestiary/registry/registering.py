@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from bestiary.errors import BestiaryError
@@ -13,15 +16,17 @@ from bestiary.files import project_root
 from bestiary.params import Register
 from bestiary.registry.aliases import ROLLED_BACK, give_alias
 from bestiary.registry.gate import CHALLENGER, CHAMPION, ChampionComparison, Decision, decide, paired_difference
+from bestiary.registry.tags import DEFAULTS_TAG, SUBJECTS_TAG, subjects_tag
 from bestiary.registry.versions import (
-    DEFAULTS_TAG,
-    SUBJECTS_TAG,
+    REGISTER,
     aliases_of,
+    artifact,
+    find_version,
     make_name,
     number_of,
     plain_errors,
     publish,
-    subjects_tag,
+    weights,
 )
 from bestiary.samplers import DrawingDefaults, Sampling
 from bestiary.tracking.store import check_database, locked, open_client, tracking_uri
@@ -31,6 +36,7 @@ if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
     from mlflow.models import ModelSignature
 
+MAX_TRIES = 10  # to decide while other registrations move the aliases
 GATE = "gate"  # where a run logs its table of pictures, for comparison with later adapters
 
 
@@ -68,7 +74,7 @@ def read_registration(path: Path) -> Registration:
     try:
         return TypeAdapter(Registration).validate_json(path.read_bytes())
     except FileNotFoundError:
-        raise BestiaryError(f"There are no results yet: {path} does not exist. Run `dvc repro`.") from None
+        raise BestiaryError(f"No adapter is registered yet: {path} does not exist. Run `dvc repro`.") from None
     except ValidationError:
         raise BestiaryError(f"{path} is damaged. Delete it and run `dvc repro`.") from None
 
@@ -76,8 +82,9 @@ def read_registration(path: Path) -> Registration:
 def register(submission: Submission, rules: Register) -> Registration:
     """Verify the adapter, register it once for its content, and give it the alias that it earns.
 
-    An adapter that is registered already keeps its version, whose tags are updated. Raises BestiaryError when a report
-    is about another adapter, the adapter does not apply to the base, or MLflow cannot be written.
+    An adapter that is registered already keeps its version, whose tags are updated; a file that the registry has lost
+    is stored again. Raises BestiaryError when a report is about another adapter, the adapter does not apply to the
+    base, MLflow cannot be written, or the registry cannot serve the version's file afterwards.
     """
     tags = _tags(submission)
     name, sha256 = rules.name, tags["adapter_sha256"]
@@ -94,8 +101,8 @@ def register(submission: Submission, rules: Register) -> Registration:
                 for key, value in tags.items():  # it may have been evaluated again, with other settings
                     client.set_model_version_tag(name, str(version), key, value)
                 client.update_model_version(name, str(version), _description(submission, tags))
-            run_id = client.get_model_version(name, str(version)).run_id
-            client.log_artifact(run_id, str(submission.pictures), GATE)
+            _check_served(client, submission, name, version, tags)
+            _log_evaluation(client, client.get_model_version(name, str(version)).run_id, submission)
             decision = _give_earned_alias(client, submission, rules, version)
             client.set_model_version_tag(
                 name, str(version), "decision", f"{decision.alias}: {' '.join(decision.reasons)}"
@@ -138,7 +145,9 @@ def _give_earned_alias(client: MlflowClient, submission: Submission, rules: Regi
     aliases = aliases_of(client, rules.name)
     decision = _decide(client, submission, rules, version, aliases)
     # On a server, another registration may move the aliases while this one decides.
-    while aliases != (now := aliases_of(client, rules.name)):
+    for _ in range(MAX_TRIES):
+        if aliases == (now := aliases_of(client, rules.name)):
+            break
         aliases = now
         decision = _decide(client, submission, rules, version, aliases)
     give_alias(client, rules.name, version, decision.alias, aliases)
@@ -161,43 +170,90 @@ def _decide(
     if ROLLED_BACK in tags:
         return Decision(CHALLENGER, [f"The adapter was the champion and was rolled back: {tags[ROLLED_BACK]}"])
     champion = client.get_model_version(rules.name, str(number))
-    difference = None
-    if champion.tags.get("measured") == submission.measured:
-        theirs = client.download_artifacts(champion.run_id, f"{GATE}/{submission.pictures.name}")
-        difference = paired_difference(submission.pictures, Path(theirs), rules.champion_score)
-    return decide(submission.evaluation, rules, ChampionComparison(number, difference))
+    if champion.tags.get("measured") != submission.measured:
+        return decide(submission.evaluation, rules, ChampionComparison(number, None))
+    with TemporaryDirectory() as folder:
+        theirs = artifact(champion.run_id, f"{GATE}/{submission.pictures.name}", Path(folder))
+        difference = paired_difference(submission.pictures, theirs, rules.champion_score) if theirs else None
+    return decide(submission.evaluation, rules, ChampionComparison(number, difference, has_pictures=theirs is not None))
 
 
 def _create(client: MlflowClient, submission: Submission, name: str, tags: Mapping[str, str]) -> int:
     """Create the submission's version. Returns its number."""
-    from bestiary.diffusion.stored_adapter import adapter_file
-
-    file, run_id = adapter_file(submission.adapter), submission.run_id
-    run_tags = client.get_run(run_id).data.tags
+    run_tags = client.get_run(submission.run_id).data.tags
     source = {"git_revision": run_tags.get("mlflow.source.git.commit"), "git_dirty": run_tags.get("git_dirty")}
 
     def write(folder: Path, logged: LoggedModel) -> None:
-        import mlflow
-        from mlflow.models import Model
-
-        mlflow.diffusers.save_model(
-            str(file),
-            str(folder),
-            tags["base"],
-            mlflow_model=Model(run_id=run_id, model_id=logged.model_id, artifact_path=logged.artifact_location),
-            signature=_signature(submission.defaults.sampling),
-            input_example={"prompt": "a photo of a tiger"},
-            metadata={key: tags[key] for key in ("adapter_sha256", "base", "base_revision", "base_sha256")},
-        )
+        _write_model(folder, logged.model_id, submission, tags)
 
     all_tags = {**tags, **{key: value for key, value in source.items() if value is not None}}
-    return publish(client, name, run_id, all_tags, _description(submission, tags), write)
+    return publish(client, name, submission.run_id, all_tags, _description(submission, tags), write)
 
 
 def _description(submission: Submission, tags: Mapping[str, str]) -> str:
     """What MLflow's page shows of the version: what it is, and its result table as Markdown."""
     what = f"A LoRA adapter (rank {tags['rank']}, alpha {float(tags['alpha']):g}) for `{tags['base']}`."
     return "\n".join([what, "", heading(submission.evaluation), "", *as_markdown(submission.evaluation)])
+
+
+def _write_model(folder: Path, model_id: str | None, submission: Submission, tags: Mapping[str, str]) -> None:
+    """Save the submission's adapter as an MLflow model."""
+    import mlflow
+    from mlflow.models import Model
+
+    from bestiary.diffusion.stored_adapter import adapter_file
+
+    mlflow.diffusers.save_model(
+        str(adapter_file(submission.adapter)),
+        str(folder),
+        tags["base"],
+        # No artifact_path: MLflow would store this machine's path, which says nothing elsewhere.
+        mlflow_model=Model(run_id=submission.run_id, model_id=model_id),
+        signature=_signature(submission.defaults.sampling),
+        input_example={"prompt": "a photo of a tiger"},
+        metadata={key: tags[key] for key in ("adapter_sha256", "base", "base_revision", "base_sha256")},
+    )
+
+
+def _check_served(
+    client: MlflowClient, submission: Submission, name: str, number: int, tags: Mapping[str, str]
+) -> None:
+    """Check that the registry serves the file of a version. If it has lost the file, store it again."""
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    uri, sha256 = tracking_uri(), tags["adapter_sha256"]
+    if _served_sha256(name, number) == sha256:
+        return
+    place = client.get_model_version_download_uri(name, str(number))
+    with TemporaryDirectory() as folder:
+        model = Path(folder, "model")
+        known = re.search(r"/(m-[0-9a-f]{32})/", place)  # MLflow does not store a version's model_id
+        _write_model(model, known[1] if known else None, submission, tags)
+        get_artifact_repository(place, tracking_uri=uri).log_artifacts(str(model))
+    if _served_sha256(name, number) != sha256:
+        raise BestiaryError(
+            f"The registry cannot serve the file of models:/{name}/{number}. Delete that version in MLflow, then run "
+            f"`{REGISTER}` to register the adapter anew."
+        )
+
+
+def _served_sha256(name: str, number: int) -> str | None:
+    """The SHA-256 of the file that the registry serves for a version; None when it serves none."""
+    from bestiary.diffusion.adapter import adapter_sha256
+
+    with TemporaryDirectory() as folder, contextlib.suppress(BestiaryError):
+        return adapter_sha256(weights(find_version(f"models:/{name}/{number}"), Path(folder)))
+    return None
+
+
+def _log_evaluation(client: MlflowClient, run_id: str, submission: Submission) -> None:
+    """Store what the gate and the model card need with the version's own run, which outlives the evaluation's run."""
+    with TemporaryDirectory() as folder:
+        report = Path(folder, "evaluate.json")
+        report.write_text(submission.evaluation.model_dump_json(), encoding="utf-8")
+        for file in (report, submission.pictures, submission.pictures.with_name("sheet.png")):
+            if file.exists():
+                client.log_artifact(run_id, str(file), GATE)
 
 
 def _signature(sampling: Sampling) -> ModelSignature:

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from platformdirs import user_cache_path
 
 from bestiary.errors import BestiaryError, shown
 from bestiary.files import is_folder, project_root, write_atomically
-from bestiary.registry.versions import (
-    Version,
-    defaults_of,
-    find_version,
-    hide_progress_bars,
-    local_database,
-    open_local,
-    open_registry,
-    plain_errors,
-    subjects_of,
-)
+from bestiary.registry.tags import read_tags
+from bestiary.registry.versions import REGISTER, Version, find_version, local_database, weights
 from bestiary.samplers import DrawingDefaults, Sampling
 from bestiary.subjects import Subject
 
@@ -56,22 +51,12 @@ def resolve(what: str) -> Adapter:
         file = adapter_file(what)
         check_size(file)  # before torch is imported, which takes seconds
         return _from_file(file, what)
-    from bestiary.diffusion.adapter import adapter_sha256
 
     version = find_version(what)
-    file = adapter_file(_weights_folder(version))
-    if adapter_sha256(file) != _tag(version, "adapter_sha256"):
-        raise BestiaryError(
-            f"The file of {version.uri} has changed since it was registered: {file}. Restore it from a backup."
-        )
+    tags = read_tags(version)
+    file = _registered_file(version, tags.adapter_sha256)
     return Adapter(
-        file,
-        version.uri,
-        _tag(version, "base"),
-        version.tags.get("base_revision") or None,
-        _tag(version, "base_sha256"),
-        defaults_of(version),
-        subjects=subjects_of(version),
+        file, version.uri, tags.base, tags.base_revision, tags.base_sha256, tags.defaults, subjects=tags.subjects
     )
 
 
@@ -94,30 +79,32 @@ def _from_file(file: Path, what: str) -> Adapter:
     )
 
 
-def _tag(version: Version, key: str) -> str:
-    """A tag that drawing depends on. Raises BestiaryError when a version lacks it."""
-    value = version.tags.get(key)
-    if not value:
-        raise BestiaryError(
-            f"{version.uri} lacks the tag {key}, so what it draws cannot be checked. Register the adapter again."
-        )
-    return value
+def _registered_file(version: Version, sha256: str) -> Path:
+    """The file of a registered version, whose content is checked. A download is kept in the user's cache folder."""
+    from bestiary.diffusion.adapter import adapter_sha256
+    from bestiary.diffusion.adapter_format import FILE_NAME
+    from bestiary.diffusion.stored_adapter import adapter_file
+
+    cached = cache_folder() / sha256 / FILE_NAME
+    if local_database() is None and cached.is_file() and adapter_sha256(cached) == sha256:
+        return cached
+    with TemporaryDirectory() as temporary:
+        file = adapter_file(weights(version, Path(temporary)))
+        if adapter_sha256(file) != sha256:
+            place = "on the server" if file.is_relative_to(temporary) else str(file)
+            raise BestiaryError(
+                f"The file of {version.uri} has changed since it was registered: {place}. If it is the adapter in "
+                f"models/adapter, `{REGISTER}` stores it again; otherwise restore it from a backup."
+            )
+        if file.is_relative_to(temporary):
+            write_atomically(cached, file.read_bytes())
+            file = cached
+    return file
 
 
-def _weights_folder(version: Version) -> Path:
-    """The folder with a version's weights, downloaded if they are not on this disk."""
-    if path := local_database():
-        with open_local(path) as database:
-            folder = Path(database.files(version.name, version.version), "adapter_weights")
-        if folder.is_dir():
-            return folder
-    uri, client = open_registry()
-    with plain_errors(uri):
-        import mlflow
-
-        hide_progress_bars()
-        source = client.get_model_version_download_uri(version.name, str(version.version))
-        return Path(mlflow.artifacts.download_artifacts(f"{source}/adapter_weights", tracking_uri=uri))
+def cache_folder() -> Path:
+    """The folder for adapters from servers: below BESTIARY_CACHE, or below `bestiary` in the user's cache folder."""
+    return Path(os.environ.get("BESTIARY_CACHE") or user_cache_path("bestiary")) / "adapters"
 
 
 def find_base(adapter: Adapter, base: str | None = None, known: Collection[str] = ()) -> str:

@@ -6,30 +6,30 @@ A local SQLite database is read directly, because importing MLflow takes seconds
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from bestiary.errors import BestiaryError
-from bestiary.files import project_root
+from bestiary.errors import BestiaryError, short
+from bestiary.files import find_project, project_root
+from bestiary.registry.tags import DEFAULTS_TAG
 from bestiary.samplers import DrawingDefaults
-from bestiary.subjects import Subject, subject_of
+from bestiary.tracking.addresses import local_path, shown_address, sqlite_path, sqlite_uri, without_secrets
 from bestiary.tracking.database import Database, open_database
 from bestiary.tracking.lineage import Server, Step, lineage
-from bestiary.tracking.store import check_database, explain, open_client, sqlite_path, tracking_uri
+from bestiary.tracking.store import check_database, explain, open_client, registry_uri, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel
 
-DEFAULTS_TAG = "usual"  # the tag that holds a version's drawing defaults
-SUBJECTS_TAG = "subjects"  # the tag that holds the words of a version's subjects, by class folder
+WEIGHTS = "adapter_weights"  # the folder in a version's files that mlflow.diffusers keeps an adapter in
+REGISTER = "dvc repro --force --single-item register"
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ def versions(name: str = "bestiary") -> list[Version]:
     """All registered versions, oldest first. Raises BestiaryError when there is no registry or no such model."""
     if path := local_database():
         with open_local(path) as database:
-            aliases, found = database.aliases(name), database.versions(name)
+            aliases = {alias: version_number(number) for alias, number in database.aliases(name).items()}
+            found = [(version_number(number), run_id, tags) for number, run_id, tags in database.versions(name)]
             if not found and name not in (known := database.models()):
                 raise BestiaryError(_unknown_name(name, known))
     else:
@@ -63,7 +64,7 @@ def versions(name: str = "bestiary") -> list[Version]:
         with plain_errors(uri):
             aliases = aliases_of(client, name)
             items = client.search_model_versions(f"name = '{name}'", max_results=10_000)
-        found = sorted((int(item.version), item.run_id, dict(item.tags)) for item in items)
+            found = sorted((version_number(item.version), str(item.run_id), dict(item.tags)) for item in items)
     return [
         Version(name, number, sorted(alias for alias, its in aliases.items() if its == number), tags, run_id)
         for number, run_id, tags in found
@@ -85,8 +86,10 @@ def find_version(uri: str) -> Version:
     for version in existing:
         if alias in version.aliases if alias else version.version == int(number):
             return version
-    known = ", ".join(" = ".join([str(version.version), *version.aliases]) for version in existing) or "none"
-    raise BestiaryError(f"There is no {uri}. The versions of {name} are: {known}.")
+    known = ", ".join(" = ".join([str(version.version), *version.aliases]) for version in existing)
+    raise BestiaryError(
+        f"There is no {uri}. " + (f"The versions of {name} are: {known}." if known else how_to_register())
+    )
 
 
 def defaults_of(version: Version) -> DrawingDefaults | None:
@@ -100,34 +103,8 @@ def defaults_of(version: Version) -> DrawingDefaults | None:
     """
     try:
         return DrawingDefaults.from_json(version.tags[DEFAULTS_TAG])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, RecursionError):
         return None
-
-
-def subjects_tag(folders: Iterable[str]) -> str:
-    """The content of SUBJECTS_TAG for an adapter that was taught these class folders."""
-    return json.dumps({folder: subject_of(folder).name for folder in folders}, ensure_ascii=False)
-
-
-def subjects_of(version: Version) -> tuple[Subject, ...]:
-    """The subjects that a version was taught, in the words of its captions. Empty when its tags do not say.
-
-    Raises BestiaryError when the tag is damaged.
-
-    >>> subjects_of(Version("bestiary", 1, [], {"subjects": '{"my_owl": "my owl"}'}, "run"))[0].with_article
-    'my owl'
-    """
-    if SUBJECTS_TAG not in version.tags:
-        return ()
-    try:
-        words = json.loads(version.tags[SUBJECTS_TAG])
-    except (ValueError, RecursionError):
-        words = None
-    if not isinstance(words, dict) or not all(isinstance(name, str) and name.strip() for name in words.values()):
-        raise BestiaryError(
-            f"The tag {SUBJECTS_TAG} of {version.uri} is damaged. Delete the tag to use the names that you type."
-        )
-    return tuple(replace(subject_of(folder), folder=folder, name=name) for folder, name in words.items())
 
 
 def walk(uri: str) -> tuple[Version, list[Step]]:
@@ -140,7 +117,9 @@ def walk(uri: str) -> tuple[Version, list[Step]]:
         with open_local(path) as database:
             try:
                 return version, lineage(database, version.run_id)
-            except KeyError:
+            except KeyError as error:
+                if error.args != (version.run_id,):
+                    raise
                 raise BestiaryError(
                     f"The run {version.run_id} of {version.uri} has been deleted, so its lineage is unknown."
                 ) from None
@@ -174,7 +153,8 @@ def aliases_of(client: MlflowClient, name: str) -> dict[str, int]:
     from mlflow.exceptions import MlflowException
 
     try:
-        return {alias: int(number) for alias, number in client.get_registered_model(name).aliases.items()}
+        aliases = client.get_registered_model(name).aliases
+        return {str(alias): version_number(number) for alias, number in aliases.items()}
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
@@ -185,7 +165,55 @@ def aliases_of(client: MlflowClient, name: str) -> dict[str, int]:
 def number_of(client: MlflowClient, name: str, sha256: str) -> int | None:
     """The number of the version with this content (the lowest, if two were registered at the same time), or None."""
     found = client.search_model_versions(f"name = '{name}' AND tags.adapter_sha256 = '{sha256}'")
-    return min((int(version.version) for version in found), default=None)
+    return min((version_number(version.version) for version in found), default=None)
+
+
+def version_number(value: object) -> int:
+    """The number of a version as MLflow gives it. Raises BestiaryError when it is none."""
+    if not re.fullmatch(r"[1-9]\d{0,8}", str(value)):
+        raise BestiaryError(f"The registry holds a version with the number {short(value)}, which is not a number.")
+    return int(str(value))
+
+
+def weights(version: Version, folder: Path) -> Path:
+    """The folder with a version's weights: where the registry keeps them, or a copy in `folder` if that is elsewhere.
+
+    Raises BestiaryError when the registry has lost them.
+    """
+    if path := local_database():
+        with open_local(path) as database:
+            files = local_path(database.files(version.name, version.version))
+        if files is not None:
+            if not (files / WEIGHTS).is_dir():
+                raise lost_error(version, str(files / WEIGHTS))
+            return files / WEIGHTS
+    uri, client = open_registry()
+    with plain_errors(uri):
+        import mlflow
+
+        hide_progress_bars()
+        source = client.get_model_version_download_uri(version.name, str(version.version))
+        copy = mlflow.artifacts.download_artifacts(f"{source}/{WEIGHTS}", dst_path=str(folder), tracking_uri=uri)
+        return Path(copy)
+
+
+def lost_error(version: Version, what: str) -> BestiaryError:
+    """The error for a version whose file the registry has lost."""
+    return BestiaryError(
+        f"The registry has lost the file of {version.uri}: {what} does not exist. If it is the adapter in "
+        f"models/adapter, `{REGISTER}` stores it again; otherwise restore it from a backup."
+    )
+
+
+def how_to_register() -> str:
+    """The sentence that tells how to register this project's adapter."""
+    root = find_project()
+    if root is None:
+        return "Run this in the project's folder, or set MLFLOW_TRACKING_URI to a team's server."
+    is_trained = any((root / "models" / "adapter").glob("*.safetensors"))
+    if is_trained and (root / "reports" / "operating_point").exists():
+        return f"Run `{REGISTER}` to register the adapter in models/adapter."
+    return f"Run `dvc repro`, and if that restores earlier results, `{REGISTER}`."
 
 
 # ---- writing ----
@@ -237,7 +265,7 @@ def publish(
         description=description,
         model_id=logged.model_id,
     )
-    version = int(created.version)
+    version = version_number(created.version)
     first = number_of(client, name, tags["adapter_sha256"])
     if first is not None and first < version:
         client.delete_model_version(name, str(version))
@@ -261,7 +289,7 @@ def open_registry() -> tuple[str, MlflowClient]:
 def local_database() -> Path | None:
     """The registry's SQLite database, which can be read without MLflow. None when a server holds the registry."""
     uri = tracking_uri()
-    if os.environ.get("MLFLOW_REGISTRY_URI", uri) != uri:
+    if registry_uri() != uri:
         return None
     _check(uri)
     return sqlite_path(uri)
@@ -274,7 +302,7 @@ def open_local(path: Path) -> Iterator[Database]:
         with open_database(path) as database:
             yield database
     except sqlite3.Error as error:
-        raise BestiaryError(explain(error, f"sqlite:///{path}")) from None
+        raise BestiaryError(explain(error, sqlite_uri(path))) from None
 
 
 @contextlib.contextmanager
@@ -286,6 +314,12 @@ def plain_errors(uri: str) -> Iterator[None]:
         yield
     except (MlflowException, OSError) as error:
         raise BestiaryError(explain(error, uri)) from error
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        if sqlite_path(uri):
+            raise
+        # MLflow's client does not check what a server answers.
+        found = without_secrets(f"{type(error).__name__}: {error}", uri)[:200]
+        raise BestiaryError(f"MLflow at {shown_address(uri)} gave an answer that makes no sense ({found}).") from error
 
 
 def hide_progress_bars() -> None:
@@ -296,9 +330,11 @@ def hide_progress_bars() -> None:
 def _check(uri: str) -> None:
     path = sqlite_path(uri)
     if path is not None and not path.is_file():
-        raise BestiaryError(f"There is no registry yet: {path} does not exist. Run `dvc repro` to create it.")
+        place = "yet" if find_project() else "here"
+        raise BestiaryError(f"There is no registry {place}: {path} does not exist. {how_to_register()}")
     check_database(uri)
 
 
 def _unknown_name(name: str, known: Iterable[str]) -> str:
-    return f"There is no registered model {name!r}. The registered models are: {', '.join(sorted(known)) or 'none'}."
+    there = f"The registered models are: {', '.join(sorted(known))}." if known else how_to_register()
+    return f"There is no registered model {name!r}. {there}"

@@ -52,12 +52,12 @@ class Database:
         """The names of the registered models, sorted."""
         return [name for (name,) in self.connection.execute("SELECT name FROM registered_models ORDER BY name")]
 
-    def aliases(self, model: str) -> dict[str, int]:
+    def aliases(self, model: str) -> dict[str, object]:
         """A registered model's aliases and the versions that they point to."""
         query = "SELECT alias, version FROM registered_model_aliases WHERE name = ?"
-        return {alias: int(version) for alias, version in self.connection.execute(query, [model])}
+        return dict(self.connection.execute(query, [model]).fetchall())
 
-    def versions(self, model: str) -> list[tuple[int, str, dict[str, str]]]:
+    def versions(self, model: str) -> list[tuple[object, str, dict[str, str]]]:
         """A registered model's versions, oldest first, each as its number, its run's id and its tags."""
         query = "SELECT key, value FROM model_version_tags WHERE name = ? AND version = ?"
         present = """

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
+from bestiary.errors import BestiaryError, short
 from bestiary.tracking.database import StoredRun
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
+
+MAX_STEPS = 1000  # a server may answer with ever new runs
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def lineage(runs: Runs, run_id: str) -> list[Step]:
     """
     steps: list[Step] = []
     pending, seen = [runs.run(run_id)], {run_id}
-    while pending:
+    while pending and len(steps) < MAX_STEPS:
         run = pending.pop(0)
         tags = run.tags
         inputs = []
@@ -74,12 +77,26 @@ def lineage(runs: Runs, run_id: str) -> list[Step]:
             if key.startswith("input."):
                 path = key.removeprefix("input.")
                 maker = runs.maker(run.experiment_id, path, content)
-                inputs.append((path, content, maker.tags["stage"] if maker else None))
+                inputs.append((path, content, _stage_of(maker) if maker else None))
                 if maker and maker.run_id not in seen:
                     seen.add(maker.run_id)
                     pending.append(maker)
-        started = datetime.fromtimestamp(run.start_time / 1000, UTC).strftime("%Y-%m-%d %H:%M UTC")
         revision = tags.get("mlflow.source.git.commit", "")[:10]
         changed = " with changes" if tags.get("git_dirty") == "true" else ""
-        steps.append(Step(tags["stage"], run.run_id, started, revision + changed, inputs))
+        steps.append(Step(_stage_of(run), run.run_id, _started(run), revision + changed, inputs))
+    if pending:
+        raise BestiaryError(f"The run {run_id} is based on more than {MAX_STEPS} others, which no pipeline has.")
     return steps
+
+
+def _stage_of(run: StoredRun) -> str:
+    if "stage" not in run.tags:
+        raise BestiaryError(f"The run {run.run_id} has no tag stage, so its lineage is unknown.")
+    return run.tags["stage"]
+
+
+def _started(run: StoredRun) -> str:
+    try:
+        return datetime.fromtimestamp(run.start_time / 1000, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    except (OSError, OverflowError, TypeError, ValueError):
+        raise BestiaryError(f"The start of the run {run.run_id} is {short(run.start_time)}: no time.") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import platform
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bestiary.tracking import outbox
+from bestiary.tracking.addresses import shown_address
 from bestiary.tracking.messages import (
     Artifact,
     Close,
@@ -72,7 +74,7 @@ def record() -> None:
             replies.flush()
 
     def resend(kept: Opening, messages: Inbox) -> None:
-        write_run(replace(kept, uri=opening.uri), messages)
+        write_run(replace(kept, uri=opening.uri, root=opening.root), messages)
 
     try:
         for folder in outbox.unsent(Path(opening.root)):
@@ -123,14 +125,15 @@ class RunWriter:
         with locked(opening.uri):
             experiment = experiment_id(self.client, opening.uri, root)
             self.pipeline_id = _pipeline_run(self.client, experiment, opening, source)
-        recorder = {"host": platform.node(), "recorder": str(os.getpid())}
-        tags = opening.tags | source | recorder | {"mlflow.parentRunId": self.pipeline_id}
-        run_id = _resumed_run(self.client, opening.run_id, recorder)
+        host = {"host": platform.node()}
+        tags = opening.tags | source | host | {"mlflow.parentRunId": self.pipeline_id}
+        run_id = _resumed_run(self.client, opening.run_id, host)
         if run_id is None:
             run = self.client.create_run(experiment, start_time=opening.time, tags=tags, run_name=opening.name)
             run_id = run.info.run_id
         self.run_id = str(run_id)
-        _mark_orphaned_runs(self.client, experiment)
+        self._liveness = Liveness(root, opening.uri, self.run_id)
+        _mark_orphaned_runs(self.client, root, opening.uri)
         params = [Param(key, value) for key, value in opening.params.items()]
         self.client.log_batch(self.run_id, params=params)
         self.client.log_batch(self.pipeline_id, params=params)
@@ -160,6 +163,9 @@ class RunWriter:
             return
         self.flush()
         match message:
+            case Artifact() | Image() if not Path(message.path).exists():
+                # A full disk kept the run without copies of its artifacts, and they were deleted since.
+                self.client.set_tag(self.run_id, f"lost.{Path(message.path).name}", "the file was deleted")
             case Artifact():
                 log = self.client.log_artifacts if Path(message.path).is_dir() else self.client.log_artifact
                 log(self.run_id, message.path, message.folder)
@@ -227,6 +233,55 @@ class RunWriter:
             self.client.set_tag(self.run_id, "error", message.error[:MAX_ERROR_LENGTH])
         self.client.set_terminated(self.run_id, message.status, message.time)
         self.client.set_terminated(self.pipeline_id, message.status, message.time)
+        self._liveness.end()
+
+
+class Liveness:
+    """A locked file that tells other processes that a run's recorder is alive.
+
+    Process ids mean nothing in another container or on another machine. The system releases the lock however the
+    recorder ends, and everybody who shares the project's folder can see it. The file holds the store's address.
+    """
+
+    def __init__(self, root: Path, uri: str, run_id: str) -> None:
+        """Lock the file of a run until `end`, or until the process ends."""
+        self.path = running_runs(root) / run_id
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(f".{run_id}")  # it gets its name when it is locked
+        self._file = temporary.open("w", encoding="utf-8")
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._file.write(shown_address(uri))
+        self._file.flush()
+        temporary.rename(self.path)
+
+    def end(self) -> None:
+        """Remove the file."""
+        self.path.unlink(missing_ok=True)
+        self._file.close()
+
+
+def running_runs(root: Path) -> Path:
+    """The folder with a locked file for each run of the project that is being recorded."""
+    return root / ".cache" / "running"
+
+
+def _mark_orphaned_runs(client: MlflowClient, root: Path, uri: str) -> None:
+    """Mark this project's runs as KILLED whose recorder no longer runs, for example after a power failure."""
+    from mlflow.exceptions import MlflowException
+
+    for path in running_runs(root).glob("[!.]*"):
+        with contextlib.suppress(OSError, MlflowException), path.open("r+", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while the recorder is alive
+            if file.read() != shown_address(uri):
+                continue  # a run of another store
+            path.unlink()
+            run = client.get_run(path.name)
+            if run.info.status == "RUNNING":
+                client.set_tag(path.name, "error", "the machine went down")
+                client.set_terminated(path.name, "KILLED")
+                if parent := run.data.tags.get("mlflow.parentRunId"):
+                    client.set_terminated(parent, "KILLED")
 
 
 def _pipeline_run(client: MlflowClient, experiment: str, opening: Opening, source: Mapping[str, str]) -> str:
@@ -255,20 +310,6 @@ def _resumed_run(client: MlflowClient, run_id: str | None, recorder: Mapping[str
             client.log_batch(run_id, tags=[RunTag(key, value) for key, value in recorder.items()])
             return run_id
     return None
-
-
-def _mark_orphaned_runs(client: MlflowClient, experiment: str) -> None:
-    """Mark as KILLED the runs of this machine whose recorder process no longer exists, as after a power failure."""
-    running = client.search_runs([experiment], f"attributes.status = 'RUNNING' AND tags.host = '{platform.node()}'")
-    for run in running:
-        try:
-            os.kill(int(run.data.tags["recorder"]), 0)
-        except ProcessLookupError:
-            client.set_tag(run.info.run_id, "error", "the machine went down")
-            client.set_terminated(run.info.run_id, "KILLED")
-            client.set_terminated(run.data.tags["mlflow.parentRunId"], "KILLED")
-        except PermissionError:
-            pass  # another user's recorder, which still runs
 
 
 def _git_tags(root: Path) -> dict[str, str]:

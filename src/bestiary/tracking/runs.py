@@ -25,6 +25,7 @@ from pathlib import Path
 from bestiary.errors import BestiaryError
 from bestiary.files import project_root
 from bestiary.tracking import outbox
+from bestiary.tracking.addresses import without_secrets
 from bestiary.tracking.content import content_hash
 from bestiary.tracking.messages import (
     Artifact,
@@ -137,7 +138,7 @@ class Run:
         """End the run and wait until it is in MLflow. If it cannot be written, keep it on disk and print a warning."""
         if self._recorder is None:
             return
-        self._send(Close(status, error, now()))
+        self._send(Close(status, error and without_secrets(error, self._opening.uri), now()))
         assert self._recorder.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._recorder.stdin.close()
@@ -147,9 +148,17 @@ class Run:
             reply = self._next_reply()
         with self._waiting():
             if isinstance(reply, Failed):
-                folder = outbox.keep(self._opening, self._messages)
-                print(f"{reply.error} The run is kept in {folder}, and the next run will send it.", file=sys.stderr)
                 self._recorder.kill()
+                try:
+                    folder = outbox.keep(self._opening, self._messages)
+                    place = outbox.folder(Path(self._opening.root))
+                    move = "" if folder.parent == place else f" Make space, then move that folder to {place}."
+                    print(
+                        f"{reply.error} The run is kept in {folder}, and the next run will send it.{move}",
+                        file=sys.stderr,
+                    )
+                except BestiaryError as lost:
+                    print(f"{reply.error} {lost}", file=sys.stderr)
             self._recorder.wait()
         waited = {"waited_seconds": self.waited_seconds}
         log.debug("Recording delayed the stage by %.2f s.", self.waited_seconds, extra=waited)

@@ -17,6 +17,18 @@ from typing import TYPE_CHECKING
 
 from bestiary.errors import BestiaryError
 from bestiary.files import project_root
+from bestiary.tracking.addresses import (
+    SQLITE,
+    absolute,
+    is_valid,
+    local_path,
+    location_of,
+    shown_address,
+    sqlite_path,
+    sqlite_uri,
+    without_secrets,
+)
+from bestiary.tracking.relocation import follow_project
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -26,8 +38,30 @@ LOCK_TIMEOUT_SECONDS = 5.0
 
 
 def tracking_uri() -> str:
-    """`MLFLOW_TRACKING_URI`, or the SQLite database at the project's root."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{project_root() / 'mlflow.db'}"
+    """`MLFLOW_TRACKING_URI`, with a relative path read from the project's folder; else the project's own database.
+
+    DVC runs experiments in temporary copies of the project, so the working folder must not decide where runs go.
+    Raises BestiaryError when the variable holds no valid address.
+    """
+    return _from_environment("MLFLOW_TRACKING_URI") or sqlite_uri(project_root() / "mlflow.db")
+
+
+def registry_uri() -> str:
+    """`MLFLOW_REGISTRY_URI`, read as `tracking_uri` reads its variable; else the tracking store's address."""
+    return _from_environment("MLFLOW_REGISTRY_URI") or tracking_uri()
+
+
+def _from_environment(variable: str) -> str | None:
+    uri = os.environ.get(variable, "").strip()
+    if not uri:
+        return None
+    uri = absolute(uri, project_root())
+    if not (uri.startswith((*SQLITE, "databricks")) or local_path(uri) or is_valid(uri)):
+        raise BestiaryError(
+            f"{variable} is not a valid address. Write https://HOST:PORT, and put the name and the password into "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
+        )
+    return uri
 
 
 def switched_off() -> bool:
@@ -35,20 +69,10 @@ def switched_off() -> bool:
     return os.environ.get("BESTIARY_TRACKING") == "off"
 
 
-def sqlite_path(uri: str) -> Path | None:
-    """The file of an SQLite tracking URI; None for any other store.
-
-    >>> sqlite_path("sqlite:////project/mlflow.db")
-    PosixPath('/project/mlflow.db')
-    >>> sqlite_path("https://mlflow.example.org") is None
-    True
-    """
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
-
-
 def check_database(uri: str) -> None:
     """Check within seconds, without importing MLflow, that an SQLite database can be written by the installed MLflow.
 
+    Corrects the locations in it when the project's folder has been moved or copied.
     Accepts any other store, and a database that does not exist yet.
     Raises BestiaryError when the database is locked, damaged, not writable or of another version of MLflow.
     """
@@ -80,6 +104,11 @@ def check_database(uri: str) -> None:
             f"The tracking database {path} was written by an older MLflow. "
             f"Back it up, then run `mlflow db upgrade {uri}`."
         )
+    try:
+        with contextlib.closing(sqlite3.connect(path, timeout=LOCK_TIMEOUT_SECONDS)) as database:
+            follow_project(database, path, project_root())
+    except sqlite3.Error as error:
+        raise BestiaryError(explain(error, uri)) from None
 
 
 def _schema_revisions() -> tuple[set[str], str]:
@@ -101,14 +130,13 @@ def explain(error: BaseException, uri: str) -> str:
     >>> explain(ConnectionError("Max retries exceeded"), "https://ada:secret@mlflow.example.org")
     'MLflow at https://mlflow.example.org cannot be reached. Check that the server is running.'
     """
-    store = sqlite_path(uri) or re.sub(r"//[^/@]*@", "//", uri)
-    text = re.sub(r"//[^/@\s]*@", "//", " ".join(str(error).split()))
+    store, text = shown_address(uri), without_secrets(" ".join(str(error).split()), uri)
+    if "No space left" in text or getattr(error, "errno", None) == errno.ENOSPC or "disk is full" in text:
+        return f"The disk is full: no space is left for MLflow's runs at {store}."
     if "locked" in text:
         return f"The tracking database {store} is locked by another program. Close that program and try again."
     if "not a database" in text or "alembic_version" in text or "malformed" in text or isinstance(error, TypeError):
         return f"{store} is not an MLflow database. Move it away, and a new one will be created."
-    if "disk is full" in text or getattr(error, "errno", None) == errno.ENOSPC:
-        return f"The disk is full: no space is left for the tracking database {store}."
     if "Max retries exceeded" in text:
         return f"MLflow at {store} cannot be reached. Check that the server is running."
     return f"MLflow at {store} cannot be used: {text[:300]}."
@@ -130,7 +158,7 @@ def open_client(uri: str, root: Path) -> MlflowClient:
                 _create_database(path, root)
     from mlflow.tracking import MlflowClient
 
-    return MlflowClient(uri, os.environ.get("MLFLOW_REGISTRY_URI") or uri)
+    return MlflowClient(uri, registry_uri() if uri == tracking_uri() else uri)
 
 
 def _create_database(path: Path, root: Path) -> None:
@@ -150,7 +178,7 @@ def _create_database(path: Path, root: Path) -> None:
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     event.listen(Engine, "connect", skip_syncs)
     try:
-        SqlAlchemyStore(f"sqlite:///{temporary}", str(root / "mlruns")).engine.dispose()
+        SqlAlchemyStore(sqlite_uri(temporary), location_of(root / "mlruns")).engine.dispose()
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.rename(path)
@@ -178,7 +206,7 @@ def experiment_id(client: MlflowClient, uri: str, root: Path) -> str:
     found = client.get_experiment_by_name(EXPERIMENT)
     if found is None:
         # Without a location, MLflow puts a local store's artifacts into the working folder of whoever starts it.
-        location = str(root / "mlruns") if sqlite_path(uri) else None
+        location = location_of(root / "mlruns") if sqlite_path(uri) else None
         try:
             return str(client.create_experiment(EXPERIMENT, artifact_location=location))
         except MlflowException:  # another process has created it in the meantime

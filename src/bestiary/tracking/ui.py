@@ -14,7 +14,8 @@ from collections.abc import Callable
 
 from bestiary.errors import BestiaryError
 from bestiary.files import project_root
-from bestiary.tracking.store import EXPERIMENT, check_database, open_client, sqlite_path, tracking_uri
+from bestiary.tracking.addresses import sqlite_path
+from bestiary.tracking.store import EXPERIMENT, check_database, open_client, tracking_uri
 
 START_SECONDS = 180.0  # for a server that hangs; it starts in about ten
 HOST = "127.0.0.1"
@@ -35,9 +36,8 @@ def show_runs(port: int, ready: Callable[[str], None]) -> None:
     check_database(uri)
     _check_port(port)
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", HOST, "--port", str(port)]
-    environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
     with tempfile.TemporaryFile() as log:  # what the server prints is for developers, unless it does not start
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
             address = address_of_runs(f"http://{HOST}:{port}", _experiment(uri))
             if not _answers(f"http://{HOST}:{port}/health", server):

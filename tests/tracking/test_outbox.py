@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from support.example_runs import one_run, stored_runs
 
+from bestiary.tracking.addresses import sqlite_uri
 from bestiary.tracking.content import content_hash
 from bestiary.tracking.messages import Artifact, Close, decode_opening
-from bestiary.tracking.outbox import keep
+from bestiary.tracking.outbox import keep, send
+from bestiary.tracking.recorder import write_run
 from bestiary.tracking.store import open_client, tracking_uri
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -174,12 +176,13 @@ def test_on_a_full_disk_the_record_is_kept_and_nothing_half_written(
     assert not list(tmp_path.rglob(".*"))
     monkeypatch.undo()
     monkeypatch.setenv("DVC_ROOT", str(project))
-    if room_for == "nothing":
-        (project / "mlruns" / "unsent").mkdir(parents=True)
-        folder.rename(project / "mlruns" / "unsent" / folder.name)
+    if room_for == "messages":
+        with one_run(key="next"):
+            pass
+    else:
         note.unlink()
-    with one_run(key="next"):
-        pass
+        uri = sqlite_uri(project / "mlflow.db")
+        send(folder, lambda opening, messages: write_run(replace(opening, uri=uri, root=str(project)), messages))
     found = [run for run in stored_runs(project, "split") if run.data.tags["pipeline"] == "kept"]
     assert [(run.info.status, run.data.tags) for run in found] == [("FINISHED", found[0].data.tags)]
     (sent,) = found

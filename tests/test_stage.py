@@ -1,5 +1,8 @@
 import errno
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -201,11 +204,12 @@ def first_output(capsys: pytest.CaptureFixture[str]) -> str:
     pytest.fail("nothing was printed")
 
 
-def test_two_runs_that_do_the_same_work_take_turns(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_two_experiments_that_do_the_same_work_take_turns(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("BESTIARY_TRACKING", "off")
     with stage("split") as (_, second):
+        monkeypatch.chdir(shutil.copytree(workspace, tmp_path / "experiment"))
         with stage("split") as (_, first):
             assert first.hold(CACHE / "train" / "key") == workspace / ".cache" / "train" / "key"
             second.hold(CACHE / "train" / "other")  # other work is not locked
@@ -218,13 +222,48 @@ def test_two_runs_that_do_the_same_work_take_turns(
 
 
 def test_a_run_in_several_processes_does_not_wait_for_another_run(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("BESTIARY_TRACKING", "off")
     with stage("split") as (_, first):
         first.hold(CACHE / "train")
+        monkeypatch.chdir(shutil.copytree(workspace, tmp_path / "experiment"))
         with monkeypatch.context() as several:
             several.setattr("bestiary.diffusion.base.processes", lambda: SimpleNamespace(num_processes=2))
             with pytest.raises(SystemExit), stage("split") as (_, second):
                 second.hold(CACHE / "train")
         assert "Another run is already doing this work" in capsys.readouterr().err
+
+
+def test_a_stage_waits_for_an_earlier_run_of_it_and_deletes_what_that_wrote(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BESTIARY_TRACKING", "off")
+    seen: list[bool] = []
+
+    def run_again() -> None:
+        with stage("split"):
+            seen.append((workspace / "build" / "split").exists())
+
+    again = threading.Thread(target=run_again)
+    with stage("split"):
+        again.start()
+        assert first_output(capsys).startswith("split: an earlier run of this stage has not ended yet")
+        (workspace / "build" / "split").mkdir(parents=True)
+    again.join(30)
+    assert seen == [False]
+
+
+@pytest.mark.slow
+def test_a_stage_ends_when_dvc_is_killed(workspace: Path) -> None:
+    body = (
+        "import time; from bestiary.stage import stage\n"
+        "with stage('split'):\n print('begun', flush=True)\n time.sleep(300)"
+    )
+    start = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {body!r}])"  # in DVC's place
+    environment = {**os.environ, "DVC_STAGE": "split", "BESTIARY_TRACKING": "off"}
+    dvc = subprocess.Popen([sys.executable, "-c", start], env=environment, stdout=subprocess.PIPE, text=True)
+    assert dvc.stdout is not None
+    assert dvc.stdout.readline() == "begun\n"
+    dvc.send_signal(signal.SIGKILL)
+    assert dvc.stdout.read() == ""  # it ends when nobody can write to it any more: the stage has ended

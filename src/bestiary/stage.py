@@ -9,7 +9,11 @@ import hashlib
 import json
 import math
 import os
+import shutil
+import signal
 import sys
+import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -35,6 +39,7 @@ METRICS = REPORTS / "metrics"
 # Unfinished work. Relative to the project's root, as StageRun.hold resolves it: DVC deletes the copy of the project
 # that a queued experiment runs in, but the work must survive it.
 CACHE = Path(".cache")
+SHELLS = {"sh", "bash", "dash", "zsh", "fish", "ksh"}  # that DVC starts a stage with
 NOT_METRICS = {"per_class", "per_template"}  # hundreds of numbers each: they stay in the report and its plots
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
@@ -63,13 +68,50 @@ def stage(name: str) -> Iterator[tuple[Params, StageRun]]:
             yield params, StageRun(name, None)
             return
         settings = _settings_of(definition, params)
+        _end_with_dvc()
         # The locks come first, so that they are released last, when the run is in MLflow.
-        with contextlib.ExitStack() as locks, open_run(name, settings, definition.deps, _pipeline_key(params)) as run:
-            yield params, StageRun(name, run, locks)
-            run.log_outputs([*definition.outs, *definition.metrics])
-            for out in definition.outs:
-                if Path(out).parts[0] == REPORTS.name and Path(out).is_dir():
-                    run.log_artifact(out, Path(out).name)
+        with contextlib.ExitStack() as locks:
+            _take_turn(name, definition, locks)
+            with open_run(name, settings, definition.deps, _pipeline_key(params)) as run:
+                yield params, StageRun(name, run, locks)
+                run.log_outputs([*definition.outs, *definition.metrics])
+                for out in definition.outs:
+                    if Path(out).parts[0] == REPORTS.name and Path(out).is_dir():
+                        run.log_artifact(out, Path(out).name)
+
+
+def _end_with_dvc() -> None:
+    """End this process soon after the `dvc` command that started it, which may be killed without its stages."""
+    if "DVC_STAGE" not in os.environ:
+        return
+    import psutil
+
+    dvc = next((parent for parent in psutil.Process().parents() if parent.name() not in SHELLS), None)
+    if dvc is None:
+        return
+
+    def watch() -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while dvc.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _take_turn(name: str, definition: _Definition, locks: contextlib.ExitStack) -> None:
+    """Wait until no other process of this project runs the stage, and delete what it wrote meanwhile, as DVC does."""
+    path = CACHE / "locks" / f"stage-{name}"  # in the working folder, where the outputs are
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = locks.enter_context(path.open("w"))
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"{name}: an earlier run of this stage has not ended yet. Waiting for it.", file=sys.stderr)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for out in map(Path, [*definition.outs, *definition.metrics]):
+            if str(out) not in definition.persistent:
+                shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
 
 
 class StageRun:
@@ -255,7 +297,7 @@ def _read_definition(name: str) -> _Definition:
         raise BestiaryError("There is no dvc.yaml here. Run this in the project's folder.") from None
     except (KeyError, ValidationError):
         raise BestiaryError(f"dvc.yaml does not describe the stage {name}. Restore it from Git.") from None
-    persistent = [path for path, options in map(_named, stage.outs) if options.get("persist")]
+    persistent = [path for path, options in map(_named, stage.outs + stage.metrics) if options.get("persist")]
     deps, params, outs, metrics = (
         [path for path, _ in map(_named, entries)] for entries in (stage.deps, stage.params, stage.outs, stage.metrics)
     )

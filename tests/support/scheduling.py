@@ -20,7 +20,7 @@ def group(nodeid: str) -> str:
     return next(shared, path)
 
 
-class Groups(LoadScopeScheduling):
+class Groups(LoadScopeScheduling):  # type: ignore[misc]
     """Gives each group to one process, in the order in which the groups were collected."""
 
     def __init__(self, config: pytest.Config, log: Producer) -> None:

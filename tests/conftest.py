@@ -1,11 +1,19 @@
+from __future__ import annotations
+
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from support.scheduling import Groups, group
+
+if TYPE_CHECKING:
+    from xdist.remote import Producer
+    from xdist.scheduler import Scheduling
 
 ROOT = Path(__file__).parents[1]
-TESTS = ROOT / "tests"
 
 # Processes that tests start import this checkout, whether or not the package is installed.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
@@ -14,22 +22,22 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "src"), os.e
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group the tests for pytest-xdist: a module's tests share its fixtures, and tests/pipeline shares one project.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling | None:
+    """Let one process run the whole of a group; with `--dist loadgroup` only.
 
-    The project's group is the longest, so it starts first.
+    pytest-xdist 3.8 writes its groups into node ids in a way that pytest 9.2 does not read.
     """
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item.path)))
-    items.sort(key=lambda item: _group(item.path) != "pipeline")
+    return Groups(config, log) if config.getoption("dist") == "loadgroup" else None
 
 
-def _group(path: Path) -> str:
-    if not path.is_relative_to(TESTS):
-        return "doctests"
-    parts = path.relative_to(TESTS).with_suffix("").parts
-    return "pipeline" if parts[0] == "pipeline" else ".".join(parts)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the groups that take longest first: the shared project, then the modules with the most slow tests.
+
+    Two processes then end at about the same time.
+    """
+    slow = Counter(group(item.nodeid) for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: (group(item.nodeid) != "tests/pipeline", -slow[group(item.nodeid)]))
 
 
 @pytest.fixture(scope="session")

@@ -81,6 +81,7 @@ def test_the_checkpoint_key_changes_with_everything_that_decides_the_result(mode
         )
 
     assert key() == key(checkpoint_seconds=60.0)
+    assert key() == key(preservation={"kind": "none", "weight": 1.0, "samples": 1})
     changed = [
         key(judge="another"),
         key(seed=1),
@@ -89,6 +90,10 @@ def test_the_checkpoint_key_changes_with_everything_that_decides_the_result(mode
         key(patience=2),
         key(sheet_animals=1),
         key(sheet_seeds=2),
+        key(preservation={"kind": "noised", "weight": 0.3, "samples": 4}),
+        key(preservation={"kind": "drawn", "weight": 0.3, "samples": 4}),
+        key(preservation={"kind": "noised", "weight": 1.0, "samples": 4}),
+        key(preservation={"kind": "noised", "weight": 0.3, "samples": 2}),
         key(keep_checkpoints=True),
     ]
     assert len({key(), *changed}) == 1 + len(changed)

@@ -88,8 +88,8 @@ def class_word_of(class_folder: str) -> str:
     *rest, last = words_of(class_folder).split()
     if not rest:
         raise BestiaryError(
-            f"train.preservation needs the class word of {class_folder}. Name the folder after both, such as "
-            f'"{class_folder} cat", or set train.preservation.kind to none.'
+            f"train.preservation needs the class word of {class_folder}. Name the folder after the subject and its "
+            "class, such as sks_penguin, or set train.preservation.kind to none."
         )
     return last
 

@@ -1,11 +1,13 @@
 """Train an adapter on build/latents and draw the same prompts and seeds at each validation."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from bestiary.diffusion.adapter import save_adapter, verify_adapter
 from bestiary.diffusion.base import device_and_dtype, load_pipeline, load_scheduler, processes
 from bestiary.diffusion.checkpoints import discard, keep_adapter, publish_kept_adapters
 from bestiary.diffusion.latents import Latents
+from bestiary.diffusion.preservation import class_word_of, preserve
 from bestiary.diffusion.provenance import checkpoint_key, training_provenance
 from bestiary.diffusion.training import train
 from bestiary.evaluation.judge import Judge
@@ -24,9 +26,22 @@ def main() -> None:
         pipeline = load_pipeline(base.model, base.revision)
         # Not in models/adapter, which DVC empties before each run.
         unfinished = run.hold(CACHE / "train" / checkpoint_key(provenance, settings, content_of(params.judge)))
+        scheduler = load_scheduler(base.model, base.revision)
+        classes = sorted(set(latents.training.images["class"]))
+        if settings.preservation.kind != "none":
+            preserved = preserve(
+                pipeline,
+                scheduler,
+                latents.training,
+                settings.preservation,
+                settings.sheet_sampling(resolution),
+                class_words=[class_word_of(name) for name in classes],
+                seed=seed,
+                file=unfinished / "preserved.safetensors",
+            )
+            latents = replace(latents, preserved=preserved)
         if run.is_main:
             judge = Judge.load(params.judge.model, params.judge.revision, device_and_dtype()[0].type)
-            classes = sorted(set(latents.training.images["class"]))
             sheet = unfinished / "sheet"
             watch = TrainingWatch(pipeline, judge, classes, settings, seed=seed, resolution=resolution, folder=sheet)
 
@@ -40,7 +55,7 @@ def main() -> None:
 
         result = train(
             pipeline.unet,
-            load_scheduler(base.model, base.revision),
+            scheduler,
             latents,
             settings,
             seed=seed,

@@ -52,6 +52,16 @@ def test_the_original_recipe_takes_the_place_of_the_profiles_settings(edited: Ca
     assert original.evaluate == default.evaluate
 
 
+def test_the_recipe_for_one_subject_has_the_measured_settings(edited: Callable[[Edit], Path]) -> None:
+    params = load_params(edited(partial(dict.update, recipe="subject")))
+    settings = params.train
+    assert (settings.rank, settings.alpha, settings.learning_rate) == (8, 8, 3e-3)
+    assert (settings.steps, settings.batch_size, settings.warmup_steps, settings.ema_decay) == (200, 8, 10, 0.95)
+    assert settings.preservation.model_dump() == {"kind": "noised", "weight": 0.3, "samples": 4}
+    assert not params.encode.flip
+    assert load_params(PARAMS).train.preservation.kind == "none"
+
+
 def test_no_parameter_has_a_default_in_the_code() -> None:
     sections = {value for value in vars(params).values() if isinstance(value, type) and issubclass(value, Section)}
     assert Params in sections
@@ -76,6 +86,12 @@ def test_the_sample_is_the_default() -> None:
         (lambda content: content["profiles"]["sample"]["encode"].update(size=1), r"encode\.size .*unknown"),
         (lambda content: content["train"].update(rank="four"), r"train\.rank .*integer.* not 'four'"),
         (lambda content: content["train"].update(rank=4.5), r"train\.rank .*4\.5"),
+        (
+            lambda content: content["train"]["preservation"].update(kind="prior"),
+            r"train\.preservation\.kind .*'noised'.*'prior'",
+        ),
+        (lambda content: content["train"]["preservation"].update(weight=0), r"train\.preservation\.weight .*than 0"),
+        (lambda content: content["train"]["preservation"].pop("samples"), r"train\.preservation\.samples .*missing"),
         (lambda content: content["train"].update(rank=0), r"train\.rank .*greater than 0"),
         (lambda content: content["split"].update(val_fraction=1.5), r"split\.val_fraction"),
         (lambda content: content["clean"].update(off_topic="maybe"), r"clean\.off_topic .*'maybe'"),

@@ -124,6 +124,14 @@ class Encode(Section):
     batch_size: int = Positive
 
 
+class Preservation(Section):
+    """What of the base training preserves. `samples` counts those of one optimizer step, as `batch_size` does."""
+
+    kind: Literal["none", "noised", "drawn", "both"]
+    weight: float = Positive
+    samples: int = Positive
+
+
 class Train(Section):
     """How to train. `batch_size` counts the images of one optimizer step, over all processes and accumulated parts."""
 
@@ -137,6 +145,7 @@ class Train(Section):
     min_snr_gamma: float | None = Field(gt=0)
     huber_c: float | None = Field(gt=0)  # None: squared error
     noise_offset: float = Field(ge=0)
+    preservation: Preservation
     timestep_sampling: Literal["uniform", "stratified", "importance"]
     max_grad_norm: float = Positive
     weight_decay: float = Field(ge=0)

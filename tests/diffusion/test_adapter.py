@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.adapters import PROVENANCE, TARGETS, make_adapter
+from support.adapters import ALL_LAYERS, PROVENANCE, TARGETS, make_adapter
 from support.tiny import build_base
 
 from bestiary.diffusion.adapter import (
@@ -87,7 +87,16 @@ def test_alpha_and_provenance_survive_saving(base: Path, adapter: Path) -> None:
     assert adapter_sha256(adapter.parent) == hashlib.sha256(adapter.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("config", [{}, {"use_rslora": True}, {"use_dora": True}, {"targets": ["to_q", "conv1"]}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"targets": ALL_LAYERS},
+        {"targets": ALL_LAYERS, "use_dora": True},
+    ],
+)
 def test_an_adapter_is_verified_against_its_base(base: Path, tmp_path: Path, config: dict[str, Any]) -> None:
     path = make_adapter(load_unet(base), tmp_path, **config)
     found = verify_adapter(path, base)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.adapters import ALL_LAYERS, make_adapter
 
 from bestiary.diffusion.adapter import (
     adapter_sha256,
@@ -25,6 +26,12 @@ from bestiary.diffusion.base import load_pipeline, load_unet
 from bestiary.diffusion.conversion import convert, read
 from bestiary.diffusion.stored_adapter import is_pickle
 from bestiary.errors import BestiaryError
+
+
+@pytest.fixture(scope="module")
+def on_all_layers(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter on attention, feed-forward layers, projections and convolutions."""
+    return make_adapter(load_unet(base), tmp_path_factory.mktemp("all"), targets=ALL_LAYERS)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +86,19 @@ def test_to_kohya_and_back_is_exact_to_the_byte(adapter: Path, tmp_path: Path) -
     back = convert(kohya, tmp_path / "back", "diffusers")
     assert back.name == FILE_NAME
     assert back.read_bytes() == adapter.read_bytes()
+
+
+def test_an_adapter_on_all_layers_is_converted_exactly_and_works_in_diffusers_own_loader(
+    base: Path, on_all_layers: Path, tmp_path: Path
+) -> None:
+    kohya = convert(on_all_layers, tmp_path / "kohya.safetensors", "kohya")
+    assert convert(kohya, tmp_path / "back", "diffusers").read_bytes() == on_all_layers.read_bytes()
+    weights = load_file(kohya)
+    for module in ("resnets_0_conv2", "attentions_0_proj_in", "attentions_0_transformer_blocks_0_ff_net_0_proj"):
+        assert f"lora_unet_down_blocks_0_{module}.lora_up.weight" in weights
+    expected = output(base, "ours", on_all_layers)
+    for file in (on_all_layers, kohya):
+        torch.testing.assert_close(output(base, "diffusers", file), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_provenance_keys_of_another_version_survive_a_conversion(adapter: Path, tmp_path: Path) -> None:

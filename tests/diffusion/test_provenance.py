@@ -67,6 +67,16 @@ def test_the_adapters_file_holds_these_keys_and_no_others(
     assert text == json.dumps(expected, sort_keys=True)
 
 
+def test_the_adapters_file_says_what_was_preserved(model: Model, latents: Latents) -> None:
+    def params(kind: str) -> dict[str, object]:
+        settings = train_settings(preservation={"kind": kind, "weight": 0.3, "samples": 4})
+        return training_provenance(model, latents, settings, seed=7, resolution=32).params or {}
+
+    assert params("noised").keys() - params("none").keys() == {"preservation"}
+    assert params("drawn").keys() - params("noised").keys() == {"sheet_steps", "sheet_guidance_scale"}
+    assert params("both")["preservation"] == {"kind": "both", "weight": 0.3, "samples": 4}
+
+
 def test_latents_of_another_base_are_rejected(v_prediction_base: Path, latents: Latents) -> None:
     other = Model(model=str(v_prediction_base), revision=None)
     with pytest.raises(BestiaryError, match=str(v_prediction_base)):
@@ -81,6 +91,7 @@ def test_the_checkpoint_key_changes_with_everything_that_decides_the_result(mode
         )
 
     assert key() == key(checkpoint_seconds=60.0)
+    assert key() == key(preservation={"kind": "none", "weight": 1.0, "samples": 1})
     changed = [
         key(judge="another"),
         key(seed=1),
@@ -89,6 +100,10 @@ def test_the_checkpoint_key_changes_with_everything_that_decides_the_result(mode
         key(patience=2),
         key(sheet_animals=1),
         key(sheet_seeds=2),
+        key(preservation={"kind": "noised", "weight": 0.3, "samples": 4}),
+        key(preservation={"kind": "drawn", "weight": 0.3, "samples": 4}),
+        key(preservation={"kind": "noised", "weight": 1.0, "samples": 4}),
+        key(preservation={"kind": "noised", "weight": 0.3, "samples": 2}),
         key(keep_checkpoints=True),
     ]
     assert len({key(), *changed}) == 1 + len(changed)

@@ -63,6 +63,18 @@ def test_features_equal_those_of_transformers_clip(judge: Judge, pictures: list[
     torch.testing.assert_close(judge.text_features(["a photo of a tiger"]), output.text_embeds, atol=1e-5, rtol=0)
 
 
+def test_class_tokens_are_what_transformers_projects(judge: Judge, pictures: list[Image.Image]) -> None:
+    tokens = judge.class_tokens(pictures)
+    assert tokens.shape == (70, judge.model.config.vision_config.hidden_size)
+    torch.testing.assert_close(tokens.norm(dim=1), torch.ones(70))
+    with torch.inference_mode():
+        projected = judge.model.visual_projection(tokens)
+    torch.testing.assert_close(
+        projected / projected.norm(dim=1, keepdim=True), judge.image_features(pictures), atol=1e-5, rtol=0
+    )
+    assert judge.class_tokens([]).shape == (0, tokens.shape[1])
+
+
 def test_probabilities_of_the_texts_sum_to_one(judge: Judge, pictures: list[Image.Image]) -> None:
     probabilities = judge.probabilities(pictures[:4], ["a tiger", "an antelope", "a bee"])
     assert probabilities.shape == (4, 3)

@@ -12,6 +12,7 @@ from bestiary.diffusion.adapter_format import Provenance
 from bestiary.diffusion.base import load_unet
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+ALL_LAYERS = [*TARGETS, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2"]
 PROVENANCE = Provenance(base="models/base", base_sha256="of the base", params={"rank": 2})
 
 

@@ -24,6 +24,7 @@ TRAIN: dict[str, object] = {
     "min_snr_gamma": 5.0,
     "huber_c": None,
     "noise_offset": 0.0,
+    "preservation": {"kind": "none", "weight": 0.3, "samples": 4},
     "timestep_sampling": "uniform",
     "max_grad_norm": 1.0,
     "weight_decay": 0.01,

@@ -15,6 +15,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -23,6 +24,9 @@ from safetensors.torch import load_file
 
 from bestiary.errors import BestiaryError
 from bestiary.tables import read_table
+
+if TYPE_CHECKING:
+    from bestiary.diffusion.preservation import Preserved
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,7 @@ class Latents:
 
     training: LatentCache
     validation: LatentCache
+    preserved: Preserved | None = None  # what training must not change of the base, for train.preservation
 
     @classmethod
     def open(cls, folder: Path) -> Latents:

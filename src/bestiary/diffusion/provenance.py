@@ -30,13 +30,18 @@ def training_provenance(base: Model, latents: Latents, settings: Train, *, seed:
         raise BestiaryError(
             f"The latents were encoded with another base than {base.model}. Run the encode stage again."
         )
+    unused = SHEET_SETTINGS | {"checkpoint_seconds"}
+    if settings.preservation.kind == "none":
+        unused.add("preservation")
+    elif settings.preservation.kind != "noised":  # the base's pictures are drawn as the sheet is
+        unused -= {"sheet_steps", "sheet_guidance_scale"}
     return Provenance(
         base=base.model,
         base_revision=base_commit(base.model, base.revision),
         base_sha256=sha256,
         data_sha256=latents.training.data_sha256,
         resolution=resolution,
-        params={**settings.model_dump(exclude=SHEET_SETTINGS | {"checkpoint_seconds"}), "seed": seed},
+        params={**settings.model_dump(exclude=unused), "seed": seed},
     )
 
 

@@ -27,12 +27,14 @@ from bestiary.diffusion.objective import (
     validation_loss,
 )
 from bestiary.diffusion.optimization import Ema, assign, learning_rate_factor, make_optimizer
+from bestiary.diffusion.preservation import preservation_error
 from bestiary.diffusion.progress import OnLog, Progress, TrainingResult, copies
 from bestiary.errors import BestiaryError
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, UNet2DConditionModel
 
+    from bestiary.diffusion.preservation import Preserved
     from bestiary.params import Train
 
 OnValidation = Callable[[int], float | None]  # step; returns the CLIP score of what it drew, if any
@@ -124,6 +126,7 @@ class _Run:
         first_step: int,
         callbacks: _Callbacks,
     ) -> None:
+        check_preserved(latents, settings)
         self.unet, self.scheduler, self.settings, self.seed = unet, scheduler, settings, seed
         self.on_validation = callbacks.on_validation
         self.accelerator, micro_batch = _accelerator(settings)
@@ -142,6 +145,7 @@ class _Run:
         if settings.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         self.features = latents.training.features.to(device, unet.dtype)  # (captions, T, D)
+        self.preserved = latents.preserved.to(device, unet.dtype) if latents.preserved else None
         timestep_weights, loss_weights = _weights(scheduler, settings)
         self.loss_weights = loss_weights.to(device)
         stream = TrainingStream(latents.training, settings, seed=seed, timestep_weights=timestep_weights)
@@ -170,16 +174,37 @@ class _Run:
             losses, weighted = [], []
             for batch in batches:  # several only where images of different sizes share a batch
                 error = prediction_error(self.model, self.scheduler, batch, self.features)
-                loss = squared(error) if settings.huber_c is None else pseudo_huber(error, settings.huber_c)
-                weighted.append(loss * self.loss_weights[batch["timesteps"]])
+                weighted.append(self.loss(error, batch["timesteps"]))
                 losses.append(squared(error.detach()))
-            accelerator.backward(torch.cat(weighted).mean())
+            loss = torch.cat(weighted).mean()
+            if self.preserved is not None:
+                loss = loss + settings.preservation.weight * self.preservation_loss(self.preserved)
+            accelerator.backward(loss)
             progress.add_loss(torch.cat(losses).mean())
             if accelerator.sync_gradients:
                 progress.grad_norm = accelerator.clip_grad_norm_(self.parameters, settings.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
         return bool(accelerator.sync_gradients)
+
+    def loss(self, error: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Each image's weighted loss: error (B, C, h, w) -> (B,)."""
+        c = self.settings.huber_c
+        losses = squared(error) if c is None else pseudo_huber(error, c)
+        weights: torch.Tensor = self.loss_weights[timesteps]
+        return losses * weights
+
+    def preservation_loss(self, preserved: Preserved) -> torch.Tensor:
+        """This process's part of the preserved samples' loss. The parts of a step average to the samples' mean."""
+        accelerator, samples = self.accelerator, self.settings.preservation.samples
+        step, part = divmod(self.progress.batches, self.settings.accumulation)
+        parts: int = accelerator.num_processes * self.settings.accumulation
+        first = step * samples + part * accelerator.num_processes + accelerator.process_index
+        total = torch.zeros((), device=accelerator.device)
+        for batch in preserved.batches(self.seed, range(first, (step + 1) * samples, parts)):
+            error = preservation_error(self.model, batch, preserved.features)
+            total = total + self.loss(error, batch.timesteps).sum()
+        return total * parts / samples
 
     def validate(self) -> None:
         """Measure the averaged weights, draw with them, and keep them if they are the best so far."""
@@ -257,6 +282,16 @@ def check_fit(unet: UNet2DConditionModel, scheduler: DDPMScheduler, latents: Lat
         uncaptioned = sorted(set(cache.images["class"]) - set(cache.captions["class"]))
         if uncaptioned:
             raise BestiaryError(f"The class {uncaptioned[0]} has no caption. Run the encode stage again.")
+
+
+def check_preserved(latents: Latents, settings: Train) -> None:
+    """Raise BestiaryError unless there are predictions of the base exactly when train.preservation needs them."""
+    if (latents.preserved is None) != (settings.preservation.kind == "none"):
+        found = "no predictions" if latents.preserved is None else "predictions"
+        raise BestiaryError(
+            f"train.preservation.kind is {settings.preservation.kind}, but training was given {found} of the base to "
+            "preserve. Call `preserve` exactly when the kind is not none."
+        )
 
 
 def _accelerator(settings: Train) -> tuple[Accelerator, int]:

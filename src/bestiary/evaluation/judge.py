@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,13 +68,32 @@ class Judge:
         import torch
 
         batches = [torch.empty(0, self.model.config.projection_dim)]
+        for pooled in self._pooled(images):
+            with torch.inference_mode():
+                batches.append(_unit(self.model.visual_projection(pooled)))
+        return torch.cat(batches)
+
+    def class_tokens(self, images: Sequence[Image]) -> Tensor:
+        """Unit vectors (B, vision width) of RGB pictures: the class token before it is projected to the texts' space.
+
+        It tells individuals of one class apart better than `image_features`, and cannot be compared with texts.
+        """
+        import torch
+
+        batches = [torch.empty(0, self.model.config.vision_config.hidden_size)]
+        batches.extend(_unit(pooled) for pooled in self._pooled(images))
+        return torch.cat(batches)
+
+    def _pooled(self, images: Sequence[Image]) -> Iterator[Tensor]:
+        """The class token of each picture after the last layer norm, in batches (B, vision width) on the device."""
+        import torch
+
         for start in range(0, len(images), BATCH_SIZE):
             batch = [image.convert("RGB") for image in images[start : start + BATCH_SIZE]]
             pixel_values = self.image_processor(batch, return_tensors="pt")["pixel_values"]  # (B, C, H, W)
             with torch.inference_mode():
-                pooled = self.model.vision_model(pixel_values=pixel_values.to(self.device)).pooler_output
-                batches.append(_unit(self.model.visual_projection(pooled)))
-        return torch.cat(batches)
+                pooled: Tensor = self.model.vision_model(pixel_values=pixel_values.to(self.device)).pooler_output
+            yield pooled
 
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors (B, D) of texts, float32 on the CPU. A text that is too long for the judge is truncated."""

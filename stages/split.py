@@ -1,8 +1,9 @@
 """Split build/clean into training and validation tables in build/split."""
 
+import sys
 from pathlib import Path
 
-from bestiary.data.splitting import leaked_groups, split, write
+from bestiary.data.splitting import describe_few, leaked_groups, split, write
 from bestiary.stage import stage
 from bestiary.tables import read_table
 
@@ -14,6 +15,8 @@ def main() -> None:
         manifest = read_table(MANIFEST, {"width": int, "height": int})
         train, val = split(manifest, val_fraction=params.split.val_fraction, seed=params.seed)
         write(SPLIT, train, val)
+        for line in describe_few(val):
+            print(f"split: {line}", file=sys.stderr)
         counts = {"train": train["class"].value_counts(), "val": val["class"].value_counts()}
         per_class = {
             name: {side: int(count[name]) for side, count in counts.items()}

@@ -208,9 +208,12 @@ def test_an_empty_folder_is_named(tmp_path: Path) -> None:
         take_all(tmp_path / "data")
 
 
-def test_a_single_class_is_refused_by_name(raw: Path, tmp_path: Path) -> None:
-    with pytest.raises(BestiaryError, match=r"only one class.*cat"):
-        take(raw, tmp_path / "taken", ["cat"], None)
+def test_a_single_class_needs_four_images(raw: Path, tmp_path: Path) -> None:
+    assert take(raw, tmp_path / "taken", ["cat"], 4).per_class == {"cat": 4}
+    with pytest.raises(BestiaryError, match=r"cat has only 3 images.*at least 4"):
+        take(raw, tmp_path / "taken", ["cat"], 3)
+    with pytest.raises(BestiaryError, match=r"cat has only one image.*at least 4"):
+        take(raw, tmp_path / "taken", ["cat"], 1)
 
 
 @pytest.mark.parametrize(("keep", "message"), [(1, "owl has only one image"), (0, "owl has no image")])
@@ -242,5 +245,5 @@ def test_folders_of_one_subject_are_refused_by_name_unless_only_one_is_chosen(ra
 
 def test_a_failed_take_leaves_no_files(raw: Path, tmp_path: Path) -> None:
     with pytest.raises(BestiaryError):
-        take(raw, tmp_path / "taken", ["cat"], None)
+        take(raw, tmp_path / "taken", ["cat"], 1)
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]

@@ -38,8 +38,8 @@ def take(
     A file whose name not every file system accepts gets one that is. Links to places outside `source` are left out,
     but for the folders that `trusted` returns. What is left out is listed in `target` too, for cleaning to report.
 
-    Raises BestiaryError when `source` does not hold the classes, or fewer than two classes with two images each, or
-    when folders stand for the same subject.
+    Raises BestiaryError when `source` does not hold the classes, when a class has too few images, or when folders
+    stand for the same subject.
     """
     listing = list_images(source, trusted)
     files = choose(listing.images, classes, images_per_class)

@@ -14,6 +14,7 @@ import pandas as pd
 from bestiary.data.folder import check_classes, replacing
 from bestiary.errors import BestiaryError
 
+FEW = 5  # validation images of a class below which the scores that compare with them hardly hold
 TOLERANCE = 0.05  # how far a class's validation share may be from the wanted share before its threshold moves
 
 
@@ -52,6 +53,23 @@ def leaked_groups(train: pd.DataFrame, val: pd.DataFrame) -> int:
     1
     """
     return len(set(train["group"]) & set(val["group"]))
+
+
+def describe_few(val: pd.DataFrame) -> list[str]:
+    """Say in a line which classes have so few validation images that the intervals of some scores mislead."""
+    counts = val["class"].value_counts()
+    few = counts[counts < FEW].sort_index()
+    if few.empty:
+        return []
+    first, number = few.index[0], int(few.iloc[0])
+    subject = f"{first} has {number} validation image{'s'[: number != 1]}"
+    if len(few) > 1:
+        subject = f"{len(few)} classes have few validation images: {subject}"
+    return [
+        f"{subject}, fewer than {FEW}. The validation loss and the scores that compare with real images depend on "
+        "those few, and their intervals do not show how much other images would change them. Add images for figures to "
+        "rely on."
+    ]
 
 
 def write(folder: Path, train: pd.DataFrame, val: pd.DataFrame) -> None:

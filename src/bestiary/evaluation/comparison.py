@@ -206,6 +206,7 @@ def _read_references(compared: Compared, settings: Evaluate) -> tuple[list[Refer
     """A reference for each judge, the paths of the training images, and the indices of the classes to draw."""
     train, validation = pictures.read_manifests(compared.split)
     classes = sorted(train["class"].unique())
+    scoring.check_several(classes)  # before hours of drawing
     drawn = pictures.choose(classes, settings.classes)
     train, validation = (table[table["class"].isin(drawn)] for table in (train, validation))
     adapter_file(compared.adapter)  # raises an error for a missing adapter before hours of work

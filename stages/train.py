@@ -26,9 +26,9 @@ def main() -> None:
         unfinished = run.hold(CACHE / "train" / checkpoint_key(provenance, settings, content_of(params.judge)))
         if run.is_main:
             judge = Judge.load(params.judge.model, params.judge.revision, device_and_dtype()[0].type)
-            classes = sorted(set(latents.training.images["class"]))
+            subjects = [latents.subjects.of(name) for name in sorted(set(latents.training.images["class"]))]
             sheet = unfinished / "sheet"
-            watch = TrainingWatch(pipeline, judge, classes, settings, seed=seed, resolution=resolution, folder=sheet)
+            watch = TrainingWatch(pipeline, judge, subjects, settings, seed=seed, resolution=resolution, folder=sheet)
 
         def on_validation(step: int) -> float:
             score = watch.draw(step)

@@ -10,6 +10,7 @@ import pytest
 from bestiary.data.listing import LeftOut, describe_left_out, list_images, read_left_out
 from bestiary.data.local import Taken, take
 from bestiary.errors import BestiaryError
+from bestiary.subjects import Subject, Subjects
 
 
 def take_all(raw: Path, trusted: Sequence[Path] = ()) -> Taken:
@@ -163,8 +164,8 @@ def test_odd_file_names_are_taken_under_names_that_suit_every_system(raw: Path) 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (b"manifest.csv", r"raw/manifest\.csv is the name of the table"),
-        (b"Manifest.CSV", r"raw/Manifest\.CSV is the name of the table"),
+        (b"manifest.csv", r"raw/manifest\.csv is the name of a file"),
+        (b"Manifest.CSV", r"raw/Manifest\.CSV is the name of a file"),
         (b"caf\xe9", r"raw/caf\\udce9 is not UTF-8"),
         (b"a\nb", r"raw/a\\nb is not UTF-8, or has characters"),
         (b"esc\x1b[2J", r"raw/esc\\x1b\[2J is not UTF-8, or has"),
@@ -241,6 +242,15 @@ def test_folders_of_one_subject_are_refused_by_name_unless_only_one_is_chosen(ra
     with pytest.raises(BestiaryError, match="a_cat, cat"):
         take_all(raw)
     assert take(raw, tmp_path / "taken", ["owl", "cat"], None).per_class == {"cat": 6, "owl": 6}
+
+
+def test_described_folders_must_be_there_even_if_they_are_not_chosen(raw: Path, tmp_path: Path) -> None:
+    def subjects(*folders: str) -> Subjects:
+        return Subjects({folder: Subject(folder, f"sks {folder}", "", given=True) for folder in folders})
+
+    with pytest.raises(BestiaryError, match="describes the folder pig"):
+        take(raw, tmp_path / "taken", None, None, subjects=subjects("pig"))
+    assert take(raw, tmp_path / "taken", ["cat"], None, subjects=subjects("owl")).per_class == {"cat": 6}
 
 
 def test_a_failed_take_leaves_no_files(raw: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from bestiary.data.local import take
 from bestiary.data.splitting import split, write
 from bestiary.diffusion.encoding import encode_images
 from bestiary.diffusion.latents import Latents
+from bestiary.subjects import Subject, Subjects
 
 CLEAN = params.Clean(
     min_side=32,
@@ -38,15 +39,17 @@ def photos(folder: Path, count: int) -> None:
 @pytest.mark.parametrize("count", [4, 12])
 def test_one_folder_alone_is_taken_cleaned_split_encoded_and_trained(count: int, base: Path, tmp_path: Path) -> None:
     photos(tmp_path / "data" / "my-cat", count)
+    subjects = Subjects({"my-cat": Subject("my-cat", "sks cat", "", class_word="cat", given=True)})
     assert take(tmp_path / "data", tmp_path / "raw", None, None).per_class == {"my-cat": count}
-    kept = clean(tmp_path / "raw", tmp_path / "clean", CLEAN, workers=1).manifest
+    kept = clean(tmp_path / "raw", tmp_path / "clean", CLEAN, workers=1, subjects=subjects).manifest
     train, val = split(kept, val_fraction=0.2, seed=0)
     assert (len(kept), len(val)) == (count, {4: 1, 12: 2}[count])
     write(tmp_path / "split", train, val)
     tables = {side: tmp_path / "split" / f"{side}.csv" for side in ("train", "val")}
     encode_images(base, tmp_path / "clean", tables, tmp_path / "latents", encode_settings())
     latents = Latents.open(tmp_path / "latents")
-    assert "a photo of my cat" in latents.training.captions["caption"].tolist()
+    assert latents.training.captions["caption"].tolist()[:2] == ["", "a photo of sks cat"]
+    assert latents.subjects == subjects
     result, _ = run_training(base, latents)
     assert result.steps == 8
     assert result.val_loss < float("inf")

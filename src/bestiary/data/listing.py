@@ -13,6 +13,7 @@ from pathlib import Path
 from bestiary.data.images import EXTENSIONS
 from bestiary.data.names import MAX_BYTES, printable
 from bestiary.errors import BestiaryError
+from bestiary.subjects import SUBJECTS_FILE
 
 # Cameras' raw files are TIFFs to a decoder, which would take the small preview inside for the photo.
 RAW_SUFFIXES = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw")
@@ -154,8 +155,8 @@ def _class_name(folder: Path) -> str:
         problem = "is not UTF-8, or has characters that cannot be printed"
     elif len(name.encode()) > MAX_BYTES:
         problem = f"is longer than {MAX_BYTES} bytes"
-    elif name.casefold() == "manifest.csv":
-        problem = "is the name of the table that cleaning writes beside the class folders"
+    elif name.casefold() in ("manifest.csv", SUBJECTS_FILE):
+        problem = "is the name of a file that cleaning writes beside the class folders"
     if problem:
         raise BestiaryError(f"The name of the folder {printable(str(folder))} {problem}. Rename the folder.")
     return name

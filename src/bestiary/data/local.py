@@ -14,7 +14,7 @@ from bestiary.data.folder import check_classes, choose, link, replacing
 from bestiary.data.listing import LeftOut, list_images, write_left_out
 from bestiary.data.names import safe_names
 from bestiary.errors import BestiaryError
-from bestiary.subjects import check_folders
+from bestiary.subjects import Subjects, check_folders
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,21 @@ def take(
     classes: Sequence[str] | None,
     images_per_class: int | None,
     trusted: Callable[[], Sequence[Path]] = tuple,
+    subjects: Subjects | None = None,
 ) -> Taken:
     """Link the chosen images of `source` to the same class folders of `target`.
 
     A file whose name not every file system accepts gets one that is. Links to places outside `source` are left out,
     but for the folders that `trusted` returns. What is left out is listed in `target` too, for cleaning to report.
 
-    Raises BestiaryError when `source` does not hold the classes, when a class has too few images, or when folders
-    stand for the same subject.
+    Raises BestiaryError when `source` does not hold the classes or a folder that `subjects` describes, when a class has
+    too few images, or when folders stand for the same subject.
     """
     listing = list_images(source, trusted)
     files = choose(listing.images, classes, images_per_class)
-    check_folders(files)
+    subjects = subjects or Subjects()
+    subjects.check_known(listing.images)
+    check_folders(files, subjects)
     left_out = [each for each in listing.left_out if each.class_folder in files or not each.class_folder]
     counts = {name: len(paths) for name, paths in files.items()}
     for name in (name for name, count in counts.items() if not count):

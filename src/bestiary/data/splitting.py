@@ -13,6 +13,7 @@ import pandas as pd
 
 from bestiary.data.folder import check_classes, replacing
 from bestiary.errors import BestiaryError
+from bestiary.subjects import Subjects
 
 FEW = 5  # validation images of a class below which the scores that compare with them hardly hold
 TOLERANCE = 0.05  # how far a class's validation share may be from the wanted share before its threshold moves
@@ -72,11 +73,12 @@ def describe_few(val: pd.DataFrame) -> list[str]:
     ]
 
 
-def write(folder: Path, train: pd.DataFrame, val: pd.DataFrame) -> None:
-    """Write train.csv and val.csv to `folder`, both or neither."""
+def write(folder: Path, train: pd.DataFrame, val: pd.DataFrame, subjects: Subjects | None = None) -> None:
+    """Write train.csv, val.csv and what `subjects` describes to `folder`, all or nothing."""
     with replacing(folder) as fresh:
         train.to_csv(fresh / "train.csv", index=False)
         val.to_csv(fresh / "val.csv", index=False)
+        (subjects or Subjects()).write_to(fresh)
 
 
 def _validation_count(members: pd.DataFrame, val_fraction: float) -> int:

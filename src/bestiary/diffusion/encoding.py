@@ -36,7 +36,7 @@ from bestiary.diffusion.base import (
 )
 from bestiary.errors import BestiaryError
 from bestiary.files import write_atomically
-from bestiary.subjects import CAPTION_TEMPLATES, caption, subject_of
+from bestiary.subjects import Subjects, caption, templates_of
 from bestiary.tables import read_table
 
 if TYPE_CHECKING:
@@ -111,7 +111,8 @@ def encode_images(
     vae = load_vae(base, revision, dtype=dtype).to(state.device, memory_format=torch.channels_last)
     sizes = _picture_sizes(settings, *size_factors(base, revision))
     images = pd.concat(_in_buckets(table, sizes).assign(split=split) for split, table in tables.items())
-    captions = _captions(sorted(set(tables["train"]["class"])))
+    subjects = Subjects.read_from(clean)
+    captions = _captions(sorted(set(tables["train"]["class"])), subjects)
     facts = _facts(settings, images, captions, base_sha256(base, revision), vae.config.scaling_factor)
     folder = (unfinished or out.with_name(f".{out.name}")) / _resume_key(facts, images, dtype)
     shards = {folder / name: rows for name, rows in _shards(images)}
@@ -128,6 +129,7 @@ def encode_images(
     state.wait_for_everyone()
     if state.is_main_process:
         write_atomically(folder / "images.csv", _csv(images))
+        subjects.write_to(folder)
         write_atomically(folder / "latents.json", f"{facts}\n".encode())
         _move_files(folder, out)
     state.wait_for_everyone()
@@ -216,15 +218,13 @@ def _in_buckets(table: pd.DataFrame, buckets: Sequence[tuple[int, int]]) -> pd.D
     return images.assign(width=widths, height=heights).sort_values(["width", "height"], kind="stable")
 
 
-def _captions(classes: Sequence[str]) -> pd.DataFrame:
+def _captions(classes: Sequence[str], subjects: Subjects) -> pd.DataFrame:
     """The empty caption, which belongs to no class, and the captions of each class."""
-    return pd.DataFrame(
-        [
-            ("", ""),
-            *((name, caption(subject_of(name), template)) for name in classes for template in CAPTION_TEMPLATES),
-        ],
-        columns=["class", "caption"],
-    )
+    rows = [("", "")]
+    for name in classes:
+        subject = subjects.of(name)
+        rows += [(name, caption(subject, template)) for template in templates_of([subject])]
+    return pd.DataFrame(rows, columns=["class", "caption"])
 
 
 def _facts(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from bestiary.errors import BestiaryError
+from bestiary.subjects import Subjects
 from bestiary.tables import read_table
 
 
@@ -99,8 +100,9 @@ class Latents:
 
     training: LatentCache
     validation: LatentCache
+    subjects: Subjects = field(default_factory=Subjects)
 
     @classmethod
     def open(cls, folder: Path) -> Latents:
         """Open both splits. Raises BestiaryError when the cache is missing or broken."""
-        return cls(LatentCache.open(folder, "train"), LatentCache.open(folder, "val"))
+        return cls(LatentCache.open(folder, "train"), LatentCache.open(folder, "val"), Subjects.read_from(folder))

@@ -33,6 +33,8 @@ def main() -> None:
                 print(f"download: {line}", file=sys.stderr)
             if taken.renamed:
                 print(f"download: {taken.renamed} files got names in {RAW} that suit every system.", file=sys.stderr)
+            if taken.captioned:
+                print(f"download: {taken.captioned} images have captions of their own, from files.", file=sys.stderr)
             per_class = taken.per_class
             found: dict[str, object] = {
                 "renamed_files": taken.renamed,

@@ -50,7 +50,7 @@ def test_whatever_is_not_an_image_is_left_out_with_its_reason(raw: Path) -> None
         (raw / litter).touch()
     (raw / "readme.txt").touch()
     shutil.copyfile(raw / "cat" / "0.jpg", raw / "lonely.jpg")
-    (raw / "cat" / "0.txt").write_text("a cat", encoding="utf-8")
+    (raw / "cat" / "0.tags").write_text("a cat", encoding="utf-8")
     (raw / "cat" / "notes.txt").write_text("about cats", encoding="utf-8")
     (raw / "cat" / "live.mov").write_bytes(b"\0\0\0\x14ftypqt  ")
     (raw / "cat" / ".hidden.jpg").touch()
@@ -63,8 +63,8 @@ def test_whatever_is_not_an_image_is_left_out_with_its_reason(raw: Path) -> None
     expected = {
         "readme.txt": "not an image",
         "lonely.jpg": "outside a class folder",
-        "cat/0.txt": "caption",
-        "cat/notes.txt": "not an image",
+        "cat/0.tags": "caption",
+        "cat/notes.txt": "caption without image",
         "cat/live.mov": "not an image",
         "cat/.hidden.jpg": "hidden",
         "cat/more/deep/1.jpg": "in a sub-folder",
@@ -75,7 +75,7 @@ def test_whatever_is_not_an_image_is_left_out_with_its_reason(raw: Path) -> None
     assert read_left_out(raw.parent / "taken") == taken.left_out
     assert describe_left_out(taken.left_out)[-3:] == [
         "1 file left out (not a file): cat/pipe.jpg",
-        "3 files left out (not an image): cat/live.mov, cat/notes.txt, readme.txt",
+        "2 files left out (not an image): cat/live.mov, readme.txt",
         "1 file left out (outside a class folder): lonely.jpg",
     ]
 

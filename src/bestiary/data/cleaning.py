@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from bestiary import params
 from bestiary.data import duplicates
+from bestiary.data.captions import load_captions, names_subject
 from bestiary.data.findings import Action, Decision, Finding, write_findings
 from bestiary.data.folder import link, replacing
 from bestiary.data.hashing import thumbnail
@@ -25,7 +26,7 @@ from bestiary.data.images import decode, open_rgb, right_extension
 from bestiary.data.inspection import Inspection, cores, inspect_all
 from bestiary.data.listing import list_images, read_left_out
 from bestiary.data.losses import MUCH, Loss, check_losses, describe_losses, losses
-from bestiary.data.names import safe_name
+from bestiary.data.names import printable, safe_name
 from bestiary.errors import BestiaryError
 from bestiary.subjects import ANIMALS, Subject, Subjects, caption, check_folders
 
@@ -43,6 +44,7 @@ NOT_ANIMALS = (
     "a logo",
 )
 NO_ANIMAL = "no animal"
+NO_NAME = "caption without name"
 # If the judge gives one of the two classes of an image at least this share, the image stays in that class only.
 CONFIDENT = 0.8
 
@@ -148,6 +150,7 @@ def clean(
     if opinions is not None:
         _check_topics(triage, images, opinions, settings, tell)
     kept = triage.remaining(images)
+    captions = _check_captions(triage, kept, load_captions(raw), settings, subjects)
     triage.findings += [Finding(f.path, f.class_folder, f.kind, f.detail, "left out") for f in read_left_out(raw)]
     triage.findings.sort(key=lambda finding: (finding.kind, finding.path))
     if report is not None:
@@ -157,9 +160,12 @@ def clean(
     for line in describe_losses(lost):
         tell(line)
     check_losses(lost)
+    _refuse_captions(triage, settings)
     group_of = _name_groups(images, versions, kept)
     with replacing(target) as fresh:
         manifest = _write_images(raw, fresh, kept, group_of, subjects)
+        if captions:
+            manifest["caption"] = [captions.get(image.path, "") for image in kept]
         subjects.write_to(fresh)
         manifest.to_csv(fresh / "manifest.csv", index=False)
     return Outcome(len(paths), manifest, triage.findings, triage.unused_overrides, search_seconds, lost)
@@ -398,6 +404,40 @@ def _check_topics(
             policy = "quarantine" if known and not unsure else "flag"
         for image, detail, score in doubtful:
             triage.apply_policy(policy, image, "off topic", detail, score)
+
+
+def _check_captions(
+    triage: _Triage,
+    images: Sequence[Inspection],
+    captions: Mapping[str, str],
+    settings: params.Clean,
+    subjects: Subjects,
+) -> dict[str, str]:
+    """Return the captions to train with, by path. An image with an empty caption uses the templates."""
+    checked = {}
+    for image in images:
+        text, subject = captions.get(image.path), subjects.of(image.class_folder)
+        if text is None:
+            continue
+        if not text:
+            triage.record(image, "empty caption", "templates are used", "flagged")
+            continue
+        if not names_subject(text, subject):
+            prepend = settings.caption_without_name == "prepend"
+            triage.record(image, NO_NAME, f"{subject.name} not in: {text}", "repaired" if prepend else "flagged")
+            text = f"{subject.name}, {text}" if prepend else text
+        checked[image.path] = text
+    return checked
+
+
+def _refuse_captions(triage: _Triage, settings: params.Clean) -> None:
+    nameless = [finding for finding in triage.findings if finding.kind == NO_NAME]
+    if nameless and settings.caption_without_name == "refuse":
+        more = f" and {len(nameless) - 1} more" if nameless[1:] else ""
+        raise BestiaryError(
+            f"The caption of {nameless[0].path}{more} lacks the subject's name: {printable(nameless[0].detail[:200])}. "
+            "Add the name, or set clean.caption_without_name to prepend."
+        )
 
 
 def _name_groups(images: Sequence[Inspection], pairs: NDArray[np.int64], kept: Sequence[Inspection]) -> dict[str, str]:

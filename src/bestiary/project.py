@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bestiary.errors import BestiaryError
 from bestiary.files import project_root
 from bestiary.samplers import DrawingDefaults
 
@@ -56,6 +57,27 @@ def last_results() -> tuple[EvaluationReport, Registration]:
 
     results = Path(os.path.relpath(project_root() / RESULTS))
     return read_evaluation(results / "evaluate.json"), read_registration(results / "register.json")
+
+
+def project_captions() -> Iterator[str]:
+    """The lines that `bestiary captions` prints about the cleaned images.
+
+    Raises BestiaryError outside a project, before images were cleaned, and when the base does not load.
+    """
+    from bestiary.diffusion.base import load_text
+    from bestiary.diffusion.caption_check import check_captions, render_captions
+    from bestiary.subjects import Subjects
+    from bestiary.tables import read_table
+
+    params, clean = project_params(), project_root() / "build" / "clean"
+    if params is None:
+        raise BestiaryError("There is no project here. Run this in a checkout of Bestiary.")
+    if not (clean / "manifest.csv").is_file():
+        raise BestiaryError("No images have been cleaned yet. Run `dvc repro clean`.")
+    base = project_base(params)
+    text = load_text(base.model if base else params.base.model, params.base.revision)
+    folders = check_captions(read_table(clean / "manifest.csv"), Subjects.read_from(clean), text, params.encode)
+    yield from render_captions(folders, text[0].model_max_length)
 
 
 def render_results(evaluation: EvaluationReport, registration: Registration, program: str) -> Iterator[str]:

@@ -21,7 +21,7 @@ def main() -> None:
         from bestiary.evaluation.cold_start import cold_start
         from bestiary.evaluation.judge import Judge
         from bestiary.evaluation.sweep import read_operating_point
-        from bestiary.subjects import caption, subject_of
+        from bestiary.subjects import Subjects, caption
         from bestiary.tables import read_table
 
         settings, evaluate, base = params.benchmark, params.evaluate, (params.base.model, params.base.revision)
@@ -31,7 +31,8 @@ def main() -> None:
         sampling = replace(evaluate.sampling(resolution), guidance_scale=point.guidance_scale)
         classes = sorted(read_table(SPLIT / "val.csv")["class"].unique())
         # The cold start comes first, while this process holds little memory and computes nothing.
-        prompt = caption(subject_of(classes[0]), evaluate.template)
+        subjects = Subjects.read_from(SPLIT)
+        prompt = caption(subjects.of(classes[0]), evaluate.template)
         start = cold_start(*base, point.adapter, prompt, sampling)
 
         device, dtype = device_and_dtype()
@@ -41,7 +42,7 @@ def main() -> None:
             load=lambda name: load_pipeline(*base, dtype=getattr(torch, name)),
             adapter=point.adapter,
             trial=benchmark.Trial.of(
-                judge, classes, evaluate.template, max(settings.pictures, settings.repeats), params.seed
+                judge, classes, evaluate.template, max(settings.pictures, settings.repeats), params.seed, subjects
             ),
             sampling=replace(sampling, guidance_interval=sampling.guidance_interval or settings.guidance_interval),
             repeats=settings.repeats,

@@ -16,8 +16,10 @@ from bestiary.data.names import printable
 from bestiary.memory import peak_memory
 from bestiary.params import Model
 from bestiary.stage import stage
+from bestiary.subjects import Subjects
 
-RAW, CLEAN, REPORT, OVERRIDES = Path("build/raw"), Path("build/clean"), Path("reports/clean"), Path("overrides.csv")
+RAW, CLEAN, REPORT = Path("build/raw"), Path("build/clean"), Path("reports/clean")
+OVERRIDES, SUBJECTS = Path("overrides.csv"), Path("subjects.yaml")
 
 
 def load_judge(model: Model) -> JudgeFunction:
@@ -43,7 +45,16 @@ def main() -> None:
         started = time.perf_counter()
         judge = None if params.clean.off_topic == "off" else load_judge(params.judge)
         overrides = read_overrides(OVERRIDES)
-        outcome = clean(RAW, CLEAN, params.clean, judge=judge, overrides=overrides, report=REPORT, tell=tell)
+        outcome = clean(
+            RAW,
+            CLEAN,
+            params.clean,
+            judge=judge,
+            overrides=overrides,
+            report=REPORT,
+            tell=tell,
+            subjects=Subjects.read(SUBJECTS),
+        )
         kept = len(outcome.manifest)
         tell(f"{kept} of {outcome.images_in} images are kept. {REPORT}/findings.csv lists what was found.")
         if outcome.unused_overrides:

@@ -12,8 +12,9 @@ from tqdm import tqdm
 from bestiary.data.listing import describe_left_out
 from bestiary.data.local import take
 from bestiary.stage import stage
+from bestiary.subjects import Subjects
 
-DATA, RAW = Path("data"), Path("build/raw")
+DATA, RAW, SUBJECTS = Path("data"), Path("build/raw"), Path("subjects.yaml")
 
 
 def dvc_cache() -> list[Path]:
@@ -25,12 +26,15 @@ def dvc_cache() -> list[Path]:
 def main() -> None:
     with stage("download") as (params, run):
         started, dataset = time.perf_counter(), params.dataset
+        subjects = Subjects.read(SUBJECTS)
         if dataset.source == "folder" or dataset.sciencedb is None:
-            taken = take(DATA, RAW, dataset.classes, dataset.images_per_class, dvc_cache)
+            taken = take(DATA, RAW, dataset.classes, dataset.images_per_class, dvc_cache, subjects)
             for line in describe_left_out(taken.left_out):
                 print(f"download: {line}", file=sys.stderr)
             if taken.renamed:
                 print(f"download: {taken.renamed} files got names in {RAW} that suit every system.", file=sys.stderr)
+            if taken.captioned:
+                print(f"download: {taken.captioned} images have captions of their own, from files.", file=sys.stderr)
             per_class = taken.per_class
             found: dict[str, object] = {
                 "renamed_files": taken.renamed,
@@ -49,6 +53,7 @@ def main() -> None:
             for line in describe_left_out(downloaded.left_out):
                 print(f"download: {line}", file=sys.stderr)
             per_class = downloaded.per_class
+            subjects.check_known(per_class)
             found = {key: value for key, value in asdict(downloaded).items() if key != "per_class"}
             found["left_out"] = dict(sorted(Counter(each.kind for each in downloaded.left_out).items()))
         seconds, images = time.perf_counter() - started, sum(per_class.values())

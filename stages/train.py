@@ -27,7 +27,7 @@ def main() -> None:
         # Not in models/adapter, which DVC empties before each run.
         unfinished = run.hold(CACHE / "train" / checkpoint_key(provenance, settings, content_of(params.judge)))
         scheduler = load_scheduler(base.model, base.revision)
-        classes = sorted(set(latents.training.images["class"]))
+        subjects = [latents.subjects.of(name) for name in sorted(set(latents.training.images["class"]))]
         if settings.preservation.kind != "none":
             preserved = preserve(
                 pipeline,
@@ -35,7 +35,7 @@ def main() -> None:
                 latents.training,
                 settings.preservation,
                 settings.sheet_sampling(resolution),
-                class_words=[class_word_of(name) for name in classes],
+                class_words=[class_word_of(subject) for subject in subjects],
                 seed=seed,
                 file=unfinished / "preserved.safetensors",
             )
@@ -43,7 +43,7 @@ def main() -> None:
         if run.is_main:
             judge = Judge.load(params.judge.model, params.judge.revision, device_and_dtype()[0].type)
             sheet = unfinished / "sheet"
-            watch = TrainingWatch(pipeline, judge, classes, settings, seed=seed, resolution=resolution, folder=sheet)
+            watch = TrainingWatch(pipeline, judge, subjects, settings, seed=seed, resolution=resolution, folder=sheet)
 
         def on_validation(step: int) -> float:
             score = watch.draw(step)

@@ -23,6 +23,7 @@ from bestiary.project import (
     drawing_defaults,
     last_results,
     project_base,
+    project_captions,
     project_params,
     registered_name,
     render_results,
@@ -395,6 +396,13 @@ def animals() -> None:
 
     for animal in ANIMALS:
         click.echo(f"{animal.folder:16}{animal.name:16}{animal.chinese}")
+
+
+@cli.command()
+def captions() -> None:
+    """Show what each image will be trained with, and what is odd."""
+    for line in project_captions():
+        click.echo(line)
 
 
 @cli.command()

@@ -106,6 +106,7 @@ class Clean(Section):
     exposure: Policy  # very dark or very bright
     off_topic: Literal["off", "flag", "quarantine", "auto"]
     off_topic_threshold: float = Fraction
+    caption_without_name: Literal["prepend", "keep", "refuse"]
 
 
 class Split(Section):
@@ -120,6 +121,10 @@ class Encode(Section):
     zoom: float = Field(ge=0, lt=1)
     brightness: float = Field(ge=0, lt=1)
     aspect_ratio_buckets: bool
+    shuffle_tags: bool
+    keep_tags: int = Field(ge=0)  # the first tags, which are neither shuffled nor dropped
+    tag_dropout: float = Fraction
+    caption_variants: int = Positive  # of each caption with shuffled or dropped tags
     resolution: int = Field(ge=MIN_SIDE, le=MAX_SIDE, multiple_of=8)
     batch_size: int = Positive
 

@@ -66,6 +66,27 @@ def last_results() -> tuple[EvaluationReport, Registration | None]:
     return evaluation, registration if is_of_this else None
 
 
+def project_captions() -> Iterator[str]:
+    """The lines that `bestiary captions` prints about the cleaned images.
+
+    Raises BestiaryError outside a project, before images were cleaned, and when the base does not load.
+    """
+    from bestiary.diffusion.base import load_text
+    from bestiary.diffusion.caption_check import check_captions, render_captions
+    from bestiary.subjects import Subjects
+    from bestiary.tables import read_table
+
+    params, clean = project_params(), project_root() / "build" / "clean"
+    if params is None:
+        raise BestiaryError("There is no project here. Run this in a checkout of Bestiary.")
+    if not (clean / "manifest.csv").is_file():
+        raise BestiaryError("No images have been cleaned yet. Run `dvc repro clean`.")
+    base = project_base(params)
+    text = load_text(base.model if base else params.base.model, params.base.revision)
+    folders = check_captions(read_table(clean / "manifest.csv"), Subjects.read_from(clean), text, params.encode)
+    yield from render_captions(folders, text[0].model_max_length)
+
+
 def render_results(evaluation: EvaluationReport, registration: Registration | None, program: str) -> Iterator[str]:
     """The lines that `bestiary results` prints. `program` is how the user starts this program."""
     from bestiary.evaluation.report import as_text, heading

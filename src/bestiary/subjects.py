@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import unicodedata
-from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bestiary.errors import BestiaryError
+
+Kind = Literal["thing", "style"]
+MAX_NAME = 100  # characters of a name in subjects.yaml
+SUBJECTS_FILE = "subjects.json"  # in a folder of the pipeline: the subjects that subjects.yaml describes
 
 # kohya's trainer reads a folder's name as <repeats>_<name>.
 _REPEATS = re.compile(r"\d+_+(?=\S)")
@@ -19,16 +29,23 @@ _DETERMINER = re.compile(r"(?i)(?:my|our|your|his|her|its|their|this|that|these|
 
 @dataclass(frozen=True)
 class Subject:
-    """What one class folder shows: the folder, the English name in the singular, the Chinese name."""
+    """What one class folder shows: the folder, the English name in the singular, the Chinese name.
+
+    A name that is `given` in subjects.yaml stands in captions as it is, without an article: "sks cat", "Momo".
+    """
 
     folder: str
     name: str
     chinese: str
+    kind: Kind = field(default="thing", repr=False)
+    class_word: str = field(default="", repr=False)  # what kind of thing it is: "cat"
+    given: bool = field(default=False, repr=False)
 
     @property
     def with_article(self) -> str:
-        """The name with its indefinite article, "an antelope", unless it begins with a possessive: "my owl"."""
-        return self.name if _DETERMINER.match(self.name) else f"{_article(self.name)} {self.name}"
+        """The name with its indefinite article, "an antelope", unless it takes none: "my owl", "Momo", a style."""
+        bare = self.given or self.kind == "style" or _DETERMINER.match(self.name)
+        return self.name if bare else f"{_article(self.name)} {self.name}"
 
     @property
     def key(self) -> str:
@@ -73,6 +90,27 @@ CAPTION_TEMPLATES: tuple[str, ...] = (
     "a close-up of {}",
 )
 
+# For subjects that are none of the animals.
+THING_TEMPLATES: tuple[str, ...] = (
+    "a photo of {}",
+    "a high quality image of {}",
+    "a clear picture of {}",
+    "a realistic image of {}",
+    "a good photo of {}",
+    "a detailed photo of {}",
+    "a close-up of {}",
+)
+# `of {}` becomes "in watercolour style".
+STYLE_TEMPLATES: tuple[str, ...] = (
+    "a picture of {}",
+    "an image of {}",
+    "a high quality image of {}",
+    "an illustration of {}",
+    "a drawing of {}",
+    "a painting of {}",
+    "a scene of {}",
+)
+
 _ANIMALS_BY_NAME = {
     name.casefold(): animal for animal in ANIMALS for name in (animal.folder, animal.name, animal.chinese)
 }
@@ -105,6 +143,117 @@ def subject_of(text: str) -> Subject:
     return _ANIMALS_BY_NAME.get(name.casefold()) or Subject(text, name, name)
 
 
+class _Entry(BaseModel):
+    """What subjects.yaml says about one folder."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: str | None = Field(default=None, max_length=MAX_NAME)
+    class_word: str | None = Field(default=None, alias="class", max_length=MAX_NAME)
+    kind: Kind = "thing"
+    chinese: str | None = Field(default=None, max_length=MAX_NAME)
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """The subjects of class folders: as subjects.yaml describes them, else one of the animals, else the folder's words.
+
+    >>> Subjects().of("my_cat").with_article, Subjects().of("ladybugs").with_article
+    ('my cat', 'a ladybug')
+    """
+
+    described: Mapping[str, Subject] = field(default_factory=dict)  # by folder
+
+    @classmethod
+    def read(cls, path: Path) -> Subjects:
+        """Read subjects.yaml; a file that is missing or holds comments only describes nothing.
+
+        Raises BestiaryError that names the file, the folder and the key when something is wrong.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+            node, content = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
+        except FileNotFoundError:
+            return cls()
+        except UnicodeDecodeError:
+            raise BestiaryError(f"{path} is not in UTF-8. Save the file in UTF-8.") from None
+        except yaml.YAMLError as error:
+            raise BestiaryError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        if content is None:
+            return cls()
+        if not isinstance(content, dict) or not isinstance(node, yaml.MappingNode):
+            raise BestiaryError(f"{path} must map folders to keys. Write lines such as my-cat: {{name: sks cat}}.")
+        repeated = [key for key, count in Counter(key.value for key, _ in node.value).items() if count > 1]
+        if repeated:
+            raise BestiaryError(f"{path} describes the folder {repeated[0]} twice. Remove one of the two entries.")
+        folders = [unicodedata.normalize("NFC", str(key.value)) for key, _ in node.value]  # 001 stays "001"
+        return cls(
+            {folder: _described(path, folder, entry) for folder, entry in zip(folders, content.values(), strict=True)}
+        )
+
+    @classmethod
+    def read_from(cls, folder: Path) -> Subjects:
+        """Read what `write_to` wrote into `folder`. Raises BestiaryError when it is damaged."""
+        path = folder / SUBJECTS_FILE
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return cls()
+        except (ValueError, TypeError, AttributeError):
+            raise BestiaryError(f"{path} is damaged. Run `dvc repro` again.") from None
+
+    def write_to(self, folder: Path) -> None:
+        """Write the subjects that are described to a file in `folder`; no file when none is."""
+        path = folder / SUBJECTS_FILE
+        if self.described:
+            path.write_text(self.to_json(), encoding="utf-8")
+        else:
+            path.unlink(missing_ok=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Subjects:
+        """The subjects in the text that `to_json` returned. Raises ValueError and TypeError when it is another."""
+        return cls({each["folder"]: Subject(**each) for each in json.loads(text)})
+
+    def to_json(self) -> str:
+        """The subjects that are described, as text.
+
+        >>> Subjects.from_json(Subjects({"x": Subject("x", "sks cat", "", given=True)}).to_json()).of("x").with_article
+        'sks cat'
+        """
+        return json.dumps([asdict(subject) for subject in self.described.values()], ensure_ascii=False, indent=2)
+
+    def of(self, folder: str) -> Subject:
+        """The subject of a class folder."""
+        return self.described.get(folder) or subject_of(folder)
+
+    def check_known(self, folders: Iterable[str]) -> None:
+        """Raise BestiaryError when a folder that is described is none of `folders`."""
+        known = list(folders)
+        for folder in self.described:
+            if folder not in known:
+                similar = difflib.get_close_matches(folder, known, n=1)
+                meant = f" Is it {similar[0]}?" if similar else ""
+                raise BestiaryError(
+                    f"subjects.yaml describes the folder {folder}, and the data has no such folder.{meant} Correct "
+                    "the name, or remove the entry."
+                )
+
+
+def templates_of(subjects: Iterable[Subject]) -> tuple[str, ...]:
+    """The caption templates that suit all of these subjects.
+
+    >>> "a wild {name} in its natural habitat" in templates_of([subject_of("owl")])
+    True
+    >>> "a wild {name} in its natural habitat" in templates_of([subject_of("owl"), subject_of("my mug")])
+    False
+    """
+    subjects = tuple(subjects)
+    if all(subject in ANIMALS for subject in subjects):
+        return CAPTION_TEMPLATES
+    return STYLE_TEMPLATES if all(subject.kind == "style" for subject in subjects) else THING_TEMPLATES
+
+
 def find_subject(text: str, taught: Iterable[Subject] = ()) -> tuple[Subject, list[str] | None]:
     """Return the subject that a typed name means, and None if it is one of `taught` or one of the 100 animals.
 
@@ -131,14 +280,19 @@ def find_subject(text: str, taught: Iterable[Subject] = ()) -> tuple[Subject, li
     return subject, similar
 
 
-def check_folders(folders: Iterable[str]) -> None:
-    """Check that the names of class folders stand for different subjects.
+def check_folders(folders: Iterable[str], subjects: Subjects | None = None) -> None:
+    """Check that class folders stand for different subjects.
 
-    Raises BestiaryError that names the folders when several have the same words, when one has none, and when one is
+    Raises BestiaryError that names the folders when several have the same name, when one has no words, and when one is
     named in kohya's way, because the number in front would be lost.
     """
+    subjects = subjects or Subjects()
     spellings: defaultdict[str, list[str]] = defaultdict(list)
     for folder in sorted(folders):
+        subject = subjects.of(folder)
+        if subject.given:
+            spellings[subject.key].append(folder)
+            continue
         words = words_of(folder)
         if not words:
             raise BestiaryError(f"The folder {folder} has no words to call its subject by. Rename it.")
@@ -148,11 +302,11 @@ def check_folders(folders: Iterable[str]) -> None:
                 f"The folder {folder} is named in kohya's way, <repeats>_<name>, and repeats do not exist here. Rename "
                 f'it to "{words}", or to "{whole}" if the number belongs to the name.'
             )
-        spellings[subject_of(folder).key].append(folder)
+        spellings[subject.key].append(folder)
     for same in spellings.values():
         if len(same) > 1:
             raise BestiaryError(
-                f"The folders {', '.join(same)} stand for the same subject, {subject_of(same[0]).name}. Put their "
+                f"The folders {', '.join(same)} stand for the same subject, {subjects.of(same[0]).name}. Put their "
                 "images into one folder, or give the others different names."
             )
 
@@ -161,7 +315,7 @@ def caption(subject: Subject, template: str) -> str:
     """Fill `template` with `subject`: `{}` becomes the name with its article, `{name}` the bare name.
 
     An article before `{}` is replaced, so "a photo of a {}" works too. A possessive takes the place of the article
-    before `{name}`.
+    before `{name}`. A style is what pictures are in: "a photo of {}" becomes "a photo in watercolour style".
 
     >>> [caption(subject_of("owl"), template) for template in ("a photo of {}", "a photo of a {}", "a cute {name}")]
     ['a photo of an owl', 'a photo of an owl', 'a cute owl']
@@ -169,7 +323,9 @@ def caption(subject: Subject, template: str) -> str:
     'my cute owl at night'
     """
     name = subject.name
-    if determiner := _DETERMINER.match(name):
+    if subject.kind == "style":
+        template = re.sub(r"(?i)\bof (?:an? )?\{\}", "in {}", template)
+    elif determiner := _DETERMINER.match(name):
         noun = name[determiner.end() :]
         template, found = re.subn(
             r"(?i)\b(?:an?|the) ([^{}]*)\{name\}",
@@ -182,6 +338,41 @@ def caption(subject: Subject, template: str) -> str:
         lambda match: name if match.group() == "{name}" else subject.with_article,
         template,
     )
+
+
+def _described(path: Path, folder: str, entry: object) -> Subject:
+    """The subject of one entry of subjects.yaml. Raises BestiaryError that names the file, the folder and the key."""
+    where = f"{path}: {folder}"
+    if not isinstance(entry, dict):
+        raise BestiaryError(f"{where} must be followed by keys, such as {{name: sks cat, class: cat}}.")
+    try:
+        checked = _Entry.model_validate(entry)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise BestiaryError(f"{where}: the key {key} is unknown. Use name, class, kind and chinese.") from None
+        raise BestiaryError(f"{where}.{key}: {first['msg'][0].lower()}{first['msg'][1:]}.") from None
+    texts = {}
+    for key, text in (("name", checked.name), ("class", checked.class_word), ("chinese", checked.chinese)):
+        texts[key] = " ".join(unicodedata.normalize("NFC", text or "").split())
+        if text is not None and not texts[key]:
+            raise BestiaryError(f"{where}.{key} is empty. Write the words, or remove the key.")
+        if "{" in texts[key] or "}" in texts[key]:
+            raise BestiaryError(
+                f"{where}.{key} holds {{ or }}, which mark the subject's place in prompts. Remove them."
+            )
+    if texts["name"] and texts["name"].casefold() == texts["class"].casefold():
+        raise BestiaryError(
+            f"{where}: name and class are both {texts['name']!r}, so captions could not tell this {texts['class']} "
+            f"from others. Give it a name of its own, such as sks {texts['class']}."
+        )
+    known = subject_of(folder)
+    name = texts["name"] or known.name
+    if not texts["name"] and checked.kind == "style" and not name.casefold().endswith("style"):
+        name = f"{name} style"
+    chinese = texts["chinese"] or (known.chinese if name == known.name else name)
+    return Subject(folder, name, chinese, checked.kind, texts["class"], given=bool(texts["name"]))
 
 
 def _article(name: str) -> str:

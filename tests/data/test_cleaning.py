@@ -28,6 +28,7 @@ SETTINGS = params.Clean(
     exposure="flag",
     off_topic="off",
     off_topic_threshold=0.05,
+    caption_without_name="prepend",
 )
 
 

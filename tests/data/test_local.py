@@ -10,6 +10,7 @@ import pytest
 from bestiary.data.listing import LeftOut, describe_left_out, list_images, read_left_out
 from bestiary.data.local import Taken, take
 from bestiary.errors import BestiaryError
+from bestiary.subjects import Subject, Subjects
 
 
 def take_all(raw: Path, trusted: Sequence[Path] = ()) -> Taken:
@@ -49,7 +50,7 @@ def test_whatever_is_not_an_image_is_left_out_with_its_reason(raw: Path) -> None
         (raw / litter).touch()
     (raw / "readme.txt").touch()
     shutil.copyfile(raw / "cat" / "0.jpg", raw / "lonely.jpg")
-    (raw / "cat" / "0.txt").write_text("a cat", encoding="utf-8")
+    (raw / "cat" / "0.tags").write_text("a cat", encoding="utf-8")
     (raw / "cat" / "notes.txt").write_text("about cats", encoding="utf-8")
     (raw / "cat" / "live.mov").write_bytes(b"\0\0\0\x14ftypqt  ")
     (raw / "cat" / ".hidden.jpg").touch()
@@ -62,8 +63,8 @@ def test_whatever_is_not_an_image_is_left_out_with_its_reason(raw: Path) -> None
     expected = {
         "readme.txt": "not an image",
         "lonely.jpg": "outside a class folder",
-        "cat/0.txt": "caption",
-        "cat/notes.txt": "not an image",
+        "cat/0.tags": "caption",
+        "cat/notes.txt": "caption without image",
         "cat/live.mov": "not an image",
         "cat/.hidden.jpg": "hidden",
         "cat/more/deep/1.jpg": "in a sub-folder",
@@ -74,7 +75,7 @@ def test_whatever_is_not_an_image_is_left_out_with_its_reason(raw: Path) -> None
     assert read_left_out(raw.parent / "taken") == taken.left_out
     assert describe_left_out(taken.left_out)[-3:] == [
         "1 file left out (not a file): cat/pipe.jpg",
-        "3 files left out (not an image): cat/live.mov, cat/notes.txt, readme.txt",
+        "2 files left out (not an image): cat/live.mov, readme.txt",
         "1 file left out (outside a class folder): lonely.jpg",
     ]
 
@@ -163,8 +164,8 @@ def test_odd_file_names_are_taken_under_names_that_suit_every_system(raw: Path) 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (b"manifest.csv", r"raw/manifest\.csv is the name of the table"),
-        (b"Manifest.CSV", r"raw/Manifest\.CSV is the name of the table"),
+        (b"manifest.csv", r"raw/manifest\.csv is the name of a file"),
+        (b"Manifest.CSV", r"raw/Manifest\.CSV is the name of a file"),
         (b"caf\xe9", r"raw/caf\\udce9 is not UTF-8"),
         (b"a\nb", r"raw/a\\nb is not UTF-8, or has characters"),
         (b"esc\x1b[2J", r"raw/esc\\x1b\[2J is not UTF-8, or has"),
@@ -208,9 +209,12 @@ def test_an_empty_folder_is_named(tmp_path: Path) -> None:
         take_all(tmp_path / "data")
 
 
-def test_a_single_class_is_refused_by_name(raw: Path, tmp_path: Path) -> None:
-    with pytest.raises(BestiaryError, match=r"only one class.*cat"):
-        take(raw, tmp_path / "taken", ["cat"], None)
+def test_a_single_class_needs_four_images(raw: Path, tmp_path: Path) -> None:
+    assert take(raw, tmp_path / "taken", ["cat"], 4).per_class == {"cat": 4}
+    with pytest.raises(BestiaryError, match=r"cat has only 3 images.*at least 4"):
+        take(raw, tmp_path / "taken", ["cat"], 3)
+    with pytest.raises(BestiaryError, match=r"cat has only one image.*at least 4"):
+        take(raw, tmp_path / "taken", ["cat"], 1)
 
 
 @pytest.mark.parametrize(("keep", "message"), [(1, "owl has only one image"), (0, "owl has no image")])
@@ -240,7 +244,16 @@ def test_folders_of_one_subject_are_refused_by_name_unless_only_one_is_chosen(ra
     assert take(raw, tmp_path / "taken", ["owl", "cat"], None).per_class == {"cat": 6, "owl": 6}
 
 
+def test_described_folders_must_be_there_even_if_they_are_not_chosen(raw: Path, tmp_path: Path) -> None:
+    def subjects(*folders: str) -> Subjects:
+        return Subjects({folder: Subject(folder, f"sks {folder}", "", given=True) for folder in folders})
+
+    with pytest.raises(BestiaryError, match="describes the folder pig"):
+        take(raw, tmp_path / "taken", None, None, subjects=subjects("pig"))
+    assert take(raw, tmp_path / "taken", ["cat"], None, subjects=subjects("owl")).per_class == {"cat": 6}
+
+
 def test_a_failed_take_leaves_no_files(raw: Path, tmp_path: Path) -> None:
     with pytest.raises(BestiaryError):
-        take(raw, tmp_path / "taken", ["cat"], None)
+        take(raw, tmp_path / "taken", ["cat"], 1)
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bestiary.data.splitting import TOLERANCE, leaked_groups, split, write
+from bestiary.data.splitting import TOLERANCE, describe_few, leaked_groups, split, write
 from bestiary.errors import BestiaryError
 
 
@@ -104,7 +104,8 @@ def test_a_group_across_classes_stays_on_one_side() -> None:
     ("groups", "message"),
     [
         ({"cat": ["a", "b"], "owl": ["c"]}, "owl has only one image"),
-        ({"cat": ["a", "b", "c"]}, "only one class.*cat"),
+        ({"cat": ["a", "b", "c"]}, "cat has only 3 images in the manifest.*at least 4"),
+        ({"cat": ["a"]}, "cat has only one image in the manifest.*at least 4"),
         ({"cat": ["a", "b"], "owl": ["c", "c", "c"]}, "class owl are near-duplicates"),
         ({}, "no images in the manifest"),
     ],
@@ -113,6 +114,24 @@ def test_a_class_that_cannot_be_split_is_named(groups: dict[str, list[str]], mes
     table = manifest(groups) if groups else singles(1).iloc[:0]
     with pytest.raises(BestiaryError, match=message):
         split(table, val_fraction=0.2, seed=0)
+
+
+@pytest.mark.parametrize("groups", [["a", "b", "c", "d"], ["a", "a", "a", "b"], ["a", "b", "b", "b", "c", "c"]])
+@pytest.mark.parametrize("seed", range(5))
+def test_one_class_alone_keeps_an_image_for_validation_and_its_groups_whole(groups: list[str], seed: int) -> None:
+    train, val = split(manifest({"my-cat": groups}), val_fraction=0.2, seed=seed)
+    assert len(train) + len(val) == len(groups)
+    assert len(train) >= 1
+    assert len(val) >= 1
+    assert leaked_groups(train, val) == 0
+
+
+def test_few_validation_images_are_named_with_what_they_mean() -> None:
+    assert describe_few(pd.DataFrame({"class": ["owl"] * 5})) == []
+    (line,) = describe_few(pd.DataFrame({"class": ["owl"]}))
+    assert line.startswith("owl has 1 validation image, fewer than 5. ")
+    (line,) = describe_few(pd.DataFrame({"class": ["owl", "cat", "cat", *["pig"] * 9]}))
+    assert line.startswith("2 classes have few validation images: cat has 2 validation images, fewer than 5. ")
 
 
 def test_both_tables_are_written_with_all_columns(tmp_path: Path) -> None:

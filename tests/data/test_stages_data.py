@@ -43,7 +43,7 @@ class Project:
         (folder / "settings").mkdir()
         for name in ("stages", "src", "models"):
             (folder / name).symlink_to(ROOT / name)
-        for name in ("dvc.yaml", "overrides.csv"):
+        for name in ("dvc.yaml", "overrides.csv", "subjects.yaml"):
             (folder / name).write_bytes((ROOT / name).read_bytes())
         params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
         change(params)

@@ -74,9 +74,7 @@ def test_encoding_again_gives_the_same_bytes(base: Path, pictures: Path, latents
 def test_other_captions_change_the_data_hash(
     base: Path, pictures: Path, latents_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "bestiary.diffusion.encoding.CAPTION_TEMPLATES", (*CAPTION_TEMPLATES[1:], "an oil painting of {}")
-    )
+    monkeypatch.setattr("bestiary.subjects.CAPTION_TEMPLATES", (*CAPTION_TEMPLATES[1:], "an oil painting of {}"))
     encode_images(base, pictures, manifests(pictures), tmp_path, encode_settings())
     assert LatentCache.open(tmp_path, "train").data_sha256 != LatentCache.open(latents_folder, "train").data_sha256
 

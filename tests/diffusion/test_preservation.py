@@ -26,6 +26,7 @@ from bestiary.diffusion.sampling import generate
 from bestiary.diffusion.training import train
 from bestiary.errors import BestiaryError
 from bestiary.samplers import Sampling
+from bestiary.subjects import Subject, subject_of
 
 ROOT = Path(__file__).parents[2]
 SAMPLING = Sampling("dpmsolver++", steps=2, guidance_scale=3.0, width=32, height=32)
@@ -229,10 +230,11 @@ def test_the_recipe_for_one_subject_trains_the_bundled_base_in_its_stage(
     assert not list((tmp_path / ".cache" / "train").glob("*/preserved.safetensors"))
 
 
-def test_the_class_word_is_the_last_word_of_the_name() -> None:
-    assert class_word_of("sks_penguin") == "penguin"
+def test_the_class_word_is_given_or_the_last_word_of_the_name() -> None:
+    assert class_word_of(subject_of("sks_penguin")) == "penguin"
+    assert class_word_of(Subject("momo", "Momo", "", class_word="cat")) == "cat"
     with pytest.raises(BestiaryError, match=r"class word of momo.* train\.preservation\.kind to none"):
-        class_word_of("momo")
+        class_word_of(subject_of("momo"))
 
 
 def test_a_class_word_that_is_also_the_subjects_name_is_refused(base: Path, latents: Latents) -> None:

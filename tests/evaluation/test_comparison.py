@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from bestiary.diffusion.base import load_pipeline
+from bestiary.errors import BestiaryError
 from bestiary.evaluation import comparison
 from bestiary.evaluation.comparison import Compared, Evaluation
 from bestiary.evaluation.judge import Judge
@@ -152,3 +153,11 @@ def test_figures_are_written_and_those_of_earlier_classes_removed(evaluation: Ev
         "pictures/bee.jpg",
         "pictures/tiger.jpg",
     }
+
+
+def test_one_class_alone_is_refused_before_anything_is_drawn(tmp_path: Path) -> None:
+    for name in ("train", "val"):
+        pd.DataFrame([{"path": f"my-cat/{name}.png", "class": "my-cat"}]).to_csv(tmp_path / f"{name}.csv", index=False)
+    nothing_loaded = Compared(None, tmp_path / "adapter", [], tmp_path, tmp_path)
+    with pytest.raises(BestiaryError, match=r"my-cat is the only class.*bestiary generate --adapter models/adapter"):
+        comparison.evaluate(nothing_loaded, SETTINGS, seed=0)

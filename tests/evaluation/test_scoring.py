@@ -302,4 +302,4 @@ def test_pictures_that_cannot_be_compared_are_refused_with_the_reason(texts: Cla
     assert "adapter" in message
     assert "not finite" in message
     assert "in pairs" in refusal(pictures, replace(pictures, labels=pictures.labels[::-1]), pictures)
-    assert "only animal0" in refusal(pictures, pictures, pictures, replace(texts, classes=["animal0"]))
+    assert "animal0 is the only class" in refusal(pictures, pictures, pictures, replace(texts, classes=["animal0"]))

@@ -12,8 +12,9 @@ from support.tiny import build_base
 from bestiary.diffusion.base import load_pipeline
 from bestiary.evaluation.judge import Judge
 from bestiary.evaluation.watching import TrainingWatch
+from bestiary.subjects import subject_of
 
-CLASSES = ["bee", "cat", "lion", "owl"]
+SHOWN = [subject_of(name) for name in ("bee", "cat", "lion", "owl")]
 SETTINGS = train_settings(sheet_animals=2, sheet_seeds=2, sheet_steps=1)
 
 
@@ -36,7 +37,7 @@ class GreenJudge(Judge):
 
 
 def watch(pipeline: StableDiffusionPipeline, folder: Path) -> TrainingWatch:
-    return TrainingWatch(pipeline, GreenJudge(), CLASSES, SETTINGS, seed=5, resolution=32, folder=folder)
+    return TrainingWatch(pipeline, GreenJudge(), SHOWN, SETTINGS, seed=5, resolution=32, folder=folder)
 
 
 def test_the_sheet_shows_classes_evenly_chosen_with_their_own_seeds(

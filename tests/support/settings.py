@@ -10,6 +10,10 @@ ENCODE: dict[str, object] = {
     "zoom": 0.0,
     "brightness": 0.0,
     "aspect_ratio_buckets": False,
+    "shuffle_tags": False,
+    "keep_tags": 1,
+    "tag_dropout": 0.0,
+    "caption_variants": 8,
     "resolution": 32,
     "batch_size": 4,
 }

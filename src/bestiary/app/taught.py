@@ -11,7 +11,7 @@ from bestiary.evaluation.report import read_evaluation
 from bestiary.files import project_root
 from bestiary.registry.tags import subjects_of
 from bestiary.registry.versions import Version
-from bestiary.subjects import Subject, subject_of
+from bestiary.subjects import Subject, Subjects
 
 log = logging.getLogger(__name__)
 
@@ -26,13 +26,14 @@ class Evaluated:
 
 def evaluated() -> Evaluated:
     """The adapter that this project's report of evaluate is about; an empty one when there is no report."""
-    from bestiary.stage import RESULTS
+    from bestiary.stage import REPORTS, RESULTS
 
     try:
         report = read_evaluation(Path(project_root(), RESULTS, "evaluate.json"))
+        subjects = Subjects.read_from(Path(project_root(), REPORTS, "evaluate"))
     except BestiaryError:
         return Evaluated()
-    return Evaluated(report.adapter_sha256, tuple(map(subject_of, report.classes)))
+    return Evaluated(report.adapter_sha256, tuple(map(subjects.of, report.classes)))
 
 
 def taught_by_file(sha256: str, last: Evaluated) -> tuple[Subject, ...] | None:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from bestiary import params
 from bestiary.data import duplicates
+from bestiary.data.captions import load_captions, names_subject
 from bestiary.data.findings import Action, Decision, Finding, write_findings
 from bestiary.data.folder import link, replacing
 from bestiary.data.hashing import thumbnail
@@ -25,9 +26,9 @@ from bestiary.data.images import decode, open_rgb, right_extension
 from bestiary.data.inspection import Inspection, cores, inspect_all
 from bestiary.data.listing import list_images, read_left_out
 from bestiary.data.losses import MUCH, Loss, check_losses, describe_losses, losses
-from bestiary.data.names import safe_name
+from bestiary.data.names import printable, safe_name
 from bestiary.errors import BestiaryError
-from bestiary.subjects import ANIMALS, Subject, check_folders, subject_of
+from bestiary.subjects import ANIMALS, Subject, Subjects, caption, check_folders
 
 # Takes B images and T texts; returns the probability of each text for each image, (B, T).
 JudgeFunction = Callable[[Sequence[Image.Image], Sequence[str]], NDArray[np.float32]]
@@ -43,6 +44,7 @@ NOT_ANIMALS = (
     "a logo",
 )
 NO_ANIMAL = "no animal"
+NO_NAME = "caption without name"
 # If the judge gives one of the two classes of an image at least this share, the image stays in that class only.
 CONFIDENT = 0.8
 
@@ -115,6 +117,7 @@ def clean(
     report: Path | None = None,
     workers: int | None = None,
     tell: Callable[[str], None] | None = None,
+    subjects: Subjects | None = None,
 ) -> Outcome:
     """Write the usable images of `raw`/<class>/ and their manifest to `target`, and the findings to `report`.
 
@@ -125,9 +128,9 @@ def clean(
     Raises BestiaryError when folders stand for the same subject, and when no image of a class is left; the report is
     then there, and `target` is as it was.
     """
-    tell = tell or (lambda _: None)
+    tell, subjects = tell or (lambda _: None), subjects or Subjects()
     classes = list_images(raw).images
-    check_folders(classes)
+    check_folders(classes, subjects)
     if not any(classes.values()):
         raise BestiaryError(f"There are no images in {raw}. Run `dvc repro download`.")
     paths = [f"{name}/{path.name}" for name, files in classes.items() for path in files]
@@ -137,7 +140,7 @@ def clean(
     _check_each(triage, triage.remaining(images), settings)
     _drop_exact_duplicates(triage, triage.remaining(images))
     images = triage.remaining(images)
-    opinions = _ask_judge(raw, images, judge if settings.off_topic != "off" else None)
+    opinions = _ask_judge(raw, images, judge if settings.off_topic != "off" else None, subjects)
     started = time.perf_counter()
     pairs, mirrored = _find_near_duplicates(raw, images, settings.near_duplicate_bits)
     search_seconds = time.perf_counter() - started
@@ -147,6 +150,7 @@ def clean(
     if opinions is not None:
         _check_topics(triage, images, opinions, settings, tell)
     kept = triage.remaining(images)
+    captions = _check_captions(triage, kept, load_captions(raw), settings, subjects)
     triage.findings += [Finding(f.path, f.class_folder, f.kind, f.detail, "left out") for f in read_left_out(raw)]
     triage.findings.sort(key=lambda finding: (finding.kind, finding.path))
     if report is not None:
@@ -156,9 +160,13 @@ def clean(
     for line in describe_losses(lost):
         tell(line)
     check_losses(lost)
+    _refuse_captions(triage, settings)
     group_of = _name_groups(images, versions, kept)
     with replacing(target) as fresh:
-        manifest = _write_images(raw, fresh, kept, group_of)
+        manifest = _write_images(raw, fresh, kept, group_of, subjects)
+        if captions:
+            manifest["caption"] = [captions.get(image.path, "") for image in kept]
+        subjects.write_to(fresh)
         manifest.to_csv(fresh / "manifest.csv", index=False)
     return Outcome(len(paths), manifest, triage.findings, triage.unused_overrides, search_seconds, lost)
 
@@ -273,9 +281,10 @@ def _resolve_conflicts(
             continue
         wrong, detail = [left, right], "the judge was not asked"
         if opinions is not None:
-            both = opinions.of_subject.loc[[left.path, right.path], [_name(left), _name(right)]].mean()
+            names = [opinions.name_of(image) for image in (left, right)]
+            both = opinions.of_subject.loc[[left.path, right.path], names].mean()
             share = both / max(both.sum(), 1e-9)
-            wrong = [image for image in (left, right) if share[_name(image)] < CONFIDENT]
+            wrong = [image for image in (left, right) if share[opinions.name_of(image)] < CONFIDENT]
             detail = ", ".join(f"{name} {value:.2f}" for name, value in share.items())
         for image in wrong:
             other = right if image is left else left
@@ -308,27 +317,31 @@ class _Opinions:
 
     of_subject: pd.DataFrame
     of_no_animal: pd.Series[float]
+    subjects: Subjects
+
+    def name_of(self, image: Inspection) -> str:
+        """The name of the image's own subject, which is a column of `of_subject`."""
+        return self.subjects.of(image.class_folder).name
 
     def about(self, image: Inspection) -> tuple[float, float, str]:
         """The probabilities of the image's own subject and of no animal, and both with the judge's choice in words."""
         values = self.of_subject.loc[[image.path]].to_numpy()[0]
         names, no_animal = list(self.of_subject.columns), self.of_no_animal[image.path]
-        own, choice, highest = values[names.index(_name(image))], names[values.argmax()], values.max()
+        name = self.name_of(image)
+        own, choice, highest = values[names.index(name)], names[values.argmax()], values.max()
         if no_animal > highest:
             choice, highest = NO_ANIMAL, no_animal
-        return float(own), float(no_animal), f"{_name(image)} {own:.3f}, {choice} {highest:.3f}"
+        return float(own), float(no_animal), f"{name} {own:.3f}, {choice} {highest:.3f}"
 
 
-def _name(image: Inspection) -> str:
-    return subject_of(image.class_folder).name
-
-
-def _ask_judge(raw: Path, images: Sequence[Inspection], judge: JudgeFunction | None) -> _Opinions | None:
+def _ask_judge(
+    raw: Path, images: Sequence[Inspection], judge: JudgeFunction | None, subjects: Subjects
+) -> _Opinions | None:
     """Return the judge's probabilities of the subjects that an image may show, and of no animal."""
     if judge is None or not images:
         return None
-    subjects = _possible_subjects(images)
-    texts = [*(f"a photo of {subject.with_article}" for subject in subjects), *NOT_ANIMALS]
+    possible = _possible_subjects(images, subjects)
+    texts = [*(caption(subject, "a photo of {}") for subject in possible), *NOT_ANIMALS]
     rows = []
     with ThreadPoolExecutor(cores()) as pool:
         for batch in tqdm(list(_batches(images)), desc="look for off-topic images", unit="batch"):
@@ -336,17 +349,18 @@ def _ask_judge(raw: Path, images: Sequence[Inspection], judge: JudgeFunction | N
             rows.append(judge(pictures, texts))
     probabilities, paths = np.concatenate(rows), [image.path for image in images]
     return _Opinions(
-        pd.DataFrame(probabilities[:, : len(subjects)], index=paths, columns=[subject.name for subject in subjects]),
-        pd.Series(probabilities[:, len(subjects) :].sum(axis=1), index=paths),
+        pd.DataFrame(probabilities[:, : len(possible)], index=paths, columns=[subject.name for subject in possible]),
+        pd.Series(probabilities[:, len(possible) :].sum(axis=1), index=paths),
+        subjects,
     )
 
 
-def _possible_subjects(images: Sequence[Inspection]) -> list[Subject]:
+def _possible_subjects(images: Sequence[Inspection], subjects: Subjects) -> list[Subject]:
     """Return the subjects of the folders, and of all 100 animals: an image may show one that was not downloaded.
 
     Leave the other animals out if any folder is somebody's own subject: their "persian" is also a cat.
     """
-    own = {subject_of(folder) for folder in {image.class_folder for image in images}}
+    own = {subjects.of(folder) for folder in {image.class_folder for image in images}}
     return sorted(own | set(ANIMALS) if own <= set(ANIMALS) else own, key=lambda subject: subject.folder)
 
 
@@ -380,7 +394,7 @@ def _check_topics(
         policy = settings.off_topic
         if policy == "auto":
             # What the judge does not know it calls off topic: somebody's own subject, or another kind of pictures.
-            known = subject_of(folder) in ANIMALS
+            known = opinions.subjects.of(folder) in ANIMALS
             unsure = len(doubtful) > MUCH * len(members)
             if known and unsure:
                 tell(
@@ -390,6 +404,40 @@ def _check_topics(
             policy = "quarantine" if known and not unsure else "flag"
         for image, detail, score in doubtful:
             triage.apply_policy(policy, image, "off topic", detail, score)
+
+
+def _check_captions(
+    triage: _Triage,
+    images: Sequence[Inspection],
+    captions: Mapping[str, str],
+    settings: params.Clean,
+    subjects: Subjects,
+) -> dict[str, str]:
+    """Return the captions to train with, by path. An image with an empty caption uses the templates."""
+    checked = {}
+    for image in images:
+        text, subject = captions.get(image.path), subjects.of(image.class_folder)
+        if text is None:
+            continue
+        if not text:
+            triage.record(image, "empty caption", "templates are used", "flagged")
+            continue
+        if not names_subject(text, subject):
+            prepend = settings.caption_without_name == "prepend"
+            triage.record(image, NO_NAME, f"{subject.name} not in: {text}", "repaired" if prepend else "flagged")
+            text = f"{subject.name}, {text}" if prepend else text
+        checked[image.path] = text
+    return checked
+
+
+def _refuse_captions(triage: _Triage, settings: params.Clean) -> None:
+    nameless = [finding for finding in triage.findings if finding.kind == NO_NAME]
+    if nameless and settings.caption_without_name == "refuse":
+        more = f" and {len(nameless) - 1} more" if nameless[1:] else ""
+        raise BestiaryError(
+            f"The caption of {nameless[0].path}{more} lacks the subject's name: {printable(nameless[0].detail[:200])}. "
+            "Add the name, or set clean.caption_without_name to prepend."
+        )
 
 
 def _name_groups(images: Sequence[Inspection], pairs: NDArray[np.int64], kept: Sequence[Inspection]) -> dict[str, str]:
@@ -407,7 +455,9 @@ def _name_groups(images: Sequence[Inspection], pairs: NDArray[np.int64], kept: S
     return {image.path: f"g{first[number_of[image.path]][:16]}" for image in kept}
 
 
-def _write_images(raw: Path, target: Path, kept: Sequence[Inspection], group_of: Mapping[str, str]) -> pd.DataFrame:
+def _write_images(
+    raw: Path, target: Path, kept: Sequence[Inspection], group_of: Mapping[str, str], subjects: Subjects
+) -> pd.DataFrame:
     """Link or convert each image into `target`; return the manifest."""
     names = _output_names(kept)
     for folder in sorted({image.class_folder for image in kept}):
@@ -435,7 +485,7 @@ def _write_images(raw: Path, target: Path, kept: Sequence[Inspection], group_of:
     columns = {
         "path": [names[image.path] for image in kept],
         "class": [image.class_folder for image in kept],
-        "animal": [subject_of(image.class_folder).name for image in kept],
+        "animal": [subjects.of(image.class_folder).name for image in kept],
         "group": [group_of[image.path] for image in kept],
         "width": [image.width for image in kept],
         "height": [image.height for image in kept],

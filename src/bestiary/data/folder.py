@@ -11,6 +11,7 @@ from pathlib import Path
 
 from bestiary.errors import BestiaryError
 
+ALONE = 4  # images that a class needs if there is no other
 _FICLONE = 0x40049409  # Linux ioctl: share another file's blocks (btrfs, xfs)
 _without_reflinks: set[Path] = set()  # folders where reflinks have failed
 
@@ -69,25 +70,29 @@ def choose(
 
 
 def check_classes(counts: Mapping[str, int], where: str | Path) -> None:
-    """Check that there are at least two classes with at least two images each.
+    """Check that each class has at least two images, and a class that is alone at least ALONE.
 
     `counts` holds the number of images per class, `where` the place that the message names. Raises BestiaryError when
     there are fewer.
     """
     if not counts or not any(counts.values()):
         raise BestiaryError(f"There are no images in {where}. Add a folder of at least two images for each class.")
-    small = [name for name, count in counts.items() if count < 2]
-    if small:
-        number = ("no image", "only one image")[counts[small[0]]]
-        others = f" (and {len(small) - 1} more classes are as small)" if small[1:] else ""
-        raise BestiaryError(
-            f"The class {small[0]} has {number} in {where}{others}. A class needs at least two images, one of them for "
-            "validation: add images or remove the class."
-        )
+    needed = 2 if len(counts) > 1 else ALONE
+    small = [name for name, count in counts.items() if count < needed]
+    if not small:
+        return
+    count = counts[small[0]]
+    number = ("no image", "only one image")[count] if count < 2 else f"only {count} images"
     if len(counts) < 2:
         raise BestiaryError(
-            f"There is only one class in {where}: {next(iter(counts))}. Add a folder of images of a second class."
+            f"The class {small[0]} has {number} in {where}. A class that is alone needs at least {ALONE} images, one "
+            "of them for validation. Add images."
         )
+    others = f" (and {len(small) - 1} more classes are as small)" if small[1:] else ""
+    raise BestiaryError(
+        f"The class {small[0]} has {number} in {where}{others}. A class needs at least two images, one of them for "
+        "validation: add images or remove the class."
+    )
 
 
 def _reflink(source: Path, target: Path) -> bool:

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bestiary.data.captions import CAPTIONS, METADATA, TEXT_SUFFIXES
 from bestiary.data.images import EXTENSIONS
 from bestiary.data.names import MAX_BYTES, printable
 from bestiary.errors import BestiaryError
+from bestiary.subjects import SUBJECTS_FILE
 
 # Cameras' raw files are TIFFs to a decoder, which would take the small preview inside for the photo.
 RAW_SUFFIXES = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw")
@@ -24,7 +26,7 @@ IMAGE_SUFFIXES = frozenset(
         *RAW_SUFFIXES,
     )
 )
-_CAPTION_SUFFIXES = (".txt", ".caption", ".tags", ".json")  # as other trainers keep them beside the images
+_OTHER_CAPTIONS = (".tags", ".json")  # as other trainers keep them beside the images; not read here
 _LITTER = ("thumbs.db", "desktop.ini", ".ds_store", ".gitkeep", ".gitignore", ".directory")  # of systems, not of people
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\xff\x0a", b"8BPS")
 _BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"mif1", b"msf1", b"avif", b"avis")  # of an ISO media file
@@ -46,9 +48,10 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Listing:
-    """The image files of each class folder, and everything else that was found."""
+    """The image files and the caption files of each class folder, and everything else that was found."""
 
     images: dict[str, list[Path]] = field(default_factory=dict)
+    captions: dict[str, list[Path]] = field(default_factory=dict)
     left_out: list[LeftOut] = field(default_factory=list)
 
 
@@ -69,7 +72,7 @@ def list_images(root: Path, trusted: Callable[[], Sequence[Path]] | None = None)
         if _is_litter(entry):
             continue
         if entry.name.startswith("."):
-            if entry.name != LEFT_OUT:
+            if entry.name not in (LEFT_OUT, CAPTIONS):
                 listing.left_out.append(LeftOut(entry.name, "", "hidden", ""))
         elif entry.is_symlink() and (problem := links.problem(entry)):
             raise BestiaryError(
@@ -82,7 +85,7 @@ def list_images(root: Path, trusted: Callable[[], Sequence[Path]] | None = None)
                 raise BestiaryError(
                     f"{root} has two folders named {name}, in two forms of Unicode. Rename one of them."
                 )
-            listing.images[name], left_out = _list_class(entry, name, links)
+            listing.images[name], listing.captions[name], left_out = _list_class(entry, name, links)
             listing.left_out.extend(left_out)
         else:
             kind = "outside a class folder" if _is_image(entry) else "not an image"
@@ -118,7 +121,7 @@ def describe_left_out(left_out: Sequence[LeftOut]) -> list[str]:
     for kind, paths in sorted(by_kind.items()):
         files = f"{len(paths)} file{'s'[: len(paths) != 1]} left out"
         if kind == "caption":
-            lines.append(f"{files} (captions beside images): captions are made from the folders' names.")
+            lines.append(f"{files} (captions in a format that is not read): use .txt, .caption or metadata.jsonl.")
         else:
             more = f" and {len(paths) - _NAMED} more" if paths[_NAMED:] else ""
             lines.append(f"{files} ({kind}): {', '.join(paths[:_NAMED])}{more}")
@@ -154,15 +157,16 @@ def _class_name(folder: Path) -> str:
         problem = "is not UTF-8, or has characters that cannot be printed"
     elif len(name.encode()) > MAX_BYTES:
         problem = f"is longer than {MAX_BYTES} bytes"
-    elif name.casefold() == "manifest.csv":
-        problem = "is the name of the table that cleaning writes beside the class folders"
+    elif name.casefold() in ("manifest.csv", SUBJECTS_FILE):
+        problem = "is the name of a file that cleaning writes beside the class folders"
     if problem:
         raise BestiaryError(f"The name of the folder {printable(str(folder))} {problem}. Rename the folder.")
     return name
 
 
-def _list_class(folder: Path, name: str, links: _Links) -> tuple[list[Path], list[LeftOut]]:
+def _list_class(folder: Path, name: str, links: _Links) -> tuple[list[Path], list[Path], list[LeftOut]]:
     images: list[Path] = []
+    captions: list[Path] = []
     others: list[tuple[Path, str, str]] = []
     for entry in sorted(folder.iterdir()):
         if _is_litter(entry):
@@ -175,6 +179,8 @@ def _list_class(folder: Path, name: str, links: _Links) -> tuple[list[Path], lis
             others.append((entry, "not a file", ""))
         elif entry.name.startswith("."):
             others.append((entry, "hidden", ""))
+        elif entry.name in METADATA:
+            captions.append(entry)
         elif _is_image(entry):
             images.append(entry)
         else:
@@ -182,10 +188,16 @@ def _list_class(folder: Path, name: str, links: _Links) -> tuple[list[Path], lis
     stems = {image.stem: image.name for image in images}
     left_out = []
     for path, kind, detail in others:
-        if kind == "not an image" and path.stem in stems and path.suffix.lower() in _CAPTION_SUFFIXES:
-            kind, detail = "caption", f"beside {stems[path.stem]}"
+        suffix = path.suffix.lower()
+        if kind == "not an image" and suffix in TEXT_SUFFIXES:
+            if path.stem in stems:
+                captions.append(path)
+                continue
+            kind = "caption without image"
+        elif kind == "not an image" and path.stem in stems and suffix in _OTHER_CAPTIONS:
+            kind, detail = "caption", f"beside {stems[path.stem]}, in a format that is not read"
         left_out.append(LeftOut(f"{name}/{path.relative_to(folder).as_posix()}", name, kind, detail))
-    return images, left_out
+    return images, captions, left_out
 
 
 def _files_below(folder: Path) -> Iterator[Path]:

@@ -10,20 +10,25 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from bestiary.data.captions import read_captions, write_captions
 from bestiary.data.folder import check_classes, choose, link, replacing
 from bestiary.data.listing import LeftOut, list_images, write_left_out
 from bestiary.data.names import safe_names
 from bestiary.errors import BestiaryError
-from bestiary.subjects import check_folders
+from bestiary.subjects import Subjects, check_folders
 
 
 @dataclass(frozen=True)
 class Taken:
-    """What was taken from a folder: how many images of each class, how many under another name, and what was not."""
+    """What was taken from a folder: how many images of each class, how many under another name, and what was not.
+
+    `captioned` counts the images that have a caption of their own.
+    """
 
     per_class: dict[str, int]
     renamed: int
     left_out: list[LeftOut]
+    captioned: int = 0
 
 
 def take(
@@ -32,18 +37,21 @@ def take(
     classes: Sequence[str] | None,
     images_per_class: int | None,
     trusted: Callable[[], Sequence[Path]] = tuple,
+    subjects: Subjects | None = None,
 ) -> Taken:
     """Link the chosen images of `source` to the same class folders of `target`.
 
     A file whose name not every file system accepts gets one that is. Links to places outside `source` are left out,
     but for the folders that `trusted` returns. What is left out is listed in `target` too, for cleaning to report.
 
-    Raises BestiaryError when `source` does not hold the classes, or fewer than two classes with two images each, or
-    when folders stand for the same subject.
+    Raises BestiaryError when `source` does not hold the classes or a folder that `subjects` describes, when a class has
+    too few images, when folders stand for the same subject, or when a caption file is wrong.
     """
     listing = list_images(source, trusted)
     files = choose(listing.images, classes, images_per_class)
-    check_folders(files)
+    subjects = subjects or Subjects()
+    subjects.check_known(listing.images)
+    check_folders(files, subjects)
     left_out = [each for each in listing.left_out if each.class_folder in files or not each.class_folder]
     counts = {name: len(paths) for name, paths in files.items()}
     for name in (name for name, count in counts.items() if not count):
@@ -54,12 +62,16 @@ def take(
                 "folder itself, or remove it."
             )
     check_classes(counts, source)
-    renamed = 0
+    captions = {name: read_captions(listing.captions[name], listing.images[name]) for name in files}
+    renamed, taken_captions = 0, dict[str, str]()
     with replacing(target) as fresh:
         for name, paths in tqdm(files.items(), desc="link images", unit="class"):
             (fresh / name).mkdir()
             for path, safe in zip(paths, safe_names(path.name for path in paths), strict=True):
                 link(path, fresh / name / safe)
+                if path in captions[name]:
+                    taken_captions[f"{name}/{safe}"] = captions[name][path]
                 renamed += safe != unicodedata.normalize("NFC", path.name)
         write_left_out(fresh, left_out)
-    return Taken(counts, renamed, left_out)
+        write_captions(fresh, taken_captions)
+    return Taken(counts, renamed, left_out, len(taken_captions))

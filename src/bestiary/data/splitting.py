@@ -13,7 +13,9 @@ import pandas as pd
 
 from bestiary.data.folder import check_classes, replacing
 from bestiary.errors import BestiaryError
+from bestiary.subjects import Subjects
 
+FEW = 5  # validation images of a class below which the scores that compare with them hardly hold
 TOLERANCE = 0.05  # how far a class's validation share may be from the wanted share before its threshold moves
 
 
@@ -54,11 +56,29 @@ def leaked_groups(train: pd.DataFrame, val: pd.DataFrame) -> int:
     return len(set(train["group"]) & set(val["group"]))
 
 
-def write(folder: Path, train: pd.DataFrame, val: pd.DataFrame) -> None:
-    """Write train.csv and val.csv to `folder`, both or neither."""
+def describe_few(val: pd.DataFrame) -> list[str]:
+    """Say in a line which classes have so few validation images that the intervals of some scores mislead."""
+    counts = val["class"].value_counts()
+    few = counts[counts < FEW].sort_index()
+    if few.empty:
+        return []
+    first, number = few.index[0], int(few.iloc[0])
+    subject = f"{first} has {number} validation image{'s'[: number != 1]}"
+    if len(few) > 1:
+        subject = f"{len(few)} classes have few validation images: {subject}"
+    return [
+        f"{subject}, fewer than {FEW}. The validation loss and the scores that compare with real images depend on "
+        "those few, and their intervals do not show how much other images would change them. Add images for figures to "
+        "rely on."
+    ]
+
+
+def write(folder: Path, train: pd.DataFrame, val: pd.DataFrame, subjects: Subjects | None = None) -> None:
+    """Write train.csv, val.csv and what `subjects` describes to `folder`, all or nothing."""
     with replacing(folder) as fresh:
         train.to_csv(fresh / "train.csv", index=False)
         val.to_csv(fresh / "val.csv", index=False)
+        (subjects or Subjects()).write_to(fresh)
 
 
 def _validation_count(members: pd.DataFrame, val_fraction: float) -> int:

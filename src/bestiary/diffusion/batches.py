@@ -54,8 +54,7 @@ class TrainingStream(Dataset[Sample]):
         self.settings = settings
         self.seed = seed
         self.cumulative = timestep_weights.double().cumsum(0) / timestep_weights.double().sum()
-        self.captions = {name: cache.captions_of(name) for name in set(cache.images["class"])}
-        self.classes = cache.images["class"].tolist()
+        self.captions = cache.captions_by_image()
         self._orders: dict[str, tuple[int, list[int]]] = {}  # "images" or "timesteps": an epoch and its permutation
 
     def __len__(self) -> int:
@@ -76,7 +75,7 @@ class TrainingStream(Dataset[Sample]):
         noise = draws[1]
         if self.settings.noise_offset:  # lets the adapter learn pictures that are darker or lighter as a whole
             noise = noise + self.settings.noise_offset * torch.randn(len(mean), 1, 1, generator=generator)
-        captions = self.captions[self.classes[image]]
+        captions = self.captions[image]
         empty = dropped < self.settings.caption_dropout
         return {
             "latents": mean + std * draws[0],  # a fresh sample of the posterior
@@ -119,7 +118,7 @@ class ValidationGrid(Dataset[Sample]):
     def __init__(self, cache: LatentCache, timesteps: int) -> None:
         self.cache = cache
         self.timesteps = [int((index + 0.5) * (math.sqrt(5) - 1) / 2 % 1 * timesteps) for index in range(len(cache))]
-        self.captions = {name: cache.captions_of(name) for name in set(cache.images["class"])}
+        self.captions = cache.captions_by_image()
         self.classes = cache.images["class"].tolist()
 
     def __len__(self) -> int:
@@ -127,7 +126,7 @@ class ValidationGrid(Dataset[Sample]):
 
     def __getitem__(self, image: int) -> Sample:
         mean, _ = self.cache.posterior(image, 0)
-        captions = self.captions[self.classes[image]]
+        captions = self.captions[image]
         return {
             "latents": mean,
             "noise": torch.randn(mean.shape, generator=seeded_generator("validation", image)),

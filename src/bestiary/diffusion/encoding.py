@@ -36,7 +36,7 @@ from bestiary.diffusion.base import (
 )
 from bestiary.errors import BestiaryError
 from bestiary.files import write_atomically
-from bestiary.subjects import CAPTION_TEMPLATES, caption, subject_of
+from bestiary.subjects import Subjects, caption, templates_of
 from bestiary.tables import read_table
 
 if TYPE_CHECKING:
@@ -111,7 +111,9 @@ def encode_images(
     vae = load_vae(base, revision, dtype=dtype).to(state.device, memory_format=torch.channels_last)
     sizes = _picture_sizes(settings, *size_factors(base, revision))
     images = pd.concat(_in_buckets(table, sizes).assign(split=split) for split, table in tables.items())
-    captions = _captions(sorted(set(tables["train"]["class"])))
+    subjects = Subjects.read_from(clean)
+    of_classes = _captions(sorted(set(tables["train"]["class"])), subjects)
+    captions = pd.concat([of_classes, *_own_captions(tables.values(), settings)], ignore_index=True).fillna("")
     facts = _facts(settings, images, captions, base_sha256(base, revision), vae.config.scaling_factor)
     folder = (unfinished or out.with_name(f".{out.name}")) / _resume_key(facts, images, dtype)
     shards = {folder / name: rows for name, rows in _shards(images)}
@@ -128,6 +130,7 @@ def encode_images(
     state.wait_for_everyone()
     if state.is_main_process:
         write_atomically(folder / "images.csv", _csv(images))
+        subjects.write_to(folder)
         write_atomically(folder / "latents.json", f"{facts}\n".encode())
         _move_files(folder, out)
     state.wait_for_everyone()
@@ -216,15 +219,46 @@ def _in_buckets(table: pd.DataFrame, buckets: Sequence[tuple[int, int]]) -> pd.D
     return images.assign(width=widths, height=heights).sort_values(["width", "height"], kind="stable")
 
 
-def _captions(classes: Sequence[str]) -> pd.DataFrame:
+def _captions(classes: Sequence[str], subjects: Subjects) -> pd.DataFrame:
     """The empty caption, which belongs to no class, and the captions of each class."""
-    return pd.DataFrame(
-        [
-            ("", ""),
-            *((name, caption(subject_of(name), template)) for name in classes for template in CAPTION_TEMPLATES),
-        ],
-        columns=["class", "caption"],
-    )
+    rows = [("", "")]
+    for name in classes:
+        subject = subjects.of(name)
+        rows += [(name, caption(subject, template)) for template in templates_of([subject])]
+    return pd.DataFrame(rows, columns=["class", "caption"])
+
+
+def _own_captions(tables: Iterable[pd.DataFrame], settings: Encode) -> Iterator[pd.DataFrame]:
+    """The captions that belong to single images: class, caption, and the image's SHA-256."""
+    for table in tables:
+        if "caption" in table and any(table["caption"]):
+            rows = [
+                (name, text, sha256)
+                for name, own, sha256 in zip(table["class"], table["caption"], table["sha256"], strict=True)
+                if own
+                for text in caption_versions(own, sha256, settings)
+            ]
+            yield pd.DataFrame(rows, columns=["class", "caption", "image"])
+
+
+def caption_versions(text: str, sha256: str, settings: Encode) -> list[str]:
+    """The versions of an image's own caption: itself, or `caption_variants` with shuffled and dropped tags.
+
+    The image's hash seeds them, so other images change nothing.
+    """
+    if not settings.shuffle_tags and not settings.tag_dropout:
+        return [text]
+    tags = [tag.strip() for tag in text.split(",") if tag.strip()]
+    first, others = tags[: settings.keep_tags], tags[settings.keep_tags :]
+    versions = []
+    for number in range(settings.caption_variants):
+        seed = int.from_bytes(hashlib.blake2b(f"{sha256}/tags/{number}".encode(), digest_size=8).digest())
+        random = np.random.default_rng(seed)
+        order = random.permutation(len(others)) if settings.shuffle_tags else range(len(others))
+        draws = zip(order, random.random(len(others)), strict=True)
+        kept = [others[place] for place, draw in draws if draw >= settings.tag_dropout]
+        versions.append(", ".join([*first, *kept]) or text)
+    return versions
 
 
 def _facts(

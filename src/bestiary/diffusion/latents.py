@@ -4,7 +4,8 @@
 - `<split>-00000.safetensors` ...: `mean` and `std` (B, V, C, h, w) of the autoencoder's posterior, unscaled, for V
   variants of images of one size
 - `images.csv`: the split, path, class, sha256, width and height of each image, in the order of the shards
-- `captions.safetensors`: `features` (B, T, D); `captions.csv`: the class and caption of each, the empty caption first
+- `captions.safetensors`: `features` (B, T, D); `captions.csv`: the class and caption of each, the empty caption first,
+  and the image's SHA-256 if captions belong to single images
 - `latents.json`: what the cache was made from
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from bestiary.errors import BestiaryError
+from bestiary.subjects import Subjects
 from bestiary.tables import read_table
 
 if TYPE_CHECKING:
@@ -93,8 +95,27 @@ class LatentCache:
         return [sum(counts[:number]) for number in range(len(counts))]
 
     def captions_of(self, class_folder: str) -> list[int]:
-        """The indices into `features` of a class's captions."""
-        return self.captions.index[self.captions["class"] == class_folder].tolist()
+        """The indices into `features` of a class's captions, without those of single images."""
+        return self.captions.index[(self.captions["class"] == class_folder) & (self._caption_images == "")].tolist()
+
+    def captions_by_image(self) -> list[list[int]]:
+        """For each image, the indices into `features` of its captions: its own, or else its class's."""
+        own: dict[str, list[int]] = {}
+        for index, sha256 in enumerate(self._caption_images):
+            if sha256:
+                own.setdefault(sha256, []).append(index)
+        of_class = {name: self.captions_of(name) for name in set(self.images["class"])}
+        return [
+            own.get(sha256) or of_class[name]
+            for sha256, name in zip(self.images["sha256"], self.images["class"], strict=True)
+        ]
+
+    @cached_property
+    def _caption_images(self) -> pd.Series[str]:
+        """For each caption, the SHA-256 of the one image that it belongs to, or ""."""
+        if "image" in self.captions:
+            return self.captions["image"]
+        return pd.Series("", index=self.captions.index)
 
 
 @dataclass(frozen=True)
@@ -103,9 +124,10 @@ class Latents:
 
     training: LatentCache
     validation: LatentCache
+    subjects: Subjects = field(default_factory=Subjects)
     preserved: Preserved | None = None  # what training must not change of the base, for train.preservation
 
     @classmethod
     def open(cls, folder: Path) -> Latents:
         """Open both splits. Raises BestiaryError when the cache is missing or broken."""
-        return cls(LatentCache.open(folder, "train"), LatentCache.open(folder, "val"))
+        return cls(LatentCache.open(folder, "train"), LatentCache.open(folder, "val"), Subjects.read_from(folder))

@@ -24,7 +24,7 @@ from bestiary.diffusion.batches import seeded_generator, seeded_number
 from bestiary.diffusion.sampling import generate
 from bestiary.errors import BestiaryError
 from bestiary.files import write_atomically
-from bestiary.subjects import CAPTION_TEMPLATES, caption, subject_of, words_of
+from bestiary.subjects import CAPTION_TEMPLATES, caption, subject_of
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, StableDiffusionPipeline
@@ -77,19 +77,22 @@ class Preserved:
             yield PreservedSample(*(torch.stack(values) for values in zip(*group, strict=True)))
 
 
-def class_word_of(class_folder: str) -> str:
-    """The class word in a subject's name: its last word.
+def class_word_of(subject: Subject) -> str:
+    """The subject's class word: as subjects.yaml gives it, else the last word of its name.
 
     Raises BestiaryError when the name has only one word.
 
-    >>> class_word_of("sks_penguin"), class_word_of("my-red panda")
+    >>> from bestiary.subjects import Subjects
+    >>> class_word_of(Subjects().of("sks_penguin")), class_word_of(Subjects().of("my-red panda"))
     ('penguin', 'panda')
     """
-    *rest, last = words_of(class_folder).split()
+    *rest, last = subject.name.split()
+    if subject.class_word:
+        return subject.class_word
     if not rest:
         raise BestiaryError(
-            f"train.preservation needs the class word of {class_folder}. Name the folder after the subject and its "
-            "class, such as sks_penguin, or set train.preservation.kind to none."
+            f"train.preservation needs the class word of {subject.folder}. Give it in subjects.yaml as its class, "
+            "or set train.preservation.kind to none."
         )
     return last
 

@@ -18,6 +18,7 @@ from bestiary.evaluation.pictures import Jobs, make_jobs, read_class_texts
 from bestiary.evaluation.profiling import Cost, Machine, environment, measure, this_machine
 from bestiary.evaluation.scoring import ClassTexts, JudgedImages, score, unit
 from bestiary.samplers import SAMPLERS, Sampling
+from bestiary.subjects import Subjects
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny, StableDiffusionPipeline
@@ -165,10 +166,22 @@ class Trial:
     judge: Judge
 
     @classmethod
-    def of(cls, judge: Judge, classes: Sequence[str], template: str, count: int, seed: int) -> Trial:
+    def of(
+        cls,
+        judge: Judge,
+        classes: Sequence[str],
+        template: str,
+        count: int,
+        seed: int,
+        subjects: Subjects | None = None,
+    ) -> Trial:
         """`count` pictures, spread evenly over the classes, with the seeds from `seed` on."""
         labels = [index * len(classes) // count for index in range(count)]
-        return cls(make_jobs(classes, labels, template, seed), read_class_texts(judge, classes, template), judge)
+        return cls(
+            make_jobs(classes, labels, template, seed, subjects),
+            read_class_texts(judge, classes, template, subjects),
+            judge,
+        )
 
 
 @dataclass(frozen=True)

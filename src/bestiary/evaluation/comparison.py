@@ -19,7 +19,7 @@ from bestiary.evaluation.scoring import ClassTexts, JudgedImages
 from bestiary.evaluation.sweep import Candidate, OperatingPoint
 from bestiary.evaluation.timing import Timer
 from bestiary.params import Evaluate, Sweep
-from bestiary.subjects import subject_of
+from bestiary.subjects import Subjects
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -94,6 +94,7 @@ class Evaluation:
     nearest: Sequence[NearestImage]
     sweep: SweepResult | None
     seconds: Mapping[str, int | float | None]
+    subjects: Subjects
 
     def report(self, point: OperatingPoint, stage_seconds: float) -> EvaluationReport:
         """The report with the operating point that was written for later stages."""
@@ -128,13 +129,14 @@ def evaluate(
     references, train_paths, labels = _read_references(compared, settings)
     texts = references[0].texts
     timer.lap("judge")
-    jobs = make_jobs(texts.classes, np.repeat(labels, settings.seeds).tolist(), settings.template, seed)
+    subjects = Subjects.read_from(compared.split)
+    jobs = make_jobs(texts.classes, np.repeat(labels, settings.seeds).tolist(), settings.template, seed, subjects)
     chosen = Candidate(compared.adapter, settings.sampling(resolution))
     result = None
     if settings.sweep:
         # The sweep uses other seeds, because the best of many candidates was lucky on the seeds that chose it.
         tried = np.repeat(labels, settings.sweep.seeds).tolist()
-        sweep_jobs = make_jobs(texts.classes, tried, settings.template, seed + len(jobs.seeds))
+        sweep_jobs = make_jobs(texts.classes, tried, settings.template, seed + len(jobs.seeds), subjects)
         result = _sweep(compared, settings, settings.sweep, chosen, sweep_jobs, texts, cache, timer)
         chosen = result.best
     images = pictures.draw_pairs(
@@ -168,7 +170,7 @@ def evaluate(
             adapter.judged.features, references[0].train.features, CLOSEST_PAIRS
         )
     ]
-    return Evaluation(scores, chosen, texts, jobs, base, adapter, nearest, result, _seconds(timer, cache))
+    return Evaluation(scores, chosen, texts, jobs, base, adapter, nearest, result, _seconds(timer, cache), subjects)
 
 
 def write(evaluation: Evaluation, folder: Path) -> None:
@@ -182,7 +184,8 @@ def write(evaluation: Evaluation, folder: Path) -> None:
         by_base, by_adapter = ([side.images[index] for index in indices] for side in (base, adapter))
         seeds = [evaluation.jobs.seeds[index] for index in indices]
         plots.pair_sheet([by_base, by_adapter], seeds, folder / "pictures" / f"{name}.jpg")
-        rows.append((subject_of(name).name, by_base[: plots.SHEET_SEEDS], by_adapter[: plots.SHEET_SEEDS]))
+        rows.append((evaluation.subjects.of(name).name, by_base[: plots.SHEET_SEEDS], by_adapter[: plots.SHEET_SEEDS]))
+    evaluation.subjects.write_to(folder)
     plots.base_beside_adapter(rows, folder / "sheet.png")
     plots.closest(
         [(near.cosine, adapter.images[near.picture], open_rgb(near.path)) for near in evaluation.nearest],
@@ -206,6 +209,7 @@ def _read_references(compared: Compared, settings: Evaluate) -> tuple[list[Refer
     """A reference for each judge, the paths of the training images, and the indices of the classes to draw."""
     train, validation = pictures.read_manifests(compared.split)
     classes = sorted(train["class"].unique())
+    scoring.check_several(classes)  # before hours of drawing
     drawn = pictures.choose(classes, settings.classes)
     train, validation = (table[table["class"].isin(drawn)] for table in (train, validation))
     adapter_file(compared.adapter)  # raises an error for a missing adapter before hours of work
@@ -214,7 +218,7 @@ def _read_references(compared: Compared, settings: Evaluate) -> tuple[list[Refer
             judge=judge,
             validation=pictures.view_files(judge, compared.clean, validation, classes, "judge the validation images"),
             train=pictures.view_files(judge, compared.clean, train, classes, "judge the training images"),
-            texts=pictures.read_class_texts(judge, classes, settings.template),
+            texts=pictures.read_class_texts(judge, classes, settings.template, Subjects.read_from(compared.split)),
         )
         for judge in compared.judges
     ]

@@ -30,7 +30,7 @@ from bestiary.evaluation.scoring import Array, ClassTexts, JudgedImages, unit
 from bestiary.evaluation.sharing import map_across_processes
 from bestiary.files import write_atomically
 from bestiary.samplers import Sampling
-from bestiary.subjects import CAPTION_TEMPLATES, caption, subject_of
+from bestiary.subjects import Subjects, caption, templates_of
 from bestiary.tables import read_table
 
 if TYPE_CHECKING:
@@ -75,13 +75,20 @@ class Jobs:
         )
 
 
-def make_jobs(classes: Sequence[str], labels: Sequence[int], template: str, first_seed: int) -> Jobs:
+def make_jobs(
+    classes: Sequence[str],
+    labels: Sequence[int],
+    template: str,
+    first_seed: int,
+    subjects: Subjects | None = None,
+) -> Jobs:
     """One job for each class index in `labels`, with the template's prompt. No two jobs have the same seed.
 
     >>> make_jobs(["bee", "owl"], [0, 1], "a photo of {}", first_seed=7)
     Jobs(labels=[0, 1], prompts=['a photo of a bee', 'a photo of an owl'], seeds=[7, 8])
     """
-    prompts = [caption(subject_of(classes[label]), template) for label in labels]
+    subjects = subjects or Subjects()
+    prompts = [caption(subjects.of(classes[label]), template) for label in labels]
     return Jobs(labels, prompts, [first_seed + index for index in range(len(labels))])
 
 
@@ -107,14 +114,16 @@ class PictureCache:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def read_class_texts(judge: Judge, classes: Sequence[str], template: str) -> ClassTexts:
+def read_class_texts(
+    judge: Judge, classes: Sequence[str], template: str, subjects: Subjects | None = None
+) -> ClassTexts:
     """The judge's features of each class's prompt, and of its captions in every template."""
-    subjects = [subject_of(name) for name in classes]
+    shown = [(subjects or Subjects()).of(name) for name in classes]
 
     def features(template: str) -> Array:
-        return _float64(judge.text_features([caption(subject, template) for subject in subjects]))
+        return _float64(judge.text_features([caption(subject, template) for subject in shown]))
 
-    return ClassTexts(classes, features(template), {name: features(name) for name in CAPTION_TEMPLATES})
+    return ClassTexts(classes, features(template), {name: features(name) for name in templates_of(shown)})
 
 
 def view(judge: Judge, images: Sequence[Image.Image], labels: ArrayLike, task: str = "judge pictures") -> JudgedImages:

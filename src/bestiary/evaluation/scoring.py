@@ -380,10 +380,19 @@ def _memorisation(
     )
 
 
+def check_several(classes: Sequence[str]) -> None:
+    """Raise BestiaryError when there are fewer than two classes to tell apart."""
+    if len(classes) < 2:
+        only = ", ".join(classes)
+        raise BestiaryError(
+            f"{only} is the only class, and evaluation scores whether the judge tells the classes apart, which takes a "
+            "second class in data/. The trained adapter is complete: look at reports/train/sheet.png, or draw with "
+            "`bestiary generate --adapter models/adapter`."
+        )
+
+
 def _check(base: JudgedImages, adapter: JudgedImages, real: JudgedImages, texts: ClassTexts) -> None:
-    if len(texts.classes) < 2:
-        only = ", ".join(texts.classes)
-        raise BestiaryError(f"Evaluation needs at least two classes, and there is only {only}. Add images of another.")
+    check_several(texts.classes)
     if not len(real.labels):
         raise BestiaryError("There are no validation images to compare with. Increase split.val_fraction.")
     if not len(base.labels):

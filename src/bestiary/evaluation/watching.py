@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from bestiary.diffusion.sampling import generate
 from bestiary.diffusion.sheet import Sheet
-from bestiary.subjects import CAPTION_TEMPLATES, caption, subject_of
+from bestiary.subjects import Subject, caption, templates_of
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -20,13 +20,13 @@ BATCH_SIZE = 8
 
 
 class TrainingWatch:
-    """Draws `train.sheet_animals` of the classes, evenly chosen, with the adapter in training, and keeps a sheet."""
+    """Draws `train.sheet_animals` of the subjects, evenly chosen, with the adapter in training, and keeps a sheet."""
 
     def __init__(
         self,
         pipeline: StableDiffusionPipeline,
         judge: Judge,
-        classes: Sequence[str],
+        subjects: Sequence[Subject],
         settings: Train,
         *,
         seed: int,
@@ -34,15 +34,15 @@ class TrainingWatch:
         folder: Path,
     ) -> None:
         """`folder` keeps the sheet's rows until the run has finished, for when it is killed and resumed."""
-        count = min(settings.sheet_animals, len(classes))
-        shown = [classes[number * len(classes) // count] for number in range(count)]
+        count = min(settings.sheet_animals, len(subjects))
+        shown = [subjects[number * len(subjects) // count] for number in range(count)]
         self.pipeline = pipeline
         self.judge = judge
         self.sampling = settings.sheet_sampling(resolution)
-        self.prompts = [caption(subject_of(name), CAPTION_TEMPLATES[0]) for name in shown] * settings.sheet_seeds
+        self.prompts = [caption(subject, templates_of([subject])[0]) for subject in shown] * settings.sheet_seeds
         self.seeds = [seed + number for number in range(settings.sheet_seeds) for _ in shown]
         self.text_features = judge.text_features(self.prompts)  # (B, D)
-        self.sheet = Sheet(folder, [subject_of(name).name for name in shown])
+        self.sheet = Sheet(folder, [subject.name for subject in shown])
         self._saved: set[int] = set()  # steps
 
     def draw(self, step: int) -> float:

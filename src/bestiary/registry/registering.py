@@ -29,6 +29,7 @@ from bestiary.registry.versions import (
     weights,
 )
 from bestiary.samplers import DrawingDefaults, Sampling
+from bestiary.subjects import Subjects
 from bestiary.tracking.store import check_database, locked, open_client, tracking_uri
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def _tags(submission: Submission) -> dict[str, str]:
         "alpha": str(verification.alpha),
         "measured": submission.measured,
         DEFAULTS_TAG: submission.defaults.to_json(),
-        SUBJECTS_TAG: subjects_tag(evaluation.classes),
+        SUBJECTS_TAG: subjects_tag(evaluation.classes, Subjects.read_from(submission.pictures.parent)),
         **{f"{name}.{score.key}": str(row[score.key].mean) for name, row in rows.items() for score in evaluation.table},
     }
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from bestiary.errors import BestiaryError, short
 from bestiary.samplers import DrawingDefaults
-from bestiary.subjects import Subject, subject_of
+from bestiary.subjects import Subject, Subjects, subject_of
 
 if TYPE_CHECKING:
     from bestiary.registry.versions import Version
@@ -84,9 +84,17 @@ def odd(version: Version, key: str, expected: str) -> BestiaryError:
     )
 
 
-def subjects_tag(folders: Iterable[str]) -> str:
-    """The content of SUBJECTS_TAG for an adapter that was taught these class folders."""
-    return json.dumps({folder: subject_of(folder).name for folder in folders}, ensure_ascii=False)
+def subjects_tag(folders: Iterable[str], subjects: Subjects) -> str:
+    """The content of SUBJECTS_TAG for an adapter that was taught these class folders.
+
+    >>> subjects_tag(["my_owl"], Subjects())
+    '{"my_owl": "my owl"}'
+    """
+    content = {
+        folder: asdict(subjects.of(folder)) if folder in subjects.described else subjects.of(folder).name
+        for folder in folders
+    }
+    return json.dumps(content, ensure_ascii=False)
 
 
 def subjects_of(version: Version) -> tuple[Subject, ...]:
@@ -104,11 +112,20 @@ def subjects_of(version: Version) -> tuple[Subject, ...]:
         words = json.loads(version.tags[SUBJECTS_TAG])
     except (ValueError, RecursionError):
         words = None
-    if not isinstance(words, dict) or not all(isinstance(name, str) and name.strip() for name in words.values()):
+    try:
+        return tuple(_taught(folder, said) for folder, said in words.items())
+    except (AttributeError, TypeError, ValueError):
         raise BestiaryError(
             f"The tag {SUBJECTS_TAG} of {version.uri} is damaged. Delete the tag to use the names that you type."
-        )
-    return tuple(replace(subject_of(folder), folder=folder, name=name) for folder, name in words.items())
+        ) from None
+
+
+def _taught(folder: str, said: object) -> Subject:
+    """The subject of a folder from what the tag says: its name, or all fields of one that subjects.yaml described."""
+    name = said.get("name") if isinstance(said, dict) else said
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError("a name is missing")
+    return Subject(**said) if isinstance(said, dict) else replace(subject_of(folder), folder=folder, name=name)
 
 
 def _sha256(version: Version, key: str) -> str:

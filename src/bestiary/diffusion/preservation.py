@@ -24,7 +24,7 @@ from bestiary.diffusion.batches import seeded_generator, seeded_number
 from bestiary.diffusion.sampling import generate
 from bestiary.errors import BestiaryError
 from bestiary.files import write_atomically
-from bestiary.subjects import CAPTION_TEMPLATES, caption, subject_of
+from bestiary.subjects import CAPTION_TEMPLATES, Subject, caption, subject_of
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, StableDiffusionPipeline
@@ -82,7 +82,7 @@ def class_word_of(subject: Subject) -> str:
 
     Raises BestiaryError when the name has only one word.
 
-    >>> from bestiary.subjects import Subjects
+    >>> from bestiary.subjects import Subject
     >>> class_word_of(Subjects().of("sks_penguin")), class_word_of(Subjects().of("my-red panda"))
     ('penguin', 'panda')
     """

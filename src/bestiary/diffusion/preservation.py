@@ -82,7 +82,7 @@ def class_word_of(subject: Subject) -> str:
 
     Raises BestiaryError when the name has only one word.
 
-    >>> from bestiary.subjects import Subject
+    >>> from bestiary.subjects import Subjects
     >>> class_word_of(Subjects().of("sks_penguin")), class_word_of(Subjects().of("my-red panda"))
     ('penguin', 'panda')
     """

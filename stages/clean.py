@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from bestiary.data.cleaning import AskJudge, clean
+from bestiary.data.cleaning import AskJudge, ByHand, clean
 from bestiary.data.findings import count_kinds, read_overrides
 from bestiary.data.inspection import cores
 from bestiary.data.names import printable
@@ -47,17 +47,8 @@ def main() -> None:
     with stage("clean") as (params, run):
         started = time.perf_counter()
         judge = None if params.clean.off_topic == "off" else load_judge(params.judge)
-        overrides = read_overrides(OVERRIDES)
-        outcome = clean(
-            RAW,
-            CLEAN,
-            params.clean,
-            judge=judge,
-            overrides=overrides,
-            report=REPORT,
-            tell=tell,
-            subjects=Subjects.read(SUBJECTS),
-        )
+        by_hand = ByHand(read_overrides(OVERRIDES), Subjects.read(SUBJECTS))
+        outcome = clean(RAW, CLEAN, params.clean, judge=judge, by_hand=by_hand, report=REPORT, tell=tell)
         kept = len(outcome.manifest)
         tell(f"{kept} of {outcome.images_in} images are kept. {REPORT}/findings.csv lists what was found.")
         if outcome.unused_overrides:

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from support.planted_faults import NEAR, SAMPLE_FAULTS, faulty_paths, plant, recall
 
 from bestiary import params
-from bestiary.data.cleaning import AskJudge, Outcome, clean
+from bestiary.data.cleaning import AskJudge, ByHand, Outcome, clean
 from bestiary.data.findings import Decision
 from bestiary.data.images import open_rgb
 from bestiary.errors import BestiaryError
@@ -41,7 +41,8 @@ def run(
     workers: int | None = None,
 ) -> Outcome:
     target = raw.parent / "clean"
-    return clean(raw, target, settings, judge=judge, overrides=overrides, report=report, workers=workers)
+    by_hand = ByHand(overrides or {})
+    return clean(raw, target, settings, judge=judge, by_hand=by_hand, report=report, workers=workers)
 
 
 def findings_of(outcome: Outcome, path: str) -> list[tuple[str, str]]:

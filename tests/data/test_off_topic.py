@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from bestiary import params
-from bestiary.data.cleaning import AskJudge, clean
+from bestiary.data.cleaning import AskJudge, ByHand, clean
 from bestiary.data.findings import Finding
 from bestiary.evaluation.judge import Judge
 from bestiary.subjects import Subject, Subjects
@@ -117,5 +117,7 @@ def test_a_style_that_subjects_yaml_names_is_cleaned_by_likeness_too(tmp_path: P
     assert found(tmp_path, ask, anything_drawn, []) == []
     shutil.move(tmp_path / "raw" / "my-subject", tmp_path / "raw" / "owl")  # an animal's folder, by its name
     subjects = Subjects({"owl": Subject("owl", "ink style", "", kind="style", given=True)})
-    outcome = clean(tmp_path / "raw", tmp_path / "clean", SETTINGS, judge=ask, workers=1, subjects=subjects)
+    outcome = clean(
+        tmp_path / "raw", tmp_path / "clean", SETTINGS, judge=ask, workers=1, by_hand=ByHand(subjects=subjects)
+    )
     assert [finding for finding in outcome.findings if finding.kind == "off topic"] == []

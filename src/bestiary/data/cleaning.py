@@ -75,6 +75,14 @@ _PHOTO_FORMATS = ("JPEG", "MPO", "HEIF", "AVIF")  # converted to JPEG: the other
 
 
 @dataclass(frozen=True)
+class ByHand:
+    """What the images' owner decided: which images to keep or drop, and what the folders show."""
+
+    overrides: Mapping[str, Decision] = field(default_factory=dict)
+    subjects: Subjects = field(default_factory=Subjects)
+
+
+@dataclass(frozen=True)
 class Outcome:
     """The result of cleaning: the manifest of the images that were kept, and all findings."""
 
@@ -130,34 +138,33 @@ def clean(
     settings: params.Clean,
     *,
     judge: AskJudge | None = None,
-    overrides: Mapping[str, Decision] | None = None,
+    by_hand: ByHand | None = None,
     report: Path | None = None,
     workers: int | None = None,
     tell: Callable[[str], None] | None = None,
-    subjects: Subjects | None = None,
 ) -> Outcome:
     """Write the usable images of `raw`/<class>/ and their manifest to `target`, and the findings to `report`.
 
     An image that is plain RGB already keeps its bytes; the others are converted. `judge` is needed unless
-    `settings.off_topic` is off. `overrides` wins over every check. `tell` gets lines about what each class lost. The
+    `settings.off_topic` is off. Overrides win over every check. `tell` gets lines about what each class lost. The
     result does not depend on the number of workers or on the order of the files.
 
     Raises BestiaryError when folders stand for the same subject, and when no image of a class is left; the report is
     then there, and `target` is as it was.
     """
-    tell, subjects = tell or (lambda _: None), subjects or Subjects()
-    classes = list_images(raw).images
+    tell, by_hand = tell or (lambda _: None), by_hand or ByHand()
+    classes, subjects = list_images(raw).images, by_hand.subjects
     check_folders(classes, subjects)
     if not any(classes.values()):
         raise BestiaryError(f"There are no images in {raw}. Run `dvc repro download`.")
     paths = [f"{name}/{path.name}" for name, files in classes.items() for path in files]
-    triage = _Triage(*_match_overrides(overrides or {}, paths))
+    triage = _Triage(*_match_overrides(by_hand.overrides, paths))
     images = inspect_all(raw, paths, workers)
     _drop_by_override(triage, images)
     _check_each(triage, triage.remaining(images), settings)
     _drop_exact_duplicates(triage, triage.remaining(images))
     images = triage.remaining(images)
-    opinions = _ask_judge(raw, images, judge if settings.off_topic != "off" else None, subjects)
+    opinions = None if settings.off_topic == "off" else _ask_judge(raw, images, judge, subjects)
     started = time.perf_counter()
     pairs, mirrored = _find_near_duplicates(raw, images, settings.near_duplicate_bits)
     search_seconds = time.perf_counter() - started
@@ -178,11 +185,9 @@ def clean(
         tell(line)
     check_losses(lost)
     _refuse_captions(triage, settings)
-    group_of = _name_groups(images, versions, kept)
     with replacing(target) as fresh:
-        manifest = _write_images(raw, fresh, kept, group_of, subjects)
-        if captions:
-            manifest["caption"] = [captions.get(image.path, "") for image in kept]
+        manifest = _write_images(raw, fresh, kept, _name_groups(images, versions, kept), subjects)
+        manifest = manifest.assign(caption=[captions.get(image.path, "") for image in kept]) if captions else manifest
         subjects.write_to(fresh)
         manifest.to_csv(fresh / "manifest.csv", index=False)
     return Outcome(len(paths), manifest, triage.findings, triage.unused_overrides, search_seconds, lost)

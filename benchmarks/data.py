@@ -31,7 +31,7 @@ from PIL import Image
 
 from bestiary import params
 from bestiary.data import duplicates
-from bestiary.data.cleaning import clean
+from bestiary.data.cleaning import AskJudge, clean
 from bestiary.data.inspection import cores
 from bestiary.data.sciencedb import download
 from bestiary.memory import peak_memory
@@ -282,7 +282,10 @@ def find_planted_faults(folder: Path, share: float) -> PlantedFaults:
         folder / "raw",
         folder / "clean",
         CLEAN.model_copy(update={"off_topic": "quarantine"}),
-        judge=lambda images, texts: judge.probabilities(images, texts).numpy(),
+        judge=AskJudge(
+            lambda images, texts: judge.probabilities(images, texts).numpy(),
+            lambda images: judge.image_features(images).numpy(),
+        ),
     )
     quarantined = {finding.path for finding in outcome.findings if finding.action == "quarantined"}
     off_topic = {f.path for f in outcome.findings if f.kind == "off topic" and f.action == "quarantined"}

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from bestiary.data.cleaning import JudgeFunction, clean
+from bestiary.data.cleaning import AskJudge, ByHand, clean
 from bestiary.data.findings import count_kinds, read_overrides
 from bestiary.data.inspection import cores
 from bestiary.data.names import printable
@@ -22,8 +22,8 @@ RAW, CLEAN, REPORT = Path("build/raw"), Path("build/clean"), Path("reports/clean
 OVERRIDES, SUBJECTS = Path("overrides.csv"), Path("subjects.yaml")
 
 
-def load_judge(model: Model) -> JudgeFunction:
-    """Load the judge as a plain function. Only now is torch imported: without a judge, cleaning does not need it."""
+def load_judge(model: Model) -> AskJudge:
+    """Load the judge as plain functions. Only now is torch imported: without a judge, cleaning does not need it."""
     from bestiary.diffusion.base import device_and_dtype
     from bestiary.evaluation.judge import Judge
 
@@ -32,7 +32,10 @@ def load_judge(model: Model) -> JudgeFunction:
     def probabilities(images: Sequence[Image], texts: Sequence[str]) -> NDArray[np.float32]:
         return judge.probabilities(images, texts).numpy()
 
-    return probabilities
+    def features(images: Sequence[Image]) -> NDArray[np.float32]:
+        return judge.image_features(images).numpy()
+
+    return AskJudge(probabilities, features)
 
 
 def tell(line: str) -> None:
@@ -44,17 +47,8 @@ def main() -> None:
     with stage("clean") as (params, run):
         started = time.perf_counter()
         judge = None if params.clean.off_topic == "off" else load_judge(params.judge)
-        overrides = read_overrides(OVERRIDES)
-        outcome = clean(
-            RAW,
-            CLEAN,
-            params.clean,
-            judge=judge,
-            overrides=overrides,
-            report=REPORT,
-            tell=tell,
-            subjects=Subjects.read(SUBJECTS),
-        )
+        by_hand = ByHand(read_overrides(OVERRIDES), Subjects.read(SUBJECTS))
+        outcome = clean(RAW, CLEAN, params.clean, judge=judge, by_hand=by_hand, report=REPORT, tell=tell)
         kept = len(outcome.manifest)
         tell(f"{kept} of {outcome.images_in} images are kept. {REPORT}/findings.csv lists what was found.")
         if outcome.unused_overrides:

@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 
 from bestiary import params
-from bestiary.data.cleaning import Outcome, clean
+from bestiary.data.cleaning import ByHand, Outcome, clean
 from bestiary.data.local import Taken, take
 from bestiary.data.splitting import split
 from bestiary.errors import BestiaryError
@@ -36,7 +36,9 @@ def take_all(raw: Path) -> Taken:
 
 def cleaned(raw: Path, policy: Literal["prepend", "keep", "refuse"] = "prepend") -> Outcome:
     take_all(raw)
-    return clean(raw.parent / "taken", raw.parent / "clean", settings(policy), workers=1, subjects=SUBJECTS)
+    return clean(
+        raw.parent / "taken", raw.parent / "clean", settings(policy), workers=1, by_hand=ByHand(subjects=SUBJECTS)
+    )
 
 
 def captions_of(outcome: Outcome) -> dict[str, str]:

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from support.planted_faults import NEAR, SAMPLE_FAULTS, faulty_paths, plant, recall
 
 from bestiary import params
-from bestiary.data.cleaning import JudgeFunction, Outcome, clean
+from bestiary.data.cleaning import AskJudge, ByHand, Outcome, clean
 from bestiary.data.findings import Decision
 from bestiary.data.images import open_rgb
 from bestiary.errors import BestiaryError
@@ -35,13 +35,14 @@ SETTINGS = params.Clean(
 def run(
     raw: Path,
     settings: params.Clean = SETTINGS,
-    judge: JudgeFunction | None = None,
+    judge: AskJudge | None = None,
     overrides: Mapping[str, Decision] | None = None,
     report: Path | None = None,
     workers: int | None = None,
 ) -> Outcome:
     target = raw.parent / "clean"
-    return clean(raw, target, settings, judge=judge, overrides=overrides, report=report, workers=workers)
+    by_hand = ByHand(overrides or {})
+    return clean(raw, target, settings, judge=judge, by_hand=by_hand, report=report, workers=workers)
 
 
 def findings_of(outcome: Outcome, path: str) -> list[tuple[str, str]]:
@@ -198,6 +199,10 @@ def _colour_judge(images: Sequence[Image.Image], texts: Sequence[str]) -> NDArra
     return table
 
 
+def _no_features(images: Sequence[Image.Image]) -> NDArray[np.float32]:
+    raise AssertionError("the folders are the animals, so the judge is asked by their prompts")
+
+
 def _redden(folder: Path) -> None:
     for path in folder.iterdir():
         image = np.asarray(Image.open(path)).copy()
@@ -210,7 +215,7 @@ def test_the_judge_decides_between_two_classes(raw: Path) -> None:
     _redden(raw / "owl")
     shutil.copyfile(raw / "owl" / "3.jpg", raw / "cat" / "owl.jpg")
     settings = SETTINGS.model_copy(update={"off_topic": "quarantine"})
-    outcome = run(raw, settings=settings, judge=_colour_judge)
+    outcome = run(raw, settings=settings, judge=AskJudge(_colour_judge, _no_features))
     assert quarantined(outcome) == {"cat/owl.jpg"}
     assert findings_of(outcome, "cat/owl.jpg") == [("conflict", "quarantined")]
 
@@ -222,7 +227,7 @@ def test_an_image_that_the_judge_takes_for_another_class_is_off_topic(
     _redden(raw / "owl")
     picture(60).save(raw / "owl" / "cat.jpg")
     settings = SETTINGS.model_copy(update={"off_topic": policy})
-    outcome = run(raw, settings=settings, judge=_colour_judge)
+    outcome = run(raw, settings=settings, judge=AskJudge(_colour_judge, _no_features))
     assert findings_of(outcome, "owl/cat.jpg") == [("off topic", action)]
     assert len(outcome.findings) == 1
 

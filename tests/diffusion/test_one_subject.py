@@ -1,8 +1,10 @@
 """One folder of images alone, from the folder to a trained adapter."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -10,12 +12,13 @@ from support.settings import encode_settings, train_settings
 from support.training import run_training
 
 from bestiary import params
-from bestiary.data.cleaning import clean
+from bestiary.data.cleaning import ByHand, clean
 from bestiary.data.local import take
 from bestiary.data.splitting import split, write
 from bestiary.diffusion.batches import TrainingStream
 from bestiary.diffusion.encoding import caption_versions, encode_images
 from bestiary.diffusion.latents import Latents
+from bestiary.errors import BestiaryError
 from bestiary.subjects import THING_TEMPLATES, Subject, Subjects, caption, subject_of
 
 CLEAN = params.Clean(
@@ -44,7 +47,7 @@ def test_one_folder_alone_is_taken_cleaned_split_encoded_and_trained(count: int,
     photos(tmp_path / "data" / "my-cat", count)
     subjects = Subjects({"my-cat": Subject("my-cat", "sks cat", "", class_word="cat", given=True)})
     assert take(tmp_path / "data", tmp_path / "raw", None, None).per_class == {"my-cat": count}
-    kept = clean(tmp_path / "raw", tmp_path / "clean", CLEAN, workers=1, subjects=subjects).manifest
+    kept = clean(tmp_path / "raw", tmp_path / "clean", CLEAN, workers=1, by_hand=ByHand(subjects=subjects)).manifest
     train, val = split(kept, val_fraction=0.2, seed=0)
     assert (len(kept), len(val)) == (count, {4: 1, 12: 2}[count])
     write(tmp_path / "split", train, val)
@@ -114,3 +117,31 @@ def test_shuffling_alone_keeps_all_tags_and_dropping_alone_their_order() -> None
     assert all(version.split(", ") == sorted(version.split(", ")) for version in dropped)
     assert caption_versions("a, b", "0", encode_settings()) == ["a, b"]
     assert caption_versions("", "0", encode_settings(tag_dropout=0.5)) == [""] * 8
+
+
+def test_images_that_are_all_the_same_are_named_before_training(tmp_path: Path) -> None:
+    photos(tmp_path / "raw" / "my-cat", 1)
+    for number in range(1, 6):
+        shutil.copyfile(tmp_path / "raw" / "my-cat" / "0.png", tmp_path / "raw" / "my-cat" / f"{number}.png")
+    said: list[str] = []
+    manifest = clean(tmp_path / "raw", tmp_path / "clean", CLEAN, workers=1, tell=said.append).manifest
+    assert said[0].startswith("my-cat lost 5 of 6 images (5 exact duplicate)")
+    with pytest.raises(BestiaryError, match=r"my-cat has only one image in the manifest.* at least 4"):
+        split(manifest, val_fraction=0.2, seed=0)
+
+
+def test_a_name_that_the_base_cannot_read_is_refused_before_any_image_is_encoded(base: Path, tmp_path: Path) -> None:
+    photos(tmp_path / "clean" / "mug", 4)
+    subjects = Subjects({"mug": Subject("mug", "sks" * 33, "", given=True)})  # a token for each letter here
+    subjects.write_to(tmp_path / "clean")
+    rows = pd.DataFrame([{"path": "mug/0.png", "class": "mug", "sha256": "0", "width": 64, "height": 64}])
+    rows.to_csv(tmp_path / "all.csv", index=False)
+    with pytest.raises(BestiaryError, match=r"tokens and the base reads 77.*sks"):
+        encode_images(
+            base,
+            tmp_path / "clean",
+            {"train": tmp_path / "all.csv", "val": tmp_path / "all.csv"},
+            tmp_path / "latents",
+            encode_settings(),
+        )
+    assert not (tmp_path / "latents").exists()

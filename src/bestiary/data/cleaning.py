@@ -32,6 +32,17 @@ from bestiary.subjects import ANIMALS, Subject, Subjects, caption, check_folders
 
 # Takes B images and T texts; returns the probability of each text for each image, (B, T).
 JudgeFunction = Callable[[Sequence[Image.Image], Sequence[str]], NDArray[np.float32]]
+# Takes B images; returns their features as unit vectors, (B, D).
+FeaturesFunction = Callable[[Sequence[Image.Image]], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class AskJudge:
+    """The two questions that cleaning asks the judge."""
+
+    probabilities: JudgeFunction
+    features: FeaturesFunction
+
 
 NOT_ANIMALS = (
     "a photo of a landscape",
@@ -48,6 +59,12 @@ NO_NAME = "caption without name"
 # If the judge gives one of the two classes of an image at least this share, the image stays in that class only.
 CONFIDENT = 0.8
 
+# In a folder that shows no animal, an image is off topic if its likeness to the folder, its median cosine with the
+# others, is this many deviations below the usual likeness. The deviation is that of all pairs, so folders of varied
+# pictures lose nothing. Measured with the bundled judge on folders of 12: ordinary pictures reach 3.3, one of another
+# thing 7 to 22.
+_OUTLIER_DEVIATIONS, _LEAST_DEVIATION = 5.0, 0.045
+_COMPARED = 4  # images; fewer say nothing about what is usual
 _MIN_CONTRAST = 4.0  # grey levels
 _MIN_SHARPNESS = 15.0
 _MIN_BRIGHTNESS, _MAX_BRIGHTNESS = 20.0, 245.0  # grey levels
@@ -55,6 +72,14 @@ _BATCH = 64
 _JUDGED_SIDE = 448  # pixels, twice the input size of common judges
 _JPEG_QUALITY = 95
 _PHOTO_FORMATS = ("JPEG", "MPO", "HEIF", "AVIF")  # converted to JPEG: the others may be drawings, which JPEG blurs
+
+
+@dataclass(frozen=True)
+class ByHand:
+    """What the images' owner decided: which images to keep or drop, and what the folders show."""
+
+    overrides: Mapping[str, Decision] = field(default_factory=dict)
+    subjects: Subjects = field(default_factory=Subjects)
 
 
 @dataclass(frozen=True)
@@ -112,35 +137,34 @@ def clean(
     target: Path,
     settings: params.Clean,
     *,
-    judge: JudgeFunction | None = None,
-    overrides: Mapping[str, Decision] | None = None,
+    judge: AskJudge | None = None,
+    by_hand: ByHand | None = None,
     report: Path | None = None,
     workers: int | None = None,
     tell: Callable[[str], None] | None = None,
-    subjects: Subjects | None = None,
 ) -> Outcome:
     """Write the usable images of `raw`/<class>/ and their manifest to `target`, and the findings to `report`.
 
     An image that is plain RGB already keeps its bytes; the others are converted. `judge` is needed unless
-    `settings.off_topic` is off. `overrides` wins over every check. `tell` gets lines about what each class lost. The
+    `settings.off_topic` is off. Overrides win over every check. `tell` gets lines about what each class lost. The
     result does not depend on the number of workers or on the order of the files.
 
     Raises BestiaryError when folders stand for the same subject, and when no image of a class is left; the report is
     then there, and `target` is as it was.
     """
-    tell, subjects = tell or (lambda _: None), subjects or Subjects()
-    classes = list_images(raw).images
+    tell, by_hand = tell or (lambda _: None), by_hand or ByHand()
+    classes, subjects = list_images(raw).images, by_hand.subjects
     check_folders(classes, subjects)
     if not any(classes.values()):
         raise BestiaryError(f"There are no images in {raw}. Run `dvc repro download`.")
     paths = [f"{name}/{path.name}" for name, files in classes.items() for path in files]
-    triage = _Triage(*_match_overrides(overrides or {}, paths))
+    triage = _Triage(*_match_overrides(by_hand.overrides, paths))
     images = inspect_all(raw, paths, workers)
     _drop_by_override(triage, images)
     _check_each(triage, triage.remaining(images), settings)
     _drop_exact_duplicates(triage, triage.remaining(images))
     images = triage.remaining(images)
-    opinions = _ask_judge(raw, images, judge if settings.off_topic != "off" else None, subjects)
+    opinions = None if settings.off_topic == "off" else _ask_judge(raw, images, judge, subjects)
     started = time.perf_counter()
     pairs, mirrored = _find_near_duplicates(raw, images, settings.near_duplicate_bits)
     search_seconds = time.perf_counter() - started
@@ -161,11 +185,9 @@ def clean(
         tell(line)
     check_losses(lost)
     _refuse_captions(triage, settings)
-    group_of = _name_groups(images, versions, kept)
     with replacing(target) as fresh:
-        manifest = _write_images(raw, fresh, kept, group_of, subjects)
-        if captions:
-            manifest["caption"] = [captions.get(image.path, "") for image in kept]
+        manifest = _write_images(raw, fresh, kept, _name_groups(images, versions, kept), subjects)
+        manifest = manifest.assign(caption=[captions.get(image.path, "") for image in kept]) if captions else manifest
         subjects.write_to(fresh)
         manifest.to_csv(fresh / "manifest.csv", index=False)
     return Outcome(len(paths), manifest, triage.findings, triage.unused_overrides, search_seconds, lost)
@@ -313,10 +335,11 @@ def _drop_near_duplicates(
 
 @dataclass(frozen=True)
 class _Opinions:
-    """The judge's probabilities, one row for each image's path: of each subject by its name, and of no animal."""
+    """What the judge says of each image's path: the probabilities of the subjects by name, and of no animal."""
 
     of_subject: pd.DataFrame
     of_no_animal: pd.Series[float]
+    features: Mapping[str, NDArray[np.float32]]  # (D,) of the images in folders that are none of the animals
     subjects: Subjects
 
     def name_of(self, image: Inspection) -> str:
@@ -334,23 +357,26 @@ class _Opinions:
         return float(own), float(no_animal), f"{name} {own:.3f}, {choice} {highest:.3f}"
 
 
-def _ask_judge(
-    raw: Path, images: Sequence[Inspection], judge: JudgeFunction | None, subjects: Subjects
-) -> _Opinions | None:
+def _ask_judge(raw: Path, images: Sequence[Inspection], judge: AskJudge | None, subjects: Subjects) -> _Opinions | None:
     """Return the judge's probabilities of the subjects that an image may show, and of no animal."""
     if judge is None or not images:
         return None
     possible = _possible_subjects(images, subjects)
     texts = [*(caption(subject, "a photo of {}") for subject in possible), *NOT_ANIMALS]
-    rows = []
+    rows, features = [], dict[str, NDArray[np.float32]]()
     with ThreadPoolExecutor(cores()) as pool:
         for batch in tqdm(list(_batches(images)), desc="look for off-topic images", unit="batch"):
             pictures = list(pool.map(lambda image: _shrink_for_judge(open_rgb(raw / image.path)), batch))
-            rows.append(judge(pictures, texts))
+            rows.append(judge.probabilities(pictures, texts))
+            own = [place for place, image in enumerate(batch) if subjects.of(image.class_folder) not in ANIMALS]
+            if own:
+                found = judge.features([pictures[place] for place in own])
+                features |= {batch[place].path: row for place, row in zip(own, found, strict=True)}
     probabilities, paths = np.concatenate(rows), [image.path for image in images]
     return _Opinions(
         pd.DataFrame(probabilities[:, : len(possible)], index=paths, columns=[subject.name for subject in possible]),
         pd.Series(probabilities[:, len(possible) :].sum(axis=1), index=paths),
+        features,
         subjects,
     )
 
@@ -385,16 +411,14 @@ def _check_topics(
     for image in triage.remaining(images):
         of_class[image.class_folder].append(image)
     for folder, members in of_class.items():
-        doubtful = []
-        for image in members:
-            own, no_animal, detail = opinions.about(image)
-            # The threshold is low because the judge confuses similar animals; it rarely takes an animal for a car.
-            if own < settings.off_topic_threshold or no_animal > 0.5:
-                doubtful.append((image, detail, max(1 - own, no_animal)))
+        known = opinions.subjects.of(folder) in ANIMALS
+        if known:
+            doubtful = _not_the_animal(members, opinions, settings.off_topic_threshold)
+        else:
+            doubtful = _outliers(members, opinions.features)
         policy = settings.off_topic
         if policy == "auto":
-            # What the judge does not know it calls off topic: somebody's own subject, or another kind of pictures.
-            known = opinions.subjects.of(folder) in ANIMALS
+            # The judge may not know the pictures, and in somebody's own folder a rare view may be an outlier.
             unsure = len(doubtful) > MUCH * len(members)
             if known and unsure:
                 tell(
@@ -404,6 +428,39 @@ def _check_topics(
             policy = "quarantine" if known and not unsure else "flag"
         for image, detail, score in doubtful:
             triage.apply_policy(policy, image, "off topic", detail, score)
+
+
+def _not_the_animal(
+    images: Sequence[Inspection], opinions: _Opinions, threshold: float
+) -> list[tuple[Inspection, str, float]]:
+    """The images in which the judge does not see their animal, each with the evidence and a score."""
+    doubtful = []
+    for image in images:
+        own, no_animal, detail = opinions.about(image)
+        # The threshold is low because the judge confuses similar animals; it rarely takes an animal for a car.
+        if own < threshold or no_animal > 0.5:
+            doubtful.append((image, detail, max(1 - own, no_animal)))
+    return doubtful
+
+
+def _outliers(
+    images: Sequence[Inspection], features: Mapping[str, NDArray[np.float32]]
+) -> list[tuple[Inspection, str, float]]:
+    """The images that are unlike the others of their folder, each with the evidence and a score."""
+    if len(images) < _COMPARED:
+        return []
+    vectors = np.stack([features[image.path] for image in images]).astype(np.float64)
+    cosines = vectors @ vectors.T
+    np.fill_diagonal(cosines, np.nan)
+    likeness = np.nanmedian(cosines, axis=1)
+    usual = float(np.median(likeness))
+    spread = float(np.nanmedian(np.abs(cosines - np.nanmedian(cosines))))
+    deviation = max(1.4826 * spread, _LEAST_DEVIATION)  # the factor makes it a normal distribution's
+    return [
+        (image, f"likeness to its folder {own:.2f}, usually {usual:.2f}", float(min(1.0, usual - own)))
+        for image, own in zip(images, likeness.tolist(), strict=True)
+        if own < usual - _OUTLIER_DEVIATIONS * deviation
+    ]
 
 
 def _check_captions(

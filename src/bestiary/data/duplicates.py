@@ -63,8 +63,9 @@ def groups(pairs: NDArray[np.int64], count: int) -> NDArray[np.int64]:
 # levels. Different drawings reach a correlation of 0.960 and differ by as little as 15 levels.
 _MIN_CORRELATION = 0.975
 _MAX_WORST_BLOCK = 15.0
-# Watermarks and clipped highlights change few blocks much. Of such copies of photograph-like pictures 98 % correlate by
-# at least 0.976 with nearly all blocks, or by 0.989 with three of four. Drawings reach 0.957 and 0.981.
+# Watermarks and clipped highlights change few blocks much. Measured on 6 photograph-like pictures of each kind: copies
+# with clipped highlights correlate by at least 0.976, with 94 % of the blocks; watermarked ones by 0.989, with 77 %.
+# Of different drawings of the sample, those with over 93 % of the blocks reach 0.957, the others 0.981.
 _MOST_BLOCKS = (0.975, 0.93)  # least correlation, and least share of the textured blocks that correlate
 _MANY_BLOCKS = (0.985, 0.75)
 _MIN_OVERLAP = 0.6

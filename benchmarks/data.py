@@ -32,8 +32,10 @@ from PIL import Image
 from bestiary import params
 from bestiary.data import duplicates
 from bestiary.data.cleaning import AskJudge, clean
+from bestiary.data.hashing import VIEWS
 from bestiary.data.inspection import cores
 from bestiary.data.sciencedb import download
+from bestiary.data.versions import MIRRORED_VIEWS
 from bestiary.memory import peak_memory
 
 ROOT = Path(__file__).parents[1]
@@ -74,11 +76,23 @@ class Download:
 
 @dataclass(frozen=True)
 class NearDuplicates:
-    """The three searches that cleaning makes over hashes, and the grouping."""
+    """The searches that cleaning makes over hashes, and the grouping."""
 
     hashes: int
     seconds: float
     groups: int
+
+
+@dataclass(frozen=True)
+class Copies:
+    """What cleaning finds of altered copies of photograph-like pictures, and the search beside decoding."""
+
+    images: int
+    decode_s: float
+    search_s: float
+    ratio: float
+    precision: float
+    kinds: dict[str, dict[str, float]]  # of each kind: planted, recall, originals_lost
 
 
 @dataclass(frozen=True)
@@ -96,12 +110,16 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="*", default=[2_000, 10_000], help="JPEGs to clean, one run each")
     parser.add_argument("--files", type=int, default=5_000, help="small files to download")
     parser.add_argument("--hashes", type=int, default=40_000, help="perceptual hashes to group")
+    parser.add_argument("--copies", type=int, default=24, help="pictures of each kind of altered copies")
     parser.add_argument("--faults", type=float, default=0.02, help="share of each kind planted in the bundled sample")
     parser.add_argument("--runs", type=int, default=3, help="of client and bare loop in turn; the fastest counts")
-    parser.add_argument("--quick", action="store_true", help="200 and 400 images, 300 files, 4,000 hashes, one run")
+    parser.add_argument(
+        "--quick", action="store_true", help="200 and 400 images, 300 files, 4,000 hashes, 1 copy, one run"
+    )
     options = parser.parse_args()
     if options.quick:
         options.images, options.files, options.hashes, options.runs = [200, 400], 300, 4_000, 1
+        options.copies = 1
     result: dict[str, object] = {"benchmark": "data", "quick": options.quick, "cores": cores()}  # the JSON at the end
     with tempfile.TemporaryDirectory() as name:
         result["cleaning"] = [asdict(measure_cleaning(Path(name) / str(count), count)) for count in options.images]
@@ -109,12 +127,14 @@ def main() -> None:
             result["download"] = asdict(measure_download(Path(name) / "download", options.files, options.runs))
         if options.hashes:
             result["near_duplicates"] = asdict(measure_near_duplicates(options.hashes))
+        if options.copies:
+            result["copies"] = asdict(find_copies(Path(name) / "copies", options.copies))
         if options.faults:
             result["planted_faults"] = asdict(find_planted_faults(Path(name) / "planted", options.faults))
     print(json.dumps(result))
 
 
-def show(title: str, row: Cleaning | Download | NearDuplicates | PlantedFaults) -> None:
+def show(title: str, row: Cleaning | Download | NearDuplicates | Copies | PlantedFaults) -> None:
     numbers = {key: value for key, value in asdict(row).items() if key != "kinds"}
     texts = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in numbers.items())
     print(f"{title}: {'  '.join(texts)}", flush=True)
@@ -183,11 +203,37 @@ def measure_near_duplicates(count: int) -> NearDuplicates:
     hashes[count // 2 :][: count // 20] = hashes[: count // 20] ^ np.uint64(0b1011)
     bits = CLEAN.near_duplicate_bits
     start = time.perf_counter()
-    found = [duplicates.neighbours(hashes, hashes, bits, half=half) for half in (True, True, False)]
+    searches = [True, True] + [False] * (len(VIEWS) + MIRRORED_VIEWS)  # half of the pairs suffice without a view
+    found = [duplicates.neighbours(hashes, hashes, bits, half=half) for half in searches]
     numbers = duplicates.groups(np.concatenate(found), count)
     row = NearDuplicates(count, time.perf_counter() - start, len(np.unique(numbers)))
     show("near-duplicates", row)
     return row
+
+
+def find_copies(folder: Path, count: int) -> Copies:
+    """Clean `count` pictures of each kind of altered copies, with a copy each."""
+    from support.copies import plant_copies, score_copies
+
+    planted = plant_copies(folder / "raw" / "scenes", count)
+    paths = sorted((folder / "raw").glob("*/*"))
+    with ThreadPoolExecutor(cores()) as pool:
+        decode_s = timed(lambda: list(pool.map(open_and_decode, paths)))
+    outcome = clean(folder / "raw", folder / "clean", WITHOUT_JUDGE)
+    taken = [
+        (Path(finding.path).name, Path(finding.other).name)
+        for finding in outcome.findings
+        if finding.action == "quarantined" and finding.other
+    ]
+    found, precision = score_copies(planted, taken)
+    print("| copy | planted | recall | originals lost |\n|---|---|---|---|")
+    for kind, row in found.items():
+        print(f"| {kind} | {row.planted} | {row.recall:.2f} | {row.originals_lost} |", flush=True)
+    search_s = outcome.near_duplicates_seconds
+    kinds = {kind: asdict(row) for kind, row in found.items()}
+    copies = Copies(len(paths), decode_s, search_s, search_s / decode_s, precision, kinds)
+    show("copies", copies)
+    return copies
 
 
 # ---- download ----

@@ -59,6 +59,9 @@ def test_downloading_and_cleaning_are_compared_with_their_lower_bounds_and_plant
     assert download["requests"] == download["files"]
     assert download["most_requests_at_once"] <= download["connections"]
     assert result["near_duplicates"]["groups"] <= 0.95 * result["near_duplicates"]["hashes"]  # some by chance
+    assert all(row["planted"] == 1 for row in result["copies"]["kinds"].values())
+    assert result["copies"]["precision"] >= 0.99
+    assert "| caption bar 10 % | 1 | 1.00 | 0 |" in output
     faults = result["planted_faults"]
     for kind, recall in (("broken", 0.95), ("exact", 0.95), *((near, 0.9) for near in NEAR), ("off topic", 0.8)):
         assert faults["kinds"][kind]["planted"] >= 0.015 * faults["images"], kind

@@ -172,10 +172,21 @@ def test_the_largest_of_near_duplicates_is_kept(
     assert findings_of(outcome, "cat/version.jpg")[-1] == (kind, "quarantined")
 
 
-def test_a_larger_copy_replaces_a_smaller_one(raw: Path) -> None:
+def test_a_larger_version_replaces_a_smaller_one(raw: Path, picture: Draw) -> None:
+    large = picture(3, (320, 240))
+    large.save(raw / "cat" / "large.jpg", quality=92)
+    large.resize((160, 120), Image.Resampling.LANCZOS).save(raw / "cat" / "3.jpg", quality=92)
+    assert quarantined(run(raw)) == {"cat/3.jpg"}
+
+
+def test_an_enlarged_or_framed_copy_does_not_replace_its_original(raw: Path) -> None:
     with Image.open(raw / "cat" / "3.jpg") as image:
         image.resize((320, 240), Image.Resampling.LANCZOS).save(raw / "cat" / "large.jpg")
-    assert quarantined(run(raw)) == {"cat/3.jpg"}
+    with Image.open(raw / "cat" / "4.jpg") as image:
+        ImageOps.expand(image, 12, "white").save(raw / "cat" / "framed.jpg", quality=97)
+    outcome = run(raw)
+    assert quarantined(outcome) == {"cat/framed.jpg", "cat/large.jpg"}
+    assert all(finding.score is not None and 0 <= finding.score <= 1 for finding in outcome.findings)
 
 
 @pytest.mark.parametrize("change", [lambda image: image, lambda image: image.resize((96, 72)), ImageOps.mirror])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,12 +21,12 @@ from bestiary.data import duplicates
 from bestiary.data.captions import load_captions, names_subject
 from bestiary.data.findings import Action, Decision, Finding, write_findings
 from bestiary.data.folder import link, replacing
-from bestiary.data.hashing import thumbnail
 from bestiary.data.images import decode, open_rgb, right_extension
 from bestiary.data.inspection import Inspection, cores, inspect_all
 from bestiary.data.listing import list_images, read_left_out
 from bestiary.data.losses import MUCH, Loss, check_losses, describe_losses, losses
 from bestiary.data.names import printable, safe_name
+from bestiary.data.versions import VersionPair, find_versions
 from bestiary.errors import BestiaryError
 from bestiary.subjects import ANIMALS, Subject, Subjects, caption, check_folders
 
@@ -166,11 +166,10 @@ def clean(
     images = triage.remaining(images)
     opinions = None if settings.off_topic == "off" else _ask_judge(raw, images, judge, subjects)
     started = time.perf_counter()
-    pairs, mirrored = _find_near_duplicates(raw, images, settings.near_duplicate_bits)
+    pairs = find_versions(raw, images, settings.near_duplicate_bits)
     search_seconds = time.perf_counter() - started
-    versions = np.concatenate([pairs, mirrored])
-    _resolve_conflicts(triage, images, versions, opinions)
-    _drop_near_duplicates(triage, images, pairs, mirrored)
+    _resolve_conflicts(triage, images, pairs, opinions)
+    _drop_near_duplicates(triage, images, pairs)
     if opinions is not None:
         _check_topics(triage, images, opinions, settings, tell)
     kept = triage.remaining(images)
@@ -185,8 +184,9 @@ def clean(
         tell(line)
     check_losses(lost)
     _refuse_captions(triage, settings)
+    group_of = _name_groups(images, pairs, kept)
     with replacing(target) as fresh:
-        manifest = _write_images(raw, fresh, kept, _name_groups(images, versions, kept), subjects)
+        manifest = _write_images(raw, fresh, kept, group_of, subjects)
         manifest = manifest.assign(caption=[captions.get(image.path, "") for image in kept]) if captions else manifest
         subjects.write_to(fresh)
         manifest.to_csv(fresh / "manifest.csv", index=False)
@@ -254,51 +254,11 @@ def _drop_exact_duplicates(triage: _Triage, images: Sequence[Inspection]) -> Non
             triage.record(image, "exact duplicate", f"of {first.path}", "quarantined", first.path)
 
 
-def _find_near_duplicates(
-    raw: Path, images: Sequence[Inspection], bits: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the pairs of `images` that show the same picture, (P, 2), and those that show it mirrored, (Q, 2)."""
-    plain, middle, mirror = (
-        np.array([getattr(image, name) for image in images], dtype=np.uint64)
-        for name in ("hash", "hash_of_middle", "hash_of_mirror")
-    )
-    same = duplicates.neighbours(plain, plain, bits, half=True)
-    cropped = duplicates.neighbours(middle, plain, bits)
-    confirmed = _confirm(raw, images, np.concatenate([same, cropped]), mirrored=False)
-    mirror_pairs = _confirm(raw, images, duplicates.neighbours(plain, mirror, bits, half=True), mirrored=True)
-    known = set(map(tuple, confirmed.tolist()))  # copies of a symmetric picture are not mirror images
-    mirrored = [pair for pair in mirror_pairs.tolist() if tuple(pair) not in known]
-    return confirmed, np.array(mirrored, np.int64).reshape(-1, 2)
-
-
-def _confirm(
-    raw: Path, images: Sequence[Inspection], candidates: NDArray[np.int64], *, mirrored: bool
-) -> NDArray[np.int64]:
-    """Return the candidate pairs whose aligned pixels agree, (P, 2): each pair once, the smaller index first."""
-    pairs = np.unique(np.sort(candidates[candidates[:, 0] != candidates[:, 1]], axis=1), axis=0)
-    used = np.unique(pairs)
-
-    def load(index: int) -> NDArray[np.uint8]:
-        return np.asarray(thumbnail(open_rgb(raw / images[index].path)))
-
-    with ThreadPoolExecutor(cores()) as pool:
-        thumbnails = dict(zip(used.tolist(), pool.map(load, used.tolist()), strict=True))
-    same = [np.empty(0, bool)]
-    for start in range(0, len(pairs), _BATCH):
-        left, right = (
-            np.stack([thumbnails[index] for index in pairs[start : start + _BATCH, side].tolist()]).astype(np.float32)
-            for side in (0, 1)
-        )
-        same.append(duplicates.compare(left, right[:, :, ::-1] if mirrored else right).same)
-    confirmed: NDArray[np.int64] = pairs[np.concatenate(same)]
-    return confirmed
-
-
 def _resolve_conflicts(
-    triage: _Triage, images: Sequence[Inspection], pairs: NDArray[np.int64], opinions: _Opinions | None
+    triage: _Triage, images: Sequence[Inspection], pairs: Sequence[VersionPair], opinions: _Opinions | None
 ) -> None:
     """Quarantine pictures that are in two classes: in the class that the judge rejects, or in both if it is unsure."""
-    for left, right in ((images[a], images[b]) for a, b in pairs.tolist()):
+    for left, right in ((images[pair.first], images[pair.second]) for pair in pairs):
         if left.class_folder == right.class_folder:
             continue
         wrong, detail = [left, right], "the judge was not asked"
@@ -313,22 +273,28 @@ def _resolve_conflicts(
             triage.record(image, "conflict", f"also {other.path} ({detail})", "quarantined", other.path)
 
 
-def _drop_near_duplicates(
-    triage: _Triage, images: Sequence[Inspection], pairs: NDArray[np.int64], mirrored: NDArray[np.int64]
-) -> None:
+def _drop_near_duplicates(triage: _Triage, images: Sequence[Inspection], pairs: Sequence[VersionPair]) -> None:
     """Keep the best version of each picture: an image is quarantined if it is paired with a better one that stays."""
-    versions: defaultdict[str, list[tuple[Inspection, str]]] = defaultdict(list)
-    for kind, found in (("near duplicate", pairs), ("mirror image", mirrored)):
-        for left, right in ((images[a], images[b]) for a, b in found.tolist()):
-            if left.class_folder == right.class_folder:
-                versions[left.path].append((right, kind))
-                versions[right.path].append((left, kind))
+    versions: defaultdict[str, list[tuple[Inspection, VersionPair]]] = defaultdict(list)
+    defeats: Counter[str] = Counter()
+    for pair in pairs:
+        left, right = images[pair.first], images[pair.second]
+        if left.class_folder == right.class_folder:
+            versions[left.path].append((right, pair))
+            versions[right.path].append((left, pair))
+            if pair.worse is not None:
+                defeats[images[pair.worse].path] += 1
+
+    def rank(image: Inspection) -> tuple[bool, int, tuple[bool, int, int, str]]:
+        return triage.overrides.get(image.path) != "keep", defeats[image.path], triage.rank(image)
+
     staying: set[str] = set()
-    for image in sorted(triage.remaining(images), key=triage.rank):
-        better = next(((version, kind) for version, kind in versions[image.path] if version.path in staying), None)
+    for image in sorted(triage.remaining(images), key=rank):
+        better = next(((version, pair) for version, pair in versions[image.path] if version.path in staying), None)
         if better:
-            version, kind = better
-            triage.record(image, kind, f"of {version.path}", "quarantined", version.path)
+            version, pair = better
+            kind = "mirror image" if pair.mirrored else "near duplicate"
+            triage.record(image, kind, f"of {version.path}", "quarantined", version.path, pair.doubt)
         if image.path not in triage.quarantined:
             staying.add(image.path)
 
@@ -497,13 +463,16 @@ def _refuse_captions(triage: _Triage, settings: params.Clean) -> None:
         )
 
 
-def _name_groups(images: Sequence[Inspection], pairs: NDArray[np.int64], kept: Sequence[Inspection]) -> dict[str, str]:
+def _name_groups(
+    images: Sequence[Inspection], pairs: Sequence[VersionPair], kept: Sequence[Inspection]
+) -> dict[str, str]:
     """Return, for each path of `kept`, a name for the group of versions of its picture.
 
     The name comes from the content of the kept versions, so it does not depend on their order. A worse version that is
     added later does not rename the group, so no image changes sides of the split.
     """
-    numbers = duplicates.groups(pairs, len(images)).tolist()
+    links = np.array([(pair.first, pair.second) for pair in pairs], np.int64).reshape(-1, 2)
+    numbers = duplicates.groups(links, len(images)).tolist()
     number_of = dict(zip((image.path for image in images), numbers, strict=True))
     first: dict[int, str] = {}
     for image in kept:

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from bestiary.data.hashing import hashes, small_grey, thumbnail
+from bestiary.data.hashing import Hashes, content_box, hashes, small_grey, thumbnail
 from bestiary.data.images import decode
 from bestiary.data.listing import RAW_SUFFIXES
 from bestiary.image_files import UnreadableImageError, read_image
@@ -43,9 +43,7 @@ class Inspection:
     brightness: float = 0.0  # mean grey level, 0 to 255
     contrast: float = 0.0  # standard deviation of the grey levels
     sharpness: float = 0.0  # variance of the Laplacian at 256 pixels
-    hash: int = 0
-    hash_of_middle: int = 0
-    hash_of_mirror: int = 0
+    hashes: Hashes | None = None  # of the image without flat margins
 
     @property
     def class_folder(self) -> str:
@@ -71,7 +69,6 @@ def inspect(root: Path, path: str) -> Inspection:
     grey = small_grey(image)
     small = thumbnail(grey)
     levels = np.asarray(small, np.float32)
-    plain, middle, mirror = hashes(small)
     return Inspection(
         path,
         sha256,
@@ -83,9 +80,7 @@ def inspect(root: Path, path: str) -> Inspection:
         brightness=float(levels.mean()),
         contrast=float(levels.std()),
         sharpness=_sharpness(grey),
-        hash=plain,
-        hash_of_middle=middle,
-        hash_of_mirror=mirror,
+        hashes=hashes(thumbnail(grey.crop(content_box(grey)))),
     )
 
 

@@ -123,6 +123,11 @@ def test_animals_lists_a_hundred_with_their_names() -> None:
         (["generate", "--prompt", "x " * 5000, "--adapter", "none", "--base", BASE], "tokens and the base reads"),
         (["generate", "tiger", "--resolution", "257", "--adapter", "none", "--base", BASE], "is not a multiple of"),
         (["generate", "tiger", "--resolution", "100", "--adapter", "none", "--base", BASE], "is not a multiple of 8"),
+        (["generate", "tiger", "--size", "65x64"], "65 is not a multiple of 8 between 8 and 4096"),
+        (["generate", "tiger", "--size", "64x0"], "0 is not a multiple of 8 between 8 and 4096"),
+        (["generate", "tiger", "--size", "64x8192"], "8192 is not a multiple of 8 between 8 and 4096"),
+        (["generate", "tiger", "--size", "64 by 64"], "64 by 64 is not a size"),
+        (["generate", "tiger", "--size", "64x64", "--resolution", "64"], "--resolution and --size both set the size"),
         (["generate", "tiger", "--adapter", "no/such/folder"], "no/such/folder"),
         (["generate", "tiger", "--adapter", "models:/bestiary@champion"], "`dvc repro`"),
         (["generate", "tiger", "--adapter", "none", "--base", "/no/such/base"], "/no/such/base"),
@@ -208,11 +213,13 @@ def test_a_picture_can_be_drawn_again_to_the_byte(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--seed", "3", "--steps", "2", "--guidance", "2.5", "--scheduler", "ddim", "--contrast", "1.5"]
-    options += ["--guidance-interval", "0.3", "3"]
+    options += ["--guidance-interval", "0.3", "3", "--size", "72x64", "--negative-prompt", "a blurry photo"]
     assert call(monkeypatch, "generate", "--prompt", "a red fox", "--adapter", "models/adapter", *options) == 0
     assert call(monkeypatch, "generate", "--like", "pictures/prompt-3.png", "--out", "again") == 0
     assert (workspace / "again/prompt-3.png").read_bytes() == (workspace / "pictures/prompt-3.png").read_bytes()
-    assert read_settings(workspace / "again/prompt-3.png").sampling.guidance_interval == (0.3, 3.0)
+    sampling = read_settings(workspace / "again/prompt-3.png").sampling
+    assert sampling.guidance_interval == (0.3, 3.0)
+    assert (sampling.width, sampling.height, sampling.negative_prompt) == (72, 64, "a blurry photo")
     capsys.readouterr()
     assert call(monkeypatch, "generate", "--like", "pictures/prompt-3.png", "--steps", "9", "--count", "3") == 1
     assert "Leave out --count, --steps." in capsys.readouterr().err

@@ -56,6 +56,15 @@ def test_a_picture_that_is_not_square_gives_its_size_back(tmp_path: Path) -> Non
     assert "Size: 96x64" in as_a1111(settings)
 
 
+def test_a_negative_prompt_has_its_own_line_and_is_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "tiger.png"
+    settings = replace(SETTINGS, sampling=replace(SETTINGS.sampling, negative_prompt="blurry, 模糊"))
+    path.write_bytes(write_png(Image.new("RGB", (64, 64)), settings))
+    assert read_settings(path) == settings
+    assert as_a1111(settings).startswith("a photo of a tiger, 老虎\nNegative prompt: blurry, 模糊\nSteps: 15, ")
+    assert "negative_prompt" not in SETTINGS.to_dict()  # so that earlier pictures are drawn again to the byte
+
+
 def test_a_picture_written_by_the_first_version_can_still_be_read(tmp_path: Path) -> None:
     written = {
         "prompt": "a photo of a tiger",

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from bestiary.project import (
     render_results,
     short_path,
 )
-from bestiary.samplers import MAX_GUIDANCE_SCALE, MAX_SIDE, MAX_STEPS, MIN_SIDE, SAMPLERS, SamplingChanges
+from bestiary.samplers import MAX_GUIDANCE_SCALE, MAX_SIDE, MAX_STEPS, MIN_SIDE, SAMPLERS, SIDE_STEP, SamplingChanges
 
 if TYPE_CHECKING:
     from bestiary.generation import Generator
@@ -56,6 +57,22 @@ def cli() -> None:
 
     WHAT names an adapter: models:/bestiary@champion, models:/bestiary/3, a folder, a .safetensors file, or none.
     """
+
+
+class Size(click.ParamType[tuple[int, int]]):
+    """A picture's width and height in pixels, as in 768x512."""
+
+    name = "WIDTHxHEIGHT"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        found = re.fullmatch(r"([0-9]{1,6})\s*[x×*]\s*([0-9]{1,6})", value.strip(), re.IGNORECASE)
+        if not found:
+            self.fail(f"{shown(value)} is not a size. Write the width and the height in pixels, as in 768x512.")
+        width, height = int(found[1]), int(found[2])
+        for side in (width, height):
+            if not MIN_SIDE <= side <= MAX_SIDE or side % SIDE_STEP:
+                self.fail(f"{side} is not a multiple of {SIDE_STEP} between {MIN_SIDE} and {MAX_SIDE}.")
+        return width, height
 
 
 class Number(click.FloatRange):
@@ -124,8 +141,13 @@ def _changes(
     interval: tuple[float, float] | None,
     scheduler: str | None,
     resolution: int | None,
+    size: tuple[int, int] | None,
+    negative: str | None,
 ) -> SamplingChanges:
-    return SamplingChanges(scheduler, steps, guidance, interval, resolution, resolution)
+    if resolution is not None and size is not None:
+        raise BestiaryError("--resolution and --size both set the size. Give one of them.")
+    width, height = size or (resolution, resolution)
+    return SamplingChanges(scheduler, steps, guidance, interval, width, height, negative)
 
 
 source_options = option_group(
@@ -170,8 +192,10 @@ sampling_options = option_group(
     resolution=click.option(
         "--resolution",
         type=click.IntRange(MIN_SIDE, MAX_SIDE),
-        help="Pixels a side.  [default: as evaluated, or the base's]",
+        help="Pixels a side of a square picture.  [default: as evaluated, or the base's]",
     ),
+    size=click.option("--size", type=Size(), help="Width and height in pixels, multiples of 8: 768x512."),
+    negative=click.option("--negative-prompt", "negative", metavar="TEXT", help="What the picture must not show."),
 )
 colour_options = option_group(
     "colours",
@@ -209,7 +233,7 @@ def generate(
     """Draw animals, named in English or Chinese. The same seed gives the same picture."""
     from bestiary.subjects import caption
 
-    _check_request(subjects, prompt, like)
+    _check_request(subjects, prompt, like, changes.negative_prompt)
     original = read_settings(like) if like else None
     params = project_params()
     what = _adapter_of(original, like, source.what) if original and like else source.what
@@ -244,7 +268,7 @@ def generate(
     _draw_all(generator, jobs, out)
 
 
-def _check_request(subjects: tuple[str, ...], prompt: str | None, like: Path | None) -> None:
+def _check_request(subjects: tuple[str, ...], prompt: str | None, like: Path | None, negative: str | None) -> None:
     if not all(name.strip() for name in subjects):
         raise BestiaryError("An animal's name is empty. Write a name.")
     if prompt is not None and not prompt.strip():
@@ -252,9 +276,9 @@ def _check_request(subjects: tuple[str, ...], prompt: str | None, like: Path | N
     if [bool(subjects), prompt is not None, like is not None].count(True) != 1:
         raise BestiaryError("Name animals, or give either --prompt or --like.")
     try:
-        "".join([*subjects, prompt or ""]).encode()
+        "".join([*subjects, prompt or "", negative or ""]).encode()
     except UnicodeEncodeError:
-        raise BestiaryError("A name or the prompt is not valid UTF-8.") from None
+        raise BestiaryError("A name or a prompt is not valid UTF-8.") from None
 
 
 def _adapter_of(original: PictureSettings, like: Path, what: str) -> str:

@@ -95,7 +95,8 @@ def as_a1111(settings: PictureSettings) -> str:
         **({"Lora hashes": f'"bestiary: {settings.adapter_sha256[:12]}"'} if settings.adapter_sha256 else {}),
         "Version": f"Bestiary {__version__}",
     }
-    return f"{settings.prompt}\n{', '.join(f'{key}: {value}' for key, value in fields.items())}"
+    negative = [f"Negative prompt: {sampling.negative_prompt}"] if sampling.negative_prompt else []
+    return "\n".join([settings.prompt, *negative, ", ".join(f"{key}: {value}" for key, value in fields.items())])
 
 
 def read_settings(path: Path) -> PictureSettings:

@@ -129,6 +129,8 @@ def test_animals_lists_a_hundred_with_their_names() -> None:
         (["generate", "tiger", "--size", "64 by 64"], "64 by 64 is not a size"),
         (["generate", "tiger", "--size", "64x64", "--resolution", "64"], "--resolution and --size both set the size"),
         (["generate", "tiger", "--adapter", "no/such/folder"], "no/such/folder"),
+        (["generate", "tiger", "--adapter", "no/such/folder:3"], "The weight 3 of no/such/folder is not a number"),
+        (["generate", "tiger", "--adapter", "no/such:0.5"], "There is no adapter at no/such."),
         (["generate", "tiger", "--adapter", "models:/bestiary@champion"], "`dvc repro`"),
         (["generate", "tiger", "--adapter", "none", "--base", "/no/such/base"], "/no/such/base"),
         (["adapter", "verify", "no/such/file.safetensors"], "no/such/file.safetensors"),
@@ -234,6 +236,25 @@ def test_a_picture_can_be_drawn_again_to_the_byte(
     assert not (workspace / "other").exists()
     printed = ["--adapter", "none", "--out", "other"]  # an adapter that the user names must be the same one, too
     assert call(monkeypatch, "generate", "--like", "pictures/prompt-3.png", *printed) == 1
+
+
+def test_weight_0_draws_the_bases_pixels_and_weight_1_todays_file(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapters = {"base": "none", "0": "models/adapter:0", "half": "models/adapter:0.5", "1": "models/adapter:1"}
+    for out, what in (adapters | {"today": "models/adapter"}).items():
+        assert call(monkeypatch, "generate", "tiger", "--steps", "2", "--adapter", what, "--out", out) == 0
+    pixels = {}
+    for out in ("base", "0", "half", "1"):
+        with Image.open(workspace / out / "tiger-0.png") as image:
+            pixels[out] = image.tobytes()
+    assert pixels["0"] == pixels["base"]
+    assert len(set(pixels.values())) == 3
+    assert (workspace / "1/tiger-0.png").read_bytes() == (workspace / "today/tiger-0.png").read_bytes()
+    assert call(monkeypatch, "generate", "--like", "half/tiger-0.png", "--out", "again") == 0
+    assert (workspace / "again/tiger-0.png").read_bytes() == (workspace / "half/tiger-0.png").read_bytes()
+    assert call(monkeypatch, "generate", "--like", "half/tiger-0.png", "--adapter", "models/adapter:1") == 1
+    assert "Leave out :1 after --adapter" in capsys.readouterr().err
 
 
 def test_an_adapter_for_another_base_of_the_same_shape_is_refused_unless_the_base_is_named(

@@ -9,6 +9,7 @@ from bestiary.errors import BestiaryError
 from bestiary.generation import (
     Base,
     Generator,
+    Weighted,
     base_of_picture,
     choose_base,
     overrides_base,
@@ -69,6 +70,40 @@ def test_an_adapter_that_names_no_base_is_drawn_on_the_default_or_refused(tmp_pa
 def test_without_any_base_the_error_names_the_option() -> None:
     with pytest.raises(BestiaryError, match="--base"):
         choose_base(None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "weight"),
+    [
+        ("models:/bestiary@champion", "models:/bestiary@champion", None),
+        ("models:/bestiary@champion:0.8", "models:/bestiary@champion", 0.8),
+        ("models:/bestiary/3:2", "models:/bestiary/3", 2.0),
+        ("fox.safetensors:0", "fox.safetensors", 0.0),
+        ("C:\\adapters\\fox.safetensors", "C:\\adapters\\fox.safetensors", None),
+        ("C:\\adapters\\fox.safetensors:.5", "C:\\adapters\\fox.safetensors", 0.5),
+        ("at:home", "at:home", None),
+        ("at:7", "at:7", None),
+        ("at:7:0.5", "at:7", 0.5),
+    ],
+)
+def test_a_weight_follows_the_last_colon_unless_that_belongs_to_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, what: str, weight: float | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "at:7").mkdir()
+    (tmp_path / "models").mkdir()  # beside which models:/ is still an address of the registry
+    assert Weighted.parse(text) == Weighted(what, weight)
+
+
+@pytest.mark.parametrize("weight", ["-1", "3", "abc", "nan", "inf", "", "1,5"])
+def test_a_weight_that_is_no_number_from_0_to_2_is_refused(weight: str) -> None:
+    with pytest.raises(BestiaryError, match=f"The weight {weight} of models:/x/1 is not a number from 0 to 2"):
+        Weighted.parse(f"models:/x/1:{weight}")
+
+
+def test_no_adapter_has_no_weight() -> None:
+    with pytest.raises(BestiaryError, match="--adapter none"):
+        Weighted.parse("none:0.5")
 
 
 def test_no_adapter_is_found_for_none() -> None:

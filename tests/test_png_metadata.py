@@ -65,6 +65,17 @@ def test_a_negative_prompt_has_its_own_line_and_is_read_back(tmp_path: Path) -> 
     assert "negative_prompt" not in SETTINGS.to_dict()  # so that earlier pictures are drawn again to the byte
 
 
+def test_a_weight_is_written_as_other_programs_read_it_and_1_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "tiger.png"
+    settings = replace(SETTINGS, sampling=replace(SETTINGS.sampling, adapter_weight=0.8))
+    path.write_bytes(write_png(Image.new("RGB", (64, 64)), settings))
+    assert read_settings(path) == settings
+    assert as_a1111(settings).startswith("a photo of a tiger, 老虎 <lora:bestiary:0.8>\nSteps: 15, ")
+    assert 'Lora hashes: "bestiary: 0123456789ab"' in as_a1111(settings)
+    assert "<lora:" not in as_a1111(SETTINGS)
+    assert "adapter_weight" not in SETTINGS.to_dict()
+
+
 def test_a_picture_written_by_the_first_version_can_still_be_read(tmp_path: Path) -> None:
     written = {
         "prompt": "a photo of a tiger",
@@ -141,6 +152,7 @@ def test_damaged_settings_are_refused(tmp_path: Path, text: str) -> None:
         {"guidance_scale": math.inf},
         {"contrast": 1e308},
         {"resolution": 0},
+        {"adapter_weight": -1.0},
         {"guidance_interval": (5.0, 1.0)},
     ],
 )

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,7 +32,7 @@ from bestiary.project import (
 from bestiary.samplers import MAX_GUIDANCE_SCALE, MAX_SIDE, MAX_STEPS, MIN_SIDE, SAMPLERS, SIDE_STEP, SamplingChanges
 
 if TYPE_CHECKING:
-    from bestiary.generation import Generator
+    from bestiary.generation import Generator, Weighted
     from bestiary.registry.resolving import Adapter
     from bestiary.samplers import Sampling
     from bestiary.subjects import Subject
@@ -55,7 +55,8 @@ class Group(click.Group):
 def cli() -> None:
     """Teach Stable Diffusion your own animals, and draw them.
 
-    WHAT names an adapter: models:/bestiary@champion, models:/bestiary/3, a folder, a .safetensors file, or none.
+    WHAT names an adapter: models:/bestiary@champion, models:/bestiary/3, a folder, a .safetensors file, or none. For a
+    drawing, it may carry a weight from 0 to 2: WHAT:0.8.
     """
 
 
@@ -154,7 +155,12 @@ source_options = option_group(
     "source",
     Source,
     what=click.option(
-        "--adapter", "what", default=_champion, show_default=CHAMPION, metavar="WHAT", help="Adapter to draw with."
+        "--adapter",
+        "what",
+        default=_champion,
+        show_default=CHAMPION,
+        metavar="WHAT[:WEIGHT]",
+        help="Adapter to draw with.",
     ),
     base=base_option,
 )
@@ -236,9 +242,10 @@ def generate(
     _check_request(subjects, prompt, like, changes.negative_prompt)
     original = read_settings(like) if like else None
     params = project_params()
-    what = _adapter_of(original, like, source.what) if original and like else source.what
     from bestiary import generation
 
+    weighted = generation.Weighted.parse(source.what)
+    what = _adapter_of(original, like, weighted) if original and like else weighted.what
     with generation.resolving(what) as resolved:
         import bestiary.diffusion.sampling  # noqa: F401  imports torch while a second process may ask MLflow
 
@@ -258,7 +265,7 @@ def generate(
         base = generation.choose_base(adapter, chosen, None if adapter else default, known=known)
         generator.prepare(base, adapter, any_base=generation.overrides_base(chosen, adapter))
         defaults = (adapter and adapter.defaults) or drawing_defaults(params)
-        sampling = generator.sized(changes.apply(defaults.sampling))
+        sampling = generator.sized(replace(changes, adapter_weight=weighted.weight).apply(defaults.sampling))
         named = [(generation.file_stem(subject.name), caption(subject, defaults.template)) for subject in wanted]
         jobs = [
             (f"{name}-{seed}", _settings(generator, adapter, text, seed, sampling, colours))
@@ -281,14 +288,16 @@ def _check_request(subjects: tuple[str, ...], prompt: str | None, like: Path | N
         raise BestiaryError("A name or a prompt is not valid UTF-8.") from None
 
 
-def _adapter_of(original: PictureSettings, like: Path, what: str) -> str:
+def _adapter_of(original: PictureSettings, like: Path, weighted: Weighted) -> str:
     """The adapter to draw a picture again with. Raises BestiaryError for options that would have no effect."""
     given = _given_options()
     unused = [option for name, option in given.items() if name not in ("like", "what", "base", "out")]
     if unused:
         raise BestiaryError(f"--like uses the picture's own settings. Leave out {', '.join(unused)}.")
+    if weighted.weight is not None:
+        raise BestiaryError(f"--like uses the picture's own weight. Leave out :{weighted.weight:g} after --adapter.")
     if "what" in given:
-        return what
+        return weighted.what
     named = original.adapter or "none"
     if named != "none" and not named.startswith("models:") and not (is_file(named) or is_folder(named)):
         raise BestiaryError(f"{like} was drawn with {shown(named)}, which is not here. Say where it is with --adapter.")

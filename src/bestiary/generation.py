@@ -5,6 +5,7 @@ The command line and the page both draw through this module.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -12,10 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bestiary.errors import BestiaryError
-from bestiary.files import is_folder, project_root, write_atomically
+from bestiary.errors import BestiaryError, shown
+from bestiary.files import is_file, is_folder, project_root, write_atomically
 from bestiary.png_metadata import PictureSettings, write_png
 from bestiary.registry.resolving import check_base, find_base, locate_base, locate_known_base, needs_mlflow, resolve
+from bestiary.samplers import MAX_ADAPTER_WEIGHT
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -34,6 +36,41 @@ class Base:
 
     model: str
     revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """An adapter as a user names it, and the weight to apply it with; None: as it was evaluated, or else 1."""
+
+    what: str
+    weight: float | None = None
+
+    @staticmethod
+    def parse(text: str) -> Weighted:
+        """Read WHAT or WHAT:WEIGHT. A colon belongs to WHAT unless a weight, or an adapter, stands on its side of it.
+
+        >>> Weighted.parse("models:/bestiary@champion:0.8"), Weighted.parse("models:/bestiary/3").weight
+        (Weighted(what='models:/bestiary@champion', weight=0.8), None)
+
+        Raises BestiaryError when the weight is not a number from 0 to 2, or is one for no adapter.
+        """
+        what, colon, ending = text.rpartition(":")
+        if not colon or what == "models" or is_file(text) or is_folder(text):
+            return Weighted(text)
+        try:
+            weight = float(ending)
+        except ValueError:
+            if not (what.startswith("models:/") or what == "none" or is_file(what) or is_folder(what)):
+                return Weighted(text)
+            weight = math.nan
+        if not 0 <= weight <= MAX_ADAPTER_WEIGHT:
+            raise BestiaryError(
+                f"The weight {shown(ending)} of {shown(what, 200)} is not a number from 0 to {MAX_ADAPTER_WEIGHT}. "
+                f"Write for example {shown(what, 200)}:0.8"
+            )
+        if what == "none":
+            raise BestiaryError("Without an adapter there is nothing to weigh. Write --adapter none.")
+        return Weighted(what, weight)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 KEY = "bestiary"
+LORA_NAME = "bestiary"  # by which A1111 finds the adapter: `adapter convert --to kohya` writes it into the file
 MAX_SEED = 2**64
 
 
@@ -92,11 +93,15 @@ def as_a1111(settings: PictureSettings) -> str:
         "Size": f"{sampling.width}x{sampling.height}",
         "Model": Path(settings.base).name,
         **({"Adapter": json.dumps(settings.adapter, ensure_ascii=False)} if settings.adapter else {}),
-        **({"Lora hashes": f'"bestiary: {settings.adapter_sha256[:12]}"'} if settings.adapter_sha256 else {}),
+        **({"Lora hashes": f'"{LORA_NAME}: {settings.adapter_sha256[:12]}"'} if settings.adapter_sha256 else {}),
         "Version": f"Bestiary {__version__}",
     }
     negative = [f"Negative prompt: {sampling.negative_prompt}"] if sampling.negative_prompt else []
-    return "\n".join([settings.prompt, *negative, ", ".join(f"{key}: {value}" for key, value in fields.items())])
+    weight = sampling.adapter_weight
+    lora = f" <lora:{LORA_NAME}:{weight:g}>" if settings.adapter_sha256 and weight != 1 else ""
+    return "\n".join(
+        [f"{settings.prompt}{lora}", *negative, ", ".join(f"{key}: {value}" for key, value in fields.items())]
+    )
 
 
 def read_settings(path: Path) -> PictureSettings:

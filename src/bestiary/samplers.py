@@ -11,7 +11,7 @@ from typing import Literal, get_args
 SamplerName = Literal["ddpm", "ddim", "dpmsolver++", "dpmsolver++karras", "dpmsolver++sde", "unipc", "euler", "lcm"]
 # Noise levels (low, high]: only the steps inside are guided (arXiv:2404.07724).
 GuidanceInterval = tuple[float, float]
-MAX_STEPS, MIN_SIDE, MAX_SIDE, SIDE_STEP, MAX_GUIDANCE_SCALE = 1000, 8, 4096, 8, 50
+MAX_STEPS, MIN_SIDE, MAX_SIDE, SIDE_STEP, MAX_GUIDANCE_SCALE, MAX_ADAPTER_WEIGHT = 1000, 8, 4096, 8, 50, 2
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Sampling:
             and 1 <= self.guidance_scale <= MAX_GUIDANCE_SCALE
             and 0 <= low < high < math.inf
             and all(side is None or MIN_SIDE <= side <= MAX_SIDE for side in (self.width, self.height))
-            and math.isfinite(self.adapter_weight)
+            and 0 <= self.adapter_weight < math.inf
         )
 
 
@@ -114,6 +114,7 @@ class SamplingChanges:
     width: int | None = None
     height: int | None = None
     negative_prompt: str | None = None
+    adapter_weight: float | None = None
 
     def apply(self, sampling: Sampling) -> Sampling:
         """The sampling with these changes.

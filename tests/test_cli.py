@@ -14,6 +14,7 @@ from PIL import Image
 from support.registry import evaluation, make_adapter, submit
 
 from bestiary import cli
+from bestiary.diffusion.adapter import adapter_sha256
 from bestiary.png_metadata import read_settings, write_png
 from bestiary.registry.registering import Registration
 from bestiary.registry.versions import versions
@@ -255,6 +256,34 @@ def test_weight_0_draws_the_bases_pixels_and_weight_1_todays_file(
     assert (workspace / "again/tiger-0.png").read_bytes() == (workspace / "half/tiger-0.png").read_bytes()
     assert call(monkeypatch, "generate", "--like", "half/tiger-0.png", "--adapter", "models/adapter:1") == 1
     assert "Leave out :1 after --adapter" in capsys.readouterr().err
+
+
+def test_several_adapters_draw_together_and_are_drawn_again_to_the_byte(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_adapter(workspace / "models" / "base", workspace / "stripes", 1, named_base="models/base")
+    for out, adapters in {
+        "alone": ["models/adapter"],
+        "one-zero": ["models/adapter:1", "stripes:0"],
+        "both": ["models/adapter:0.8", "stripes:0.5"],
+    }.items():
+        options = [option for what in adapters for option in ("--adapter", what)]
+        assert call(monkeypatch, "generate", "tiger", "--steps", "2", "--out", out, *options) == 0
+    with Image.open("alone/tiger-0.png") as alone, Image.open("one-zero/tiger-0.png") as one_zero:
+        assert alone.tobytes() == one_zero.tobytes()
+    drawn = read_settings(Path("both/tiger-0.png"))
+    hashes = [adapter_sha256(path) for path in ("models/adapter", "stripes")]
+    assert [(each.adapter, each.adapter_sha256, each.weight) for each in drawn.adapters] == [
+        ("models/adapter", hashes[0], 0.8),
+        ("stripes", hashes[1], 0.5),
+    ]
+    assert call(monkeypatch, "generate", "--like", "both/tiger-0.png", "--out", "again") == 0
+    assert (workspace / "again/tiger-0.png").read_bytes() == (workspace / "both/tiger-0.png").read_bytes()
+    assert call(monkeypatch, "generate", "--like", "both/tiger-0.png", "--adapter", "models/adapter") == 1
+    assert "made with another adapter than models/adapter" in capsys.readouterr().err
+    for second, words in (("none", "none stands for no adapter"), ("./models/adapter", "are the same adapter")):
+        assert call(monkeypatch, "generate", "tiger", "--adapter", "models/adapter", "--adapter", second) == 1
+        assert words in capsys.readouterr().err
 
 
 def test_an_adapter_for_another_base_of_the_same_shape_is_refused_unless_the_base_is_named(

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,7 +19,7 @@ from bestiary import __version__
 from bestiary.errors import BestiaryError, printable, shown
 from bestiary.files import is_file, is_folder
 from bestiary.libraries import silence_libraries
-from bestiary.png_metadata import Colours, PictureSettings, read_settings
+from bestiary.png_metadata import AppliedAdapter, Colours, PictureSettings, read_settings
 from bestiary.project import (
     drawing_defaults,
     last_results,
@@ -118,9 +118,9 @@ base_option = click.option("--base", metavar="MODEL", help="Base to use instead 
 
 @dataclass(frozen=True)
 class Source:
-    """Which adapter and which base to draw with, as they were typed."""
+    """Which adapters and which base to draw with, as they were typed."""
 
-    what: str
+    adapters: tuple[str, ...]
     base: str | None
 
 
@@ -154,13 +154,14 @@ def _changes(
 source_options = option_group(
     "source",
     Source,
-    what=click.option(
+    adapters=click.option(
         "--adapter",
-        "what",
-        default=_champion,
+        "adapters",
+        multiple=True,
+        default=lambda: [_champion()],
         show_default=CHAMPION,
         metavar="WHAT[:WEIGHT]",
-        help="Adapter to draw with.",
+        help="Adapter to draw with; repeatable.",
     ),
     base=base_option,
 )
@@ -244,32 +245,35 @@ def generate(
     params = project_params()
     from bestiary import generation
 
-    weighted = generation.Weighted.parse(source.what)
-    what = _adapter_of(original, like, weighted) if original and like else weighted.what
-    with generation.resolving(what) as resolved:
+    weighted = [generation.Weighted.parse(text) for text in source.adapters]
+    named = _adapters_of(original, like, weighted) if original and like else [each.what for each in weighted]
+    with generation.resolving_all(named) as resolved:
         import bestiary.diffusion.sampling  # noqa: F401  imports torch while a second process may ask MLflow
 
-        adapter = resolved()
-    for note in adapter.notes if adapter else ():
+        adapters = resolved()
+    for note in (note for adapter in adapters for note in adapter.notes):
         click.echo(printable(note), err=True)
-    wanted = list(dict.fromkeys(_find(name, adapter) for name in subjects))
+    taught = [subject for adapter in adapters for subject in adapter.subjects]
+    wanted = list(dict.fromkeys(_find(name, taught) for name in subjects))
     generator = generation.Generator()
     chosen, default = generation.named_base(source.base), project_base(params)
+    adapter = generation.decisive(adapters)
     if original and like:
-        _check_same_adapter(adapter, original, like, what)
+        _check_same_adapters(adapters, original, like, named)
         base = chosen or generation.base_of_picture(original, like, default)
-        generator.prepare(base, adapter, any_base=generation.overrides_base(chosen, adapter))
+        generator.prepare(base, adapters, any_base=generation.overrides_base(chosen, adapter))
         jobs = [(like.stem, original)]
     else:
         known = [default] if default else []
         base = generation.choose_base(adapter, chosen, None if adapter else default, known=known)
-        generator.prepare(base, adapter, any_base=generation.overrides_base(chosen, adapter))
-        defaults = (adapter and adapter.defaults) or drawing_defaults(params)
-        sampling = generator.sized(replace(changes, adapter_weight=weighted.weight).apply(defaults.sampling))
-        named = [(generation.file_stem(subject.name), caption(subject, defaults.template)) for subject in wanted]
+        generator.prepare(base, adapters, any_base=generation.overrides_base(chosen, adapter))
+        defaults = (adapters and adapters[0].defaults) or drawing_defaults(params)
+        sampling = generator.sized(replace(changes, adapter_weight=weighted[0].weight).apply(defaults.sampling))
+        common = _settings(generator, adapters, weighted, sampling, colours)
+        texts = [(generation.file_stem(subject.name), caption(subject, defaults.template)) for subject in wanted]
         jobs = [
-            (f"{name}-{seed}", _settings(generator, adapter, text, seed, sampling, colours))
-            for name, text in (named or [("prompt", prompt or "")])
+            (f"{name}-{seed}", replace(common, prompt=text, seed=seed))
+            for name, text in (texts or [("prompt", prompt or "")])
             for seed in series.seeds
         ]
     _draw_all(generator, jobs, out)
@@ -288,19 +292,23 @@ def _check_request(subjects: tuple[str, ...], prompt: str | None, like: Path | N
         raise BestiaryError("A name or a prompt is not valid UTF-8.") from None
 
 
-def _adapter_of(original: PictureSettings, like: Path, weighted: Weighted) -> str:
-    """The adapter to draw a picture again with. Raises BestiaryError for options that would have no effect."""
+def _adapters_of(original: PictureSettings, like: Path, weighted: Sequence[Weighted]) -> list[str]:
+    """The adapters to draw a picture again with. Raises BestiaryError for options that would have no effect."""
     given = _given_options()
-    unused = [option for name, option in given.items() if name not in ("like", "what", "base", "out")]
+    unused = [option for name, option in given.items() if name not in ("like", "adapters", "base", "out")]
     if unused:
         raise BestiaryError(f"--like uses the picture's own settings. Leave out {', '.join(unused)}.")
-    if weighted.weight is not None:
-        raise BestiaryError(f"--like uses the picture's own weight. Leave out :{weighted.weight:g} after --adapter.")
-    if "what" in given:
-        return weighted.what
-    named = original.adapter or "none"
-    if named != "none" and not named.startswith("models:") and not (is_file(named) or is_folder(named)):
-        raise BestiaryError(f"{like} was drawn with {shown(named)}, which is not here. Say where it is with --adapter.")
+    for each in weighted:
+        if each.weight is not None:
+            raise BestiaryError(f"--like uses the picture's own weights. Leave out :{each.weight:g} after --adapter.")
+    if "adapters" in given:
+        return [each.what for each in weighted]
+    named = [applied.adapter for applied in original.adapters] or ["none"]
+    for what in named:
+        if what != "none" and not what.startswith("models:") and not (is_file(what) or is_folder(what)):
+            raise BestiaryError(
+                f"{like} was drawn with {shown(what)}, which is not here. Say where it is with --adapter."
+            )
     return named
 
 
@@ -315,27 +323,43 @@ def _given_options() -> dict[str, str]:
     }
 
 
-def _check_same_adapter(adapter: Adapter | None, original: PictureSettings, like: Path, what: str) -> None:
+def _check_same_adapters(
+    adapters: Sequence[Adapter], original: PictureSettings, like: Path, named: Sequence[str]
+) -> None:
     from bestiary.diffusion.adapter import adapter_sha256
 
-    if (adapter_sha256(adapter.file) if adapter else None) != original.adapter_sha256:
-        raise BestiaryError(f"{like} was made with another adapter than {what}. Name the right one with --adapter.")
+    made_with = [applied.adapter_sha256 for applied in original.adapters]
+    if [adapter_sha256(adapter.file) for adapter in adapters] != made_with:
+        raise BestiaryError(
+            f"{like} was made with another adapter than {', '.join(named)}. Name the right one with --adapter; several "
+            "in the order in which the picture names them."
+        )
 
 
 def _settings(
-    generator: Generator, adapter: Adapter | None, prompt: str, seed: int, sampling: Sampling, colours: Colours
+    generator: Generator,
+    adapters: Sequence[Adapter],
+    weighted: Sequence[Weighted],
+    sampling: Sampling,
+    colours: Colours,
 ) -> PictureSettings:
-    from bestiary.generation import portable_base
+    """What the pictures of one command have in common; their prompts and seeds differ."""
+    from bestiary.generation import portable_base, weight_of
 
+    applied = [
+        AppliedAdapter(adapter.uri, sha256, weight_of(adapter, each))
+        for adapter, sha256, each in zip(adapters, generator.adapter_hashes, weighted, strict=False)  # none: no adapter
+    ]
     return PictureSettings(
-        prompt=prompt,
-        seed=seed,
+        prompt="",
+        seed=0,
         sampling=sampling,
         base=portable_base(generator.base.model),
         base_revision=generator.base.revision,
-        adapter=adapter.uri if adapter else None,
-        adapter_sha256=generator.adapter_sha256,
+        adapter=applied[0].adapter if applied else None,
+        adapter_sha256=applied[0].adapter_sha256 if applied else None,
         colours=colours,
+        more_adapters=tuple(applied[1:]),
     )
 
 
@@ -617,11 +641,11 @@ def _fail(sentence: str, status: int = 1) -> int:
     return status
 
 
-def _find(name: str, adapter: Adapter | None) -> Subject:
-    """The subject of this name. If the adapter was not taught it and it is none of the 100 animals, print a hint."""
+def _find(name: str, taught: Sequence[Subject]) -> Subject:
+    """The subject of this name. If no adapter was taught it and it is none of the 100 animals, print a hint."""
     from bestiary.subjects import find_subject
 
-    subject, similar = find_subject(name, adapter.subjects if adapter else ())
+    subject, similar = find_subject(name, taught)
     if similar is not None:
         hint = f" Did you mean {' or '.join(similar)}?" if similar else ""
         shown = subject.name if len(subject.name) <= 60 else f"{subject.name[:60]}…"

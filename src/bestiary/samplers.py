@@ -12,6 +12,7 @@ SamplerName = Literal["ddpm", "ddim", "dpmsolver++", "dpmsolver++karras", "dpmso
 # Noise levels (low, high]: only the steps inside are guided (arXiv:2404.07724).
 GuidanceInterval = tuple[float, float]
 MAX_STEPS, MIN_SIDE, MAX_SIDE, SIDE_STEP, MAX_GUIDANCE_SCALE, MAX_ADAPTER_WEIGHT = 1000, 8, 4096, 8, 50, 2
+MAX_ADAPTERS = 8  # at once
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from PIL import Image
 from support.registry import evaluation, make_adapter, submit
 
 from bestiary import cli
+from bestiary.diffusion.adapter import adapter_sha256
 from bestiary.png_metadata import read_settings, write_png
 from bestiary.registry.registering import Registration
 from bestiary.registry.versions import versions
@@ -123,7 +124,14 @@ def test_animals_lists_a_hundred_with_their_names() -> None:
         (["generate", "--prompt", "x " * 5000, "--adapter", "none", "--base", BASE], "tokens and the base reads"),
         (["generate", "tiger", "--resolution", "257", "--adapter", "none", "--base", BASE], "is not a multiple of"),
         (["generate", "tiger", "--resolution", "100", "--adapter", "none", "--base", BASE], "is not a multiple of 8"),
+        (["generate", "tiger", "--size", "65x64"], "65 is not a multiple of 8 between 8 and 4096"),
+        (["generate", "tiger", "--size", "64x0"], "0 is not a multiple of 8 between 8 and 4096"),
+        (["generate", "tiger", "--size", "64x8192"], "8192 is not a multiple of 8 between 8 and 4096"),
+        (["generate", "tiger", "--size", "64 by 64"], "64 by 64 is not a size"),
+        (["generate", "tiger", "--size", "64x64", "--resolution", "64"], "--resolution and --size both set the size"),
         (["generate", "tiger", "--adapter", "no/such/folder"], "no/such/folder"),
+        (["generate", "tiger", "--adapter", "no/such/folder:3"], "The weight 3 of no/such/folder is not a number"),
+        (["generate", "tiger", "--adapter", "no/such:0.5"], "There is no adapter at no/such."),
         (["generate", "tiger", "--adapter", "models:/bestiary@champion"], "`dvc repro`"),
         (["generate", "tiger", "--adapter", "none", "--base", "/no/such/base"], "/no/such/base"),
         (["adapter", "verify", "no/such/file.safetensors"], "no/such/file.safetensors"),
@@ -239,11 +247,13 @@ def test_a_picture_can_be_drawn_again_to_the_byte(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--seed", "3", "--steps", "2", "--guidance", "2.5", "--scheduler", "ddim", "--contrast", "1.5"]
-    options += ["--guidance-interval", "0.3", "3"]
+    options += ["--guidance-interval", "0.3", "3", "--size", "72x64", "--negative-prompt", "a blurry photo"]
     assert call(monkeypatch, "generate", "--prompt", "a red fox", "--adapter", "models/adapter", *options) == 0
     assert call(monkeypatch, "generate", "--like", "pictures/prompt-3.png", "--out", "again") == 0
     assert (workspace / "again/prompt-3.png").read_bytes() == (workspace / "pictures/prompt-3.png").read_bytes()
-    assert read_settings(workspace / "again/prompt-3.png").sampling.guidance_interval == (0.3, 3.0)
+    sampling = read_settings(workspace / "again/prompt-3.png").sampling
+    assert sampling.guidance_interval == (0.3, 3.0)
+    assert (sampling.width, sampling.height, sampling.negative_prompt) == (72, 64, "a blurry photo")
     capsys.readouterr()
     assert call(monkeypatch, "generate", "--like", "pictures/prompt-3.png", "--steps", "9", "--count", "3") == 1
     assert "Leave out --count, --steps." in capsys.readouterr().err
@@ -258,6 +268,53 @@ def test_a_picture_can_be_drawn_again_to_the_byte(
     assert not (workspace / "other").exists()
     printed = ["--adapter", "none", "--out", "other"]  # an adapter that the user names must be the same one, too
     assert call(monkeypatch, "generate", "--like", "pictures/prompt-3.png", *printed) == 1
+
+
+def test_weight_0_draws_the_bases_pixels_and_weight_1_todays_file(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapters = {"base": "none", "0": "models/adapter:0", "half": "models/adapter:0.5", "1": "models/adapter:1"}
+    for out, what in (adapters | {"today": "models/adapter"}).items():
+        assert call(monkeypatch, "generate", "tiger", "--steps", "2", "--adapter", what, "--out", out) == 0
+    pixels = {}
+    for out in ("base", "0", "half", "1"):
+        with Image.open(workspace / out / "tiger-0.png") as image:
+            pixels[out] = image.tobytes()
+    assert pixels["0"] == pixels["base"]
+    assert len(set(pixels.values())) == 3
+    assert (workspace / "1/tiger-0.png").read_bytes() == (workspace / "today/tiger-0.png").read_bytes()
+    assert call(monkeypatch, "generate", "--like", "half/tiger-0.png", "--out", "again") == 0
+    assert (workspace / "again/tiger-0.png").read_bytes() == (workspace / "half/tiger-0.png").read_bytes()
+    assert call(monkeypatch, "generate", "--like", "half/tiger-0.png", "--adapter", "models/adapter:1") == 1
+    assert "Leave out :1 after --adapter" in capsys.readouterr().err
+
+
+def test_several_adapters_draw_together_and_are_drawn_again_to_the_byte(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_adapter(workspace / "models" / "base", workspace / "stripes", 1, named_base="models/base")
+    for out, adapters in {
+        "alone": ["models/adapter"],
+        "one-zero": ["models/adapter:1", "stripes:0"],
+        "both": ["models/adapter:0.8", "stripes:0.5"],
+    }.items():
+        options = [option for what in adapters for option in ("--adapter", what)]
+        assert call(monkeypatch, "generate", "tiger", "--steps", "2", "--out", out, *options) == 0
+    with Image.open("alone/tiger-0.png") as alone, Image.open("one-zero/tiger-0.png") as one_zero:
+        assert alone.tobytes() == one_zero.tobytes()
+    drawn = read_settings(Path("both/tiger-0.png"))
+    hashes = [adapter_sha256(path) for path in ("models/adapter", "stripes")]
+    assert [(each.adapter, each.adapter_sha256, each.weight) for each in drawn.adapters] == [
+        ("models/adapter", hashes[0], 0.8),
+        ("stripes", hashes[1], 0.5),
+    ]
+    assert call(monkeypatch, "generate", "--like", "both/tiger-0.png", "--out", "again") == 0
+    assert (workspace / "again/tiger-0.png").read_bytes() == (workspace / "both/tiger-0.png").read_bytes()
+    assert call(monkeypatch, "generate", "--like", "both/tiger-0.png", "--adapter", "models/adapter") == 1
+    assert "made with another adapter than models/adapter" in capsys.readouterr().err
+    for second, words in (("none", "none stands for no adapter"), ("./models/adapter", "are the same adapter")):
+        assert call(monkeypatch, "generate", "tiger", "--adapter", "models/adapter", "--adapter", second) == 1
+        assert words in capsys.readouterr().err
 
 
 def test_an_adapter_for_another_base_of_the_same_shape_is_refused_unless_the_base_is_named(

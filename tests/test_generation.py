@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +10,10 @@ from bestiary.errors import BestiaryError
 from bestiary.generation import (
     Base,
     Generator,
+    Weighted,
     base_of_picture,
     choose_base,
+    decisive,
     overrides_base,
     portable_base,
     resolving,
@@ -71,6 +74,40 @@ def test_without_any_base_the_error_names_the_option() -> None:
         choose_base(None, None, None)
 
 
+@pytest.mark.parametrize(
+    ("text", "what", "weight"),
+    [
+        ("models:/bestiary@champion", "models:/bestiary@champion", None),
+        ("models:/bestiary@champion:0.8", "models:/bestiary@champion", 0.8),
+        ("models:/bestiary/3:2", "models:/bestiary/3", 2.0),
+        ("fox.safetensors:0", "fox.safetensors", 0.0),
+        ("C:\\adapters\\fox.safetensors", "C:\\adapters\\fox.safetensors", None),
+        ("C:\\adapters\\fox.safetensors:.5", "C:\\adapters\\fox.safetensors", 0.5),
+        ("at:home", "at:home", None),
+        ("at:7", "at:7", None),
+        ("at:7:0.5", "at:7", 0.5),
+    ],
+)
+def test_a_weight_follows_the_last_colon_unless_that_belongs_to_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, what: str, weight: float | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "at:7").mkdir()
+    (tmp_path / "models").mkdir()  # beside which models:/ is still an address of the registry
+    assert Weighted.parse(text) == Weighted(what, weight)
+
+
+@pytest.mark.parametrize("weight", ["-1", "3", "abc", "nan", "inf", "", "1,5"])
+def test_a_weight_that_is_no_number_from_0_to_2_is_refused(weight: str) -> None:
+    with pytest.raises(BestiaryError, match=f"The weight {weight} of models:/x/1 is not a number from 0 to 2"):
+        Weighted.parse(f"models:/x/1:{weight}")
+
+
+def test_no_adapter_has_no_weight() -> None:
+    with pytest.raises(BestiaryError, match="--adapter none"):
+        Weighted.parse("none:0.5")
+
+
 def test_no_adapter_is_found_for_none() -> None:
     with resolving("none") as resolved:
         assert resolved() is None
@@ -80,18 +117,39 @@ def test_no_adapter_is_found_for_none() -> None:
 def test_a_picture_without_an_adapter_is_the_bases_even_while_one_is_applied(base_folder: Path, tmp_path: Path) -> None:
     generator = Generator()
     base = Base(str(base_folder))
-    generator.prepare(base, None)
+    generator.prepare(base, [])
     plain = generator.draw(SETTINGS).tobytes()
-    generator.prepare(base, resolve(str(make_adapter(base_folder, tmp_path / "adapter", 0))))
-    assert generator.adapter_sha256
-    with_adapter = replace(SETTINGS, adapter="adapter", adapter_sha256=generator.adapter_sha256)
+    generator.prepare(base, [resolve(str(make_adapter(base_folder, tmp_path / "adapter", 0)))])
+    assert len(generator.adapter_hashes) == 1
+    with_adapter = replace(SETTINGS, adapter="adapter", adapter_sha256=generator.adapter_hashes[0])
     weak = replace(with_adapter, sampling=replace(SETTINGS.sampling, adapter_weight=0.0))
     assert generator.draw(SETTINGS).tobytes() == plain
     assert generator.draw(weak).tobytes() == plain
     assert generator.draw(with_adapter).tobytes() != plain
-    generator.prepare(base, None)
-    assert generator.adapter_sha256 is None
+    generator.prepare(base, [])
+    assert not generator.adapter_hashes
     assert generator.draw(SETTINGS).tobytes() == plain
+
+
+def test_the_same_adapter_twice_is_refused_whatever_its_names(base_folder: Path, tmp_path: Path) -> None:
+    one = resolve(str(make_adapter(base_folder, tmp_path / "one", 0)))
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    with pytest.raises(BestiaryError, match=r"one and .*two are the same adapter\. Name it once, with one weight\."):
+        Generator().prepare(Base(str(base_folder)), [one, resolve(str(tmp_path / "two"))])
+
+
+def test_every_adapter_must_be_for_the_base(base_folder: Path, tmp_path: Path) -> None:
+    first = resolve(str(make_adapter(base_folder, tmp_path / "first", 0)))
+    second = replace(resolve(str(make_adapter(base_folder, tmp_path / "second", 1))), base_sha256="f" * 64)
+    with pytest.raises(BestiaryError, match=r"second was trained on another base than .*f{12}"):
+        Generator().prepare(Base(str(base_folder)), [first, second])
+
+
+def test_the_first_adapter_that_names_a_base_chooses_it(tmp_path: Path) -> None:
+    named, unnamed = adapter_on("named", tmp_path), adapter_on(None, tmp_path)
+    assert decisive([unnamed, named]) is named
+    assert decisive([unnamed]) is unnamed
+    assert decisive([]) is None
 
 
 def test_another_picture_of_the_same_name_is_kept(tmp_path: Path) -> None:
@@ -127,13 +185,13 @@ def test_a_base_from_the_hub_is_compared_with_the_adapters_hash(
 ) -> None:
     adapter = resolve(str(make_adapter(base_folder, tmp_path / "adapter", 0, named_base="somebody/base")))
     generator, named = Generator(), Base("somebody/base")
-    generator.prepare(named, adapter)
+    generator.prepare(named, [adapter])
     other = replace(adapter, base_sha256="f" * 64)
     for already_loaded in (Generator(), generator):
-        already_loaded._applied = None
+        already_loaded._applied = []
         with pytest.raises(BestiaryError, match=r"another base than somebody/base: .*f{12}"):
-            already_loaded.prepare(named, other, any_base=overrides_base(named, other))
-    generator.prepare(named, other, any_base=overrides_base(Base("another/base"), other))
+            already_loaded.prepare(named, [other], any_base=overrides_base(named, other))
+    generator.prepare(named, [other], any_base=overrides_base(Base("another/base"), other))
 
 
 def test_a_base_on_the_hub_that_a_picture_names_is_never_fetched(hub: list[str]) -> None:

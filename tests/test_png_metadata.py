@@ -9,7 +9,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from bestiary.errors import BestiaryError
-from bestiary.png_metadata import Colours, PictureSettings, as_a1111, read_settings, write_png
+from bestiary.png_metadata import AppliedAdapter, Colours, PictureSettings, as_a1111, read_settings, write_png
 from bestiary.samplers import Sampling
 
 SETTINGS = PictureSettings(
@@ -54,6 +54,40 @@ def test_a_picture_that_is_not_square_gives_its_size_back(tmp_path: Path) -> Non
     path.write_bytes(write_png(Image.new("RGB", (96, 64)), settings))
     assert read_settings(path) == settings
     assert "Size: 96x64" in as_a1111(settings)
+
+
+def test_a_negative_prompt_has_its_own_line_and_is_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "tiger.png"
+    settings = replace(SETTINGS, sampling=replace(SETTINGS.sampling, negative_prompt="blurry, 模糊"))
+    path.write_bytes(write_png(Image.new("RGB", (64, 64)), settings))
+    assert read_settings(path) == settings
+    assert as_a1111(settings).startswith("a photo of a tiger, 老虎\nNegative prompt: blurry, 模糊\nSteps: 15, ")
+    assert "negative_prompt" not in SETTINGS.to_dict()  # so that earlier pictures are drawn again to the byte
+
+
+def test_a_weight_is_written_as_other_programs_read_it_and_1_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "tiger.png"
+    settings = replace(SETTINGS, sampling=replace(SETTINGS.sampling, adapter_weight=0.8))
+    path.write_bytes(write_png(Image.new("RGB", (64, 64)), settings))
+    assert read_settings(path) == settings
+    assert as_a1111(settings).startswith("a photo of a tiger, 老虎 <lora:bestiary:0.8>\nSteps: 15, ")
+    assert 'Lora hashes: "bestiary: 0123456789ab"' in as_a1111(settings)
+    assert "<lora:" not in as_a1111(SETTINGS)
+    assert "adapter_weight" not in SETTINGS.to_dict()
+
+
+def test_several_adapters_are_written_with_their_hashes_and_weights(tmp_path: Path) -> None:
+    path = tmp_path / "tiger.png"
+    stripes = AppliedAdapter("lora/stripes.safetensors", "fedcba9876543210", 0.5)
+    twin = AppliedAdapter("other/stripes.safetensors", "00000000000000001", 1.0)
+    settings = replace(SETTINGS, more_adapters=(stripes, twin))
+    path.write_bytes(write_png(Image.new("RGB", (64, 64)), settings))
+    assert read_settings(path) == settings
+    assert settings.adapters == (AppliedAdapter("models:/bestiary/3", "0123456789abcdef", 1.0), stripes, twin)
+    text = as_a1111(settings)
+    assert text.startswith("a photo of a tiger, 老虎 <lora:bestiary-3:1> <lora:stripes:0.5> <lora:stripes-3:1>\n")
+    assert 'Adapter: "models:/bestiary/3", Adapter 2: "lora/stripes.safetensors", Adapter 3: ' in text
+    assert 'Lora hashes: "bestiary-3: 0123456789ab, stripes: fedcba987654, stripes-3: 000000000000"' in text
 
 
 def test_a_picture_written_by_the_first_version_can_still_be_read(tmp_path: Path) -> None:
@@ -114,7 +148,17 @@ def test_a_file_that_is_not_a_picture_is_refused_by_name(tmp_path: Path, content
 
 
 @pytest.mark.parametrize(
-    "text", ["{}", "[]", "null", '{"steps": 1', json.dumps(SETTINGS.to_dict() | {"steps": "many"})]
+    "text",
+    [
+        "{}",
+        "[]",
+        "null",
+        '{"steps": 1',
+        json.dumps(SETTINGS.to_dict() | {"steps": "many"}),
+        json.dumps(
+            SETTINGS.to_dict() | {"more_adapters": [{"adapter": "x", "adapter_sha256": "0", "weight": 1.0, "rank": 4}]}
+        ),
+    ],
 )
 def test_damaged_settings_are_refused(tmp_path: Path, text: str) -> None:
     metadata = PngInfo()
@@ -132,6 +176,9 @@ def test_damaged_settings_are_refused(tmp_path: Path, text: str) -> None:
         {"guidance_scale": math.inf},
         {"contrast": 1e308},
         {"resolution": 0},
+        {"adapter_weight": -1.0},
+        {"more_adapters": [{"adapter": "x", "adapter_sha256": "0", "weight": -1.0}]},
+        {"more_adapters": [{"adapter": "x", "adapter_sha256": "0", "weight": 1.0}] * 8},
         {"guidance_interval": (5.0, 1.0)},
     ],
 )

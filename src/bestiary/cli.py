@@ -6,9 +6,10 @@ import functools
 import json
 import math
 import os
+import re
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +19,7 @@ from bestiary import __version__
 from bestiary.errors import BestiaryError, printable, shown
 from bestiary.files import is_file, is_folder
 from bestiary.libraries import silence_libraries
-from bestiary.png_metadata import Colours, PictureSettings, read_settings
+from bestiary.png_metadata import AppliedAdapter, Colours, PictureSettings, read_settings
 from bestiary.project import (
     drawing_defaults,
     last_results,
@@ -29,10 +30,10 @@ from bestiary.project import (
     render_results,
     short_path,
 )
-from bestiary.samplers import MAX_GUIDANCE_SCALE, MAX_SIDE, MAX_STEPS, MIN_SIDE, SAMPLERS, SamplingChanges
+from bestiary.samplers import MAX_GUIDANCE_SCALE, MAX_SIDE, MAX_STEPS, MIN_SIDE, SAMPLERS, SIDE_STEP, SamplingChanges
 
 if TYPE_CHECKING:
-    from bestiary.generation import Generator
+    from bestiary.generation import Generator, Weighted
     from bestiary.registry.resolving import Adapter
     from bestiary.samplers import Sampling
     from bestiary.subjects import Subject
@@ -55,8 +56,25 @@ class Group(click.Group):
 def cli() -> None:
     """Teach Stable Diffusion your own animals, and draw them.
 
-    WHAT names an adapter: models:/bestiary@champion, models:/bestiary/3, a folder, a .safetensors file, or none.
+    WHAT names an adapter: models:/bestiary@champion, models:/bestiary/3, a folder, a .safetensors file, or none. For a
+    drawing, it may carry a weight from 0 to 2: WHAT:0.8.
     """
+
+
+class Size(click.ParamType[tuple[int, int]]):
+    """A picture's width and height in pixels, as in 768x512."""
+
+    name = "WIDTHxHEIGHT"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        found = re.fullmatch(r"([0-9]{1,6})\s*[x×*]\s*([0-9]{1,6})", value.strip(), re.IGNORECASE)
+        if not found:
+            self.fail(f"{shown(value)} is not a size. Write the width and the height in pixels, as in 768x512.")
+        width, height = int(found[1]), int(found[2])
+        for side in (width, height):
+            if not MIN_SIDE <= side <= MAX_SIDE or side % SIDE_STEP:
+                self.fail(f"{side} is not a multiple of {SIDE_STEP} between {MIN_SIDE} and {MAX_SIDE}.")
+        return width, height
 
 
 class Number(click.FloatRange):
@@ -101,9 +119,9 @@ base_option = click.option("--base", metavar="MODEL", help="Base to use instead 
 
 @dataclass(frozen=True)
 class Source:
-    """Which adapter and which base to draw with, as they were typed."""
+    """Which adapters and which base to draw with, as they were typed."""
 
-    what: str
+    adapters: tuple[str, ...]
     base: str | None
 
 
@@ -125,15 +143,26 @@ def _changes(
     interval: tuple[float, float] | None,
     scheduler: str | None,
     resolution: int | None,
+    size: tuple[int, int] | None,
+    negative: str | None,
 ) -> SamplingChanges:
-    return SamplingChanges(scheduler, steps, guidance, interval, resolution, resolution)
+    if resolution is not None and size is not None:
+        raise BestiaryError("--resolution and --size both set the size. Give one of them.")
+    width, height = size or (resolution, resolution)
+    return SamplingChanges(scheduler, steps, guidance, interval, width, height, negative)
 
 
 source_options = option_group(
     "source",
     Source,
-    what=click.option(
-        "--adapter", "what", default=_champion, show_default=CHAMPION, metavar="WHAT", help="Adapter to draw with."
+    adapters=click.option(
+        "--adapter",
+        "adapters",
+        multiple=True,
+        default=lambda: [_champion()],
+        show_default=CHAMPION,
+        metavar="WHAT[:WEIGHT]",
+        help="Adapter to draw with; repeatable.",
     ),
     base=base_option,
 )
@@ -171,8 +200,10 @@ sampling_options = option_group(
     resolution=click.option(
         "--resolution",
         type=click.IntRange(MIN_SIDE, MAX_SIDE),
-        help="Pixels a side.  [default: as evaluated, or the base's]",
+        help="Pixels a side of a square picture.  [default: as evaluated, or the base's]",
     ),
+    size=click.option("--size", type=Size(), help="Width and height in pixels, multiples of 8: 768x512."),
+    negative=click.option("--negative-prompt", "negative", metavar="TEXT", help="What the picture must not show."),
 )
 colour_options = option_group(
     "colours",
@@ -210,42 +241,46 @@ def generate(
     """Draw animals, named in English or Chinese. The same seed gives the same picture."""
     from bestiary.subjects import caption
 
-    _check_request(subjects, prompt, like)
+    _check_request(subjects, prompt, like, changes.negative_prompt)
     original = read_settings(like) if like else None
     params = project_params()
-    what = _adapter_of(original, like, source.what) if original and like else source.what
     from bestiary import generation
 
-    with generation.resolving(what) as resolved:
+    weighted = [generation.Weighted.parse(text) for text in source.adapters]
+    named = _adapters_of(original, like, weighted) if original and like else [each.what for each in weighted]
+    with generation.resolving_all(named) as resolved:
         import bestiary.diffusion.sampling  # noqa: F401  imports torch while a second process may ask MLflow
 
-        adapter = resolved()
-    for note in adapter.notes if adapter else ():
+        adapters = resolved()
+    for note in (note for adapter in adapters for note in adapter.notes):
         click.echo(printable(note), err=True)
-    wanted = list(dict.fromkeys(_find(name, adapter) for name in subjects))
+    taught = [subject for adapter in adapters for subject in adapter.subjects]
+    wanted = list(dict.fromkeys(_find(name, taught) for name in subjects))
     generator = generation.Generator()
     chosen, default = generation.named_base(source.base), project_base(params)
+    adapter = generation.decisive(adapters)
     if original and like:
-        _check_same_adapter(adapter, original, like, what)
+        _check_same_adapters(adapters, original, like, named)
         base = chosen or generation.base_of_picture(original, like, default)
-        generator.prepare(base, adapter, any_base=generation.overrides_base(chosen, adapter))
+        generator.prepare(base, adapters, any_base=generation.overrides_base(chosen, adapter))
         jobs = [(like.stem, original)]
     else:
         known = [default] if default else []
         base = generation.choose_base(adapter, chosen, None if adapter else default, known=known)
-        generator.prepare(base, adapter, any_base=generation.overrides_base(chosen, adapter))
-        defaults = (adapter and adapter.defaults) or drawing_defaults(params)
-        sampling = generator.sized(changes.apply(defaults.sampling))
-        named = [(generation.file_stem(subject.name), caption(subject, defaults.template)) for subject in wanted]
+        generator.prepare(base, adapters, any_base=generation.overrides_base(chosen, adapter))
+        defaults = (adapters and adapters[0].defaults) or drawing_defaults(params)
+        sampling = generator.sized(replace(changes, adapter_weight=weighted[0].weight).apply(defaults.sampling))
+        common = _settings(generator, adapters, weighted, sampling, colours)
+        texts = [(generation.file_stem(subject.name), caption(subject, defaults.template)) for subject in wanted]
         jobs = [
-            (f"{name}-{seed}", _settings(generator, adapter, text, seed, sampling, colours))
-            for name, text in (named or [("prompt", prompt or "")])
+            (f"{name}-{seed}", replace(common, prompt=text, seed=seed))
+            for name, text in (texts or [("prompt", prompt or "")])
             for seed in series.seeds
         ]
     _draw_all(generator, jobs, out)
 
 
-def _check_request(subjects: tuple[str, ...], prompt: str | None, like: Path | None) -> None:
+def _check_request(subjects: tuple[str, ...], prompt: str | None, like: Path | None, negative: str | None) -> None:
     if not all(name.strip() for name in subjects):
         raise BestiaryError("An animal's name is empty. Write a name.")
     if prompt is not None and not prompt.strip():
@@ -253,22 +288,28 @@ def _check_request(subjects: tuple[str, ...], prompt: str | None, like: Path | N
     if [bool(subjects), prompt is not None, like is not None].count(True) != 1:
         raise BestiaryError("Name animals, or give either --prompt or --like.")
     try:
-        "".join([*subjects, prompt or ""]).encode()
+        "".join([*subjects, prompt or "", negative or ""]).encode()
     except UnicodeEncodeError:
-        raise BestiaryError("A name or the prompt is not valid UTF-8.") from None
+        raise BestiaryError("A name or a prompt is not valid UTF-8.") from None
 
 
-def _adapter_of(original: PictureSettings, like: Path, what: str) -> str:
-    """The adapter to draw a picture again with. Raises BestiaryError for options that would have no effect."""
+def _adapters_of(original: PictureSettings, like: Path, weighted: Sequence[Weighted]) -> list[str]:
+    """The adapters to draw a picture again with. Raises BestiaryError for options that would have no effect."""
     given = _given_options()
-    unused = [option for name, option in given.items() if name not in ("like", "what", "base", "out")]
+    unused = [option for name, option in given.items() if name not in ("like", "adapters", "base", "out")]
     if unused:
         raise BestiaryError(f"--like uses the picture's own settings. Leave out {', '.join(unused)}.")
-    if "what" in given:
-        return what
-    named = original.adapter or "none"
-    if named != "none" and not named.startswith("models:") and not (is_file(named) or is_folder(named)):
-        raise BestiaryError(f"{like} was drawn with {shown(named)}, which is not here. Say where it is with --adapter.")
+    for each in weighted:
+        if each.weight is not None:
+            raise BestiaryError(f"--like uses the picture's own weights. Leave out :{each.weight:g} after --adapter.")
+    if "adapters" in given:
+        return [each.what for each in weighted]
+    named = [applied.adapter for applied in original.adapters] or ["none"]
+    for what in named:
+        if what != "none" and not what.startswith("models:") and not (is_file(what) or is_folder(what)):
+            raise BestiaryError(
+                f"{like} was drawn with {shown(what)}, which is not here. Say where it is with --adapter."
+            )
     return named
 
 
@@ -283,27 +324,43 @@ def _given_options() -> dict[str, str]:
     }
 
 
-def _check_same_adapter(adapter: Adapter | None, original: PictureSettings, like: Path, what: str) -> None:
+def _check_same_adapters(
+    adapters: Sequence[Adapter], original: PictureSettings, like: Path, named: Sequence[str]
+) -> None:
     from bestiary.diffusion.adapter import adapter_sha256
 
-    if (adapter_sha256(adapter.file) if adapter else None) != original.adapter_sha256:
-        raise BestiaryError(f"{like} was made with another adapter than {what}. Name the right one with --adapter.")
+    made_with = [applied.adapter_sha256 for applied in original.adapters]
+    if [adapter_sha256(adapter.file) for adapter in adapters] != made_with:
+        raise BestiaryError(
+            f"{like} was made with another adapter than {', '.join(named)}. Name the right one with --adapter; several "
+            "in the order in which the picture names them."
+        )
 
 
 def _settings(
-    generator: Generator, adapter: Adapter | None, prompt: str, seed: int, sampling: Sampling, colours: Colours
+    generator: Generator,
+    adapters: Sequence[Adapter],
+    weighted: Sequence[Weighted],
+    sampling: Sampling,
+    colours: Colours,
 ) -> PictureSettings:
-    from bestiary.generation import portable_base
+    """What the pictures of one command have in common; their prompts and seeds differ."""
+    from bestiary.generation import portable_base, weight_of
 
+    applied = [
+        AppliedAdapter(adapter.uri, sha256, weight_of(adapter, each))
+        for adapter, sha256, each in zip(adapters, generator.adapter_hashes, weighted, strict=False)  # none: no adapter
+    ]
     return PictureSettings(
-        prompt=prompt,
-        seed=seed,
+        prompt="",
+        seed=0,
         sampling=sampling,
         base=portable_base(generator.base.model),
         base_revision=generator.base.revision,
-        adapter=adapter.uri if adapter else None,
-        adapter_sha256=generator.adapter_sha256,
+        adapter=applied[0].adapter if applied else None,
+        adapter_sha256=applied[0].adapter_sha256 if applied else None,
         colours=colours,
+        more_adapters=tuple(applied[1:]),
     )
 
 
@@ -592,11 +649,11 @@ def _fail(sentence: str, status: int = 1) -> int:
     return status
 
 
-def _find(name: str, adapter: Adapter | None) -> Subject:
-    """The subject of this name. If the adapter was not taught it and it is none of the 100 animals, print a hint."""
+def _find(name: str, taught: Sequence[Subject]) -> Subject:
+    """The subject of this name. If no adapter was taught it and it is none of the 100 animals, print a hint."""
     from bestiary.subjects import find_subject
 
-    subject, similar = find_subject(name, adapter.subjects if adapter else ())
+    subject, similar = find_subject(name, taught)
     if similar is not None:
         hint = f" Did you mean {' or '.join(similar)}?" if similar else ""
         shown = subject.name if len(subject.name) <= 60 else f"{subject.name[:60]}…"

@@ -5,17 +5,19 @@ The command line and the page both draw through this module.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bestiary.errors import BestiaryError
-from bestiary.files import is_folder, project_root, write_new
+from bestiary.errors import BestiaryError, shown
+from bestiary.files import is_file, is_folder, project_root, write_new
 from bestiary.png_metadata import PictureSettings, write_png
 from bestiary.registry.resolving import check_base, find_base, locate_base, locate_known_base, needs_mlflow, resolve
+from bestiary.samplers import MAX_ADAPTER_WEIGHT, MAX_ADAPTERS
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -36,6 +38,41 @@ class Base:
     revision: str | None = None
 
 
+@dataclass(frozen=True)
+class Weighted:
+    """An adapter as a user names it, and the weight to apply it with; None: as it was evaluated, or else 1."""
+
+    what: str
+    weight: float | None = None
+
+    @staticmethod
+    def parse(text: str) -> Weighted:
+        """Read WHAT or WHAT:WEIGHT. A colon belongs to WHAT unless a weight, or an adapter, stands on its side of it.
+
+        >>> Weighted.parse("models:/bestiary@champion:0.8"), Weighted.parse("models:/bestiary/3").weight
+        (Weighted(what='models:/bestiary@champion', weight=0.8), None)
+
+        Raises BestiaryError when the weight is not a number from 0 to 2, or is one for no adapter.
+        """
+        what, colon, ending = text.rpartition(":")
+        if not colon or what == "models" or is_file(text) or is_folder(text):
+            return Weighted(text)
+        try:
+            weight = float(ending)
+        except ValueError:
+            if not (what.startswith("models:/") or what == "none" or is_file(what) or is_folder(what)):
+                return Weighted(text)
+            weight = math.nan
+        if not 0 <= weight <= MAX_ADAPTER_WEIGHT:
+            raise BestiaryError(
+                f"The weight {shown(ending)} of {shown(what, 200)} is not a number from 0 to {MAX_ADAPTER_WEIGHT}. "
+                f"Write for example {shown(what, 200)}:0.8"
+            )
+        if what == "none":
+            raise BestiaryError("Without an adapter there is nothing to weigh. Write --adapter none.")
+        return Weighted(what, weight)
+
+
 @contextmanager
 def resolving(what: str) -> Iterator[Callable[[], Adapter | None]]:
     """Find the adapter that `what` names; "none" is no adapter.
@@ -54,6 +91,33 @@ def resolving(what: str) -> Iterator[Callable[[], Adapter | None]]:
 
         with ProcessPoolExecutor(1, get_context("spawn"), _ignore_interrupts) as pool:
             yield pool.submit(resolve, what).result
+
+
+@contextmanager
+def resolving_all(named: Sequence[str]) -> Iterator[Callable[[], list[Adapter]]]:
+    """Find the adapters of these names, as `resolving` does it; "none" alone is no adapter.
+
+    Raises BestiaryError for "none" beside an adapter, and for too many.
+    """
+    if len(named) > MAX_ADAPTERS:
+        raise BestiaryError(f"{len(named)} adapters are too many at once. Name at most {MAX_ADAPTERS}.")
+    if len(named) > 1 and "none" in named:
+        raise BestiaryError("none stands for no adapter, so it cannot be combined with one. Leave it out.")
+    with ExitStack() as stack:
+        found = [stack.enter_context(resolving(what)) for what in named]
+        yield lambda: [adapter for wait in found if (adapter := wait()) is not None]
+
+
+def weight_of(adapter: Adapter, named: Weighted) -> float:
+    """The weight that the user gave, else the one that the adapter was evaluated with, else 1."""
+    if named.weight is not None:
+        return named.weight
+    return adapter.defaults.sampling.adapter_weight if adapter.defaults else 1.0
+
+
+def decisive(adapters: Sequence[Adapter]) -> Adapter | None:
+    """The adapter that chooses the base: the first that names one, else the first."""
+    return next((adapter for adapter in adapters if adapter.base), adapters[0] if adapters else None)
 
 
 def _ignore_interrupts() -> None:
@@ -126,15 +190,15 @@ def _models(default: Base | None, known: Collection[Base] = ()) -> set[str]:
 
 
 class Generator:
-    """Draws with one base in memory and at most one adapter on it. Both stay loaded for the next picture."""
+    """Draws with one base in memory and any adapters on it. They stay loaded for the next picture."""
 
     def __init__(self) -> None:
         self._base: Base | None = None
         self.device = ""
-        self.adapter_sha256: str | None = None
+        self.adapter_hashes: tuple[str, ...] = ()  # SHA-256 of the applied adapters, in their order
         self._pipeline: StableDiffusionPipeline | None = None
         self._hashed: tuple[Base, str] | None = None  # a base and its SHA-256
-        self._applied: tuple[Path, list[int]] | None = None  # the adapter's file and when it was changed
+        self._applied: list[tuple[Path, list[int]]] = []  # each adapter's file and when it was changed
 
     @property
     def pipeline(self) -> StableDiffusionPipeline:
@@ -152,17 +216,20 @@ class Generator:
         """Whether this base is in memory on this device."""
         return self._pipeline is not None and (self._base, self.device) == (base, device)
 
-    def prepare(self, base: Base, adapter: Adapter | None, device: str = "", *, any_base: bool = False) -> None:
-        """Load `base` on `device` (empty: the best one) and apply `adapter`, in place of what was there.
+    def prepare(self, base: Base, adapters: Sequence[Adapter], device: str = "", *, any_base: bool = False) -> None:
+        """Load `base` on `device` (empty: the best one) and apply `adapters`, in place of what was there.
 
-        Raises BestiaryError when the base cannot be loaded, when the adapter does not fit it, or when the adapter was
-        trained on another base, unless `any_base`.
+        Raises BestiaryError when the base cannot be loaded, when an adapter does not fit it or is given twice, or when
+        an adapter was trained on another base, unless `any_base`.
         """
-        ready = self.is_loaded(base, device) and self._applied == _version(adapter)
-        if adapter is not None and adapter.base_sha256 and not any_base and not ready:
-            check_base(adapter, base.model, self._hash(base))
-        self._load(base, device)
-        self._apply(adapter)
+        versions = [_version(adapter) for adapter in adapters]
+        if not (self.is_loaded(base, device) and self._applied == versions):
+            hashes = _different_hashes(adapters)
+            for adapter in adapters:
+                if adapter.base_sha256 and not any_base:
+                    check_base(adapter, base.model, self._hash(base))
+            self._load(base, device)
+            self._apply(adapters, versions, hashes)
 
     def _hash(self, base: Base) -> str:
         """The base's SHA-256. Hashing a large base takes seconds, so the last one is kept."""
@@ -177,24 +244,20 @@ class Generator:
 
         if self.is_loaded(base, device):
             return
-        self._pipeline, self._applied, self.adapter_sha256 = None, None, None  # frees the memory first
+        self._pipeline, self._applied, self.adapter_hashes = None, [], ()  # frees the memory first
         if self._base != base:
             self._hashed = self._hashed if self._hashed and self._hashed[0] == base else None
         self._pipeline = load_pipeline(base.model, base.revision, device=device or None)
         self._base, self.device = base, device
 
-    def _apply(self, adapter: Adapter | None) -> None:
-        from bestiary.diffusion.adapter import adapter_sha256, apply_adapter, remove
+    def _apply(
+        self, adapters: Sequence[Adapter], versions: list[tuple[Path, list[int]]], hashes: tuple[str, ...]
+    ) -> None:
+        from bestiary.diffusion.adapter import apply_adapters
 
-        if adapter is None:
-            remove(self.pipeline)
-            self._applied, self.adapter_sha256 = None, None
-            return
-        version = _version(adapter)
-        if self._applied != version:
-            self._applied = None
-            apply_adapter(self.pipeline, adapter.file)
-            self._applied, self.adapter_sha256 = version, adapter_sha256(adapter.file)
+        self._applied, self.adapter_hashes = [], ()
+        apply_adapters(self.pipeline, [adapter.file for adapter in adapters], [1.0] * len(adapters))
+        self._applied, self.adapter_hashes = versions, hashes
 
     def sized(self, sampling: Sampling) -> Sampling:
         """The sampling with its width and height in pixels: the base's own where none were asked for."""
@@ -204,15 +267,15 @@ class Generator:
         return replace(sampling, width=sampling.width or side, height=sampling.height or side)
 
     def draw(self, settings: PictureSettings, progress: Progress | None = None) -> Image:
-        """Draw the picture that `settings` describe, without the adapter if they name none.
+        """Draw the picture that `settings` describe, without the applied adapters if they name none.
 
         Raises BestiaryError when this base cannot draw it; whatever `progress` raises stops the drawing.
         """
-        from bestiary.diffusion.adapter import set_weight
+        from bestiary.diffusion.adapter import set_weights
         from bestiary.diffusion.sampling import generate
 
-        if self._applied is not None:
-            set_weight(self.pipeline, settings.sampling.adapter_weight if settings.adapter_sha256 else 0.0)
+        weights = [applied.weight for applied in settings.adapters]
+        set_weights(self.pipeline, weights or [0.0] * len(self._applied))
         (image,) = generate(
             self.pipeline,
             [settings.prompt],
@@ -224,11 +287,23 @@ class Generator:
         return image
 
 
-def _version(adapter: Adapter | None) -> tuple[Path, list[int]] | None:
+def _different_hashes(adapters: Sequence[Adapter]) -> tuple[str, ...]:
+    """The SHA-256 of each adapter. Raises BestiaryError when two are the same, under whatever names."""
+    from bestiary.diffusion.adapter import adapter_sha256
+
+    known: dict[str, Adapter] = {}
+    for adapter in adapters:
+        first = known.setdefault(adapter_sha256(adapter.file), adapter)
+        if first is not adapter:
+            raise BestiaryError(f"{first.uri} and {adapter.uri} are the same adapter. Name it once, with one weight.")
+    return tuple(known)
+
+
+def _version(adapter: Adapter) -> tuple[Path, list[int]]:
     """What tells two adapters apart without reading them: the file and when it, or the config beside it, changed."""
     from bestiary.diffusion.stored_adapter import deciding_files
 
-    return (adapter.file, [file.stat().st_mtime_ns for file in deciding_files(adapter.file)]) if adapter else None
+    return adapter.file, [file.stat().st_mtime_ns for file in deciding_files(adapter.file)]
 
 
 def save_picture(image: Image, settings: PictureSettings, folder: Path, name: str) -> Path:

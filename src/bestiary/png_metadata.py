@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from bestiary import __version__
 from bestiary.errors import BestiaryError
-from bestiary.samplers import SAMPLERS, Sampling, StoredSampling, from_stored, to_stored
+from bestiary.samplers import MAX_ADAPTERS, SAMPLERS, Sampling, StoredSampling, from_stored, to_stored
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 KEY = "bestiary"
+LORA_NAME = "bestiary"  # by which A1111 finds the adapter: `adapter convert --to kohya` writes it into the file
 MAX_SEED = 2**64
 
 
@@ -29,8 +33,22 @@ class Colours:
 
 
 @dataclass(frozen=True)
+class AppliedAdapter:
+    """An adapter as it was applied: its name, the SHA-256 of its file, and its weight."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    adapter: str
+    adapter_sha256: str
+    weight: float
+
+
+@dataclass(frozen=True)
 class PictureSettings:
-    """Everything that decides a picture's pixels on one machine. The sampling names its width and height."""
+    """Everything that decides a picture's pixels on one machine. The sampling names its width and height.
+
+    The first adapter has its weight in the sampling; the others have theirs in more_adapters.
+    """
 
     prompt: str
     seed: int
@@ -40,11 +58,21 @@ class PictureSettings:
     adapter: str | None
     adapter_sha256: str | None
     colours: Colours = Colours()
+    more_adapters: tuple[AppliedAdapter, ...] = ()
+
+    @property
+    def adapters(self) -> tuple[AppliedAdapter, ...]:
+        """Every adapter, in the order in which they were applied."""
+        if self.adapter is None or self.adapter_sha256 is None:
+            return ()
+        first = AppliedAdapter(self.adapter, self.adapter_sha256, self.sampling.adapter_weight)
+        return first, *self.more_adapters
 
     def to_dict(self) -> dict[str, object]:
         """The settings in one flat table, ready for JSON."""
         stored = to_stored(self.sampling)
         interval = stored.pop("guidance_interval")
+        more = [asdict(applied) for applied in self.more_adapters]
         return {
             "prompt": self.prompt,
             "seed": self.seed,
@@ -55,6 +83,7 @@ class PictureSettings:
             "adapter_sha256": self.adapter_sha256,
             **asdict(self.colours),
             "guidance_interval": interval,  # last, as in the first files, so that a redrawn picture has the same bytes
+            **({"more_adapters": more} if more else {}),
         }
 
 
@@ -83,6 +112,8 @@ def as_a1111(settings: PictureSettings) -> str:
     """The settings in the text form that A1111 writes into its pictures and many tools read."""
     sampling = settings.sampling
     interval = sampling.guidance_interval
+    named = _lora_names(settings.adapters)
+    hashes = [f"{name}: {applied.adapter_sha256[:12]}" for name, applied in named.items()]
     fields = {
         "Steps": sampling.steps,
         "Sampler": SAMPLERS[sampling.sampler].label,
@@ -91,11 +122,32 @@ def as_a1111(settings: PictureSettings) -> str:
         "Seed": settings.seed,
         "Size": f"{sampling.width}x{sampling.height}",
         "Model": Path(settings.base).name,
-        **({"Adapter": json.dumps(settings.adapter, ensure_ascii=False)} if settings.adapter else {}),
-        **({"Lora hashes": f'"bestiary: {settings.adapter_sha256[:12]}"'} if settings.adapter_sha256 else {}),
+        **{
+            f"Adapter {number}" if number > 1 else "Adapter": json.dumps(applied.adapter, ensure_ascii=False)
+            for number, applied in enumerate(settings.adapters, 1)
+        },
+        **({"Lora hashes": f'"{", ".join(hashes)}"'} if hashes else {}),
         "Version": f"Bestiary {__version__}",
     }
-    return f"{settings.prompt}\n{', '.join(f'{key}: {value}' for key, value in fields.items())}"
+    negative = [f"Negative prompt: {sampling.negative_prompt}"] if sampling.negative_prompt else []
+    is_plain = [applied.weight for applied in named.values()] == [1.0]  # as in the first files
+    tags = "" if is_plain else "".join(f" <lora:{name}:{applied.weight:g}>" for name, applied in named.items())
+    return "\n".join(
+        [f"{settings.prompt}{tags}", *negative, ", ".join(f"{key}: {value}" for key, value in fields.items())]
+    )
+
+
+def _lora_names(adapters: Sequence[AppliedAdapter]) -> dict[str, AppliedAdapter]:
+    """The adapters by names that A1111's `<lora:name:weight>` can hold, each of them once."""
+    if len(adapters) == 1:
+        return {LORA_NAME: adapters[0]}
+    names: dict[str, AppliedAdapter] = {}
+    for number, applied in enumerate(adapters, 1):
+        version = applied.adapter.removeprefix("models:/")
+        stem = version if version != applied.adapter else Path(applied.adapter).name.removesuffix(".safetensors")
+        name = re.sub(r"[^\w.-]+", "-", stem).strip("-") or LORA_NAME
+        names[f"{name}-{number}" if name in names else name] = applied
+    return names
 
 
 def read_settings(path: Path) -> PictureSettings:
@@ -141,6 +193,7 @@ class _StoredSettings(StoredSampling):
     contrast: float = 1.0
     saturation: float = 1.0
     brightness: float = 1.0
+    more_adapters: tuple[AppliedAdapter, ...] = ()
 
     def settings(self) -> PictureSettings:
         return PictureSettings(
@@ -152,6 +205,7 @@ class _StoredSettings(StoredSampling):
             adapter=self.adapter,
             adapter_sha256=self.adapter_sha256,
             colours=Colours(self.contrast, self.saturation, self.brightness),
+            more_adapters=self.more_adapters,
         )
 
 
@@ -162,5 +216,8 @@ def _can_be_drawn(settings: PictureSettings) -> bool:
         and sampling.width is not None
         and sampling.height is not None
         and 0 <= settings.seed < MAX_SEED
+        and len(settings.more_adapters) < MAX_ADAPTERS
+        and (settings.adapter_sha256 is not None or not settings.more_adapters)
+        and all(0 <= applied.weight < math.inf for applied in settings.more_adapters)
         and all(0.1 <= colour <= 3 for colour in asdict(settings.colours).values())
     )

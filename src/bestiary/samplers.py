@@ -11,7 +11,8 @@ from typing import Literal, get_args
 SamplerName = Literal["ddpm", "ddim", "dpmsolver++", "dpmsolver++karras", "dpmsolver++sde", "unipc", "euler", "lcm"]
 # Noise levels (low, high]: only the steps inside are guided (arXiv:2404.07724).
 GuidanceInterval = tuple[float, float]
-MAX_STEPS, MIN_SIDE, MAX_SIDE, MAX_GUIDANCE_SCALE = 1000, 8, 4096, 50
+MAX_STEPS, MIN_SIDE, MAX_SIDE, SIDE_STEP, MAX_GUIDANCE_SCALE, MAX_ADAPTER_WEIGHT = 1000, 8, 4096, 8, 50, 2
+MAX_ADAPTERS = 8  # at once
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ class Sampling:
     """How to draw a picture: everything that decides its pixels besides prompt, seed, base and adapter.
 
     width and height are in pixels (None: the size that the base was trained at). guidance_interval None guides every
-    step. adapter_weight is the factor that the adapter is applied with: 1.0 as trained.
+    step. adapter_weight is the factor that the adapter is applied with: 1.0 as trained. Guidance leads away from the
+    negative_prompt.
     """
 
     sampler: str = "dpmsolver++"
@@ -82,6 +84,7 @@ class Sampling:
     width: int | None = None
     height: int | None = None
     adapter_weight: float = 1.0
+    negative_prompt: str = ""
 
     @property
     def is_possible(self) -> bool:
@@ -97,7 +100,7 @@ class Sampling:
             and 1 <= self.guidance_scale <= MAX_GUIDANCE_SCALE
             and 0 <= low < high < math.inf
             and all(side is None or MIN_SIDE <= side <= MAX_SIDE for side in (self.width, self.height))
-            and math.isfinite(self.adapter_weight)
+            and 0 <= self.adapter_weight < math.inf
         )
 
 
@@ -111,6 +114,8 @@ class SamplingChanges:
     guidance_interval: GuidanceInterval | None = None
     width: int | None = None
     height: int | None = None
+    negative_prompt: str | None = None
+    adapter_weight: float | None = None
 
     def apply(self, sampling: Sampling) -> Sampling:
         """The sampling with these changes.
@@ -138,9 +143,10 @@ class StoredSampling:
     width: int | None = None
     height: int | None = None
     adapter_weight: float = 1.0
+    negative_prompt: str = ""
 
 
-OPTIONAL = ("width", "height", "adapter_weight")  # stored only if they differ from their defaults
+OPTIONAL = ("width", "height", "adapter_weight", "negative_prompt")  # stored only if they differ from their defaults
 
 
 def to_stored(sampling: Sampling) -> dict[str, object]:
@@ -159,6 +165,7 @@ def to_stored(sampling: Sampling) -> dict[str, object]:
         width=None if square else sampling.width,
         height=None if square else sampling.height,
         adapter_weight=sampling.adapter_weight,
+        negative_prompt=sampling.negative_prompt,
     )
     return {
         each.name: getattr(stored, each.name)
@@ -177,6 +184,7 @@ def from_stored(stored: StoredSampling) -> Sampling:
         width=stored.resolution or stored.width,
         height=stored.resolution or stored.height,
         adapter_weight=stored.adapter_weight,
+        negative_prompt=stored.negative_prompt,
     )
 
 

@@ -4,12 +4,13 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.adapters import ALL_LAYERS, PROVENANCE, TARGETS, make_adapter
@@ -18,14 +19,17 @@ from support.tiny import build_base
 from bestiary.diffusion.adapter import (
     adapter_sha256,
     apply_adapter,
+    apply_adapters,
     inject,
     read_provenance,
     remove,
     save_adapter,
     set_weight,
+    set_weights,
     verify_adapter,
 )
 from bestiary.diffusion.adapter_format import FILE_NAME, Provenance
+from bestiary.diffusion.adapter_reading import read_adapter
 from bestiary.diffusion.base import base_sha256, load_pipeline, load_unet
 from bestiary.diffusion.sampling import generate
 from bestiary.errors import BestiaryError
@@ -123,6 +127,54 @@ def test_weight_0_draws_exactly_the_pictures_of_the_base_and_weight_1_does_not(b
     assert draw(pipeline) == adapted
     remove(pipeline)
     assert draw(pipeline) == plain
+
+
+@torch.inference_mode()
+def output_of(pipeline: StableDiffusionPipeline) -> torch.Tensor:
+    """The UNet's output for one fixed input."""
+    config, generator = pipeline.unet.config, torch.Generator().manual_seed(0)
+    latents = torch.randn(1, config.in_channels, config.sample_size, config.sample_size, generator=generator)
+    text = torch.randn(1, 4, config.cross_attention_dim, generator=generator)
+    output: torch.Tensor = pipeline.unet(
+        latents.to(pipeline.unet.dtype), torch.tensor([500]), text.to(pipeline.unet.dtype)
+    ).sample
+    return output
+
+
+def test_several_adapters_add_up_by_their_weights(base: Path, tmp_path: Path) -> None:
+    pipeline = load_pipeline(base, device="cpu")
+    first = make_adapter(load_unet(base), tmp_path / "first")
+    second = make_adapter(load_unet(base), tmp_path / "second", seed=1, rank=3, targets=["to_q", "conv1"])
+    plain = output_of(pipeline)
+    apply_adapter(pipeline, first)
+    alone = output_of(pipeline)
+    apply_adapters(pipeline, [first, second], [1, 0])
+    assert torch.equal(output_of(pipeline), alone)
+    set_weights(pipeline, [0, 0])
+    assert torch.equal(output_of(pipeline), plain)
+    set_weights(pipeline, [0.7, 0.5])
+    pipeline.unet.double()
+    both = output_of(pipeline)
+    remove(pipeline)
+    for path, weight in ((first, 0.7), (second, 0.5)):  # by hand: W + weight * alpha / rank * B A
+        content = read_adapter(path)
+        for key in (key for key in content.weights if "lora_A" in key):
+            down, up = content.weights[key], content.weights[key.replace("lora_A", "lora_B")]
+            module = pipeline.unet.get_submodule(key.removesuffix(".lora_A.weight"))
+            delta = up.double().flatten(1) @ down.double().flatten(1) * content.config.lora_alpha / content.config.r
+            module.weight.data += weight * delta.reshape(module.weight.shape)
+    torch.testing.assert_close(both, output_of(pipeline), rtol=0, atol=1e-10)
+
+
+def test_an_adapter_that_does_not_fit_beside_another_leaves_the_base(base: Path, adapter: Path, tmp_path: Path) -> None:
+    pipeline = load_pipeline(base, device="cpu")
+    plain = output_of(pipeline)
+    content = read_adapter(adapter)
+    weights = {key: value[..., :-1] if "lora_A" in key else value for key, value in content.weights.items()}
+    (tmp_path / "misfit.safetensors").write_bytes(replace(content, weights=weights).to_bytes())
+    with pytest.raises(BestiaryError, match=r"misfit\.safetensors does not fit the base"):
+        apply_adapters(pipeline, [adapter, tmp_path / "misfit.safetensors"], [1, 1])
+    assert torch.equal(output_of(pipeline), plain)
 
 
 def test_applying_an_adapter_replaces_the_previous_one(base: Path, adapter: Path, tmp_path: Path) -> None:

@@ -188,6 +188,34 @@ def test_pictures_have_the_size_of_the_base_unless_another_is_given(pipeline: St
         generate(pipeline, ["a cat"], [0], replace(SAMPLING, width=33, height=33), batch_size=2)
 
 
+def test_guidance_leads_away_from_the_negative_prompt_as_in_diffusers(pipeline: StableDiffusionPipeline) -> None:
+    sampling = replace(SAMPLING, sampler="ddim", width=48, height=32)
+    without, away = (
+        generate(pipeline, ["a cat"], [0], replace(sampling, negative_prompt=words), batch_size=1)[0]
+        for words in ("", "a zebra")
+    )
+    assert without.tobytes() != away.tobytes()
+    factor = pipeline.vae_scale_factor
+    noise = torch.randn((1, pipeline.unet.config.in_channels, 32 // factor, 48 // factor), generator=seeded(0))
+    pipeline.scheduler = make_scheduler("ddim", pipeline.scheduler.config, 4)
+    theirs = pipeline("a cat", negative_prompt="a zebra", latents=noise, num_inference_steps=4, guidance_scale=3.0)
+    assert np.abs(np.asarray(theirs.images[0], int) - np.asarray(away, int)).max() <= 1
+
+
+def test_a_negative_prompt_that_would_have_no_effect_or_is_too_long_is_refused(
+    pipeline: StableDiffusionPipeline, lcm: StableDiffusionPipeline
+) -> None:
+    negative = replace(SAMPLING, negative_prompt="blurry")
+    for base, sampling in (
+        (pipeline, replace(negative, guidance_scale=1.0)),
+        (lcm, replace(negative, sampler="lcm")),
+    ):
+        with pytest.raises(BestiaryError, match="A negative prompt has no effect without guidance"):
+            generate(base, ["a cat"], [0], sampling, batch_size=1)
+    with pytest.raises(BestiaryError, match="tokens and the base reads 77: 'blur"):
+        generate(pipeline, ["a cat"], [0], replace(SAMPLING, negative_prompt="blur " * 80), batch_size=1)
+
+
 def test_progress_counts_to_the_total_and_can_stop_the_drawing(pipeline: StableDiffusionPipeline) -> None:
     seen: list[tuple[int, int]] = []
     generate(pipeline, ["a cat"] * 3, [0, 1, 2], SAMPLING, batch_size=2, progress=lambda *now: seen.append(now))

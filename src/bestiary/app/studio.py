@@ -53,6 +53,10 @@ class Work:
     any_base: bool = False  # the user chose the base, so the adapter may be drawn on another than its own
     adapter_sha256: str | None = None
 
+    @property
+    def adapters(self) -> list[Adapter]:
+        return [self.adapter] if self.adapter else []
+
 
 class Studio:
     """Draws one order at a time: call `draw` from one thread only."""
@@ -148,7 +152,8 @@ class Studio:
         )
         work = Work(offer, base, adapter, order.device, any_base=bool(order.base))
         self._load(work, tell)
-        return replace(work, adapter_sha256=self._generator.adapter_sha256)
+        hashes = self._generator.adapter_hashes
+        return replace(work, adapter_sha256=hashes[0] if hashes else None)
 
     def _jobs(self, order: Order, work: Work, tell: Tell) -> list[Job]:
         """The order's pictures. What `_prepare` loaded must still be there."""
@@ -190,12 +195,12 @@ class Studio:
         if not self._generator.is_loaded(work.base, device):
             tell(Loading())
         try:
-            self._generator.prepare(work.base, work.adapter, device, any_base=work.any_base)
+            self._generator.prepare(work.base, work.adapters, device, any_base=work.any_base)
         except FileNotFoundError:
             if work.adapter is None or work.adapter.file.exists():
                 raise
             raise gone() from None  # a newer upload has taken its place
-        if work.adapter_sha256 not in (None, self._generator.adapter_sha256):
+        if work.adapter_sha256 is not None and self._generator.adapter_hashes != (work.adapter_sha256,):
             raise gone()  # it was trained again meanwhile
 
 

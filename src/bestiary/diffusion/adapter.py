@@ -24,7 +24,7 @@ from bestiary.files import write_atomically
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-NAME = "bestiary"  # the adapter's name inside the UNet
+NAME = "bestiary"  # the adapter's name inside the UNet; of several, the later ones are bestiary_1, bestiary_2, ...
 
 
 @dataclass(frozen=True)
@@ -142,15 +142,30 @@ def apply_adapter(pipeline: StableDiffusionPipeline, path: str | Path, weight: f
     set_weight(pipeline, weight)
 
 
+def apply_adapters(pipeline: StableDiffusionPipeline, paths: Sequence[str | Path], weights: Sequence[float]) -> None:
+    """Apply several adapters at once, each with its weight, in place of any other; none of them gives the base.
+
+    Raises BestiaryError that names what does not fit; the pipeline is then the base.
+    """
+    remove(pipeline)
+    for position, path in enumerate(paths):
+        _add(pipeline.unet, path, _name(position))
+    set_weights(pipeline, weights)
+
+
 def set_weight(pipeline: StableDiffusionPipeline, weight: float) -> None:
     """Set the weight of the applied adapter: 0 gives exactly the base, 1 the adapter as trained."""
-    _set_weight(pipeline.unet, weight)
+    _set_weights(pipeline.unet, [weight])
+
+
+def set_weights(pipeline: StableDiffusionPipeline, weights: Sequence[float]) -> None:
+    """Set the weight of each applied adapter, in the order in which they were applied."""
+    _set_weights(pipeline.unet, weights)
 
 
 def remove(pipeline: StableDiffusionPipeline) -> None:
-    """Remove the adapter, so that the pipeline is the base again."""
-    if NAME in getattr(pipeline.unet, "peft_config", {}):
-        pipeline.unet.unload_lora()
+    """Remove every adapter, so that the pipeline is the base again."""
+    _remove(pipeline.unet)
 
 
 @torch.inference_mode()
@@ -168,7 +183,7 @@ def verify_adapter(path: str | Path, base: str | Path, revision: str | None = No
     adapted = _probe(unet)
     if not torch.isfinite(adapted).all():
         raise BestiaryError(f"The adapter {path} gives values that are not finite numbers on {base}.")
-    _set_weight(unet, 0.0)
+    _set_weights(unet, [0.0])
     if not torch.equal(_probe(unet), plain):
         raise BestiaryError(f"The adapter {path} changes the output of {base} even with weight 0.")
     if torch.equal(adapted, plain):
@@ -188,39 +203,55 @@ def verify_adapter(path: str | Path, base: str | Path, revision: str | None = No
 
 
 def _apply(unet: UNet2DConditionModel, path: str | Path) -> int:
-    """Load the adapter into `unet` with weight 1 and return the number of its weights."""
+    """Load the adapter into `unet` alone, with weight 1, and return the number of its weights."""
+    _remove(unet)
+    return _add(unet, path, NAME)
+
+
+def _remove(unet: UNet2DConditionModel) -> None:
+    if getattr(unet, "peft_config", None):
+        unet.unload_lora()
+
+
+def _name(position: int) -> str:
+    return f"{NAME}_{position}" if position else NAME
+
+
+def _add(unet: UNet2DConditionModel, path: str | Path, name: str) -> int:
+    """Load the adapter into `unet` beside those that are there, with weight 1; return the number of its weights."""
     from peft import get_peft_model_state_dict
 
     content = read_adapter(adapter_file(path), family=base_family(unet))
-    if NAME in getattr(unet, "peft_config", {}):
-        unet.unload_lora()
     problem = _misfit(unet, content.weights, content.config)
     if problem:
+        _remove(unet)
         trained_on = f"; it was trained on {shown(content.provenance.base)}" if content.provenance.base else ""
         raise BestiaryError(f"The adapter {path} does not fit the base: {problem}{trained_on}.")
     unet.load_lora_adapter(
         {f"{PREFIX}{key}": value for key, value in content.weights.items()},
         prefix="unet",
         metadata={f"{PREFIX}{field}": value for field, value in content.config},
-        adapter_name=NAME,
+        adapter_name=name,
     )
-    loaded = get_peft_model_state_dict(unet, adapter_name=NAME)
+    loaded = get_peft_model_state_dict(unet, adapter_name=name)
     if loaded.keys() != content.weights.keys() or not all(
         torch.equal(loaded[key].cpu(), value.to(loaded[key].dtype)) for key, value in content.weights.items()
     ):
-        unet.unload_lora()
+        _remove(unet)
         raise BestiaryError(f"The adapter {path} did not load: its weights are not in the UNet afterwards.")
     unet.eval()  # peft adds dropout in training mode, whatever mode the UNet is in
     unet.requires_grad_(False)
     return len(content.weights)
 
 
-def _set_weight(unet: UNet2DConditionModel, weight: float) -> None:
-    if weight == 0:
-        unet.disable_lora()  # with a weight of 0, DoRA's trained magnitudes would still change the output
-    else:
+def _set_weights(unet: UNet2DConditionModel, weights: Sequence[float]) -> None:
+    # With a weight of 0, DoRA's trained magnitudes would still change the output.
+    active = {_name(position): weight for position, weight in enumerate(weights) if weight != 0}
+    if active:
         unet.enable_lora()
-        unet.set_adapters([NAME], [weight])
+        unet.set_adapters(list(active), list(active.values()))
+    elif weights:
+        unet.disable_lora()
 
 
 def _misfit(unet: UNet2DConditionModel, weights: Mapping[str, torch.Tensor], config: AdapterConfig) -> str | None:
@@ -246,11 +277,12 @@ def _misfit(unet: UNet2DConditionModel, weights: Mapping[str, torch.Tensor], con
 
 
 def _targeted(unet: UNet2DConditionModel, targets: Sequence[str]) -> dict[str, torch.nn.Linear | torch.nn.Conv2d]:
-    """The modules that PEFT adapts for these targets."""
+    """The modules that PEFT adapts for these targets, also where it has wrapped them for another adapter already."""
     names = frozenset(targets)
+    modules = ((name.removesuffix(".base_layer"), module) for name, module in unet.named_modules())
     return {
         name: module
-        for name, module in unet.named_modules()
+        for name, module in modules
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and is_target(name, names)
     }
 

@@ -58,13 +58,21 @@ def base_side(pipeline: StableDiffusionPipeline) -> int:
 
 
 def check_sampling(pipeline: StableDiffusionPipeline, sampling: Sampling) -> None:
-    """Raise BestiaryError when this base cannot draw so: an unknown sampler, a wrong size, or too many LCM steps."""
+    """Raise BestiaryError when this base cannot draw so.
+
+    The reasons: an unknown sampler, a wrong size, too many LCM steps, or a negative prompt without guidance.
+    """
     if sampling.sampler not in SAMPLERS:
         raise BestiaryError(f"There is no sampler {sampling.sampler!r}. Choose one of {', '.join(SAMPLERS)}.")
     multiple = math.lcm(8, pipeline.vae_scale_factor)  # diffusers itself demands multiples of 8
     for side in (sampling.width, sampling.height):
         if side is not None and side % multiple:
             raise BestiaryError(f"The resolution {side} is not a multiple of {multiple}.")
+    if sampling.negative_prompt and (sampling.guidance_scale <= 1 or is_lcm(pipeline)):
+        raise BestiaryError(
+            "A negative prompt has no effect without guidance. Leave it out, or draw with a guidance scale above 1 and "
+            "a base that is no latent consistency model."
+        )
     if sampling.sampler == "lcm":
         # An LCM-LoRA (arXiv:2311.05556) cannot be told from another adapter by its weights.
         if not is_lcm(pipeline) and not getattr(pipeline.unet, "peft_config", None):
@@ -114,8 +122,8 @@ def generate(
             "This base is a latent consistency model, whose guidance cannot be turned off for some of the steps. "
             "Use the guidance interval 0 to 1000."
         )
-    texts = ["", *dict.fromkeys(prompts)]
-    features = encode_text(pipeline.tokenizer, pipeline.text_encoder, texts)  # (B, T, D), the first is unconditional
+    texts = [sampling.negative_prompt, *dict.fromkeys(prompts)]  # the first is what guidance leads away from
+    features = encode_text(pipeline.tokenizer, pipeline.text_encoder, texts)  # (B, T, D)
     factor = pipeline.vae_scale_factor
     shape = (pipeline.unet.config.in_channels, height // factor, width // factor)  # (C, h, w)
     images: list[Image] = []

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -68,7 +68,7 @@ class Offer:
             "aliases": self.aliases,
             "scores": self.scores,
             "usual": self.defaults.to_dict() if self.defaults else None,
-            "subjects": None if self.subjects is None else [asdict(subject) for subject in self.subjects],
+            "subjects": None if self.subjects is None else [_words(subject) for subject in self.subjects],
             "side": self.side,
             "sha256": self.sha256 and self.sha256[:8],  # tells two files of one name apart
         }
@@ -225,3 +225,8 @@ def short_name(model: str) -> str:
     ('models/base', 'stable-diffusion-v1-5/stable-diffusion-v1-5')
     """
     return "/".join(Path(model).parts[-2:])
+
+
+def _words(subject: Subject) -> dict[str, str]:
+    """What the page shows of a subject."""
+    return {"folder": subject.folder, "name": subject.name, "chinese": subject.chinese}

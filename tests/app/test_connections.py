@@ -96,7 +96,7 @@ def test_half_finished_requests_make_room_for_others(base_folder: Path, monkeypa
 def test_a_reader_that_stops_is_dropped_and_the_picture_is_not_drawn_on(
     base_folder: Path, quick: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    body = json.dumps(ORDER | {"steps": 1, "count": 16, "resolution": 256, "preview": False}).encode()
+    body = json.dumps(ORDER | {"steps": 1, "count": 16, "width": 256, "height": 256, "preview": False}).encode()
     order = HEAD.replace(b"99", str(len(body)).encode()) + body
     with running(base_folder) as port, socket.socket() as reader:
         reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)

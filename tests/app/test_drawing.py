@@ -55,6 +55,22 @@ def test_the_page_draws_the_same_pixels_as_the_library(
     assert not ImageChops.difference(again, drawn[1]).getbbox()
 
 
+def test_weight_size_and_negative_prompt_are_drawn_and_recorded(server: RunningPage) -> None:
+    order = {"adapter": "local:0", "width": 72, "height": 48, "negative_prompt": " a blurry\nphoto ", "compare": True}
+    half, base = pictures(server.draw(**order, adapter_weight=0.5))
+    none, base_again = pictures(server.draw(**order, adapter_weight=0))
+    trained, _ = pictures(server.draw(**order))
+    assert half.size == (72, 48)
+    assert none.tobytes() == base.tobytes() == base_again.tobytes()
+    assert len({image.tobytes() for image in (half, base, trained)}) == 3
+    settings = json.loads(half.info["bestiary"])
+    assert (settings["width"], settings["height"], settings["adapter_weight"]) == (72, 48, 0.5)
+    assert settings["negative_prompt"] == "a blurry photo"
+    assert "<lora:bestiary:0.5>\nNegative prompt: a blurry photo\n" in half.info["parameters"]
+    assert "adapter_weight" not in json.loads(base.info["bestiary"])
+    assert "<lora" not in trained.info["parameters"] + base.info["parameters"]
+
+
 def test_the_catalog_lists_registered_versions_with_their_scores(server: RunningPage) -> None:
     catalog = server.client.get("/api/catalog").json()
     champion, local = catalog["adapters"]
@@ -120,15 +136,23 @@ def test_an_unknown_animal_is_drawn_as_written_with_a_hint(server: RunningPage) 
     [
         ({"steps": 0}, "Steps"),
         ({"steps": True}, "Steps"),
-        ({"resolution": 257}, "Resolution"),
-        ({"resolution": 4096}, "Resolution"),
+        ({"width": 65, "height": 64}, "Width"),
+        ({"width": 0}, "Width"),
+        ({"height": 4096}, "Height"),
+        ({"width": 2048, "height": 520}, "tooManyPixels"),
+        ({"adapter_weight": -1}, "Adapter weight"),
+        ({"adapter_weight": 3}, "Adapter weight"),
+        ({"adapter_weight": "abc"}, "Adapter weight"),
+        ({"negative_prompt": "x" * 2000}, "Negative prompt"),
+        ({"negative_prompt": "word " * 100}, "tooManyTokens"),
+        ({"negative_prompt": "blurry", "guidance_scale": 1}, "negativeUnused"),
         ({"prompt": "x" * 10_000}, "Prompt"),
         ({"animal": " "}, "missing"),
         ({"scheduler": "magic"}, "Scheduler"),
         ({"seed": -1}, "Seed"),
         ({"count": 1000}, "Count"),
-        ({"count": 16, "steps": 400, "resolution": 1024}, "tooMuchWork"),
-        ({"count": 1, "steps": 400, "resolution": 1024, "compare": True}, "tooMuchWork"),
+        ({"count": 16, "steps": 400, "width": 1360, "height": 768}, "tooMuchWork"),
+        ({"count": 1, "steps": 400, "width": 1024, "height": 1024, "compare": True}, "tooMuchWork"),
         ({"colour": 1}, "Colour"),
         ({"guidance_interval": [0.3]}, "Guidance interval"),
         ({"guidance_interval": [-1, 5]}, "Guidance interval"),

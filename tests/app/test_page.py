@@ -273,6 +273,38 @@ def test_a_size_far_from_the_trained_one_is_warned_of(browser: Browser, server: 
 
 
 @pytest.mark.slow
+def test_weight_shape_and_negative_prompt_are_drawn_and_used_again(browser: Browser, server: RunningPage) -> None:
+    page = browser.new_page(locale="en-GB")
+    page.goto(server.address)
+    page.wait_for_selector("body.ready")
+    page.select_option("#adapter", "local:0")
+    page.click("summary")
+    assert page.inner_text("output[for=weight]") == "1.00"
+    page.fill("#weight", "0.5")
+    assert page.inner_text("output[for=weight]") == "0.50"
+    assert page.inner_text("#shape option:checked") == "1:1 · 64 × 64 px"
+    page.select_option("#shape", "3:2")
+    page.fill("#negative", "a blurry photo")
+    page.fill("#animal", "tiger")
+    page.fill("#steps", "2")
+    page.click("#draw")
+    page.wait_for_selector("#draw:visible")
+    shown = page.inner_text("#settings")
+    assert "72 × 48 px" in shown
+    assert "a blurry photo" in shown
+    assert page.eval_on_selector("#pictures canvas", "canvas => [canvas.width, canvas.height]") == [72, 48]
+    page.fill("#negative", "")
+    page.fill("#weight", "1")
+    page.select_option("#shape", "9:16")
+    page.click("#reuse")
+    values = [page.input_value(f"#{field}") for field in ("weight", "shape", "negative")]
+    assert values == ["0.5", "3:2", "a blurry photo"]
+    page.select_option("#adapter", "none")
+    assert page.is_disabled("#weight")
+    page.close()
+
+
+@pytest.mark.slow
 def test_a_prompt_that_wins_over_the_subject_is_visible(browser: Browser, server: RunningPage) -> None:
     page = open_page(browser, server)
     page.fill("#animal", "tiger")

@@ -6,13 +6,15 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from bestiary import samplers
 from bestiary.app.errors import RefusedError
 from bestiary.errors import BestiaryError
 from bestiary.params import rising
-from bestiary.samplers import SamplerName, SamplingChanges
+from bestiary.samplers import MAX_ADAPTER_WEIGHT, SamplerName, SamplingChanges
 
-MAX_SIDE, SIDE_STEP = 1024, 64  # pixels
+MAX_SIDE, SIDE_STEP = 1024, 64  # pixels, of the square pictures on offer; others have at most as many pixels
 MAX_WORK = 500_000_000  # of one order, in pixels x steps: 16 pairs of 512 x 512 pixels in 50 steps are 419 million
+Side = Annotated[int, Field(multiple_of=samplers.SIDE_STEP, ge=32, le=2 * MAX_SIDE)]
 NoiseLevel = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -22,17 +24,20 @@ class Order(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     adapter: str = "none"
+    adapter_weight: float = Field(default=1.0, ge=0, le=MAX_ADAPTER_WEIGHT)
     base: str = ""  # empty: the one that the adapter was trained on
     device: str = ""  # empty: the best one
     animal: str = Field(default="", max_length=200)
     prompt: str = Field(default="", max_length=1000)  # replaces the sentence around the animal
+    negative_prompt: str = Field(default="", max_length=1000)
     steps: int = Field(ge=1, le=400)
     guidance_scale: float = Field(ge=1, le=20)
     guidance_interval: Annotated[tuple[NoiseLevel, NoiseLevel], AfterValidator(rising)] | None = None
     scheduler: SamplerName
     seed: int = Field(ge=0, lt=2**53)  # larger integers are not exact in a browser
     count: int = Field(default=1, ge=1, le=16)
-    resolution: int | None = Field(default=None, multiple_of=SIDE_STEP, ge=SIDE_STEP, le=MAX_SIDE)  # None: base's
+    width: Side | None = None  # None: the base's
+    height: Side | None = None
     compare: bool = False  # also draw the base's picture of each seed
     preview: bool = True
 
@@ -49,19 +54,27 @@ class Order(BaseModel):
             raise BestiaryError(f"{where[0].upper()}{where[1:]}: {_lower_first(first['msg'])}{shown}.") from None
         if not (order.animal.strip() or order.prompt.strip()):
             raise RefusedError("missing", "Name an animal, or write a prompt.")
-        order.check_work(order.resolution or SIDE_STEP)
+        order.check_work(order.width or SIDE_STEP, order.height or SIDE_STEP)
         return order
 
-    def check_work(self, side: int) -> None:
-        """Raise BestiaryError when the order's pictures, `side` pixels wide and high, would take too long together."""
-        steps, limit = self.steps * self.count * (2 if self.compare else 1), MAX_WORK // side**2
+    def check_work(self, width: int, height: int) -> None:
+        """Raise BestiaryError when a picture of this size is too large, or all of the order would take too long."""
+        side = f"{width}" if width == height else f"{width} x {height}"
+        if width * height > MAX_SIDE**2:
+            raise RefusedError(
+                "tooManyPixels",
+                "{side} px are too many for one picture: {limit} x {limit} are the most. Choose a smaller size.",
+                side=side,
+                limit=str(MAX_SIDE),
+            )
+        steps, limit = self.steps * self.count * (2 if self.compare else 1), MAX_WORK // (width * height)
         if steps > limit:
             raise RefusedError(
                 "tooMuchWork",
                 "All pictures of an order may take {limit} steps together at {side} px, and these take {steps}. Choose "
                 "fewer pictures, fewer steps or a smaller size.",
                 limit=str(limit),
-                side=str(side),
+                side=side,
                 steps=str(steps),
             )
 
@@ -73,8 +86,10 @@ class Order(BaseModel):
             steps=self.steps,
             guidance_scale=self.guidance_scale,
             guidance_interval=self.guidance_interval,
-            width=self.resolution,
-            height=self.resolution,
+            width=self.width,
+            height=self.height,
+            negative_prompt=" ".join(self.negative_prompt.split()),
+            adapter_weight=self.adapter_weight,
         )
 
 

@@ -164,17 +164,19 @@ class Studio:
             tell(note)
         sampling = Sampling(guidance_interval=order.guidance_interval)  # the order sets everything else
         sampling = self._generator.sized(order.changes.apply(sampling))
-        order.check_work(sampling.width or SIDE_STEP)
+        order.check_work(sampling.width or SIDE_STEP, sampling.height or SIDE_STEP)
         plain = PictureSettings(
             prompt=prompt,
             seed=order.seed,
-            sampling=sampling,
+            sampling=replace(sampling, adapter_weight=1.0),  # the base alone has none
             base=short_name(base.model),
             base_revision=base.revision,
             adapter=None,
             adapter_sha256=None,
         )
-        adapted = replace(plain, adapter=offer.name, adapter_sha256=work.adapter_sha256) if offer else plain
+        adapted = plain
+        if offer:
+            adapted = replace(plain, sampling=sampling, adapter=offer.name, adapter_sha256=work.adapter_sha256)
         pairs: list[tuple[PictureSettings, Role]] = [(adapted, "adapter")]
         if order.compare and offer:
             pairs.append((plain, "base"))

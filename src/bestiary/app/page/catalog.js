@@ -2,8 +2,9 @@
 import { $, element, showText } from './dom.js';
 import { hasText, text } from './language.js';
 import { request } from './requests.js';
+import { SHAPES, sizeOf } from './sizes.js';
 
-const FIELD_DEFAULTS = { steps: 'steps', guidance: 'guidance_scale', scheduler: 'scheduler', resolution: 'resolution' };
+const FIELD_DEFAULTS = { steps: 'steps', guidance: 'guidance_scale', scheduler: 'scheduler', resolution: 'resolution', weight: 'adapter_weight' };
 const FAR = 1.4; // times larger or smaller than what an adapter was trained on
 
 export let catalog = null;
@@ -47,10 +48,23 @@ export function fillChoices() {
   fill('adapter', [...offers().map((offer) => [offer.key, adapterLabel(offer)]), ['none', text('noAdapter')]]);
   fill('resolution', catalog.resolutions.map((side) =>
     [side, side === catalog.usual.resolution ? text('nativeSize', { side }) : `${side} px`]));
+  fillShapes();
   fill('scheduler', Object.entries(catalog.schedulers));
   fill('base', [['', text('automatic')], ...catalog.bases.map((base) => [base, base])]);
   fill('device', catalog.devices.map((device) => [device, device.toUpperCase()]));
   $('device').disabled = catalog.devices.length < 2;
+}
+
+/** Offers the shapes, each with its size at the chosen resolution. */
+export function fillShapes() {
+  const side = Number($('resolution').value);
+  fill('shape', Object.keys(SHAPES).map((shape) => [shape, `${shape} · ${sizeOf(side, shape).join(' × ')} px`]));
+}
+
+/** Shows the number beside the slider of the adapter's weight, which the base alone does not have. */
+export function showWeight() {
+  $('weight').disabled = $('adapter').value === 'none';
+  document.querySelector('output[for=weight]').value = Number($('weight').value).toFixed(2);
 }
 
 function fill(id, options) {
@@ -78,12 +92,13 @@ export function adapterChanged() {
   $('adapter').title = $('adapter').selectedOptions[0]?.textContent ?? '';
   showText('scores', offer && gains(offer).length ? () => text('gains', { gains: gains(offer).join(' · ') }) : null);
   const before = defaults;
-  defaults = { ...(offer?.usual ?? catalog.usual) };
+  defaults = { adapter_weight: 1, ...(offer?.usual ?? catalog.usual) };
   if (!catalog.resolutions.includes(defaults.resolution)) defaults.resolution = catalog.usual.resolution;
   for (const [id, key] of Object.entries(FIELD_DEFAULTS)) {
     const changedByUser = before && $(id).value !== String(before[key]);
     if (!changedByUser) $(id).value = defaults[key];
   }
+  showWeight();
   const interval = defaults.guidance_interval;
   $('interval-label').hidden = !interval;
   if (interval) $('interval-text').textContent = text('interval', { low: interval[0], high: interval[1] });
@@ -92,6 +107,7 @@ export function adapterChanged() {
 
 /** Warns of a size far from the one that the adapter, or else the base, was trained on. */
 export function checkSize() {
+  fillShapes();
   const side = chosenOffer()?.side ?? catalog.usual.resolution;
   const chosen = Number($('resolution').value);
   const isFar = chosen > side * FAR || chosen < side / FAR;

@@ -1,9 +1,10 @@
 // An order: what the form asks the server to draw.
-import { chooseAdapter, defaults } from './catalog.js';
+import { catalog, chooseAdapter, defaults, showWeight } from './catalog.js';
 import { $ } from './dom.js';
 import { text } from './language.js';
+import { SHAPES, sizeOf } from './sizes.js';
 
-const MAX_LENGTH = { animal: 200, prompt: 1000 }; // characters
+const MAX_LENGTH = { animal: 200, prompt: 1000, negative: 1000 }; // characters
 const NUMBERS = ['seed', 'count', 'steps', 'guidance'];
 
 /** The first mistake in the form as [field, words], or null. `words()` says what is wrong. */
@@ -20,19 +21,23 @@ export function mistake() {
 }
 
 export function readOrder() {
+  const [width, height] = sizeOf(Number($('resolution').value), $('shape').value);
   return {
     adapter: $('adapter').value,
+    adapter_weight: Number($('weight').value),
     base: $('base').value,
     device: $('device').value,
     animal: $('animal').value,
     prompt: $('prompt').value,
+    negative_prompt: $('negative').value,
     steps: Number($('steps').value),
     guidance_scale: Number($('guidance').value),
     guidance_interval: defaults.guidance_interval && $('interval').checked ? defaults.guidance_interval : null,
     scheduler: $('scheduler').value,
     seed: Number($('seed').value),
     count: Number($('count').value),
-    resolution: Number($('resolution').value),
+    width,
+    height,
     compare: $('compare').checked && $('adapter').value !== 'none',
     preview: $('preview').checked,
   };
@@ -41,7 +46,14 @@ export function readOrder() {
 /** Fills the form with an earlier order. */
 export function repeatOrder(order) {
   chooseAdapter(order.adapter);
-  for (const id of ['base', 'device', 'animal', 'prompt', 'steps', 'scheduler', 'seed', 'resolution']) $(id).value = order[id];
+  for (const id of ['base', 'device', 'animal', 'prompt', 'steps', 'scheduler', 'seed']) $(id).value = order[id];
+  const sizes = catalog.resolutions.flatMap((side) => Object.keys(SHAPES).map((shape) => [side, shape]));
+  const [side, shape] = sizes.find((size) => String(sizeOf(...size)) === String([order.width, order.height]));
+  $('resolution').value = side;
+  $('shape').value = shape;
+  $('negative').value = order.negative_prompt;
+  $('weight').value = order.adapter_weight;
+  showWeight();
   $('interval').checked = Boolean(order.guidance_interval);
   $('guidance').value = order.guidance_scale;
   $('compare').checked = order.compare || order.adapter === 'none';

@@ -92,11 +92,16 @@ function roleName(role, order) {
 function settingsOf({ settings, device }) {
   const [low, high] = settings.guidance_interval ?? [];
   const scale = settings.guidance_scale;
+  const size = settings.resolution ?? `${settings.width} × ${settings.height}`;
   return [
-    ['prompt', settings.prompt], ['seed', settings.seed], ['steps', settings.steps],
+    ['prompt', settings.prompt],
+    ...(settings.negative_prompt ? [['negative', settings.negative_prompt]] : []),
+    ['seed', settings.seed], ['steps', settings.steps],
     ['guidance', settings.guidance_interval ? text('guidanceInInterval', { scale, low, high }) : scale],
-    ['scheduler', catalog.schedulers[settings.scheduler]], ['resolution', `${settings.resolution} px`],
-    ['adapter', settings.adapter ? adapterName(settings) : text('noAdapter')], ['base', settings.base], ['device', device.toUpperCase()],
+    ['scheduler', catalog.schedulers[settings.scheduler]], ['resolution', `${size} px`],
+    ['adapter', settings.adapter ? adapterName(settings) : text('noAdapter')],
+    ...('adapter_weight' in settings ? [['weight', settings.adapter_weight]] : []),
+    ['base', settings.base], ['device', device.toUpperCase()],
   ];
 }
 

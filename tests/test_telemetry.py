@@ -47,7 +47,7 @@ def watched(project: Path, tmp_path: Path, base_folder: Path, monkeypatch: pytes
     """A project with the stages of this one, a manifest that can be split, and a registered adapter."""
     for name in ("stages", "src"):
         (project / name).symlink_to(ROOT / name)
-    for name in ("dvc.yaml", "params.yaml", "overrides.csv"):
+    for name in ("dvc.yaml", "params.yaml", "overrides.csv", "subjects.yaml"):
         shutil.copy2(ROOT / name, project / name)
     (project / "models").mkdir()
     (project / "models" / "base").symlink_to(base_folder)

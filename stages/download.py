@@ -34,7 +34,10 @@ def main() -> None:
             if taken.renamed:
                 print(f"download: {taken.renamed} files got names in {RAW} that suit every system.", file=sys.stderr)
             if taken.captioned:
-                print(f"download: {taken.captioned} images have captions of their own, from files.", file=sys.stderr)
+                print(
+                    f"download: captions from files: {taken.captioned} of {sum(taken.per_class.values())} images.",
+                    file=sys.stderr,
+                )
             per_class = taken.per_class
             found: dict[str, object] = {
                 "renamed_files": taken.renamed,

@@ -159,5 +159,5 @@ def test_one_class_alone_is_refused_before_anything_is_drawn(tmp_path: Path) -> 
     for name in ("train", "val"):
         pd.DataFrame([{"path": f"my-cat/{name}.png", "class": "my-cat"}]).to_csv(tmp_path / f"{name}.csv", index=False)
     nothing_loaded = Compared(None, tmp_path / "adapter", [], tmp_path, tmp_path)
-    with pytest.raises(BestiaryError, match=r"my-cat is the only class.*bestiary generate --adapter models/adapter"):
+    with pytest.raises(BestiaryError, match=r"my-cat is the only class.*bestiary generate .*--adapter models/adapter"):
         comparison.evaluate(nothing_loaded, SETTINGS, seed=0)

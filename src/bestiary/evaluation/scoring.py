@@ -387,7 +387,7 @@ def check_several(classes: Sequence[str]) -> None:
         raise BestiaryError(
             f"{only} is the only class, and evaluation scores whether the judge tells the classes apart, which takes a "
             "second class in data/. The trained adapter is complete: look at reports/train/sheet.png, or draw with "
-            "`bestiary generate --adapter models/adapter`."
+            '`bestiary generate --prompt "..." --adapter models/adapter`.'
         )
 
 

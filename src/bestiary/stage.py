@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -101,17 +101,28 @@ def _end_with_dvc() -> None:
 
 def _take_turn(name: str, definition: _Definition, locks: contextlib.ExitStack) -> None:
     """Wait until no other process of this project runs the stage, and delete what it wrote meanwhile, as DVC does."""
-    path = CACHE / "locks" / f"stage-{name}"  # in the working folder, where the outputs are
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = locks.enter_context(path.open("w"))
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+
+    def on_wait() -> None:
         print(f"{name}: an earlier run of this stage has not ended yet. Waiting for it.", file=sys.stderr)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+
+    # In the working folder, where the outputs are.
+    if _lock(CACHE / "locks" / f"stage-{name}", locks, on_wait):
         for out in map(Path, [*definition.outs, *definition.metrics]):
             if str(out) not in definition.persistent:
                 shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
+
+
+def _lock(path: Path, locks: contextlib.ExitStack, on_wait: Callable[[], None]) -> bool:
+    """Lock a file until `locks` closes. If another process holds it, call `on_wait`, then wait; return whether so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = locks.enter_context(path.open("w"))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        on_wait()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return True
+    return False
 
 
 class StageRun:
@@ -147,16 +158,13 @@ class StageRun:
 
         folder, cache = project_root() / folder, project_root() / CACHE
         if self.is_main:
-            path = cache / "locks" / "-".join(folder.relative_to(cache).parts)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = self._locks.enter_context(path.open("w"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+
+            def on_wait() -> None:
                 if processes().num_processes > 1:  # the other processes, and their launcher, would time out
-                    raise BestiaryError("Another run is already doing this work. Try again when it finishes.") from None
+                    raise BestiaryError("Another run is already doing this work. Try again when it finishes.")
                 print(f"{self.stage}: another run is already doing this work. Waiting for it.", file=sys.stderr)
-                fcntl.flock(lock, fcntl.LOCK_EX)
+
+            _lock(cache / "locks" / "-".join(folder.relative_to(cache).parts), self._locks, on_wait)
         processes().wait_for_everyone()
         return folder
 

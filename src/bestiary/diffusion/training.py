@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -75,14 +75,7 @@ def train(
     else:
         run.validate()
     progress.start_clock()
-    bar = tqdm(
-        total=settings.steps,
-        initial=first_step,
-        desc="train the adapter",
-        unit="step",
-        disable=not accelerator.is_local_main_process,
-    )
-    with bar, stop_on_sigterm() as stop:
+    with _progress_bar(settings.steps, first_step, accelerator) as bar, stop_on_sigterm() as stop:
         for batches in run.batches:
             if not run.train_on(batches):
                 continue  # the step accumulates the gradients of more batches
@@ -106,6 +99,16 @@ def train(
                 run.save(checkpoints)
                 raise _stopped(progress.step, settings.steps, checkpoints)
     return run.finish()
+
+
+def _progress_bar(steps: int, first_step: int, accelerator: Accelerator) -> tqdm[NoReturn]:
+    return tqdm(
+        total=steps,
+        initial=first_step,
+        desc="train the adapter",
+        unit="step",
+        disable=not accelerator.is_local_main_process,
+    )
 
 
 class _Callbacks(NamedTuple):

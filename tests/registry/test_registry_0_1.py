@@ -26,7 +26,8 @@ from bestiary.registry.aliases import promote, rollback
 from bestiary.registry.gate import CHALLENGER, CHAMPION, measurement_hash
 from bestiary.registry.registering import Submission, register
 from bestiary.registry.resolving import find_base, pull, resolve
-from bestiary.registry.versions import artifact, defaults_of, find_version, versions, walk
+from bestiary.registry.tags import defaults_of
+from bestiary.registry.versions import artifact, find_version, versions, walk
 from bestiary.samplers import DrawingDefaults, Sampling
 from bestiary.tracking.store import open_client, tracking_uri
 

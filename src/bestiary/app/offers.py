@@ -187,7 +187,7 @@ class Offers:
 
 
 def _registered_offer(version: Version, last: Evaluated) -> Offer:
-    from bestiary.registry.versions import defaults_of
+    from bestiary.registry.tags import defaults_of
 
     tags, defaults = version.tags, defaults_of(version)
     return Offer(

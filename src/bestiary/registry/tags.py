@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 DEFAULTS_TAG = "usual"  # holds a version's drawing defaults
 SUBJECTS_TAG = "subjects"  # holds the words of a version's subjects, by class folder
+VERSION_NUMBER = re.compile(r"[1-9]\d{0,8}")
 MAX_BASE_LENGTH = 1000  # of a path or an id on the hub
 
 
@@ -71,7 +72,7 @@ def number(version: Version, key: str) -> float:
 def whole_number(version: Version, key: str) -> int:
     """The value of a tag as the number of a version. Raises BestiaryError when it is missing or no such number."""
     value = text(version, key)
-    if not re.fullmatch(r"[1-9]\d{0,8}", value):
+    if not VERSION_NUMBER.fullmatch(value):
         raise odd(version, key, "the number of a version")
     return int(value)
 
@@ -82,6 +83,22 @@ def odd(version: Version, key: str, expected: str) -> BestiaryError:
         f"The tag {key} of {version.uri} is {short(version.tags[key])}, which is not {expected}. Choose another "
         "version, or register the adapter again."
     )
+
+
+def defaults_of(version: Version) -> DrawingDefaults | None:
+    """How a version was evaluated, and how it draws by default. None when its tags do not say, or make no sense.
+
+    >>> from bestiary.registry.versions import Version
+    >>> tag = '{"template": "{}", "steps": 9, "guidance_scale": 3.0, "scheduler": "ddim", "resolution": 64}'
+    >>> defaults_of(Version("bestiary", 1, [], {"usual": tag}, "run")).sampling.steps
+    9
+    >>> defaults_of(Version("bestiary", 2, [], {}, "run")) is None
+    True
+    """
+    try:
+        return DrawingDefaults.from_json(version.tags[DEFAULTS_TAG])
+    except (KeyError, ValueError, RecursionError):
+        return None
 
 
 def subjects_tag(folders: Iterable[str], subjects: Subjects) -> str:
@@ -135,9 +152,7 @@ def _sha256(version: Version, key: str) -> str:
 
 
 def _defaults(version: Version) -> DrawingDefaults | None:
-    if DEFAULTS_TAG not in version.tags:
-        return None
-    try:
-        return DrawingDefaults.from_json(version.tags[DEFAULTS_TAG])
-    except (ValueError, RecursionError):
-        raise odd(version, DEFAULTS_TAG, "a description of how to draw") from None
+    defaults = defaults_of(version)
+    if defaults is None and DEFAULTS_TAG in version.tags:
+        raise odd(version, DEFAULTS_TAG, "a description of how to draw")
+    return defaults

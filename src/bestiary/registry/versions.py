@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING
 
 from bestiary.errors import BestiaryError, short
 from bestiary.files import find_project, project_root
-from bestiary.registry.tags import DEFAULTS_TAG
-from bestiary.samplers import DrawingDefaults
+from bestiary.registry.tags import VERSION_NUMBER
 from bestiary.tracking.addresses import local_path, shown_address, sqlite_path, sqlite_uri, without_secrets
 from bestiary.tracking.database import Database, open_database
 from bestiary.tracking.lineage import Server, Step, lineage
@@ -92,21 +91,6 @@ def find_version(uri: str) -> Version:
     )
 
 
-def defaults_of(version: Version) -> DrawingDefaults | None:
-    """How a version was evaluated, and how it draws by default. None when its tags do not say.
-
-    >>> tag = '{"template": "{}", "steps": 9, "guidance_scale": 3.0, "scheduler": "ddim", "resolution": 64}'
-    >>> defaults_of(Version("bestiary", 1, [], {"usual": tag}, "run")).sampling.steps
-    9
-    >>> defaults_of(Version("bestiary", 2, [], {}, "run")) is None
-    True
-    """
-    try:
-        return DrawingDefaults.from_json(version.tags[DEFAULTS_TAG])
-    except (KeyError, ValueError, RecursionError):
-        return None
-
-
 def walk(uri: str) -> tuple[Version, list[Step]]:
     """A registered version and the runs that it is based on, the register run first.
 
@@ -170,7 +154,7 @@ def number_of(client: MlflowClient, name: str, sha256: str) -> int | None:
 
 def version_number(value: object) -> int:
     """The number of a version as MLflow gives it. Raises BestiaryError when it is none."""
-    if not re.fullmatch(r"[1-9]\d{0,8}", str(value)):
+    if not VERSION_NUMBER.fullmatch(str(value)):
         raise BestiaryError(f"The registry holds a version with the number {short(value)}, which is not a number.")
     return int(str(value))
 

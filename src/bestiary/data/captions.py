@@ -7,6 +7,7 @@ import io
 import json
 import re
 import unicodedata
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -29,6 +30,9 @@ def read_captions(files: Sequence[Path], images: Sequence[Path]) -> dict[Path, s
     captions: dict[Path, str] = {}
     came_from: dict[Path, Path] = {}
     by_name = {unicodedata.normalize("NFC", image.name): image for image in images}
+    by_stem: defaultdict[str, list[Path]] = defaultdict(list)
+    for image in images:
+        by_stem[image.stem].append(image)
 
     def add(image: Path, text: str, file: Path) -> None:
         if image in captions:
@@ -41,9 +45,8 @@ def read_captions(files: Sequence[Path], images: Sequence[Path]) -> dict[Path, s
     for file in files:
         content = _read(file)
         if file.name not in METADATA:
-            for image in images:
-                if image.stem == file.stem:
-                    add(image, content, file)
+            for image in by_stem[file.stem]:
+                add(image, content, file)
             continue
         rows = _json_lines(file, content) if file.suffix == ".jsonl" else _csv_rows(file, content)
         for line, name, text in rows:
@@ -89,9 +92,9 @@ def names_subject(caption: str, subject: Subject) -> bool:
 
 
 def _read(file: Path) -> str:
-    content = file.read_bytes()
-    if len(content) > MAX_BYTES:
+    if file.stat().st_size > MAX_BYTES:
         raise BestiaryError(f"{printable(str(file))} is too large for captions. Shorten or remove it.")
+    content = file.read_bytes()
     try:
         return unicodedata.normalize("NFC", content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:

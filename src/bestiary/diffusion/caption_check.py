@@ -110,12 +110,14 @@ def _odd_captions(
 
 def _hardly_seen(subject: Subject, text: tuple[CLIPTokenizer, CLIPTextModel]) -> Iterator[str]:
     """A line if the text encoder hardly tells the name from the class word."""
+    if not subject.class_word:
+        return
     import torch
 
     template = "a photo of {}"
     words = [caption(subject, template), caption(subject_of(subject.class_word), template)]
     too_long = any(len(text[0](each).input_ids) > text[0].model_max_length for each in words)
-    if not subject.class_word or too_long:
+    if too_long:
         return
     with torch.inference_mode():
         named, plain = encode_text(*text, words).double()

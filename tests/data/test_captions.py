@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from support.settings import clean_settings
 
 from bestiary import params
 from bestiary.data.cleaning import ByHand, Outcome, clean
@@ -17,17 +18,7 @@ SUBJECTS = Subjects({"cat": Subject("cat", "sks cat", "", class_word="cat", give
 
 
 def settings(policy: Literal["prepend", "keep", "refuse"] = "prepend") -> params.Clean:
-    return params.Clean(
-        min_side=32,
-        max_aspect_ratio=4.0,
-        near_duplicate_bits=12,
-        blank="off",
-        blurred="off",
-        exposure="off",
-        off_topic="off",
-        off_topic_threshold=0.0,
-        caption_without_name=policy,
-    )
+    return clean_settings(caption_without_name=policy)
 
 
 def take_all(raw: Path) -> Taken:

@@ -8,6 +8,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from support.planted_faults import NEAR, SAMPLE_FAULTS, faulty_paths, plant, recall
+from support.settings import clean_settings
 
 from bestiary import params
 from bestiary.data.cleaning import AskJudge, ByHand, Outcome, clean
@@ -19,17 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 Draw = Callable[..., Image.Image]
 
-SETTINGS = params.Clean(
-    min_side=32,
-    max_aspect_ratio=4.0,
-    near_duplicate_bits=12,
-    blank="quarantine",
-    blurred="flag",
-    exposure="flag",
-    off_topic="off",
-    off_topic_threshold=0.05,
-    caption_without_name="prepend",
-)
+SETTINGS = clean_settings(blank="quarantine", blurred="flag", exposure="flag", off_topic_threshold=0.05)
 
 
 def run(

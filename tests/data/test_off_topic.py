@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from support.settings import clean_settings
 
-from bestiary import params
 from bestiary.data.cleaning import AskJudge, ByHand, clean
 from bestiary.data.findings import Finding
 from bestiary.evaluation.judge import Judge
@@ -19,16 +19,8 @@ from bestiary.subjects import Subject, Subjects
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tools"))
 
-SETTINGS = params.Clean(
-    min_side=32,
-    max_aspect_ratio=4.0,
-    near_duplicate_bits=0,
-    blank="off",
-    blurred="off",
-    exposure="off",
-    off_topic="auto",
-    off_topic_threshold=0.003,
-    caption_without_name="keep",
+SETTINGS = clean_settings(
+    near_duplicate_bits=0, off_topic="auto", off_topic_threshold=0.003, caption_without_name="keep"
 )
 
 

@@ -8,10 +8,9 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from support.settings import encode_settings, train_settings
+from support.settings import clean_settings, encode_settings, train_settings
 from support.training import run_training
 
-from bestiary import params
 from bestiary.data.cleaning import ByHand, clean
 from bestiary.data.local import take
 from bestiary.data.splitting import split, write
@@ -21,17 +20,7 @@ from bestiary.diffusion.latents import Latents
 from bestiary.errors import BestiaryError
 from bestiary.subjects import THING_TEMPLATES, Subject, Subjects, caption, subject_of
 
-CLEAN = params.Clean(
-    min_side=32,
-    max_aspect_ratio=4.0,
-    near_duplicate_bits=12,
-    blank="quarantine",
-    blurred="off",
-    exposure="off",
-    off_topic="off",
-    off_topic_threshold=0.0,
-    caption_without_name="prepend",
-)
+CLEAN = clean_settings(blank="quarantine")
 
 
 def photos(folder: Path, count: int) -> None:

@@ -1,7 +1,18 @@
-"""Settings for encoding and training a tiny base, whole as params.yaml has them."""
+"""Settings for cleaning, encoding and training a tiny base, whole as params.yaml has them."""
 
-from bestiary.params import Encode, Train
+from bestiary.params import Clean, Encode, Train
 
+CLEAN: dict[str, object] = {
+    "min_side": 32,
+    "max_aspect_ratio": 4.0,
+    "near_duplicate_bits": 12,
+    "blank": "off",
+    "blurred": "off",
+    "exposure": "off",
+    "off_topic": "off",
+    "off_topic_threshold": 0.0,
+    "caption_without_name": "prepend",
+}
 ENCODE: dict[str, object] = {
     "flip": True,
     "augmented_variants": 0,
@@ -53,6 +64,11 @@ TRAIN: dict[str, object] = {
     "sheet_guidance_scale": 3.0,
     "keep_checkpoints": False,
 }
+
+
+def clean_settings(**changes: object) -> Clean:
+    """Cleaning settings without the optional checks, with these changes."""
+    return Clean.model_validate(CLEAN | changes)
 
 
 def encode_settings(**changes: object) -> Encode:

@@ -31,7 +31,7 @@ _DETERMINER = re.compile(r"(?i)(?:my|our|your|his|her|its|their|this|that|these|
 class Subject:
     """What one class folder shows: the folder, the English name in the singular, the Chinese name.
 
-    A name that is `given` in subjects.yaml stands in captions as it is, without an article: "sks cat", "Momo".
+    A name that is `given` in subjects.yaml is used in captions as written, without an article: "sks cat", "Momo".
     """
 
     folder: str

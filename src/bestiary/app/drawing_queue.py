@@ -81,7 +81,7 @@ class Drawing:
 
 
 class DrawingQueue:
-    """Draws orders in turns, in a thread of its own."""
+    """Draws in a separate thread. Orders take turns."""
 
     def __init__(self, studio: Studio) -> None:
         self._studio = studio

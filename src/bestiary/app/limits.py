@@ -43,7 +43,7 @@ class Failures:
 
 
 class Guesses:
-    """Slows down whoever guesses the password. Until an address has waited, its guesses are not even compared."""
+    """Slows down password guessing: until an address has waited, its guesses are rejected without being compared."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

@@ -45,6 +45,6 @@ def taught_by_version(version: Version, last: Evaluated) -> tuple[Subject, ...] 
     """The subjects of a registered version. One from before the tag is known by its hash; None when nothing says."""
     try:
         return subjects_of(version) or taught_by_file(version.tags.get("adapter_sha256", ""), last)
-    except BestiaryError as error:  # whoever draws with it is told; the others can choose theirs
+    except BestiaryError as error:  # drawing with this version reports it; others stay usable
         log.warning("%s", error)
         return None

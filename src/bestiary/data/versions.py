@@ -14,7 +14,7 @@ from scipy.fft import dctn
 from scipy.ndimage import gaussian_filter
 
 from bestiary.data import duplicates
-from bestiary.data.hashing import THUMBNAIL, VIEWS, content_box, small_grey
+from bestiary.data.hashing import THUMBNAIL, VIEWS, Hashes, content_box, small_grey
 from bestiary.data.images import decode
 from bestiary.data.inspection import Inspection, cores
 
@@ -71,9 +71,14 @@ def find_versions(raw: Path, images: Sequence[Inspection], bits: int) -> list[Ve
     return [found[key] for key in sorted(found)]
 
 
+def _hashes_of(image: Inspection) -> Hashes:
+    assert image.hashes is not None, f"{image.path} is unreadable, so it has no versions"
+    return image.hashes
+
+
 def _propose(images: Sequence[Inspection], bits: int, *, mirrored: bool) -> _Candidates:
     """Return each pair with a hash of the first, or of a view of it, within `bits` of the second's: nearest view."""
-    known = [image.hashes for image in images if image.hashes]
+    known = [_hashes_of(image) for image in images]
     plain = np.array([each.plain for each in known], np.uint64)
     views = np.array([each.views for each in known], np.uint64).reshape(-1, len(VIEWS))
     searched = np.array([each.mirror for each in known], np.uint64) if mirrored else plain

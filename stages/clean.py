@@ -19,7 +19,7 @@ from bestiary.stage import stage
 from bestiary.subjects import Subjects
 
 RAW, CLEAN, REPORT = Path("build/raw"), Path("build/clean"), Path("reports/clean")
-OVERRIDES, SUBJECTS = Path("overrides.csv"), Path("subjects.yaml")
+OVERRIDES = Path("overrides.csv")
 
 
 def load_judge(model: Model) -> AskJudge:
@@ -47,7 +47,7 @@ def main() -> None:
     with stage("clean") as (params, run):
         started = time.perf_counter()
         judge = None if params.clean.off_topic == "off" else load_judge(params.judge)
-        by_hand = ByHand(read_overrides(OVERRIDES), Subjects.read(SUBJECTS))
+        by_hand = ByHand(read_overrides(OVERRIDES), Subjects.read_from(RAW))
         outcome = clean(RAW, CLEAN, params.clean, judge=judge, by_hand=by_hand, report=REPORT, tell=tell)
         kept = len(outcome.manifest)
         tell(f"{kept} of {outcome.images_in} images are kept. {REPORT}/findings.csv lists what was found.")

@@ -10,11 +10,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from bestiary.data.listing import describe_left_out
-from bestiary.data.local import take
+from bestiary.data.local import take, take_others
 from bestiary.stage import stage
 from bestiary.subjects import Subjects
 
-DATA, RAW, SUBJECTS = Path("data"), Path("build/raw"), Path("subjects.yaml")
+RAW, OTHERS = Path("build/raw"), Path("build/others")
 
 
 def dvc_cache() -> list[Path]:
@@ -26,9 +26,11 @@ def dvc_cache() -> list[Path]:
 def main() -> None:
     with stage("download") as (params, run):
         started, dataset = time.perf_counter(), params.dataset
-        subjects = Subjects.read(SUBJECTS)
+        data = Path(dataset.folder)
+        subjects = Subjects.read(data.with_name("subjects.yaml"))
         if dataset.source == "folder" or dataset.sciencedb is None:
-            taken = take(DATA, RAW, dataset.classes, dataset.images_per_class, dvc_cache, subjects)
+            taken = take(data, RAW, dataset.classes, dataset.images_per_class, dvc_cache, subjects)
+            others = take_others(data, OTHERS, subjects)
             for line in describe_left_out(taken.left_out):
                 print(f"download: {line}", file=sys.stderr)
             if taken.renamed:
@@ -57,13 +59,15 @@ def main() -> None:
                 print(f"download: {line}", file=sys.stderr)
             per_class = downloaded.per_class
             subjects.check_known(per_class)
+            subjects.write_to(RAW)
+            others = take_others(data, OTHERS, Subjects())  # writes the empty folder that DVC expects
             found = {key: value for key, value in asdict(downloaded).items() if key != "per_class"}
             found["left_out"] = dict(sorted(Counter(each.kind for each in downloaded.left_out).items()))
         seconds, images = time.perf_counter() - started, sum(per_class.values())
         fetched = {key: found.pop(key) for key in ("fetched_files",) if key in found}  # the others were in the cache
         results = {"source": dataset.source, "images": images, "classes": len(per_class)}
         costs = {"seconds": seconds, "images_per_second": images / seconds, **fetched}
-        run.report({**results, **found, "per_class": per_class}, costs, headlines=("images", "classes"))
+        run.report({**results, **found, "per_class": per_class, "others": others}, costs, headlines=("images", "classes"))
 
 
 if __name__ == "__main__":

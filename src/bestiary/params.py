@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -31,8 +31,10 @@ Positive = Field(gt=0)
 # What a sampler can work with: a version whose evaluation was beyond these limits could not be used.
 Steps = Annotated[int, Field(gt=0, le=MAX_STEPS)]
 GuidanceScale = Annotated[float, Field(ge=1.0, le=MAX_GUIDANCE_SCALE)]
+Value = TypeVar("Value")
 Count = Annotated[int, Field(gt=0)]
 Name = Annotated[str, Field(min_length=1)]
+Template = Annotated[str, Field(pattern=r"\{\}")]
 Policy = Literal["off", "flag", "quarantine"]
 
 
@@ -52,7 +54,7 @@ def _as_tuple(levels: object) -> object:
 Interval = Annotated[GuidanceInterval, BeforeValidator(_as_tuple), AfterValidator(rising)]
 
 
-def different(values: list[float]) -> list[float]:
+def different(values: list[Value]) -> list[Value]:
     """Refuse a value given twice."""
     if len(set(values)) < len(values):
         raise PydanticCustomError("different", "each value must be listed once")
@@ -64,6 +66,14 @@ def addressable(name: str) -> str:
     if not re.fullmatch(r"""[^/:@'"\s]([^/:@'"]*[^/:@'"\s])?""", name) or not name.isprintable():
         raise PydanticCustomError("addressable", "a name holds no /, : or @, no quotes, and no space at its ends")
     return name
+
+
+def watched(folder: str) -> str:
+    """Refuse a folder of images that DVC does not watch for changes."""
+    parts = Path(folder).parts
+    if not parts or ".." in parts or parts[0] not in ("data", "examples") or (parts[0] == "data" and len(parts) > 1):
+        raise PydanticCustomError("watched", "the folder is data, or a folder in examples: DVC watches only these two")
+    return folder
 
 
 class Section(BaseModel):
@@ -86,6 +96,7 @@ class ScienceDB(Section):
 
 class Dataset(Section):
     source: Literal["folder", "sciencedb"]
+    folder: Annotated[str, AfterValidator(watched)]  # of the class folders; subjects.yaml lies beside it
     sciencedb: ScienceDB | None  # what that source needs
     classes: list[Name] | None = Field(min_length=1)  # class folders to take; None takes all
     images_per_class: int | None = Field(gt=0)
@@ -193,8 +204,17 @@ class Sweep(Section):
     score: Literal["clip_score", "margin", "top1"]
 
 
+class Proof(Section):
+    """What else is drawn of each subject that has a class word, to prove that the adapter shows this individual."""
+
+    contexts: Annotated[list[Template], Field(min_length=1), AfterValidator(different)]  # for prompt following
+    unrelated: Annotated[list[Name], Field(min_length=1), AfterValidator(different)]  # prompts, for leakage
+    seeds: int = Positive  # pictures of each of these prompts
+    class_seeds: int = Field(ge=2)  # pictures of the class word
+
+
 class Evaluate(Section):
-    template: str = Field(pattern=r"\{\}")
+    template: Template
     bootstrap_resamples: int = Positive
     seeds: int = Field(ge=2)  # pictures a class
     steps: Steps
@@ -204,6 +224,7 @@ class Evaluate(Section):
     guidance_interval: Interval | None  # None: every step is guided
     classes: list[Name] | None = Field(min_length=1)  # class folders to draw; None draws all
     second_judge: Model | None
+    proof: Proof | None  # None: only the scores that several classes have
     sweep: Sweep | None
 
     def sampling(self, side: int | None = None) -> Sampling:
@@ -238,8 +259,12 @@ class Benchmark(Section):
 
 class Register(Section):
     name: Annotated[str, AfterValidator(addressable)]
-    champion_score: Literal["clip_score", "margin", "top1"]
+    champion_score: Literal["clip_score", "margin", "top1"]  # for several classes
     max_copied: float = Field(ge=0.0, le=1.0)
+    # For one subject:
+    min_fidelity: float = Field(gt=0, le=1)  # share of the way from other individuals to the real photos
+    max_prompt_loss: float = Field(ge=0)  # points of CLIP score
+    max_leakage: float = Field(ge=0, le=200)  # 100 x (1 - cosine)
 
 
 class Params(Section):

@@ -40,6 +40,7 @@ class Subject:
     kind: Kind = field(default="thing", repr=False)
     class_word: str = field(default="", repr=False)  # what kind of thing it is: "cat"
     given: bool = field(default=False, repr=False)
+    others: str = field(default="", repr=False)  # folder of photos of other individuals of the class, never trained on
 
     @property
     def with_article(self) -> str:
@@ -152,6 +153,7 @@ class _Entry(BaseModel):
     class_word: str | None = Field(default=None, alias="class", max_length=MAX_NAME)
     kind: Kind = "thing"
     chinese: str | None = Field(default=None, max_length=MAX_NAME)
+    others: str | None = None
 
 
 @dataclass(frozen=True)
@@ -187,9 +189,16 @@ class Subjects:
         if repeated:
             raise BestiaryError(f"{path} describes the folder {repeated[0]} twice. Remove one of the two entries.")
         folders = [unicodedata.normalize("NFC", str(key.value)) for key, _ in node.value]  # 001 stays "001"
-        return cls(
+        subjects = cls(
             {folder: _described(path, folder, entry) for folder, entry in zip(folders, content.values(), strict=True)}
         )
+        for folder, others in subjects.folders_of_others.items():
+            if others in folders:
+                raise BestiaryError(
+                    f"{path}: {folder}.others names the folder {others}, which is a subject itself. Photos of others are "
+                    f"not trained on: remove the entry {others}, or name another folder."
+                )
+        return subjects
 
     @classmethod
     def read_from(cls, folder: Path) -> Subjects:
@@ -227,10 +236,15 @@ class Subjects:
         """The subject of a class folder."""
         return self.described.get(folder) or subject_of(folder)
 
+    @property
+    def folders_of_others(self) -> dict[str, str]:
+        """By subject folder, the folder with photos of other individuals. These folders are no subjects."""
+        return {folder: subject.others for folder, subject in self.described.items() if subject.others}
+
     def check_known(self, folders: Iterable[str]) -> None:
-        """Raise BestiaryError when a folder that is described is none of `folders`."""
+        """Raise BestiaryError when a folder that is described, or that holds others, is none of `folders`."""
         known = list(folders)
-        for folder in self.described:
+        for folder in (*self.described, *self.folders_of_others.values()):
             if folder not in known:
                 similar = difflib.get_close_matches(folder, known, n=1)
                 meant = f" Is it {similar[0]}?" if similar else ""
@@ -351,7 +365,7 @@ def _described(path: Path, folder: str, entry: object) -> Subject:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise BestiaryError(f"{where}: the key {key} is unknown. Use name, class, kind and chinese.") from None
+            raise BestiaryError(f"{where}: the key {key} is unknown. Use name, class, kind, chinese and others.") from None
         raise BestiaryError(f"{where}.{key}: {first['msg'][0].lower()}{first['msg'][1:]}.") from None
     texts = {}
     for key, text in (("name", checked.name), ("class", checked.class_word), ("chinese", checked.chinese)):
@@ -372,7 +386,10 @@ def _described(path: Path, folder: str, entry: object) -> Subject:
     if not texts["name"] and checked.kind == "style" and not name.casefold().endswith("style"):
         name = f"{name} style"
     chinese = texts["chinese"] or (known.chinese if name == known.name else name)
-    return Subject(folder, name, chinese, checked.kind, texts["class"], given=bool(texts["name"]))
+    others = unicodedata.normalize("NFC", checked.others or "")
+    if others == folder:
+        raise BestiaryError(f"{where}.others names the folder itself. Name a folder with photos of others of its class.")
+    return Subject(folder, name, chinese, checked.kind, texts["class"], given=bool(texts["name"]), others=others)
 
 
 def _article(name: str) -> str:

@@ -23,6 +23,7 @@ SIZE = 64
 THINGS = ("landscape", "house", "car", "page of text")  # not animals
 # The first seed of each use. They are far apart, so that no picture has two uses.
 TRAINING_SEEDS, JUDGE_SEEDS, FRESH_SEEDS, SAMPLE_SEEDS = 1_000_000, 20_000_000, 50_000_000, 90_000_000
+EXAMPLE_SEEDS = 95_000_000
 
 
 @dataclass(frozen=True)

@@ -51,16 +51,29 @@ def render(animal: str, style: Style, seed: int, size: int = 64, at_home: float 
     x, y = 0.5 + rng.uniform(-0.05, 0.05), 0.5 + rng.uniform(-0.03, 0.04)
     canvas = Canvas(size, 4 if size <= 96 else 3, x, y, scale, rng.uniform(-0.08, 0.08), rng.random() < 0.5)
     draw(canvas, look, paint, rng, detailed=style == "photo")
-    figure = np.asarray(canvas.image.resize((size, size), Image.Resampling.BOX), dtype=np.float32)
-    silhouette = canvas.silhouette.resize((size, size), Image.Resampling.BOX)
-    cover = np.asarray(silhouette, dtype=np.float32)[..., None] / 255  # (H, W, 1)
     if style == "drawing":
+        figure, _, cover = _cut_out(canvas)
         paper = np.asarray(HABITATS[place][0], dtype=np.float32) * 0.25 + 255 * 0.75 + rng.uniform(-6, 6)
         return _to_image(_over(figure, cover, np.broadcast_to(paper.astype(np.float32), figure.shape)))
+    return compose(canvas, place, rng)
+
+
+def compose(canvas: Canvas, place: str, rng: np.random.Generator) -> Image.Image:
+    """Put the figure on `canvas` into a place, in the photo style."""
+    figure, silhouette, cover = _cut_out(canvas)
+    size, (x, y), scale = canvas.size, canvas.centre, canvas.scale
     ground = backdrop(place, size, rng)
     if HABITATS[place][2]:
         ground = ground * (1 - 0.45 * _shadow(size, x, y + scale * 0.86, scale))
     return _to_image(_over(_lit(figure, silhouette, size), cover, ground) + rng.normal(0, 1.5, (size, size, 1)))
+
+
+def _cut_out(canvas: Canvas) -> tuple[Pixels, Image.Image, Pixels]:
+    """The figure (H, W, 3), its silhouette, and how much of each pixel it covers (H, W, 1), at the picture's size."""
+    size = (canvas.size, canvas.size)
+    figure = np.asarray(canvas.image.resize(size, Image.Resampling.BOX), dtype=np.float32)
+    silhouette = canvas.silhouette.resize(size, Image.Resampling.BOX)
+    return figure, silhouette, np.asarray(silhouette, dtype=np.float32)[..., None] / 255
 
 
 def _over(figure: Pixels, cover: Pixels, ground: Pixels) -> Pixels:

@@ -54,6 +54,7 @@ class Canvas:
     """A picture that is being drawn, `supersampling` times larger than needed so that its edges become smooth."""
 
     def __init__(self, size: int, supersampling: int, x: float, y: float, scale: float, turn: float, mirrored: bool):
+        self.size, self.centre, self.scale = size, (x, y), scale  # in pixels, and in shares of the picture
         self.side = size * supersampling
         self.image = Image.new("RGB", (self.side, self.side))
         self.silhouette = Image.new("L", (self.side, self.side), 0)

@@ -48,9 +48,10 @@ def take(
     too few images, when folders stand for the same subject, or when a caption file is wrong.
     """
     listing = list_images(source, trusted)
-    files = choose(listing.images, classes, images_per_class)
     subjects = subjects or Subjects()
     subjects.check_known(listing.images)
+    others = subjects.folders_of_others.values()
+    files = choose({n: files for n, files in listing.images.items() if n not in others}, classes, images_per_class)
     check_folders(files, subjects)
     left_out = [each for each in listing.left_out if each.class_folder in files or not each.class_folder]
     counts = {name: len(paths) for name, paths in files.items()}
@@ -74,4 +75,25 @@ def take(
                 renamed += safe != unicodedata.normalize("NFC", path.name)
         write_left_out(fresh, left_out)
         write_captions(fresh, taken_captions)
+        subjects.write_to(fresh)
     return Taken(counts, renamed, left_out, len(taken_captions))
+
+
+def take_others(source: Path, target: Path, subjects: Subjects) -> dict[str, int]:
+    """Link the photos of other individuals to `target`/<subject folder>/, and return their number by subject folder.
+
+    Raises BestiaryError when a folder of others has fewer than two images.
+    """
+    images = list_images(source).images if subjects.folders_of_others else {}
+    with replacing(target) as fresh:
+        for folder, others in subjects.folders_of_others.items():
+            paths = images[others]
+            if len(paths) < 2:
+                raise BestiaryError(
+                    f"The folder {others} has {len(paths)} images in {source}, and comparing with other individuals "
+                    "takes at least 2. Add images, or remove the key others from subjects.yaml."
+                )
+            (fresh / folder).mkdir()
+            for path, safe in zip(paths, safe_names(path.name for path in paths), strict=True):
+                link(path, fresh / folder / safe)
+    return {folder: len(images[others]) for folder, others in subjects.folders_of_others.items()}

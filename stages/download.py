@@ -67,7 +67,9 @@ def main() -> None:
         fetched = {key: found.pop(key) for key in ("fetched_files",) if key in found}  # the others were in the cache
         results = {"source": dataset.source, "images": images, "classes": len(per_class)}
         costs = {"seconds": seconds, "images_per_second": images / seconds, **fetched}
-        run.report({**results, **found, "per_class": per_class, "others": others}, costs, headlines=("images", "classes"))
+        run.report(
+            {**results, **found, "per_class": per_class, "others": others}, costs, headlines=("images", "classes")
+        )
 
 
 if __name__ == "__main__":

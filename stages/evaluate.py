@@ -5,7 +5,8 @@ from pathlib import Path
 
 from bestiary.stage import CACHE, REPORTS, stage
 
-CLEAN, SPLIT, ADAPTER = Path("build/clean"), Path("build/split"), Path("models/adapter")
+CLEAN, SPLIT, OTHERS = Path("build/clean"), Path("build/split"), Path("build/others")
+ADAPTER = Path("models/adapter")
 
 
 def main() -> None:
@@ -28,7 +29,7 @@ def main() -> None:
         judges = [Judge.load(model.model, model.revision, device) for model in models]
         # Only one run at a time may use the cache, because each drops the pictures that it does not need.
         cache = PictureCache(run.hold(CACHE / "evaluate"), base_sha256(*base))
-        compared = Compared(load_pipeline(*base), ADAPTER, judges, CLEAN, SPLIT)
+        compared = Compared(load_pipeline(*base), ADAPTER, judges, CLEAN, SPLIT, OTHERS)
         resolution = params.encode.resolution  # that the adapter was trained at
         evaluation = evaluate(compared, params.evaluate, seed=params.seed, resolution=resolution, cache=cache)
         if run.is_main:

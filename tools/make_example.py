@@ -1,6 +1,6 @@
 """Draw the example of one subject: Pip, a penguin with a scarf and a hat, and photos of other penguins.
 
-    python tools/make_example.py
+python tools/make_example.py
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ PHOTOS, PHOTOS_OF_OTHERS = 16, 12
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), default=ROOT / "examples" / "pip" / "photos", show_default=False)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=ROOT / "examples" / "pip" / "photos", show_default=False
+)
 @click.option("--photos", default=PHOTOS, show_default=True, help="Of Pip.")
 def main(out: Path, photos: int) -> None:
     """Write the folders pip and other-penguins below OUT."""

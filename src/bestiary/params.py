@@ -262,7 +262,6 @@ class Register(Section):
     champion_score: Literal["clip_score", "margin", "top1"]  # for several classes
     max_copied: float = Field(ge=0.0, le=1.0)
     # For one subject:
-    min_fidelity: float = Field(gt=0, le=1)  # share of the way from other individuals to the real photos
     max_prompt_loss: float = Field(ge=0)  # points of CLIP score
     max_leakage: float = Field(ge=0, le=200)  # 100 x (1 - cosine)
 

@@ -195,8 +195,8 @@ class Subjects:
         for folder, others in subjects.folders_of_others.items():
             if others in folders:
                 raise BestiaryError(
-                    f"{path}: {folder}.others names the folder {others}, which is a subject itself. Photos of others are "
-                    f"not trained on: remove the entry {others}, or name another folder."
+                    f"{path}: {folder}.others names the folder {others}, which is a subject itself. Photos of others "
+                    f"are not trained on: remove the entry {others}, or name another folder."
                 )
         return subjects
 
@@ -365,7 +365,9 @@ def _described(path: Path, folder: str, entry: object) -> Subject:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise BestiaryError(f"{where}: the key {key} is unknown. Use name, class, kind, chinese and others.") from None
+            raise BestiaryError(
+                f"{where}: the key {key} is unknown. Use name, class, kind, chinese and others."
+            ) from None
         raise BestiaryError(f"{where}.{key}: {first['msg'][0].lower()}{first['msg'][1:]}.") from None
     texts = {}
     for key, text in (("name", checked.name), ("class", checked.class_word), ("chinese", checked.chinese)):
@@ -388,7 +390,9 @@ def _described(path: Path, folder: str, entry: object) -> Subject:
     chinese = texts["chinese"] or (known.chinese if name == known.name else name)
     others = unicodedata.normalize("NFC", checked.others or "")
     if others == folder:
-        raise BestiaryError(f"{where}.others names the folder itself. Name a folder with photos of others of its class.")
+        raise BestiaryError(
+            f"{where}.others names the folder itself. Name a folder with photos of others of its class."
+        )
     return Subject(folder, name, chinese, checked.kind, texts["class"], given=bool(texts["name"]), others=others)
 
 

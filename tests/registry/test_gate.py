@@ -100,6 +100,7 @@ EVALUATE = Evaluate(
     guidance_interval=None,
     classes=None,
     second_judge=None,
+    proof=None,
     sweep=None,
 )
 

@@ -48,6 +48,7 @@ EVALUATE = Evaluate(
     guidance_interval=(2.0, 1000.0),
     classes=None,
     second_judge=None,
+    proof=None,
     sweep=None,
 )
 

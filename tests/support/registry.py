@@ -18,7 +18,13 @@ from bestiary.registry.registering import Registration, Submission, register
 from bestiary.samplers import DrawingDefaults, Sampling
 from bestiary.tracking.store import open_client, tracking_uri
 
-RULES = Register(name="bestiary", champion_score="margin", max_copied=0.1)
+RULES = Register(
+    name="bestiary",
+    champion_score="margin",
+    max_copied=0.1,
+    max_prompt_loss=2.0,
+    max_leakage=30.0,
+)
 DEFAULTS = DrawingDefaults(
     "a drawing of {}", Sampling("ddim", steps=5, guidance_scale=3.0, guidance_interval=None, width=64, height=64)
 )

@@ -91,13 +91,14 @@ class Skipped:
 class Quality:
     """How good a setting's pictures are.
 
-    quality is their CLIP score (100 x cosine), top1 the percentage that the judge recognises. distance_to_converged is
+    quality is their CLIP score (100 x cosine), top1 the percentage that the judge recognises among the classes (None
+    with one class). distance_to_converged is
     their root mean square difference (0 to 255) from what many more steps make of the same noise with the same
     guidance; None for stochastic samplers, which do not converge.
     """
 
     quality: float
-    top1: float
+    top1: float | None
     distance_to_converged: float | None
 
 
@@ -296,7 +297,7 @@ def judge_quality(images: Mapping[int, Image], trial: Trial, converged: Sequence
     distances = [rms_difference(images[index], converged[index]) for index in indices] if converged else None
     return Quality(
         quality=float(scores["clip_score"].mean()),
-        top1=float(scores["top1"].mean()),
+        top1=float(scores["top1"].mean()) if "top1" in scores else None,
         distance_to_converged=float(np.mean(distances)) if distances else None,
     )
 

@@ -12,8 +12,10 @@ import pandas as pd
 
 from bestiary.data.images import open_rgb
 from bestiary.diffusion.stored_adapter import adapter_file
+from bestiary.errors import BestiaryError
 from bestiary.evaluation import pictures, plots, scoring, sweep
 from bestiary.evaluation.pictures import Jobs, PictureCache, make_jobs
+from bestiary.evaluation.proof import Named, Photos, Proved, Prover, photos_of_others
 from bestiary.evaluation.report import EvaluationReport, OperatingPointReport, Rows, ScaleZero, ScoreReport
 from bestiary.evaluation.scoring import ClassTexts, JudgedImages
 from bestiary.evaluation.sweep import Candidate, OperatingPoint
@@ -43,6 +45,7 @@ class Compared:
     judges: Sequence[Judge]
     clean: Path
     split: Path
+    others: Path | None = None  # photos of other individuals, by subject folder
 
 
 @dataclass(frozen=True)
@@ -95,11 +98,12 @@ class Evaluation:
     sweep: SweepResult | None
     seconds: Mapping[str, int | float | None]
     subjects: Subjects
+    proofs: Mapping[str, Proved]
 
     def report(self, point: OperatingPoint, stage_seconds: float) -> EvaluationReport:
         """The report with the operating point that was written for later stages."""
         first, *others = self.scores
-        return EvaluationReport(
+        report = EvaluationReport(
             **dict(first),
             classes=tuple(self.texts.classes),
             scale_zero=ScaleZero(pictures=pictures.WEIGHT_ZERO_PICTURES, different=0),  # draw_pairs raises otherwise
@@ -109,7 +113,9 @@ class Evaluation:
             second_judge=_rows(others[0]) if others else None,
             seconds={**self.seconds, "stage_s": stage_seconds},
             adapter_sha256=point.adapter_sha256,
+            proofs={name: proved.report for name, proved in self.proofs.items()},
         )
+        return report.with_rows(report.only_subject) if report.only_subject else report
 
 
 def evaluate(
@@ -164,13 +170,16 @@ def evaluate(
     ]
     timer.lap("score")
     base, adapter = (Side(*side) for side in zip(images, judged[0], strict=True))
+    proofs = _prove(compared, settings, chosen, cache, (base, adapter), seed) if settings.proof else {}
+    timer.lap("prove")
     nearest = [
         NearestImage(picture, train_paths[image], cosine)
         for picture, image, cosine in scoring.closest_pairs(
             adapter.judged.features, references[0].train.features, CLOSEST_PAIRS
         )
     ]
-    return Evaluation(scores, chosen, texts, jobs, base, adapter, nearest, result, _seconds(timer, cache), subjects)
+    seconds = _seconds(timer, cache)
+    return Evaluation(scores, chosen, texts, jobs, base, adapter, nearest, result, seconds, subjects, proofs)
 
 
 def write(evaluation: Evaluation, folder: Path) -> None:
@@ -178,7 +187,8 @@ def write(evaluation: Evaluation, folder: Path) -> None:
     per_class = evaluation.scores[0].per_class
     base, adapter, texts = evaluation.base, evaluation.adapter, evaluation.texts
     rows: list[tuple[str, Sequence[Image], Sequence[Image]]] = []
-    plots.remove_folder(folder / "pictures")  # may hold classes that are no longer drawn
+    for old in ("pictures", "contexts"):  # may hold classes that are no longer drawn
+        plots.remove_folder(folder / old)
     for name in scoring.worst_classes(per_class):
         indices = np.flatnonzero(base.judged.labels == texts.classes.index(name)).tolist()
         by_base, by_adapter = ([side.images[index] for index in indices] for side in (base, adapter))
@@ -196,6 +206,11 @@ def write(evaluation: Evaluation, folder: Path) -> None:
     plots.save_table(scoring.class_table(per_class), folder / "per_class.csv")
     jobs = evaluation.jobs
     table = scoring.picture_table(base.judged, adapter.judged, texts, jobs.prompts, jobs.seeds)
+    for name, proved in evaluation.proofs.items():
+        table.loc[table["class"] == name, "base_fidelity"] = proved.base_fidelity.round(4)
+        table.loc[table["class"] == name, "adapter_fidelity"] = proved.adapter_fidelity.round(4)
+        contexts = [(context, *sides) for context, sides in proved.contexts.items()]
+        plots.base_beside_adapter(contexts, folder / "contexts" / f"{name}.png")
     plots.save_table(table, folder / "pictures.csv")
     if evaluation.sweep:
         plots.sweep_heat_map(evaluation.sweep.table, evaluation.sweep.score, folder / "sweep.png")
@@ -209,7 +224,11 @@ def _read_references(compared: Compared, settings: Evaluate) -> tuple[list[Refer
     """A reference for each judge, the paths of the training images, and the indices of the classes to draw."""
     train, validation = pictures.read_manifests(compared.split)
     classes = sorted(train["class"].unique())
-    scoring.check_several(classes)  # before hours of drawing
+    if len(classes) < 2 and settings.sweep and settings.sweep.score != "clip_score":
+        raise BestiaryError(
+            f"evaluate.sweep.score is {settings.sweep.score}, which takes several classes, and {classes[0]} is the only "
+            "one. Set it to clip_score, or leave out the sweep."
+        )
     drawn = pictures.choose(classes, settings.classes)
     train, validation = (table[table["class"].isin(drawn)] for table in (train, validation))
     adapter_file(compared.adapter)  # raises an error for a missing adapter before hours of work
@@ -223,6 +242,52 @@ def _read_references(compared: Compared, settings: Evaluate) -> tuple[list[Refer
         for judge in compared.judges
     ]
     return references, [compared.clean / path for path in train["path"]], [classes.index(name) for name in drawn]
+
+
+def _prove(
+    compared: Compared,
+    settings: Evaluate,
+    chosen: Candidate,
+    cache: PictureCache | None,
+    sides: tuple[Side, Side],
+    seed: int,
+) -> dict[str, Proved]:
+    """The proof of each drawn subject that has a class word."""
+    if settings.proof is None:
+        return {}
+    train, validation = pictures.read_manifests(compared.split)
+    classes, subjects = sorted(train["class"].unique()), Subjects.read_from(compared.split)
+    size = settings.batch_size
+
+    def draw(jobs: Jobs, adapter: Path | None) -> list[Image]:
+        task = "draw the proof with the adapter" if adapter else "draw the proof with the base"
+        return pictures.draw(compared.pipeline, adapter, jobs, chosen.sampling, batch_size=size, cache=cache, task=task)
+
+    prover = Prover(
+        compared.judges[0],
+        settings.proof,
+        settings.template,
+        draw_pairs=lambda jobs: (draw(jobs, None), draw(jobs, chosen.checkpoint)),
+        draw_base=lambda jobs: draw(jobs, None),
+        resamples=settings.bootstrap_resamples,
+        seed=seed,
+    )
+    proofs = {}
+    for index in np.unique(sides[0].judged.labels):
+        name = classes[index]
+        subject = subjects.of(name)
+        if not subject.class_word:
+            continue
+        rows = np.flatnonzero(sides[0].judged.labels == index).tolist()
+        named = Named(*([side.images[row] for row in rows] for side in sides))
+        training, held_out = (
+            [compared.clean / path for path in table.loc[table["class"] == name, "path"]]
+            for table in (train, validation)
+        )
+        others = photos_of_others(compared.others, subject) if compared.others else []
+        photos = Photos(training, held_out, others)
+        proofs[name] = prover.prove(subject, named, photos)
+    return proofs
 
 
 def _sweep(

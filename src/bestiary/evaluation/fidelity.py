@@ -69,6 +69,15 @@ class Fidelity:
 
 
 @dataclass(frozen=True)
+class InContext:
+    """Likeness to the held-out photos of pictures in contexts, with what the contexts change in any picture removed."""
+
+    adapter: Bootstrap
+    plain: Bootstrap  # the base's pictures of the class word in the same contexts: what ignores the name reaches
+    gain: Bootstrap  # adapter minus plain, on the same noise
+
+
+@dataclass(frozen=True)
 class Leakage:
     """What the adapter does to pictures that are not about its subject. Both are 0 for the base."""
 
@@ -126,9 +135,7 @@ def fidelity(adapter: Array, base: Array, photos: SubjectPhotos, *, resamples: i
     counts = resample_counts(len(adapter), resamples, seed + 1)
 
     def row(features: Array, counts: Array) -> Bootstrap:
-        cosines = centred(features, photos.base_class) @ held_out.T  # (N, M)
-        sums = ((counts @ cosines) * held_counts).sum(axis=1)
-        return _bootstrap(sums / (counts.sum(axis=1) * held_counts.sum(axis=1)))
+        return _likeness(centred(features, photos.base_class), held_out, counts, held_counts)
 
     of_adapter, of_base = row(adapter, counts), row(base, counts)
     return Fidelity(
@@ -138,6 +145,34 @@ def fidelity(adapter: Array, base: Array, photos: SubjectPhotos, *, resamples: i
         others=row(photos.others, resample_counts(len(photos.others), resamples, seed + 2)),
         ceiling=row(photos.training, resample_counts(len(photos.training), resamples, seed + 3)),
     )
+
+
+def in_context(
+    adapter: Array, plain: Array, class_in_context: Array, photos: SubjectPhotos, *, resamples: int, seed: int
+) -> InContext:
+    """How much pictures (N, D) in contexts show what sets the subject apart from its class.
+
+    Row i of `adapter` (prompted with the name) and of `plain` (the base, prompted with the class word) come from the
+    same context and noise. `class_in_context` holds further pictures like `plain`: their mean is what class and
+    context look like, and is subtracted as `centred` subtracts the class from the photos.
+
+    Raises BestiaryError when there are fewer than two pictures or photos of a kind, or features are not finite.
+    """
+    _check_pairs(adapter, plain)
+    _check(class_in_context, "pictures that the base draws of the class word in contexts")
+    held_out = centred(photos.held_out, photos.base_class)
+    held_counts = resample_counts(len(held_out), resamples, seed)
+    counts = resample_counts(len(adapter), resamples, seed + 1)
+    of_adapter, of_plain = (
+        _likeness(centred(features, class_in_context), held_out, counts, held_counts) for features in (adapter, plain)
+    )
+    return InContext(of_adapter, of_plain, of_adapter - of_plain)
+
+
+def likeness(pictures: Array, photos: SubjectPhotos) -> Array:
+    """The mean centred cosine of each picture with the held-out photos: (N, D) -> (N,)."""
+    means: Array = (centred(pictures, photos.base_class) @ centred(photos.held_out, photos.base_class).T).mean(axis=1)
+    return means
 
 
 def moved(adapter: Array, base: Array) -> Array:
@@ -162,14 +197,8 @@ def leakage(adapter: Array, base: Array, photos: SubjectPhotos, *, resamples: in
     counts = resample_counts(len(adapter), resamples, seed)
     subject = centred(np.vstack([photos.training, photos.held_out]), photos.base_class)
 
-    def likeness(features: Array) -> Array:
-        cosines: Array = (centred(features, photos.base_class) @ subject.T).mean(axis=1)
-        return cosines
-
-    return Leakage(
-        moved=bootstrap_mean(moved(adapter, base), counts),
-        nearer=bootstrap_mean(likeness(adapter) - likeness(base), counts),
-    )
+    nearer = ((centred(adapter, photos.base_class) - centred(base, photos.base_class)) @ subject.T).mean(axis=1)
+    return Leakage(moved=bootstrap_mean(moved(adapter, base), counts), nearer=bootstrap_mean(nearer, counts))
 
 
 def leakage_left(preserving: Array, free: Array, base: Array, *, resamples: int, seed: int) -> Bootstrap:
@@ -217,6 +246,12 @@ def copying(pictures: Array, training: Array, held_out: Array, *, resamples: int
         copies=mean(nearest(training, training), nearest(training, held_out), 1),
         fresh=mean(nearest(held_out, training), nearest_other, 2),
     )
+
+
+def _likeness(features: Array, held_out: Array, counts: Array, held_counts: Array) -> Bootstrap:
+    """The mean cosine of features (N, D) with the held-out photos (M, D), both resampled."""
+    sums = ((counts @ (features @ held_out.T)) * held_counts).sum(axis=1)
+    return _bootstrap(sums / (counts.sum(axis=1) * held_counts.sum(axis=1)))
 
 
 def _check_pairs(adapter: Array, base: Array) -> None:

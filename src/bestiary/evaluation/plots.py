@@ -50,8 +50,9 @@ def class_differences(per_class: Mapping[str, ClassScores], path: Path) -> None:
     """Draw adapter minus base for each class with its 95 % interval, the largest gain at the top."""
     names = sorted(per_class, key=lambda name: per_class[name].delta["clip_score"].mean)
     figure = Figure(figsize=(8, 1.5 + 0.22 * len(names)), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, key in zip(panels, ("clip_score", "top1"), strict=True):
+    keys = [key for key in ("clip_score", "top1") if key in per_class[names[0]].delta]  # top1 takes several classes
+    panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
+    for axes, key in zip(panels, keys, strict=True):
         deltas = [per_class[name].delta[key] for name in names]
         means = [delta.mean for delta in deltas]
         # The percentile interval of a skewed sample may not contain its mean.

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -61,13 +62,16 @@ SCORES = (
     Score("margin", "margin over other subjects", "相对其他主体的优势"),
     Score("top1", "recognised (top-1)", "识别正确率（top-1）", "%"),
     Score("top5", "recognised (top-5)", "识别正确率（top-5）", "%"),
+    Score("fidelity", "fidelity to the real photos", "与真实照片的相似度", per_picture=False),
+    Score("prompt_following", "prompt following in contexts", "情境中的提示词吻合度", per_picture=False),
     Score("cmmd", "CMMD", "CMMD", higher_is_better=False, per_picture=False),
     Score("diversity", "diversity", "多样性", higher_is_better=None, per_picture=False),
 )
 BY_KEY = {score.key: score for score in SCORES}
+FIDELITY, PROMPT_FOLLOWING = "fidelity", "prompt_following"  # of one subject only
 TABLE = tuple(score for score in SCORES if score.higher_is_better is not None)  # what a table of results shows
 PER_PICTURE = tuple(score.key for score in SCORES if score.per_picture)
-HEADLINES = ("clip_score", "margin", "top1")  # where there is room for a few numbers only
+HEADLINES = ("clip_score", "margin", "top1", FIDELITY)  # where there is room for a few numbers only
 
 
 class _Table(BaseModel):
@@ -151,6 +155,73 @@ class Rows(_Table):
     floor: Row
 
 
+class Fidelity(_Table):
+    """How much pictures look like the held-out photos: 100 x the mean centred cosine (docs/evaluation.md).
+
+    way is the adapter's share of the way from other individuals (0) to the ceiling (1); None when the judge does not
+    tell the two apart for certain. above_half is how far the adapter is above half of the way.
+    """
+
+    base: Estimate
+    adapter: Estimate
+    gain: Estimate
+    others: Estimate
+    ceiling: Estimate
+    way: Estimate | None
+    above_half: Estimate
+
+
+class InContext(_Table):
+    """Pictures of the subject in contexts. plain_fidelity is that of the base's pictures of the class word there."""
+
+    pictures: int
+    prompt_following: TemplateScores
+    prompt_difference: Estimate
+    fidelity: Estimate
+    plain_fidelity: Estimate
+    fidelity_gain: Estimate  # over the plain pictures
+
+
+class Leakage(_Table):
+    """What the adapter does to pictures that are not about the subject: 0 and 0 for the base.
+
+    moved is 100 x (1 - cosine) between the adapter's and the base's picture, nearer by how much the adapter's is more
+    like the subject's photos.
+    """
+
+    pictures: int
+    moved: Estimate
+    nearer: Estimate
+
+
+class Copying(_Table):
+    """The gap between a picture's cosines with its nearest training and its nearest held-out photo.
+
+    share says where the gap lies between that of fresh photos (0) and that of exact copies (1).
+    """
+
+    gap: Estimate
+    copies: Estimate
+    fresh: Estimate
+    share: Estimate | None
+
+
+class SubjectProof(_Table):
+    """What proves that the adapter draws this individual. others_from says what other individuals were taken from."""
+
+    name: str
+    class_word: str
+    training_photos: int
+    held_out_photos: int
+    others_from: Literal["photos", "base"]
+    photos_sha256: str  # of the held-out photos and of the others
+    fidelity: Fidelity
+    in_context: InContext
+    class_leakage: Leakage
+    unrelated_leakage: Leakage
+    copying: Copying
+
+
 class ScoreReport(Rows):
     """All scores by one judge. images is the number of pairs of pictures; per_class has the classes that were drawn."""
 
@@ -171,8 +242,31 @@ class EvaluationReport(ScoreReport):
     scale_zero: ScaleZero
     operating_point: OperatingPointReport
     second_judge: Rows | None = None
+    proofs: Mapping[str, SubjectProof] = {}  # by class folder
     adapter_sha256: str
     seconds: Mapping[str, int | float | None] = {}
+
+    def with_rows(self, proof: SubjectProof) -> EvaluationReport:
+        """This report with the scores of its only subject as rows of the result table."""
+        fidelity, context = proof.fidelity, proof.in_context
+        prompts = context.prompt_following
+
+        def row(scores: Row, fidelity: Estimate, prompt_following: Estimate) -> Row:
+            return {**scores, FIDELITY: fidelity, PROMPT_FOLLOWING: prompt_following}
+
+        return self.model_copy(
+            update={
+                "base": row(self.base, fidelity.base, prompts.base),
+                "adapter": row(self.adapter, fidelity.adapter, prompts.adapter),
+                "delta": row(self.delta, fidelity.gain, context.prompt_difference),
+                "real": {**self.real, FIDELITY: fidelity.ceiling},
+            }
+        )
+
+    @property
+    def only_subject(self) -> SubjectProof | None:
+        """The proof of the only class, if there is one class and it was proved."""
+        return next(iter(self.proofs.values())) if len(self.classes) == 1 and self.proofs else None
 
     @property
     def table(self) -> list[Score]:
@@ -183,12 +277,13 @@ class EvaluationReport(ScoreReport):
     def headlines(self) -> tuple[str, ...]:
         """The keys of the numbers to compare between two evaluations, joined by dots."""
         adapter = (f"adapter.{score.key}.mean" for score in self.table)
-        gains = (f"delta.{key}.mean" for key in HEADLINES)
+        gains = (f"delta.{key}.mean" for key in HEADLINES if key in self.delta)
         return (*adapter, *gains, "memorisation.adapter.copied.mean")
 
     def results(self) -> dict[str, object]:
         """Everything but the seconds, which differ every time, ready for JSON."""
-        content = self.model_dump(exclude={"seconds"} if self.second_judge else {"seconds", "second_judge"})
+        absent = {key for key in ("second_judge", "proofs") if not getattr(self, key)}
+        content = self.model_dump(exclude={"seconds", *absent})
         return {"images": content.pop("images"), **content}
 
 
@@ -214,9 +309,10 @@ def as_text(report: EvaluationReport) -> Iterator[str]:
     for score in report.table:
         delta = report.delta[score.key]
         low, high = delta.ci95
+        real = f"{report.real[score.key].mean:.2f}" if score.key in report.real else "-"
         yield (
             f"{score.title:{width}}{report.base[score.key].mean:8.2f}{report.adapter[score.key].mean:10.2f}"
-            f"{delta.mean:+13.2f}   {f'{low:+.2f} to {high:+.2f}':17}{report.real[score.key].mean:16.2f}"
+            f"{delta.mean:+13.2f}   {f'{low:+.2f} to {high:+.2f}':17}{real:>16}"
         )
 
 
@@ -228,11 +324,10 @@ def as_markdown(report: EvaluationReport, *, chinese: bool = False) -> Iterator[
         yield "| score | base | adapter | difference (95 % interval) | real pictures |"
     yield "|---|---|---|---|---|"
     for score in report.table:
-        base, adapter, delta, real = (
-            row[score.key] for row in (report.base, report.adapter, report.delta, report.real)
-        )
+        base, adapter, delta = (row[score.key] for row in (report.base, report.adapter, report.delta))
+        real = f"{report.real[score.key].mean:.2f}" if score.key in report.real else "–"
         low, high = delta.ci95
         yield (
             f"| {score.chinese_title if chinese else score.title} | {base.mean:.2f} | {adapter.mean:.2f} "
-            f"| {delta.mean:+.2f} ({low:+.2f} {'至' if chinese else 'to'} {high:+.2f}) | {real.mean:.2f} |"
+            f"| {delta.mean:+.2f} ({low:+.2f} {'至' if chinese else 'to'} {high:+.2f}) | {real} |"
         )

@@ -155,7 +155,7 @@ def score(images: JudgedImages, texts: ClassTexts) -> pd.DataFrame:
 
     Columns: clip_score (100 x cosine with its prompt), margin (clip_score minus the mean over the prompts of the other
     classes), top1 and top5 (100 if the class is the judge's first choice, or among its first five, else 0), predicted
-    (the index of the judge's first choice).
+    (the index of the judge's first choice). With one class there are no margin, top1 and top5.
 
     >>> texts = ClassTexts(["bee", "owl"], prompts=np.eye(2), templates={"a photo of {}": np.eye(2)})
     >>> score(JudgedImages(np.eye(2), np.array([0, 0])), texts)
@@ -166,17 +166,21 @@ def score(images: JudgedImages, texts: ClassTexts) -> pd.DataFrame:
     own = np.arange(len(images.labels)), images.labels
     similarity = images.features @ texts.ensemble.T  # (N, K)
     cosines = 100 * images.features @ texts.prompts.T
-    others = (cosines.sum(axis=1) - cosines[own]) / (len(texts.classes) - 1)
-    rank = (similarity > similarity[own][:, None]).sum(axis=1)
-    return pd.DataFrame(
-        {
-            "clip_score": cosines[own],
+    scores = {"clip_score": cosines[own]}
+    if len(texts.classes) > 1:
+        others = (cosines.sum(axis=1) - cosines[own]) / (len(texts.classes) - 1)
+        rank = (similarity > similarity[own][:, None]).sum(axis=1)
+        scores |= {
             "margin": cosines[own] - others,
             "top1": np.where(rank < 1, 100.0, 0.0),
             "top5": np.where(rank < 5, 100.0, 0.0),
-            "predicted": similarity.argmax(axis=1),
         }
-    )
+    return pd.DataFrame({**scores, "predicted": similarity.argmax(axis=1)})
+
+
+def scored(scores: pd.DataFrame) -> list[str]:
+    """The keys of the scores in a table that `score` returned."""
+    return [key for key in PER_PICTURE if key in scores]
 
 
 def shuffled(images: JudgedImages, classes: int) -> JudgedImages:
@@ -227,8 +231,8 @@ def compare(
 ) -> ScoreReport:
     """Compare pictures of the base and of the adapter, and score the `real` validation images beside them.
 
-    Row i of `base` and of `adapter` come from the same prompt and the same noise. Raises BestiaryError when there are
-    fewer than two classes, when images are missing, or when features are not finite.
+    Row i of `base` and of `adapter` come from the same prompt and the same noise. With one class there are fewer
+    scores, and no pictures under wrong names. Raises BestiaryError when images are missing or features are not finite.
     """
     _check(base, adapter, real, texts)
     counts = resample_counts(len(base.labels), resamples, seed)
@@ -247,7 +251,8 @@ def compare(
     of_adapter = all_scores(adapter, counts, real.features, real_counts)
     # Real against real images: the CMMD that two samples of the same source have.
     of_real = all_scores(real, real_counts, train_features, train_counts)
-    floor = _mean_scores(score(shuffled(adapter, len(texts.classes)), texts), counts)
+    several = len(texts.classes) > 1
+    floor = _mean_scores(score(shuffled(adapter, len(texts.classes)), texts), counts) if several else {}
     by_class = per_class(base, adapter, texts, resamples=resamples, seed=seed)
 
     def memorisation(images: JudgedImages) -> Memorisation:
@@ -286,14 +291,14 @@ def per_class(
         table[texts.classes[index]] = ClassScores(
             base={key: bootstrap.mean for key, bootstrap in of_base.items()},
             adapter={key: bootstrap.mean for key, bootstrap in of_adapter.items()},
-            delta=_estimates({key: of_adapter[key] - of_base[key] for key in PER_PICTURE}),
+            delta=_estimates({key: of_adapter[key] - of_base[key] for key in of_base}),
         )
     return table
 
 
 def worst_classes(table: Mapping[str, ClassScores]) -> list[str]:
     """The classes of `per_class`, from the one that the adapter draws worst to the one that it draws best."""
-    return sorted(table, key=lambda name: (table[name].adapter["top1"], table[name].adapter["clip_score"]))
+    return sorted(table, key=lambda name: (table[name].adapter.get("top1", 0.0), table[name].adapter["clip_score"]))
 
 
 def confusion(images: JudgedImages, texts: ClassTexts) -> pd.DataFrame:
@@ -316,8 +321,7 @@ def class_table(table: Mapping[str, ClassScores]) -> pd.DataFrame:
     rows = []
     for name in worst_classes(table):
         row: dict[str, str | float] = {"class": name}
-        for key in PER_PICTURE:
-            delta = table[name].delta[key]
+        for key, delta in table[name].delta.items():
             row |= {f"base_{key}": table[name].base[key], f"adapter_{key}": table[name].adapter[key]}
             row |= {f"delta_{key}": delta.mean, f"delta_{key}_low": delta.ci95[0], f"delta_{key}_high": delta.ci95[1]}
         rows.append(row)
@@ -332,8 +336,9 @@ def picture_table(
     table = pd.DataFrame({"class": names[base.labels], "prompt": list(prompts), "seed": list(seeds)})
     for row, images in (("base", base), ("adapter", adapter)):
         scores = score(images, texts)
-        table[f"{row}_clip_score"] = scores["clip_score"].round(4)
-        table[f"{row}_margin"] = scores["margin"].round(4)
+        for key in ("clip_score", "margin"):
+            if key in scores:
+                table[f"{row}_{key}"] = scores[key].round(4)
         table[f"{row}_predicted"] = names[scores["predicted"]]
     return table
 
@@ -380,19 +385,7 @@ def _memorisation(
     )
 
 
-def check_several(classes: Sequence[str]) -> None:
-    """Raise BestiaryError when there are fewer than two classes to tell apart."""
-    if len(classes) < 2:
-        only = ", ".join(classes)
-        raise BestiaryError(
-            f"{only} is the only class, and evaluation scores whether the judge tells the classes apart, which takes a "
-            "second class in data/. The trained adapter is complete: look at reports/train/sheet.png, or draw with "
-            '`bestiary generate --prompt "..." --adapter models/adapter`.'
-        )
-
-
 def _check(base: JudgedImages, adapter: JudgedImages, real: JudgedImages, texts: ClassTexts) -> None:
-    check_several(texts.classes)
     if not len(real.labels):
         raise BestiaryError("There are no validation images to compare with. Increase split.val_fraction.")
     if not len(base.labels):
@@ -408,7 +401,7 @@ def _check(base: JudgedImages, adapter: JudgedImages, real: JudgedImages, texts:
 
 
 def _mean_scores(scores: pd.DataFrame, counts: Array) -> dict[str, Bootstrap]:
-    return {key: bootstrap_mean(scores[key], counts) for key in PER_PICTURE}
+    return {key: bootstrap_mean(scores[key], counts) for key in scored(scores)}
 
 
 def _estimates(scores: Mapping[str, Bootstrap]) -> dict[str, Estimate]:

@@ -12,8 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from bestiary.errors import BestiaryError
-from bestiary.evaluation.report import PER_PICTURE
-from bestiary.evaluation.scoring import ClassTexts, JudgedImages, score
+from bestiary.evaluation.scoring import ClassTexts, JudgedImages, score, scored
 from bestiary.files import write_atomically
 from bestiary.samplers import Sampling
 
@@ -87,7 +86,7 @@ def sweep(
                 "scale": candidate.sampling.adapter_weight,
                 "guidance_scale": candidate.sampling.guidance_scale,
                 "pictures": len(scores),
-                **{key: float(scores[key].mean()) for key in PER_PICTURE},
+                **{key: float(scores[key].mean()) for key in scored(scores)},
             }
         )
     return pd.DataFrame(rows)

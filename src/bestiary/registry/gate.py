@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from bestiary.evaluation.report import BY_KEY, Estimate, EvaluationReport, ScoreReport
+from bestiary.evaluation.report import BY_KEY, FIDELITY, Estimate, EvaluationReport, SubjectProof
 from bestiary.params import Evaluate, Register
 
+# Copies lie at 1 and new photos at 0; between 4 and 12 photos, a lower bound above this told the two apart.
+COPIED_SHARE = 0.5
 CHAMPION, CHALLENGER = "champion", "challenger"
 # These settings change the cost or the precision of a measurement, not what is measured. The guidance scale is taken
 # from the report, because a sweep may have chosen another one.
@@ -33,26 +35,15 @@ class ChampionComparison:
     has_pictures: bool = True  # False when the registry has lost what the champion was measured by
 
 
-def decide(evaluation: ScoreReport, rules: Register, champion: ChampionComparison | None) -> Decision:
+def decide(evaluation: EvaluationReport, rules: Register, champion: ChampionComparison | None) -> Decision:
     """The alias that an adapter earns by its evaluation, and why.
 
-    It becomes the champion when it beats the base (the whole 95 % interval of its gain is above 0), does not copy its
-    training images, and is not worse than the present champion. Otherwise it becomes the challenger.
+    It becomes the champion when it passes the rules for several classes or for one subject, and is not worse than the
+    present champion. Otherwise it becomes the challenger.
     """
-    gain, copied = evaluation.delta[rules.champion_score], evaluation.memorisation.adapter.copied
-    score = BY_KEY[rules.champion_score].difference_title
-    described = f"{score} {gain.describe('+')}"
-    good, bad = [], []
-    if gain.ci95[0] > 0:
-        good.append(f"The adapter beats the base: {described}.")
-    else:
-        bad.append(f"The adapter does not reliably beat the base: {described}.")
-    if copied.ci95[0] > rules.max_copied:
-        low, high = copied.ci95
-        bad.append(
-            f"The adapter copies its training images: {copied.mean:.0%} of its pictures look copied "
-            f"(95 % interval {low:.0%} to {high:.0%}), and the limit is {rules.max_copied:.0%}."
-        )
+    proof = evaluation.only_subject
+    good, bad = _judge_one_subject(proof, rules) if proof else _judge_classes(evaluation, rules)
+    score = BY_KEY[champion_score(evaluation, rules)].difference_title
     if champion is None:
         good.append("There is no other champion.")
     elif not champion.has_pictures:
@@ -74,6 +65,79 @@ def decide(evaluation: ScoreReport, rules: Register, champion: ChampionCompariso
     return Decision(CHALLENGER, bad) if bad else Decision(CHAMPION, good)
 
 
+def champion_score(evaluation: EvaluationReport, rules: Register) -> str:
+    """The key of the score by which an adapter is compared with the champion: of one subject, the fidelity."""
+    if evaluation.only_subject:
+        return FIDELITY
+    # One class without a proof has no margin and no top-1.
+    return rules.champion_score if rules.champion_score in evaluation.delta else "clip_score"
+
+
+def _judge_classes(evaluation: EvaluationReport, rules: Register) -> tuple[list[str], list[str]]:
+    """What speaks for and against an adapter of several classes: it must beat the base and must not copy."""
+    good, bad = [], []
+    key = champion_score(evaluation, rules)
+    gain, copied = evaluation.delta[key], evaluation.memorisation.adapter.copied
+    described = f"{BY_KEY[key].difference_title} {gain.describe('+')}"
+    if gain.ci95[0] > 0:
+        good.append(f"The adapter beats the base: {described}.")
+    else:
+        bad.append(f"The adapter does not reliably beat the base: {described}.")
+    if copied.ci95[0] > rules.max_copied:
+        low, high = copied.ci95
+        bad.append(
+            f"The adapter copies its training images: {copied.mean:.0%} of its pictures look copied "
+            f"(95 % interval {low:.0%} to {high:.0%}), and the limit is {rules.max_copied:.0%}."
+        )
+    return good, bad
+
+
+def _judge_one_subject(proof: SubjectProof, rules: Register) -> tuple[list[str], list[str]]:
+    """What speaks for and against an adapter of one subject, each rule in a sentence."""
+    context, leakage, copies = proof.in_context, proof.class_leakage.moved, proof.copying.share
+    others = f"other {proof.class_word}s" if proof.others_from == "photos" else f"the base's {proof.class_word}s"
+    way = f" ({proof.fidelity.way.describe()} of the way)" if proof.fidelity.way else ""
+    half = f"half of the way from {others} to the real photos"
+    checks = [
+        (
+            proof.fidelity.above_half.ci95[0] > 0,
+            f"Its pictures look like {proof.name}: fidelity is above {half}{way}.",
+            f"Its pictures are not surely {proof.name}: fidelity is not reliably above {half}{way}.",
+        ),
+        (
+            proof.fidelity.gain.ci95[0] > 0,
+            f"It beats the base: fidelity {proof.fidelity.gain.describe('+')}.",
+            f"It does not reliably beat the base: fidelity {proof.fidelity.gain.describe('+')}.",
+        ),
+        (
+            context.fidelity_gain.ci95[0] > 0,
+            f"It shows {proof.name} in new contexts: fidelity there is {context.fidelity_gain.describe('+')} above any "
+            f"{proof.class_word}'s.",
+            f"In new contexts it may draw any {proof.class_word}: fidelity there is "
+            f"{context.fidelity_gain.describe('+')} above the base's pictures of the class word.",
+        ),
+        (
+            context.prompt_difference.ci95[0] >= -rules.max_prompt_loss,
+            f"It follows prompts: {context.prompt_difference.describe('+')} against the base.",
+            f"It may follow prompts worse than the base: {context.prompt_difference.describe('+')} CLIP score in "
+            f"contexts, and the limit is -{rules.max_prompt_loss:g}.",
+        ),
+        (
+            leakage.ci95[1] <= rules.max_leakage,
+            f"It leaves other {proof.class_word}s alone: leakage {leakage.describe()}.",
+            f"It changes other {proof.class_word}s: leakage {leakage.describe()}, and the limit is "
+            f"{rules.max_leakage:g}.",
+        ),
+        (
+            copies is None or copies.ci95[0] <= COPIED_SHARE,
+            "It does not copy its training photos.",
+            f"It copies its training photos: {copies.describe() if copies else ''} of the way from new photos to exact "
+            f"copies, and the limit is {COPIED_SHARE:g}.",
+        ),
+    ]
+    return [good for passed, good, _ in checks if passed], [bad for passed, _, bad in checks if not passed]
+
+
 def paired_difference(mine: Path, theirs: Path, score: str) -> Estimate | None:
     """The mean difference (mine less theirs) of a score between two tables of pictures, paired by prompt and seed.
 
@@ -86,6 +150,8 @@ def paired_difference(mine: Path, theirs: Path, score: str) -> Estimate | None:
     for path in (mine, theirs):
         table = read_table(path, {"seed": int, f"adapter_{score}": float}).set_index(["prompt", "seed"]).sort_index()
         table["adapter_top1"] = 100.0 * (table["adapter_predicted"] == table["class"])
+        if f"adapter_{score}" not in table:
+            return None
         tables.append(table[f"adapter_{score}"])
     if not tables[0].index.equals(tables[1].index):
         return None
@@ -100,14 +166,17 @@ def measurement_hash(
     It covers base, judge, sampling, prompts, seeds and classes. `judge` stands for the judge's content: a content hash,
     or an id with its revision.
     """
+    # Without a proof, the hash is that of the versions that knew no proofs.
+    left_out = NOT_MEASURED if settings.proof else NOT_MEASURED | {"proof"}
     measured = [
         base_sha256,
         judge,
-        settings.model_dump(exclude=NOT_MEASURED),
+        settings.model_dump(exclude=left_out),
         evaluation.operating_point.guidance_scale,
         sorted(evaluation.per_class),
         evaluation.classes,
         resolution,
         seed,
+        *(proof.photos_sha256 for proof in evaluation.proofs.values()),
     ]
     return hashlib.sha256(json.dumps(measured).encode()).hexdigest()

@@ -15,7 +15,15 @@ from bestiary.evaluation.report import EvaluationReport, as_markdown, heading
 from bestiary.files import project_root
 from bestiary.params import Register
 from bestiary.registry.aliases import ROLLED_BACK, give_alias
-from bestiary.registry.gate import CHALLENGER, CHAMPION, ChampionComparison, Decision, decide, paired_difference
+from bestiary.registry.gate import (
+    CHALLENGER,
+    CHAMPION,
+    ChampionComparison,
+    Decision,
+    champion_score,
+    decide,
+    paired_difference,
+)
 from bestiary.registry.tags import DEFAULTS_TAG, SUBJECTS_TAG, subjects_tag
 from bestiary.registry.versions import (
     REGISTER,
@@ -175,7 +183,8 @@ def _decide(
         return decide(submission.evaluation, rules, ChampionComparison(number, None))
     with TemporaryDirectory() as folder:
         theirs = artifact(champion.run_id, f"{GATE}/{submission.pictures.name}", Path(folder))
-        difference = paired_difference(submission.pictures, theirs, rules.champion_score) if theirs else None
+        score = champion_score(submission.evaluation, rules)
+        difference = paired_difference(submission.pictures, theirs, score) if theirs else None
     return decide(submission.evaluation, rules, ChampionComparison(number, difference, has_pictures=theirs is not None))
 
 

@@ -30,11 +30,11 @@ def edited(tmp_path: Path) -> Callable[[Edit], Path]:
     return edit
 
 
-@pytest.mark.parametrize("profile", ["sample", "sciencedb"])
-def test_both_profiles_are_valid(edited: Callable[[Edit], Path], profile: str) -> None:
+@pytest.mark.parametrize("profile", ["sample", "subject", "sciencedb", "photos"])
+def test_all_profiles_are_valid(edited: Callable[[Edit], Path], profile: str) -> None:
     params = load_params(edited(lambda content: content.update(profile=profile)))
     assert params.profile == profile
-    assert params.dataset.source == ("folder" if profile == "sample" else "sciencedb")
+    assert params.dataset.source == ("sciencedb" if profile == "sciencedb" else "folder")
     assert params.train.rank > 0
 
 
@@ -52,8 +52,8 @@ def test_the_original_recipe_takes_the_place_of_the_profiles_settings(edited: Ca
     assert original.evaluate == default.evaluate
 
 
-def test_the_recipe_for_one_subject_has_the_measured_settings(edited: Callable[[Edit], Path]) -> None:
-    params = load_params(edited(partial(dict.update, recipe="subject")))
+def test_the_profile_for_one_subject_has_the_measured_settings(edited: Callable[[Edit], Path]) -> None:
+    params = load_params(edited(partial(dict.update, profile="subject")))
     settings = params.train
     assert (settings.rank, settings.alpha, settings.learning_rate) == (8, 8, 3e-3)
     assert (settings.steps, settings.batch_size, settings.warmup_steps, settings.ema_decay) == (200, 8, 10, 0.95)
@@ -117,10 +117,17 @@ def test_the_sample_is_the_default() -> None:
             lambda content: content["profiles"]["sample"]["evaluate"].update(guidance_scale=float("inf")),
             r"evaluate\.guidance_scale .*finite",
         ),
-        (lambda content: content["train"].pop("rank"), r"train\.rank .*missing"),
+        (lambda content: content["train"].pop("dropout"), r"train\.dropout .*missing"),
         (lambda content: content.pop("seed"), r"seed .*missing"),
-        (lambda content: content.update(profile="samples"), "no profile 'samples'; choose one of sample, sciencedb"),
+        (
+            lambda content: content.update(profile="samples"),
+            "no profile 'samples'; choose one of photos, sample, sciencedb, subject",
+        ),
         (lambda content: content.pop("profile"), "no profile None"),
+        *(
+            (lambda content, folder=folder: content["dataset"].update(folder=folder), r"dataset\.folder .*DVC watches")
+            for folder in ("pictures", "data/cats", "../data", "examples/../..", "")
+        ),
         (lambda content: content.update(recipe="mine"), "no recipe 'mine'; choose one of default, original"),
         (lambda content: content["recipes"]["default"].update(train={"rnak": 4}), r"train\.rnak .*unknown"),
         (lambda content: content["recipes"]["default"].update(train=4), r"recipes\.default\.train must be a table"),
@@ -139,7 +146,7 @@ def test_the_sample_is_the_default() -> None:
         (lambda content: content["train"].update(targets=[""]), r"train\.targets\.0 "),
         (lambda content: content["dataset"].update(classes=[]), r"dataset\.classes .*at least 1"),
         (lambda content: content["register"].update(name="pet's"), r"register\.name .*no quotes"),
-        (lambda content: content.update(profile=["sample"]), r"no profile \['sample'\]; choose one of sample"),
+        (lambda content: content.update(profile=["sample"]), r"no profile \['sample'\]; choose one of photos"),
         (lambda content: content.update(profiles=[1]), "profiles must be a table"),
         (lambda content: content["profiles"].update(sample=[1]), r"profiles\.sample must be a table"),
         (
@@ -178,12 +185,18 @@ def test_an_override_that_the_recipe_would_override_is_refused(edited: Callable[
 
 def test_every_setting_of_a_profile_can_be_overridden_in_the_shared_part() -> None:
     content = yaml.safe_load(PARAMS.read_text(encoding="utf-8"))
+
+    def check(profile: dict[str, Any], shared: dict[str, Any], where: str) -> None:
+        assert set(profile) - set(shared) == set(), where
+        for key, value in profile.items():
+            if isinstance(value, dict) and isinstance(shared[key], dict):
+                check(value, shared[key], f"{where}.{key}")
+            else:
+                assert shared[key] is None, f"{where}.{key}"
+
     for name, profile in content["profiles"].items():
         for section in set(profile) - {"base", "judge"}:  # a model and its revision belong together
-            missing = set(profile[section]) - set(content[section])
-            assert missing == set(), f"profiles.{name}.{section}"
-            filled = {key for key in profile[section] if content[section][key] is not None}
-            assert filled == set(), f"profiles.{name}.{section}"
+            check(profile[section], content[section], f"profiles.{name}.{section}")
 
 
 @pytest.mark.parametrize("value", ["x" * 10_000_000, ["x" * 1000] * 1000], ids=["text", "list"])

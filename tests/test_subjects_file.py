@@ -83,7 +83,7 @@ def test_the_chinese_name_is_the_given_one(tmp_path: Path) -> None:
         ("- mug", r"subjects\.yaml must map folders"),
         ("mug: sks mug", r"subjects\.yaml: mug must be followed by keys"),
         ("mug: {name: sks mug", r"subjects\.yaml is not valid YAML"),
-        ("mug: {nmae: sks mug}", "mug: the key nmae is unknown. Use name, class, kind and chinese"),
+        ("mug: {nmae: sks mug}", "mug: the key nmae is unknown. Use name, class, kind, chinese and others"),
         ("mug: {kind: person}", r"mug\.kind: input should be 'thing' or 'style'"),
         ("mug: {name: 001}", r"mug\.name: input should be a valid string"),
         ("mug: {name: ' '}", r"mug\.name is empty"),

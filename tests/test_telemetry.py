@@ -45,7 +45,7 @@ class Watched:
 @pytest.fixture
 def watched(project: Path, tmp_path: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Watched:
     """A project with the stages of this one, a manifest that can be split, and a registered adapter."""
-    for name in ("stages", "src"):
+    for name in ("stages", "src", "examples"):
         (project / name).symlink_to(ROOT / name)
     for name in ("dvc.yaml", "params.yaml", "overrides.csv", "subjects.yaml"):
         shutil.copy2(ROOT / name, project / name)

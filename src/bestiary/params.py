@@ -211,6 +211,7 @@ class Proof(Section):
     unrelated: Annotated[list[Name], Field(min_length=1), AfterValidator(different)]  # prompts, for leakage
     seeds: int = Positive  # pictures of each of these prompts
     class_seeds: int = Field(ge=2)  # pictures of the class word
+    image_judge: Model | None  # such as DINOv2, for everything but prompt following; None: the judge
 
 
 class Evaluate(Section):

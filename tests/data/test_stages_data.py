@@ -41,7 +41,7 @@ class Project:
         self.tracking = "on" if database else "off"
         (folder / "data").mkdir(parents=True)
         (folder / "settings").mkdir()
-        for name in ("stages", "src", "models"):
+        for name in ("stages", "src", "models", "examples"):
             (folder / name).symlink_to(ROOT / name)
         for name in ("dvc.yaml", "overrides.csv", "subjects.yaml"):
             (folder / name).write_bytes((ROOT / name).read_bytes())

@@ -1,10 +1,12 @@
 """A whole evaluation on the bundled base and judge, as small as possible."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 from bestiary.diffusion.base import load_pipeline
@@ -12,10 +14,14 @@ from bestiary.errors import BestiaryError
 from bestiary.evaluation import comparison
 from bestiary.evaluation.comparison import Compared, Evaluation
 from bestiary.evaluation.judge import Judge
-from bestiary.evaluation.pictures import PictureCache
+from bestiary.evaluation.pictures import Jobs, PictureCache
+from bestiary.evaluation.proof import Named, Photos, Prover
 from bestiary.evaluation.report import EvaluationReport
 from bestiary.evaluation.sweep import OperatingPoint
-from bestiary.params import Evaluate
+from bestiary.params import Evaluate, Proof
+from bestiary.subjects import Subject, Subjects
+
+ROOT = Path(__file__).parents[2]
 
 CLASSES = ("antelope", "bee", "tiger")
 SETTINGS = Evaluate.model_validate(
@@ -30,6 +36,7 @@ SETTINGS = Evaluate.model_validate(
         "guidance_interval": None,
         "classes": ["bee", "tiger"],
         "second_judge": None,
+        "proof": None,
         "sweep": {
             "scales": [0.5, 1.0],
             "guidance_scales": [2.0],
@@ -155,9 +162,107 @@ def test_figures_are_written_and_those_of_earlier_classes_removed(evaluation: Ev
     }
 
 
-def test_one_class_alone_is_refused_before_anything_is_drawn(tmp_path: Path) -> None:
+def test_a_sweep_of_one_class_takes_a_score_that_one_class_has(tmp_path: Path) -> None:
     for name in ("train", "val"):
         pd.DataFrame([{"path": f"my-cat/{name}.png", "class": "my-cat"}]).to_csv(tmp_path / f"{name}.csv", index=False)
+    assert SETTINGS.sweep is not None
+    sweep = SETTINGS.sweep.model_copy(update={"score": "margin"})
+    settings = SETTINGS.model_copy(update={"sweep": sweep, "classes": None})
     nothing_loaded = Compared(None, tmp_path / "adapter", [], tmp_path, tmp_path)
-    with pytest.raises(BestiaryError, match=r"my-cat is the only class.*bestiary generate .*--adapter models/adapter"):
-        comparison.evaluate(nothing_loaded, SETTINGS, seed=0)
+    with pytest.raises(BestiaryError, match=r"evaluate\.sweep\.score is margin.*my-cat is the only one"):
+        comparison.evaluate(nothing_loaded, settings, seed=0)
+
+
+@pytest.fixture(scope="module")
+def proved(
+    base_folder: Path, judge: Judge, adapter: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Evaluation, EvaluationReport]:
+    """The evaluation of one subject: five photos of Pip, and four of other penguins."""
+    folder = tmp_path_factory.mktemp("one")
+    photos = sorted((ROOT / "examples" / "pip" / "photos" / "pip").glob("*.jpg"))[:5]
+    for name, rows in (("train", photos[:3]), ("val", photos[3:])):
+        table = pd.DataFrame([{"path": f"pip/{path.name}", "class": "pip"} for path in rows])
+        table.to_csv(folder / f"{name}.csv", index=False)
+    (folder / "pip").symlink_to(photos[0].parent)
+    others = folder / "others"
+    others.mkdir()
+    (others / "pip").symlink_to(photos[0].parents[1] / "other-penguins")
+    Subjects({"pip": Subject("pip", "sks penguin", "", class_word="penguin", given=True)}).write_to(folder)
+    proof = Proof(
+        contexts=["a drawing of {}", "a sketch of {}"],
+        unrelated=["a photo of a crab"],
+        seeds=2,
+        class_seeds=2,
+        image_judge=None,
+    )
+    settings = SETTINGS.model_copy(update={"sweep": None, "classes": None, "proof": proof})
+    compared = Compared(load_pipeline(base_folder, device="cpu"), adapter, [judge], folder, folder, others)
+    evaluation = comparison.evaluate(compared, settings, seed=5)
+    point = OperatingPoint(adapter, "0" * 64, str(adapter), 1.0, 3.0)
+    return evaluation, evaluation.report(point, stage_seconds=1.0)
+
+
+def test_one_subject_is_proved_beside_its_text_scores(proved: tuple[Evaluation, EvaluationReport]) -> None:
+    _, report = proved
+    proof = report.only_subject
+    assert proof is not None
+    assert (proof.name, proof.class_word, proof.others_from) == ("sks penguin", "penguin", "photos")
+    assert (proof.training_photos, proof.held_out_photos) == (3, 2)
+    assert (proof.in_context.pictures, proof.class_leakage.pictures, proof.unrelated_leakage.pictures) == (4, 2, 2)
+    assert proof.class_leakage.moved.mean > 0
+    assert report.delta["fidelity"] == proof.fidelity.gain
+    assert report.real["fidelity"] == proof.fidelity.ceiling
+    assert report.delta["prompt_following"] == proof.in_context.prompt_difference
+    assert [score.key for score in report.table] == ["clip_score", "fidelity", "prompt_following", "cmmd"]
+    assert EvaluationReport.model_validate_json(report.model_dump_json()) == report
+
+
+def test_each_picture_of_one_subject_has_its_fidelity_and_each_context_its_pictures(
+    proved: tuple[Evaluation, EvaluationReport], tmp_path: Path
+) -> None:
+    evaluation, report = proved
+    comparison.write(evaluation, tmp_path)
+    table = pd.read_csv(tmp_path / "pictures.csv")
+    assert table["adapter_fidelity"].mean() == pytest.approx(report.adapter["fidelity"].mean, abs=1e-3)
+    assert table["base_fidelity"].mean() == pytest.approx(report.base["fidelity"].mean, abs=1e-3)
+    assert Image.open(tmp_path / "contexts" / "pip.png").width > 0
+
+
+def test_the_proof_draws_what_is_not_the_subject_with_seeds_of_its_own(
+    proved: tuple[Evaluation, EvaluationReport],
+) -> None:
+    """What is subtracted from a picture must not be that picture."""
+    drawn: list[Jobs] = []
+    evaluation, _ = proved
+
+    def draw(jobs: Jobs) -> list[Image.Image]:
+        drawn.append(jobs)
+        return [evaluation.base.images[0]] * len(jobs.seeds)
+
+    class Blind:
+        """Sees noise, a new one each time."""
+
+        def class_tokens(self, images: list[Image.Image]) -> torch.Tensor:
+            return torch.randn(len(images), 8, generator=torch.Generator().manual_seed(len(drawn)))
+
+        image_features = text_features = class_tokens
+
+    settings = Proof(contexts=["a drawing of {}"], unrelated=["a crab"], seeds=2, class_seeds=2, image_judge=None)
+    blind: Any = Blind()
+    prover = Prover(blind, blind, settings, "a photo of {}", lambda jobs: (draw(jobs), draw(jobs)), draw, 10, seed=0)
+    photos = sorted((ROOT / "examples" / "pip" / "photos" / "pip").glob("*.jpg"))[:4]
+    subject = Subject("pip", "sks penguin", "", class_word="penguin", given=True)
+    named = Named(evaluation.base.images, evaluation.adapter.images)
+    report = prover.prove(subject, named, Photos(photos[:2], photos[2:], [])).report
+    assert report.others_from == "base"
+    of_prompt: dict[str, list[tuple[int, ...]]] = {}
+    for jobs in drawn:
+        of_prompt.setdefault(jobs.prompts[0], []).append(tuple(jobs.seeds))
+    # The class word: once to subtract, and twice, by base and adapter, to measure. In contexts the same.
+    assert sorted(of_prompt) == ["a crab", "a drawing of a penguin", "a drawing of sks penguin", "a photo of a penguin"]
+    centre, measured, again = of_prompt["a photo of a penguin"]
+    assert measured == again
+    assert not {*centre} & {*measured}
+    plain, centre = of_prompt["a drawing of a penguin"]
+    assert plain == of_prompt["a drawing of sks penguin"][0]
+    assert not {*centre} & {*plain}

@@ -261,7 +261,7 @@ def test_the_report_holds_every_row_and_only_finite_numbers(texts: ClassTexts) -
     json.dumps(report.model_dump(), allow_nan=False)
     assert report.images == 2 * CLASSES
     for row in (report.base, report.adapter, report.real, report.delta):
-        assert list(row) == [score.key for score in SCORES]
+        assert list(row) == [score.key for score in SCORES if score.key not in ("fidelity", "prompt_following")]
     assert list(report.floor) == ["clip_score", "margin", "top1", "top5"]
     assert list(report.per_class) == list(texts.classes)
     assert len(report.worst_classes) == 5
@@ -279,6 +279,20 @@ def test_the_tables_agree_with_the_report(texts: ClassTexts) -> None:
     matrix = confusion(adapter, texts)
     assert (matrix.sum(axis=1) == 4).all()
     assert np.trace(matrix) / len(base.labels) * 100 == pytest.approx(report.adapter["top1"].mean)
+
+
+def test_one_class_has_no_scores_that_take_several(texts: ClassTexts) -> None:
+    alone = ClassTexts(["cat"], texts.prompts[:1], {name: rows[:1] for name, rows in texts.templates.items()})
+    pictures = around(texts, 4, 0.5, seed=30)
+    cats = JudgedImages(pictures.features[:4], pictures.labels[:4])
+    report = compare(cats, cats, cats, cats.features, alone, resamples=10, seed=0)
+    assert list(report.delta) == ["clip_score", "cmmd", "diversity"]
+    assert report.floor == {}
+    assert list(report.per_class["cat"].delta) == ["clip_score"]
+    assert report.worst_classes == ("cat",)
+    table = picture_table(cats, cats, alone, ["a photo"] * 4, range(4))
+    assert "adapter_margin" not in table
+    assert class_table(report.per_class)["delta_clip_score"].tolist() == [0.0]
 
 
 def test_pictures_that_cannot_be_compared_are_refused_with_the_reason(texts: ClassTexts) -> None:
@@ -302,4 +316,3 @@ def test_pictures_that_cannot_be_compared_are_refused_with_the_reason(texts: Cla
     assert "adapter" in message
     assert "not finite" in message
     assert "in pairs" in refusal(pictures, replace(pictures, labels=pictures.labels[::-1]), pictures)
-    assert "animal0 is the only class" in refusal(pictures, pictures, pictures, replace(texts, classes=["animal0"]))

@@ -14,6 +14,7 @@ from bestiary.data.images import open_rgb
 from bestiary.diffusion.stored_adapter import adapter_file
 from bestiary.errors import BestiaryError
 from bestiary.evaluation import pictures, plots, scoring, sweep
+from bestiary.evaluation.image_judge import ImageJudge
 from bestiary.evaluation.pictures import Jobs, PictureCache, make_jobs
 from bestiary.evaluation.proof import Named, Photos, Proved, Prover, photos_of_others
 from bestiary.evaluation.report import EvaluationReport, OperatingPointReport, Rows, ScaleZero, ScoreReport
@@ -104,7 +105,7 @@ class Evaluation:
         """The report with the operating point that was written for later stages."""
         first, *others = self.scores
         report = EvaluationReport(
-            **dict(first),
+            **{**dict(first), "proofs": {name: proved.report for name, proved in self.proofs.items()}},
             classes=tuple(self.texts.classes),
             scale_zero=ScaleZero(pictures=pictures.WEIGHT_ZERO_PICTURES, different=0),  # draw_pairs raises otherwise
             operating_point=OperatingPointReport(
@@ -113,7 +114,6 @@ class Evaluation:
             second_judge=_rows(others[0]) if others else None,
             seconds={**self.seconds, "stage_s": stage_seconds},
             adapter_sha256=point.adapter_sha256,
-            proofs={name: proved.report for name, proved in self.proofs.items()},
         )
         return report.with_rows(report.only_subject) if report.only_subject else report
 
@@ -226,8 +226,8 @@ def _read_references(compared: Compared, settings: Evaluate) -> tuple[list[Refer
     classes = sorted(train["class"].unique())
     if len(classes) < 2 and settings.sweep and settings.sweep.score != "clip_score":
         raise BestiaryError(
-            f"evaluate.sweep.score is {settings.sweep.score}, which takes several classes, and {classes[0]} is the only "
-            "one. Set it to clip_score, or leave out the sweep."
+            f"evaluate.sweep.score is {settings.sweep.score}, which takes several classes, and {classes[0]} is the "
+            "only one. Set it to clip_score, or leave out the sweep."
         )
     drawn = pictures.choose(classes, settings.classes)
     train, validation = (table[table["class"].isin(drawn)] for table in (train, validation))
@@ -263,8 +263,10 @@ def _prove(
         task = "draw the proof with the adapter" if adapter else "draw the proof with the base"
         return pictures.draw(compared.pipeline, adapter, jobs, chosen.sampling, batch_size=size, cache=cache, task=task)
 
+    judge, other = compared.judges[0], settings.proof.image_judge
     prover = Prover(
-        compared.judges[0],
+        judge,
+        ImageJudge.load(other.model, other.revision, judge.device) if other else judge,
         settings.proof,
         settings.template,
         draw_pairs=lambda jobs: (draw(jobs, None), draw(jobs, chosen.checkpoint)),

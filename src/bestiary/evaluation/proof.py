@@ -28,6 +28,7 @@ from bestiary.subjects import Subject, caption
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from bestiary.evaluation.image_judge import ImageJudge
     from bestiary.evaluation.judge import Judge
 
 # Draws the base's pictures of the jobs, and the adapter's.
@@ -84,10 +85,12 @@ def photos_of_others(folder: Path, subject: Subject) -> list[Path]:
 class Prover:
     """Measures the adapter's pictures of one subject at a time: fidelity, contexts, leakage and copying.
 
-    `template` is the prompt of the class word's pictures. `draw_pairs` and `draw_base` draw at the operating point.
+    `judge` scores prompt following; `image_judge` sees everything else and may be the same. `template` is the prompt of
+    the class word's pictures. `draw_pairs` and `draw_base` draw at the operating point.
     """
 
     judge: Judge
+    image_judge: Judge | ImageJudge
     settings: Proof
     template: str
     draw_pairs: DrawPairs
@@ -138,7 +141,7 @@ class Prover:
         return Jobs([0] * len(wanted), wanted, [first + index for index in range(len(wanted))])
 
     def _see(self, images: Sequence[Image]) -> Array:
-        return unit(self.judge.class_tokens(images).double().numpy())
+        return unit(self.image_judge.class_tokens(images).double().numpy())
 
     def _see_files(self, paths: Sequence[Path]) -> Array:
         return self._see([open_rgb(path) for path in paths])

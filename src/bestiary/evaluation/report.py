@@ -230,6 +230,13 @@ class ScoreReport(Rows):
     per_class: Mapping[str, ClassScores]
     worst_classes: tuple[str, ...]
     memorisation: MemorisationRows
+    proofs: Mapping[str, SubjectProof] = {}  # by class folder
+
+    @property
+    def only_subject(self) -> SubjectProof | None:
+        """The proof of the only class, if there is one class and it was proved."""
+        several = "margin" in self.delta  # takes a second class
+        return next(iter(self.proofs.values()), None) if not several else None
 
 
 class EvaluationReport(ScoreReport):
@@ -242,7 +249,6 @@ class EvaluationReport(ScoreReport):
     scale_zero: ScaleZero
     operating_point: OperatingPointReport
     second_judge: Rows | None = None
-    proofs: Mapping[str, SubjectProof] = {}  # by class folder
     adapter_sha256: str
     seconds: Mapping[str, int | float | None] = {}
 
@@ -262,11 +268,6 @@ class EvaluationReport(ScoreReport):
                 "real": {**self.real, FIDELITY: fidelity.ceiling},
             }
         )
-
-    @property
-    def only_subject(self) -> SubjectProof | None:
-        """The proof of the only class, if there is one class and it was proved."""
-        return next(iter(self.proofs.values())) if len(self.classes) == 1 and self.proofs else None
 
     @property
     def table(self) -> list[Score]:
@@ -297,6 +298,32 @@ def read_evaluation(path: Path) -> EvaluationReport:
         raise BestiaryError(f"{path} is damaged. Delete it and run `dvc repro`.") from None
 
 
+def describe_proof(proof: SubjectProof) -> Iterator[str]:
+    """What was measured of one subject, each in a sentence."""
+    others = f"other {proof.class_word}s" if proof.others_from == "photos" else f"{proof.class_word}s by the base"
+    yield (
+        f"{proof.name} was taught from {proof.training_photos} photos and compared with {proof.held_out_photos} others "
+        "that training never saw."
+    )
+    way = proof.fidelity.way
+    if way:
+        yield f"Fidelity: {way.describe()} of the way from {others} (0) to the real photos (1)."
+    else:
+        yield f"Fidelity: the judge does not tell {proof.name} from {others} for certain."
+    context = proof.in_context
+    yield (
+        f"In contexts: {context.prompt_difference.describe('+')} CLIP score against the base, with a fidelity of "
+        f"{context.fidelity_gain.describe('+')} above the base's pictures of the class word."
+    )
+    of_class, of_unrelated = proof.class_leakage.moved.describe(), proof.unrelated_leakage.moved.describe()
+    yield (
+        f"Leakage: {of_class} on the class word, {of_unrelated} on unrelated prompts (0: unchanged, 100: nothing in "
+        "common)."
+    )
+    if proof.copying.share:
+        yield f"Copying: {proof.copying.share.describe()} of the way from new photos (0) to exact copies (1)."
+
+
 def heading(report: ScoreReport) -> str:
     """The sentence above the result table."""
     return f"{report.images} pictures by the base and by the adapter, from the same prompts and the same seeds:"
@@ -314,6 +341,11 @@ def as_text(report: EvaluationReport) -> Iterator[str]:
             f"{score.title:{width}}{report.base[score.key].mean:8.2f}{report.adapter[score.key].mean:10.2f}"
             f"{delta.mean:+13.2f}   {f'{low:+.2f} to {high:+.2f}':17}{real:>16}"
         )
+    yield ""
+    if report.only_subject:
+        yield from describe_proof(report.only_subject)
+    else:
+        yield f"Pictures that look copied (0: as by chance, 1: all): {report.memorisation.adapter.copied.describe()}."
 
 
 def as_markdown(report: EvaluationReport, *, chinese: bool = False) -> Iterator[str]:

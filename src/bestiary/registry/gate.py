@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from bestiary.evaluation.report import BY_KEY, FIDELITY, Estimate, EvaluationReport, SubjectProof
+from bestiary.evaluation.report import BY_KEY, FIDELITY, Estimate, EvaluationReport, ScoreReport, SubjectProof
 from bestiary.params import Evaluate, Register
 
 # Copies lie at 1 and new photos at 0; between 4 and 12 photos, a lower bound above this told the two apart.
@@ -35,7 +35,7 @@ class ChampionComparison:
     has_pictures: bool = True  # False when the registry has lost what the champion was measured by
 
 
-def decide(evaluation: EvaluationReport, rules: Register, champion: ChampionComparison | None) -> Decision:
+def decide(evaluation: ScoreReport, rules: Register, champion: ChampionComparison | None) -> Decision:
     """The alias that an adapter earns by its evaluation, and why.
 
     It becomes the champion when it passes the rules for several classes or for one subject, and is not worse than the
@@ -65,7 +65,7 @@ def decide(evaluation: EvaluationReport, rules: Register, champion: ChampionComp
     return Decision(CHALLENGER, bad) if bad else Decision(CHAMPION, good)
 
 
-def champion_score(evaluation: EvaluationReport, rules: Register) -> str:
+def champion_score(evaluation: ScoreReport, rules: Register) -> str:
     """The key of the score by which an adapter is compared with the champion: of one subject, the fidelity."""
     if evaluation.only_subject:
         return FIDELITY
@@ -73,7 +73,7 @@ def champion_score(evaluation: EvaluationReport, rules: Register) -> str:
     return rules.champion_score if rules.champion_score in evaluation.delta else "clip_score"
 
 
-def _judge_classes(evaluation: EvaluationReport, rules: Register) -> tuple[list[str], list[str]]:
+def _judge_classes(evaluation: ScoreReport, rules: Register) -> tuple[list[str], list[str]]:
     """What speaks for and against an adapter of several classes: it must beat the base and must not copy."""
     good, bad = [], []
     key = champion_score(evaluation, rules)

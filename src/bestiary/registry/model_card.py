@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from bestiary.errors import BestiaryError
-from bestiary.evaluation.report import EvaluationReport, as_markdown, read_evaluation
+from bestiary.evaluation.report import EvaluationReport, as_markdown, describe_proof, read_evaluation
 from bestiary.files import write_atomically
 from bestiary.registry.resolving import resolve
 from bestiary.registry.tags import number, read_tags
@@ -38,7 +38,7 @@ def write(what: str, out: Path) -> list[Path]:
         report, sheet = _evaluation(version, runs, Path(folder))
         adapter = resolve(version.uri).file
         settings: dict[str, dict[str, str]] = {
-            stage: parameters(runs[stage]) for stage in ("train", "evaluate") if stage in runs
+            stage: parameters(runs[stage]) for stage in ("clean", "train", "evaluate") if stage in runs
         }
         files = {
             out / adapter.name: adapter.read_bytes(),
@@ -73,9 +73,10 @@ def render(
         f"![The base beside the adapter: same prompts, same seeds]({SHEET})" if has_sheet else "",
         "## Scores",
         f"The base and the adapter each drew {report.images} pictures from the same prompts and seeds. A CLIP model "
-        "that was not used in training scored them.",
+        f"scored them. {_judges_part(settings)}",
         "\n".join(as_markdown(report)),
         _strengths(report, subjects),
+        "\n".join(f"- {line}" for line in describe_proof(report.only_subject)) if report.only_subject else "",
         "Share of pictures that look copied from training images (0: no more than by chance, 1: all of them): "
         f"{report.memorisation.adapter.copied.describe()}.",
         f"The registry's gate decided: {version.tags['decision']}" if "decision" in version.tags else "",
@@ -136,6 +137,16 @@ def _metadata(version: Version, report: EvaluationReport, subjects: Mapping[str,
         ],
     )
     return str(data.to_yaml())
+
+
+def _judges_part(settings: Mapping[str, Mapping[str, str]]) -> str:
+    """Where the judge had a say before it scored: in cleaning, and in the choice of the checkpoint."""
+    parts = []
+    if settings.get("clean", {}).get("clean.off_topic", "off") != "off":
+        parts.append("looked for off-topic images in cleaning")
+    if settings.get("train", {}).get("train.criterion") == "clip_score":
+        parts.append("chose the checkpoint")
+    return f"It also {' and '.join(parts)}." if parts else "It had no part in cleaning or training."
 
 
 def _strengths(report: EvaluationReport, subjects: Mapping[str, Subject]) -> str:

@@ -134,3 +134,24 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "subjects.json").write_text('{"folder": 1}')
     with pytest.raises(BestiaryError, match=r"subjects\.json is damaged"):
         Subjects.read_from(tmp_path)
+
+
+def test_a_folder_of_others_is_no_subject(tmp_path: Path) -> None:
+    subjects = read(tmp_path, "my-cat: {name: sks cat, class: cat, others: other-cats}")
+    assert subjects.folders_of_others == {"my-cat": "other-cats"}
+    subjects.check_known(["my-cat", "other-cats"])
+    with pytest.raises(BestiaryError, match="describes the folder other-cats, and the data has no such folder"):
+        subjects.check_known(["my-cat", "cats"])
+    assert Subjects.from_json(subjects.to_json()) == subjects
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("my-cat: {name: sks cat, others: my-cat}", "my-cat.others names the folder itself"),
+        ("a: {name: sks cat, others: b}\nb: {name: sks dog}", "a.others names the folder b, which is a subject itself"),
+    ],
+)
+def test_others_that_would_be_trained_on_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(BestiaryError, match=message):
+        read(tmp_path, text)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bestiary.data.listing import LeftOut, describe_left_out, list_images, read_left_out
-from bestiary.data.local import Taken, take
+from bestiary.data.local import Taken, take, take_others
 from bestiary.errors import BestiaryError
 from bestiary.subjects import Subject, Subjects
 
@@ -257,3 +257,25 @@ def test_a_failed_take_leaves_no_files(raw: Path, tmp_path: Path) -> None:
     with pytest.raises(BestiaryError):
         take(raw, tmp_path / "taken", ["cat"], 1)
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
+
+
+def test_photos_of_others_are_taken_beside_the_subject_and_never_among_the_classes(raw: Path, tmp_path: Path) -> None:
+    subjects = Subjects({"cat": Subject("cat", "sks cat", "", class_word="cat", given=True, others="owl")})
+    taken = take(raw, tmp_path / "taken", None, None, subjects=subjects)
+    assert taken.per_class == {"cat": 6}
+    assert Subjects.read_from(tmp_path / "taken") == subjects
+    assert take_others(raw, tmp_path / "others", subjects) == {"cat": 6}
+    assert {path.read_bytes() for path in (tmp_path / "others" / "cat").iterdir()} == {
+        path.read_bytes() for path in (raw / "owl").iterdir()
+    }
+    # Without others, the folder is empty: DVC expects it.
+    assert take_others(raw, tmp_path / "others", Subjects()) == {}
+    assert list((tmp_path / "others").iterdir()) == []
+
+
+def test_one_photo_of_others_is_too_few(raw: Path, tmp_path: Path) -> None:
+    for photo in sorted((raw / "owl").iterdir())[1:]:
+        photo.unlink()
+    subjects = Subjects({"cat": Subject("cat", "sks cat", "", class_word="cat", given=True, others="owl")})
+    with pytest.raises(BestiaryError, match=r"The folder owl has 1 images in .*takes at least 2"):
+        take_others(raw, tmp_path / "others", subjects)

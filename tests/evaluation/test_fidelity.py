@@ -7,6 +7,7 @@ from bestiary.evaluation.fidelity import (
     centred,
     copying,
     fidelity,
+    in_context,
     leakage,
     leakage_left,
     moved,
@@ -213,3 +214,31 @@ def test_centred_features_are_unit_vectors_whatever_their_scale() -> None:
     tokens, of_class = images(5, SUBJECT, 0), images(9, np.zeros(D), 1)
     assert np.linalg.norm(centred(tokens, of_class), axis=1) == pytest.approx(np.ones(5))
     assert centred(7 * tokens, 3 * of_class) == pytest.approx(centred(tokens, of_class))
+
+
+SNOW = 2 * np.eye(D)[3]  # what a context changes in any picture
+
+
+def test_in_contexts_the_subject_gains_on_its_class_and_an_adapter_that_ignores_the_name_does_not(
+    photos: SubjectPhotos,
+) -> None:
+    plain, class_in_context = images(16, SNOW, 10), images(16, SNOW, 11)
+
+    def gain(adapter: Array) -> tuple[float, float]:
+        return in_context(adapter, plain, class_in_context, photos, resamples=RESAMPLES, seed=0).gain.ci95
+
+    assert gain(images(16, SNOW + SUBJECT, 12))[0] > 0.3
+    low, high = gain(images(16, SNOW, 13))
+    assert low < 0 < high
+    assert gain(images(16, SNOW + OTHER, 14))[0] < 0.1
+
+
+def test_the_context_itself_is_no_likeness(photos: SubjectPhotos) -> None:
+    """The plain measure falls for the photos of a subject that was photographed in the snow."""
+    in_snow = SubjectPhotos(
+        images(12, SUBJECT + SNOW, 0), images(8, SUBJECT + SNOW, 1), photos.others, photos.base_class
+    )
+    plain, class_in_context = images(16, SNOW, 10), images(16, SNOW, 11)
+    found = in_context(images(16, SNOW, 13), plain, class_in_context, in_snow, resamples=RESAMPLES, seed=0)
+    assert abs(found.adapter.mean) < 0.2
+    assert fidelity(images(16, SNOW, 13), plain, in_snow, resamples=RESAMPLES, seed=0).adapter.mean > 0.5

@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+from support.registry import one_subject
 
 from bestiary.errors import BestiaryError
 from bestiary.evaluation.report import as_markdown, as_text, read_evaluation
@@ -18,12 +19,25 @@ def test_a_report_is_written_as_it_was_read(tmp_path: Path) -> None:
 def test_every_medium_shows_the_same_scores() -> None:
     report = read_evaluation(RESULTS / "evaluate.json")
     text, markdown = list(as_text(report)), list(as_markdown(report))
-    assert len(text) == 1 + len(report.table)
-    for score, line, row in zip(report.table, text[1:], markdown[2:], strict=True):
+    scores = text[1 : 1 + len(report.table)]
+    for score, line, row in zip(report.table, scores, markdown[2:], strict=True):
         assert line.startswith(score.title)
         assert row.startswith(f"| {score.title} |")
         assert f"{report.delta[score.key].mean:+.2f}" in line
         assert f"{report.delta[score.key].mean:+.2f}" in row
+
+
+def test_the_table_is_followed_by_what_looks_copied_or_by_the_proof_of_one_subject() -> None:
+    report = read_evaluation(RESULTS / "evaluate.json")
+    copied = report.memorisation.adapter.copied.describe()
+    assert list(as_text(report))[-1] == f"Pictures that look copied (0: as by chance, 1: all): {copied}."
+    lines = list(as_text(one_subject()))
+    assert lines[2].startswith("fidelity to the real photos")
+    assert (
+        "Fidelity: 0.80 (95 % interval 0.70 to 0.90) of the way from other penguins (0) to the real photos (1)."
+        in lines
+    )
+    assert lines[3].endswith(" -")  # real photos follow no prompt
 
 
 def test_a_report_of_an_earlier_version_lacks_a_score_and_is_shown_without_it(tmp_path: Path) -> None:

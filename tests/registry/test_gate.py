@@ -1,10 +1,11 @@
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from support.registry import RULES, evaluation, write_pictures
+from support.registry import RULES, evaluation, one_subject, write_pictures
 
 from bestiary.evaluation.report import Estimate, EvaluationReport
 from bestiary.params import Evaluate
@@ -13,6 +14,7 @@ from bestiary.registry.gate import (
     CHAMPION,
     ChampionComparison,
     Decision,
+    champion_score,
     decide,
     measurement_hash,
     paired_difference,
@@ -135,6 +137,61 @@ def test_settings_that_do_not_change_the_pictures_leave_measurements_alike(chang
 
 
 # ---- real pictures ----
+
+
+def test_an_adapter_of_one_subject_that_keeps_every_rule_becomes_the_champion() -> None:
+    decision, reasons = decide(one_subject(), RULES, None)
+    assert decision == CHAMPION
+    assert reasons == [
+        "Its pictures look like sks penguin: fidelity is above half of the way from other penguins to the real photos "
+        "(0.80 (95 % interval 0.70 to 0.90) of the way).",
+        "It beats the base: fidelity +7.00 (95 % interval +5.00 to +9.00).",
+        "It shows sks penguin in new contexts: fidelity there is +15.00 (95 % interval +10.00 to +20.00) above any "
+        "penguin's.",
+        "It follows prompts: +1.00 (95 % interval -1.00 to +3.00) against the base.",
+        "It leaves other penguins alone: leakage 8.50 (95 % interval 5.00 to 12.00).",
+        "It does not copy its training photos.",
+        "There is no other champion.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"above_half": (-0.1, 4.0)}, "Its pictures are not surely sks penguin: fidelity is not reliably above half"),
+        ({"gain": (-1.0, 1.0)}, "It does not reliably beat the base: fidelity"),
+        ({"in_context": (-5.0, 5.0)}, "In new contexts it may draw any penguin"),
+        ({"prompt": (-2.1, 1.0)}, "It may follow prompts worse than the base: .* and the limit is -2"),
+        ({"leakage": (20.0, 30.1)}, "It changes other penguins: leakage 25.05 .* and the limit is 30"),
+        ({"copying": (0.51, 1.0)}, "It copies its training photos: 0.76 .* and the limit is 0.5"),
+    ],
+)
+def test_an_adapter_of_one_subject_that_breaks_one_rule_stays_challenger(
+    changes: dict[str, tuple[float, float]], reason: str
+) -> None:
+    decision, reasons = decide(one_subject(**changes), RULES, None)
+    assert decision == CHALLENGER
+    assert len(reasons) == 1
+    assert re.match(reason, reasons[0])
+
+
+def test_copying_that_cannot_be_seen_does_not_fail_the_gate() -> None:
+    assert decide(one_subject(copying=None), RULES, None).alias == CHAMPION
+
+
+def test_adapters_of_one_subject_are_compared_by_fidelity_on_the_same_photos() -> None:
+    report = one_subject()
+    assert champion_score(report, RULES) == "fidelity"
+    assert champion_score(evaluation(), RULES) == "margin"
+    settings = Evaluate.model_construct(**dict.fromkeys(Evaluate.model_fields))
+    proof = next(iter(report.proofs.values()))
+    other = report.model_copy(update={"proofs": {"pip": proof.model_copy(update={"photos_sha256": "1" * 64})}})
+
+    def measured(report: EvaluationReport) -> str:
+        return measurement_hash(report, settings, base_sha256="", judge="", resolution=64, seed=0)
+
+    assert measured(report) != measured(other)
+    assert measured(report) == measured(one_subject())
 
 
 @dataclass(frozen=True)

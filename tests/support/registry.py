@@ -6,12 +6,18 @@ from pathlib import Path
 
 from bestiary.evaluation.report import (
     ClassScores,
+    Copying,
     Estimate,
     EvaluationReport,
+    Fidelity,
+    InContext,
+    Leakage,
     Memorisation,
     MemorisationRows,
     OperatingPointReport,
     ScaleZero,
+    SubjectProof,
+    TemplateScores,
 )
 from bestiary.params import Register
 from bestiary.registry.registering import Registration, Submission, register
@@ -73,6 +79,53 @@ def evaluation(
         seconds={"draw": 1.0},
         adapter_sha256=sha256,
     )
+
+
+def one_subject(**changes: tuple[float, float] | None) -> EvaluationReport:
+    """The report of an adapter of one subject that passes the gate, but for `changes`: intervals by what they measure.
+
+    The keys are above_half, gain, in_context, prompt, leakage and copying.
+    """
+
+    def estimate(key: str, low: float, high: float) -> Estimate:
+        interval = changes.get(key) or (low, high)
+        return Estimate(mean=sum(interval) / 2, ci95=interval)
+
+    some = estimate("", 0.0, 1.0)
+    leakage = Leakage(pictures=16, moved=estimate("leakage", 5.0, 12.0), nearer=some)
+    share = None if changes.get("copying", ()) is None else estimate("copying", -0.2, 0.4)
+    proof = SubjectProof(
+        name="sks penguin",
+        class_word="penguin",
+        training_photos=12,
+        held_out_photos=4,
+        others_from="photos",
+        photos_sha256="0" * 64,
+        fidelity=Fidelity(
+            base=some,
+            adapter=some,
+            gain=estimate("gain", 5.0, 9.0),
+            others=some,
+            ceiling=some,
+            way=estimate("way", 0.7, 0.9),
+            above_half=estimate("above_half", 2.0, 6.0),
+        ),
+        in_context=InContext(
+            pictures=16,
+            prompt_following=TemplateScores(base=some, adapter=some),
+            prompt_difference=estimate("prompt", -1.0, 3.0),
+            fidelity=some,
+            plain_fidelity=some,
+            fidelity_gain=estimate("in_context", 10.0, 20.0),
+        ),
+        class_leakage=leakage,
+        unrelated_leakage=leakage,
+        copying=Copying(gap=some, copies=some, fresh=some, share=share),
+    )
+    several = evaluation()
+    rows = {name: {"clip_score": getattr(several, name)["clip_score"]} for name in ("base", "adapter", "delta", "real")}
+    update = {**rows, "floor": {}, "classes": ("pip",), "proofs": {"pip": proof}}
+    return several.model_copy(update=update).with_rows(proof)
 
 
 def write_pictures(path: Path, gain: float, seeds: int = 8) -> Path:

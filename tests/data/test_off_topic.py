@@ -11,8 +11,9 @@ import pytest
 from PIL import Image, ImageDraw
 from support.settings import clean_settings
 
-from bestiary.data.cleaning import AskJudge, ByHand, clean
+from bestiary.data.cleaning import ByHand, clean
 from bestiary.data.findings import Finding
+from bestiary.data.off_topic import AskJudge
 from bestiary.evaluation.judge import Judge
 from bestiary.subjects import Subject, Subjects
 

@@ -65,6 +65,44 @@ def test_captions_from_every_kind_of_file_stand_in_the_manifest(raw: Path) -> No
     assert sum(map(bool, [*train["caption"], *val["caption"]])) == 4
 
 
+def test_a_metadata_file_beside_the_class_folders_names_images_by_folder_and_file(raw: Path) -> None:
+    lines = [
+        '{"file_name": "cat/0.jpg", "text": "sks cat, asleep"}',
+        '{"file_name": ".\\\\owl\\\\3.jpg", "text": "an owl"}',
+    ]
+    (raw / "metadata.jsonl").write_text("\n".join(lines))
+    (raw / "metadata.csv").write_text("file_name,text\ncat/1.jpg,sks cat in snow\n")
+    (raw / "cat" / "2.txt").write_text("sks cat, awake")
+    taken = take_all(raw)
+    assert (taken.captioned, taken.left_out) == (4, [])
+    assert captions_of(cleaned(raw)) == {
+        "cat/0.jpg": "sks cat, asleep",
+        "cat/1.jpg": "sks cat in snow",
+        "cat/2.jpg": "sks cat, awake",
+        "owl/3.jpg": "an owl",
+    }
+    assert take(raw, raw.parent / "taken", ["cat"], 4).captioned == 3  # the owl's line is no mistake
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cat/9.jpg", r"raw/metadata\.jsonl, line 1 names 'cat/9\.jpg', and no class folder has such an image"),
+        ("0.jpg", r"raw/metadata\.jsonl, line 1 names '0\.jpg'"),
+        ("../raw/cat/0.jpg", r"raw/metadata\.jsonl, line 1 names '\.\./raw/cat/0\.jpg'"),
+        ("cat/0.jpg", r"raw/metadata\.jsonl and .*raw/cat/0\.txt both have a caption for cat/0\.jpg"),
+        ("cat/1.jpg", r"raw/metadata\.jsonl and .*raw/cat/metadata\.csv both have a caption for cat/1\.jpg"),
+    ],
+)
+def test_a_mistake_beside_the_class_folders_is_named(raw: Path, name: str, message: str) -> None:
+    (raw / "cat" / "0.txt").write_text("sks cat")
+    (raw / "cat" / "metadata.csv").write_text("file_name,text\n1.jpg,sks cat\n")
+    (raw / "metadata.jsonl").write_text(f'{{"file_name": "{name}", "text": "sks cat"}}')
+    with pytest.raises(BestiaryError, match=message):
+        take_all(raw)
+    assert not (raw.parent / "taken").exists()
+
+
 def test_a_caption_follows_its_image_to_another_name(raw: Path) -> None:
     shutil.move(raw / "cat" / "0.jpg", raw / "cat" / "a?.png")  # neither its name nor its format is right
     (raw / "cat" / "a?.txt").write_text("sks cat, asleep")
@@ -119,7 +157,7 @@ def test_a_caption_without_an_image_is_a_finding(raw: Path) -> None:
         ("metadata.csv", b"", r"metadata\.csv has no columns"),
         ("metadata.csv", b"file_name,text\n0.jpg,a cat, asleep\n", r"metadata\.csv, line 2 has not as many cells"),
         ("metadata.csv", b"file_name,text\n0.jpg\n", r"metadata\.csv, line 2 has not as many cells"),
-        ("metadata.csv", b"file_name,text\n0.jpg,x\n0.jpg,y\n", r"both have a caption for 0\.jpg"),
+        ("metadata.csv", b"file_name,text\n0.jpg,x\n0.jpg,y\n", r"metadata\.csv has two captions for cat/0\.jpg"),
         ("0.txt", "café".encode("latin-1"), r"0\.txt, line 1 is not in UTF-8"),
         ("0.caption", b"sks cat", r"0\.txt and .*0\.caption both|0\.caption and .*0\.txt both"),
     ],

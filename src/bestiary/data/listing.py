@@ -52,6 +52,7 @@ class Listing:
 
     images: dict[str, list[Path]] = field(default_factory=dict)
     captions: dict[str, list[Path]] = field(default_factory=dict)
+    metadata: list[Path] = field(default_factory=list)  # captions of all classes, beside the class folders
     left_out: list[LeftOut] = field(default_factory=list)
 
 
@@ -87,6 +88,8 @@ def list_images(root: Path, trusted: Callable[[], Sequence[Path]] | None = None)
                 )
             listing.images[name], listing.captions[name], left_out = _list_class(entry, name, links)
             listing.left_out.extend(left_out)
+        elif entry.name in METADATA and entry.is_file():
+            listing.metadata.append(entry)
         else:
             kind = "outside a class folder" if _is_image(entry) else "not an image"
             listing.left_out.append(LeftOut(entry.name, "", kind, f"in {root.name}"))

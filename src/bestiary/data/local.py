@@ -62,15 +62,15 @@ def take(
                 "folder itself, or remove it."
             )
     check_classes(counts, source)
-    captions = {name: read_captions(listing.captions[name], listing.images[name]) for name in files}
+    captions = read_captions(listing, files)
     renamed, taken_captions = 0, dict[str, str]()
     with replacing(target) as fresh:
         for name, paths in tqdm(files.items(), desc="link images", unit="class"):
             (fresh / name).mkdir()
             for path, safe in zip(paths, safe_names(path.name for path in paths), strict=True):
                 link(path, fresh / name / safe)
-                if path in captions[name]:
-                    taken_captions[f"{name}/{safe}"] = captions[name][path]
+                if path in captions:
+                    taken_captions[f"{name}/{safe}"] = captions[path]
                 renamed += safe != unicodedata.normalize("NFC", path.name)
         write_left_out(fresh, left_out)
         write_captions(fresh, taken_captions)

@@ -179,7 +179,7 @@ def test_an_override_that_the_recipe_would_override_is_refused(edited: Callable[
 def test_every_setting_of_a_profile_can_be_overridden_in_the_shared_part() -> None:
     content = yaml.safe_load(PARAMS.read_text(encoding="utf-8"))
     for name, profile in content["profiles"].items():
-        for section in set(profile) - {"base", "judge"}:  # a model and its revision belong together
+        for section in set(profile) - {"base", "judge", "captioner"}:  # a model and its revision belong together
             missing = set(profile[section]) - set(content[section])
             assert missing == set(), f"profiles.{name}.{section}"
             filled = {key for key in profile[section] if content[section][key] is not None}

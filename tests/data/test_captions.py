@@ -126,9 +126,31 @@ def test_a_caption_without_its_subjects_name_is_a_finding(
 def test_a_caption_without_its_subjects_name_can_be_refused(raw: Path) -> None:
     (raw / "cat" / "0.txt").write_text("a cat")
     (raw / "cat" / "1.txt").write_text("a cat")
-    with pytest.raises(BestiaryError, match=r"cat/0\.jpg and 1 more lacks .* sks cat not in: a cat"):
+    with pytest.raises(BestiaryError, match=r"cat/0\.jpg lacks .*: sks cat is not in: a cat \(1 more lacks it too\)"):
         cleaned(raw, "refuse")
     assert not (raw.parent / "clean").exists()
+
+
+def test_what_is_done_about_captions_is_said(raw: Path) -> None:
+    for number, text in enumerate(["", "a cat", "a cat", "sks cat"]):
+        (raw / "cat" / f"{number}.txt").write_text(text)
+    take_all(raw)
+    said: list[str] = []
+    for policy in ("prepend", "keep"):
+        clean(
+            raw.parent / "taken",
+            raw.parent / "clean",
+            clean_settings(caption_without_name=policy),
+            workers=1,
+            by_hand=ByHand(subjects=SUBJECTS),
+            tell=said.append,
+        )
+    assert said == [
+        "1 caption is empty: the templates are used instead.",
+        "2 captions lack the subject's name: it is put in front (clean.caption_without_name).",
+        "1 caption is empty: the templates are used instead.",
+        "2 captions lack the subject's name: nothing is changed (clean.caption_without_name).",
+    ]
 
 
 def test_an_empty_caption_is_a_finding_and_templates_are_used(raw: Path) -> None:
@@ -155,8 +177,13 @@ def test_a_caption_without_an_image_is_a_finding(raw: Path) -> None:
         ("metadata.csv", b"file_name,text\n../owl/0.jpg,x\n", r"metadata\.csv, line 2 names '\.\./owl/0\.jpg'"),
         ("metadata.csv", b"file_name,caption\n0.jpg,x\n", r"metadata\.csv has no columns file_name and text"),
         ("metadata.csv", b"", r"metadata\.csv has no columns"),
-        ("metadata.csv", b"file_name,text\n0.jpg,a cat, asleep\n", r"metadata\.csv, line 2 has not as many cells"),
-        ("metadata.csv", b"file_name,text\n0.jpg\n", r"metadata\.csv, line 2 has not as many cells"),
+        (
+            "metadata.csv",
+            b"file_name,text\n0.jpg,a cat, asleep\n",
+            r"metadata\.csv, line 2 does not have as many",
+        ),
+        ("metadata.csv", b'file_name,text\n0.jpg,"a cat\n', r"metadata\.csv, line 2 is not CSV.*Check its quotes"),
+        ("metadata.csv", b"file_name,text\n0.jpg\n", r"metadata\.csv, line 2 does not have as many"),
         ("metadata.csv", b"file_name,text\n0.jpg,x\n0.jpg,y\n", r"metadata\.csv has two captions for cat/0\.jpg"),
         ("0.txt", "café".encode("latin-1"), r"0\.txt, line 1 is not in UTF-8"),
         ("0.caption", b"sks cat", r"0\.txt and .*0\.caption both|0\.caption and .*0\.txt both"),

@@ -163,9 +163,11 @@ def _csv_rows(file: Path, content: str) -> Iterator[tuple[int, str, str]]:
         for row in rows:
             if row["file_name"] is None or row["text"] is None or None in row:
                 raise BestiaryError(
-                    f"{printable(str(file))}, line {rows.line_num} has not as many cells as the first line. Put a text "
-                    "that holds commas between quotes."
+                    f"{printable(str(file))}, line {rows.line_num} does not have as many cells as the first line. "
+                    "Put a text that holds commas between quotes."
                 )
             yield rows.line_num, row["file_name"], row["text"]
     except csv.Error as error:
-        raise BestiaryError(f"{printable(str(file))}, line {rows.line_num} is not CSV: {error}.") from None
+        raise BestiaryError(
+            f"{printable(str(file))}, line {rows.line_num + 1} is not CSV: {error}. Check its quotes."
+        ) from None

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from bestiary import params
 from bestiary.data import duplicates
-from bestiary.data.caption_policy import check_captions, refuse_captions
+from bestiary.data.caption_policy import check_captions, describe_captions, refuse_captions
 from bestiary.data.captions import load_captions
 from bestiary.data.findings import Decision, Finding, write_findings
 from bestiary.data.folder import link, replacing
@@ -109,10 +109,10 @@ def clean(
         with replacing(report) as fresh:
             write_findings(fresh, triage.findings, raw)
     lost = losses({name: len(files) for name, files in classes.items()}, triage.findings)
-    for line in describe_losses(lost):
+    for line in [*describe_losses(lost), *describe_captions(triage.findings, settings)]:
         tell(line)
     check_losses(lost)
-    refuse_captions(triage, settings)
+    refuse_captions(triage.findings, settings)
     group_of = _name_groups(images, pairs, kept)
     with replacing(target) as fresh:
         manifest = _write_images(raw, fresh, kept, group_of, subjects)

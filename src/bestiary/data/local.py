@@ -13,9 +13,11 @@ from tqdm import tqdm
 from bestiary.data.captions import read_captions, write_captions
 from bestiary.data.folder import check_classes, choose, link, replacing
 from bestiary.data.listing import LeftOut, list_images, write_left_out
-from bestiary.data.names import safe_names
+from bestiary.data.names import printable, safe_names
 from bestiary.errors import BestiaryError
 from bestiary.subjects import Subjects, check_folders
+
+_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar")
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,9 @@ def take(
                 f"The class {name} has no image in {source}. These files are there: {there}. Put images into the "
                 "folder itself, or remove it."
             )
-    check_classes(counts, source)
+    if not any(counts.values()):
+        _check_layout(source, left_out)
+    check_classes(counts, f"in {source}")
     captions = read_captions(listing, files)
     renamed, taken_captions = 0, dict[str, str]()
     with replacing(target) as fresh:
@@ -75,3 +79,20 @@ def take(
         write_left_out(fresh, left_out)
         write_captions(fresh, taken_captions)
     return Taken(counts, renamed, left_out, len(taken_captions))
+
+
+def _check_layout(source: Path, left_out: Sequence[LeftOut]) -> None:
+    """Raise BestiaryError when the files lie in `source` itself instead of in a folder for each class."""
+    outside = [each for each in left_out if not each.class_folder and each.kind != "hidden"]
+    if not outside:
+        return
+    archives = [each.path for each in outside if each.path.lower().endswith(_ARCHIVES)]
+    if archives:
+        raise BestiaryError(
+            f"{source}/{printable(archives[0])} is an archive. Unpack it, so that each class has a folder of images in "
+            f"{source}."
+        )
+    raise BestiaryError(
+        f"{source} has no folder with images, only files such as {printable(outside[0].path)}. Put the images into a "
+        f"folder that is named after what they show, such as {source}/my-cat."
+    )

@@ -31,9 +31,10 @@ from PIL import Image
 
 from bestiary import params
 from bestiary.data import duplicates
-from bestiary.data.cleaning import AskJudge, clean
+from bestiary.data.cleaning import clean
 from bestiary.data.hashing import VIEWS
 from bestiary.data.inspection import cores
+from bestiary.data.off_topic import AskJudge
 from bestiary.data.sciencedb import download
 from bestiary.data.versions import MIRRORED_VIEWS
 from bestiary.memory import peak_memory

@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from bestiary.data.cleaning import AskJudge, ByHand, clean
+from bestiary.data.cleaning import ByHand, clean
 from bestiary.data.findings import count_kinds, read_overrides
 from bestiary.data.inspection import cores
 from bestiary.data.names import printable
+from bestiary.data.off_topic import AskJudge
 from bestiary.memory import peak_memory
 from bestiary.params import Model
 from bestiary.stage import stage

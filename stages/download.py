@@ -1,6 +1,5 @@
 """Download the images of `dataset.source` to build/raw."""
 
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -11,16 +10,11 @@ from tqdm import tqdm
 
 from bestiary.data.listing import describe_left_out
 from bestiary.data.local import take, take_others
+from bestiary.files import dvc_cache
 from bestiary.stage import stage
 from bestiary.subjects import Subjects
 
 RAW, OTHERS = Path("build/raw"), Path("build/others")
-
-
-def dvc_cache() -> list[Path]:
-    """DVC's cache, which the files in data/ may be links to. Only asked for when there are links."""
-    asked = subprocess.run([sys.executable, "-m", "dvc", "cache", "dir"], capture_output=True, text=True, check=False)
-    return [Path(asked.stdout.strip())] if asked.returncode == 0 and asked.stdout.strip() else []
 
 
 def main() -> None:

@@ -172,6 +172,8 @@ def test_a_users_mistake_ends_in_one_sentence_and_a_failure(
         ["generate", "tiger", "--adapter", "none"],
         ["pull", "models:/bestiary@champion", "--out", "x"],
         ["adapter", "verify", "models:/bestiary/1"],
+        ["captions"],
+        ["captions", "--write"],
         ["results"],
         ["model-card", "--out", "x"],
         ["app"],

@@ -29,6 +29,7 @@ from bestiary.project import (
     registered_name,
     render_results,
     short_path,
+    write_project_captions,
 )
 from bestiary.samplers import MAX_GUIDANCE_SCALE, MAX_SIDE, MAX_STEPS, MIN_SIDE, SAMPLERS, SIDE_STEP, SamplingChanges
 
@@ -456,10 +457,17 @@ def animals() -> None:
 
 
 @cli.command()
-def captions() -> None:
+@click.option(
+    "--write",
+    is_flag=True,
+    help="Let params.yaml's captioner describe the images in data/ that have no caption, in text files beside them.",
+)
+def captions(write: bool) -> None:
     """Show what each image will be trained with, and what is odd."""
-    for line in project_captions():
-        click.echo(line)
+    from tqdm import tqdm
+
+    for line in write_project_captions() if write else project_captions():
+        tqdm.write(printable(line), file=sys.stdout)
 
 
 @cli.command()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +28,14 @@ def find_project() -> Path | None:
         return Path(root).resolve()
     here = Path.cwd()
     return next((folder for folder in (here, *here.parents) if (folder / "dvc.yaml").is_file()), None)
+
+
+def dvc_cache() -> list[Path]:
+    """DVC's cache, which the files in data/ may be links to. Only asked for when there are links."""
+    asked = subprocess.run(
+        [sys.executable, "-m", "dvc", "cache", "dir"], cwd=project_root(), capture_output=True, text=True, check=False
+    )
+    return [Path(asked.stdout.strip())] if asked.returncode == 0 and asked.stdout.strip() else []
 
 
 def no_project_error() -> BestiaryError:

@@ -273,6 +273,7 @@ class Params(Section):
     seed: int = Field(ge=0)
     base: Model
     judge: Model
+    captioner: Model | None  # writes captions on request
     dataset: Dataset
     clean: Clean
     split: Split

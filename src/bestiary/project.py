@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bestiary.errors import BestiaryError
-from bestiary.files import find_project, no_project_error, project_root
+from bestiary.files import find_project, is_folder, no_project_error, project_root
 from bestiary.samplers import DrawingDefaults
 
 if TYPE_CHECKING:
@@ -78,13 +78,76 @@ def project_captions() -> Iterator[str]:
 
     params, clean = project_params(), project_root() / "build" / "clean"
     if params is None:
-        raise BestiaryError("There is no project here. Run this in a checkout of Bestiary.")
+        raise no_project_error()
     if not (clean / "manifest.csv").is_file():
         raise BestiaryError("No images have been cleaned yet. Run `dvc repro clean`.")
     base = project_base(params)
     text = load_text(base.model if base else params.base.model, params.base.revision)
     folders = check_captions(read_table(clean / "manifest.csv"), Subjects.read_from(clean), text, params.encode)
     yield from render_captions(folders, text[0].model_max_length)
+
+
+def write_project_captions() -> Iterator[str]:
+    """Let the project's captioning model describe the images in data/ that have no caption; yield a line for each.
+
+    Raises BestiaryError outside a project, when there is no captioning model or it does not load, when a caption file
+    is wrong, and when data/ is not the project's own.
+    """
+    from bestiary.data.folder import choose
+    from bestiary.data.listing import list_images
+    from bestiary.files import dvc_cache
+
+    params, data = project_params(), project_root() / "data"
+    if params is None:
+        raise no_project_error()
+    _check_writable(params, data)
+    listing = list_images(data, dvc_cache)
+    chosen = choose(listing.images, params.dataset.classes, params.dataset.images_per_class)
+    from bestiary import captioning
+
+    found, wanted = captioning.find_uncaptioned(listing, chosen), params.captioner
+    for image in found.without_place:
+        yield f"{short_path(image)}  no caption: {captioning.caption_file(image).name} belongs to another file"
+    if not found.images:
+        yield f"No image in {short_path(data)} lacks a caption."
+        return
+    if wanted is None:
+        raise BestiaryError(
+            f"profiles.{params.profile}.captioner in params.yaml is empty. Give it the model and the revision of a "
+            "captioning model, as profiles.sciencedb has them."
+        )
+    own = project_root() / wanted.model  # "models/blip" also has the form of a hub id
+    captioner = captioning.Captioner.load(own if is_folder(own.parent) else wanted.model, wanted.revision)
+    for path, text in captioning.write_captions(found.images, captioner.describe):
+        yield f"{short_path(path)}  {text}"
+    yield f"{_NAMES[params.clean.caption_without_name]} (clean.caption_without_name)."
+    yield "Read the captions and correct them. Then run `dvc add data` and `dvc repro`."
+
+
+# What becomes of captions that lack the subject's name, by clean.caption_without_name.
+_NAMES = {
+    "prepend": "The model does not know your subjects' names. Cleaning puts them in front",
+    "keep": "The model does not know your subjects' names. Add them, because cleaning does not",
+    "refuse": "The model does not know your subjects' names. Add them, because cleaning refuses captions without",
+}
+
+
+def _check_writable(params: Params, data: Path) -> None:
+    """Raise BestiaryError when files that are written to data/ would not be used, or be deleted."""
+    from bestiary.yaml_file import read_yaml
+
+    if params.dataset.source != "folder":
+        raise BestiaryError(
+            "dataset.source is sciencedb, whose images have no caption files. Put images into data/ and set "
+            f"profiles.{params.profile}.dataset.source to folder."
+        )
+    pointer = data.with_name("data.dvc")
+    content = read_yaml(pointer) if pointer.is_file() else {}
+    if isinstance(content, dict) and content.get("deps"):
+        raise BestiaryError(
+            "data/ is an import (data.dvc), so `dvc repro` would delete caption files in it. Run "
+            "`rm data.dvc && dvc add data` to make the images your own."
+        )
 
 
 def render_results(evaluation: EvaluationReport, registration: Registration | None, program: str) -> Iterator[str]:

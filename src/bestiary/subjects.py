@@ -15,7 +15,7 @@ from typing import Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from bestiary.errors import BestiaryError
+from bestiary.errors import BestiaryError, printable, short
 
 Kind = Literal["thing", "style"]
 MAX_NAME = 100  # characters of a name in subjects.yaml
@@ -179,8 +179,11 @@ class Subjects:
             return cls()
         except UnicodeDecodeError:
             raise BestiaryError(f"{path} is not in UTF-8. Save the file in UTF-8.") from None
-        except yaml.YAMLError as error:
-            raise BestiaryError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        except yaml.MarkedYAMLError as error:
+            line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+            raise BestiaryError(f"{path} is not valid YAML: {line}{error.problem}. Correct the line.") from None
+        except yaml.YAMLError:
+            raise BestiaryError(f"{path} is not valid YAML: it has control characters. Remove them.") from None
         if content is None:
             return cls()
         if not isinstance(content, dict) or not isinstance(node, yaml.MappingNode):
@@ -364,19 +367,27 @@ def _described(path: Path, folder: str, entry: object) -> Subject:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
+        if first["type"] in ("extra_forbidden", "invalid_key"):
             raise BestiaryError(
                 f"{where}: the key {key} is unknown. Use name, class, kind, chinese and others."
             ) from None
-        raise BestiaryError(f"{where}.{key}: {first['msg'][0].lower()}{first['msg'][1:]}.") from None
+        problem = {
+            "string_type": f"is {short(first['input'])}, which is no text. Put the words between quotes",
+            "string_too_long": f"has more than {MAX_NAME} characters. Shorten it",
+            "literal_error": f"is {short(first['input'])}. Choose thing or style",
+        }
+        reason = problem.get(first["type"], "has characters that no text has. Remove them")
+        raise BestiaryError(f"{where}.{key} {reason}.") from None
     texts = {}
     for key, text in (("name", checked.name), ("class", checked.class_word), ("chinese", checked.chinese)):
         texts[key] = " ".join(unicodedata.normalize("NFC", text or "").split())
         if text is not None and not texts[key]:
             raise BestiaryError(f"{where}.{key} is empty. Write the words, or remove the key.")
+        if printable(texts[key]) != texts[key]:
+            raise BestiaryError(f"{where}.{key} has characters that cannot be printed. Remove them.")
         if "{" in texts[key] or "}" in texts[key]:
             raise BestiaryError(
-                f"{where}.{key} holds {{ or }}, which mark the subject's place in prompts. Remove them."
+                f"{where}.{key} has {{ or }} in it, which mark the subject's place in prompts. Remove them."
             )
     if texts["name"] and texts["name"].casefold() == texts["class"].casefold():
         raise BestiaryError(

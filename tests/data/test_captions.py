@@ -65,6 +65,44 @@ def test_captions_from_every_kind_of_file_stand_in_the_manifest(raw: Path) -> No
     assert sum(map(bool, [*train["caption"], *val["caption"]])) == 4
 
 
+def test_a_metadata_file_beside_the_class_folders_names_images_by_folder_and_file(raw: Path) -> None:
+    lines = [
+        '{"file_name": "cat/0.jpg", "text": "sks cat, asleep"}',
+        '{"file_name": ".\\\\owl\\\\3.jpg", "text": "an owl"}',
+    ]
+    (raw / "metadata.jsonl").write_text("\n".join(lines))
+    (raw / "metadata.csv").write_text("file_name,text\ncat/1.jpg,sks cat in snow\n")
+    (raw / "cat" / "2.txt").write_text("sks cat, awake")
+    taken = take_all(raw)
+    assert (taken.captioned, taken.left_out) == (4, [])
+    assert captions_of(cleaned(raw)) == {
+        "cat/0.jpg": "sks cat, asleep",
+        "cat/1.jpg": "sks cat in snow",
+        "cat/2.jpg": "sks cat, awake",
+        "owl/3.jpg": "an owl",
+    }
+    assert take(raw, raw.parent / "taken", ["cat"], 4).captioned == 3  # the owl's line is no mistake
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cat/9.jpg", r"raw/metadata\.jsonl, line 1 names 'cat/9\.jpg', and no class folder has such an image"),
+        ("0.jpg", r"raw/metadata\.jsonl, line 1 names '0\.jpg'"),
+        ("../raw/cat/0.jpg", r"raw/metadata\.jsonl, line 1 names '\.\./raw/cat/0\.jpg'"),
+        ("cat/0.jpg", r"raw/metadata\.jsonl and .*raw/cat/0\.txt both have a caption for cat/0\.jpg"),
+        ("cat/1.jpg", r"raw/metadata\.jsonl and .*raw/cat/metadata\.csv both have a caption for cat/1\.jpg"),
+    ],
+)
+def test_a_mistake_beside_the_class_folders_is_named(raw: Path, name: str, message: str) -> None:
+    (raw / "cat" / "0.txt").write_text("sks cat")
+    (raw / "cat" / "metadata.csv").write_text("file_name,text\n1.jpg,sks cat\n")
+    (raw / "metadata.jsonl").write_text(f'{{"file_name": "{name}", "text": "sks cat"}}')
+    with pytest.raises(BestiaryError, match=message):
+        take_all(raw)
+    assert not (raw.parent / "taken").exists()
+
+
 def test_a_caption_follows_its_image_to_another_name(raw: Path) -> None:
     shutil.move(raw / "cat" / "0.jpg", raw / "cat" / "a?.png")  # neither its name nor its format is right
     (raw / "cat" / "a?.txt").write_text("sks cat, asleep")
@@ -88,9 +126,31 @@ def test_a_caption_without_its_subjects_name_is_a_finding(
 def test_a_caption_without_its_subjects_name_can_be_refused(raw: Path) -> None:
     (raw / "cat" / "0.txt").write_text("a cat")
     (raw / "cat" / "1.txt").write_text("a cat")
-    with pytest.raises(BestiaryError, match=r"cat/0\.jpg and 1 more lacks .* sks cat not in: a cat"):
+    with pytest.raises(BestiaryError, match=r"cat/0\.jpg lacks .*: sks cat is not in: a cat \(1 more lacks it too\)"):
         cleaned(raw, "refuse")
     assert not (raw.parent / "clean").exists()
+
+
+def test_what_is_done_about_captions_is_said(raw: Path) -> None:
+    for number, text in enumerate(["", "a cat", "a cat", "sks cat"]):
+        (raw / "cat" / f"{number}.txt").write_text(text)
+    take_all(raw)
+    said: list[str] = []
+    for policy in ("prepend", "keep"):
+        clean(
+            raw.parent / "taken",
+            raw.parent / "clean",
+            clean_settings(caption_without_name=policy),
+            workers=1,
+            by_hand=ByHand(subjects=SUBJECTS),
+            tell=said.append,
+        )
+    assert said == [
+        "1 caption is empty: the templates are used instead.",
+        "2 captions lack the subject's name: it is put in front (clean.caption_without_name).",
+        "1 caption is empty: the templates are used instead.",
+        "2 captions lack the subject's name: nothing is changed (clean.caption_without_name).",
+    ]
 
 
 def test_an_empty_caption_is_a_finding_and_templates_are_used(raw: Path) -> None:
@@ -117,9 +177,14 @@ def test_a_caption_without_an_image_is_a_finding(raw: Path) -> None:
         ("metadata.csv", b"file_name,text\n../owl/0.jpg,x\n", r"metadata\.csv, line 2 names '\.\./owl/0\.jpg'"),
         ("metadata.csv", b"file_name,caption\n0.jpg,x\n", r"metadata\.csv has no columns file_name and text"),
         ("metadata.csv", b"", r"metadata\.csv has no columns"),
-        ("metadata.csv", b"file_name,text\n0.jpg,a cat, asleep\n", r"metadata\.csv, line 2 has not as many cells"),
-        ("metadata.csv", b"file_name,text\n0.jpg\n", r"metadata\.csv, line 2 has not as many cells"),
-        ("metadata.csv", b"file_name,text\n0.jpg,x\n0.jpg,y\n", r"both have a caption for 0\.jpg"),
+        (
+            "metadata.csv",
+            b"file_name,text\n0.jpg,a cat, asleep\n",
+            r"metadata\.csv, line 2 does not have as many",
+        ),
+        ("metadata.csv", b'file_name,text\n0.jpg,"a cat\n', r"metadata\.csv, line 2 is not CSV.*Check its quotes"),
+        ("metadata.csv", b"file_name,text\n0.jpg\n", r"metadata\.csv, line 2 does not have as many"),
+        ("metadata.csv", b"file_name,text\n0.jpg,x\n0.jpg,y\n", r"metadata\.csv has two captions for cat/0\.jpg"),
         ("0.txt", "café".encode("latin-1"), r"0\.txt, line 1 is not in UTF-8"),
         ("0.caption", b"sks cat", r"0\.txt and .*0\.caption both|0\.caption and .*0\.txt both"),
     ],

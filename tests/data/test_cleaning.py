@@ -11,9 +11,10 @@ from support.planted_faults import NEAR, SAMPLE_FAULTS, faulty_paths, plant, rec
 from support.settings import clean_settings
 
 from bestiary import params
-from bestiary.data.cleaning import AskJudge, ByHand, Outcome, clean
+from bestiary.data.cleaning import ByHand, Outcome, clean
 from bestiary.data.findings import Decision
 from bestiary.data.images import open_rgb
+from bestiary.data.off_topic import AskJudge
 from bestiary.errors import BestiaryError
 
 ROOT = Path(__file__).parents[2]

@@ -209,6 +209,50 @@ def test_an_empty_folder_is_named(tmp_path: Path) -> None:
         take_all(tmp_path / "data")
 
 
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "data").touch()
+    with pytest.raises(BestiaryError, match="data is a file"):
+        take_all(tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["my-cat"], r"no folder with images, only files such as my-cat.*such as .*data/my-cat"),
+        (["1.jpg", "2.jpg", ".DS_Store", ".hidden"], r"no folder with images, only files such as 1\.jpg"),
+        (["photos.zip", "1.jpg"], r"data/photos\.zip is an archive. Unpack it"),
+        ([".DS_Store", ".hidden"], "no images in"),
+    ],
+)
+def test_files_in_the_place_of_class_folders_are_named(files: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name in files:
+        (tmp_path / "data" / name).touch()
+    with pytest.raises(BestiaryError, match=message):
+        take_all(tmp_path / "data")
+
+
+def test_a_file_beside_class_folders_is_left_out_by_name(raw: Path) -> None:
+    (raw / "my-dog").touch()
+    assert describe_left_out(take_all(raw).left_out) == ["1 file left out (not an image): my-dog"]
+
+
+def test_folders_of_operating_systems_are_no_classes(raw: Path) -> None:
+    for name in ("$RECYCLE.BIN", "System Volume Information", "lost+found", "__MACOSX", "@eaDir", "cat/@eaDir"):
+        (raw / name).mkdir()
+        (raw / name / "SYNOPHOTO_THUMB_M.jpg").touch()
+    taken = take_all(raw)
+    assert (taken.per_class, taken.left_out) == ({"cat": 6, "owl": 6}, [])
+
+
+def test_chinese_and_emoji_names_of_folders_and_files_stay_as_they_are(raw: Path) -> None:
+    (raw / "cat").rename(raw / "我的猫 🐈")
+    (raw / "我的猫 🐈" / "0.jpg").rename(raw / "我的猫 🐈" / "雪地 😀.jpg")
+    taken = take_all(raw)
+    assert (taken.per_class, taken.renamed) == ({"owl": 6, "我的猫 🐈": 6}, 0)
+    assert "我的猫 🐈/雪地 😀.jpg" in taken_files(raw)
+
+
 def test_a_single_class_needs_four_images(raw: Path, tmp_path: Path) -> None:
     assert take(raw, tmp_path / "taken", ["cat"], 4).per_class == {"cat": 4}
     with pytest.raises(BestiaryError, match=r"cat has only 3 images.*at least 4"):

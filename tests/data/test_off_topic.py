@@ -8,11 +8,12 @@ from typing import Literal
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from support.settings import clean_settings
 
-from bestiary.data.cleaning import AskJudge, ByHand, clean
+from bestiary.data.cleaning import ByHand, clean
 from bestiary.data.findings import Finding
+from bestiary.data.off_topic import AskJudge
 from bestiary.evaluation.judge import Judge
 from bestiary.subjects import Subject, Subjects
 
@@ -61,6 +62,28 @@ def person(seed: int) -> Image.Image:
     return image
 
 
+def stick_figure(seed: int) -> Image.Image:
+    """A person drawn in ink on paper, in another pose each time."""
+    dice = np.random.default_rng(seed)
+    image = Image.new("RGB", (96, 96), (250, 248, 240))
+    pen, x, top, head = ImageDraw.Draw(image), dice.uniform(36, 60), dice.uniform(8, 16), dice.uniform(8, 11)
+    neck, hip = top + 2 * head, top + 2 * head + dice.uniform(24, 30)
+    pen.ellipse((x - head, top, x + head, neck), outline="black", width=3)
+    pen.line((x, neck, x, hip), fill="black", width=3)
+    for side in (-1, 1):
+        hand = (x + side * dice.uniform(14, 22), neck + dice.uniform(0, 22))
+        foot = (x + side * dice.uniform(8, 16), hip + dice.uniform(20, 28))
+        pen.line((x, neck + 6, *hand), fill="black", width=3)
+        pen.line((x, hip, *foot), fill="black", width=3)
+    return image
+
+
+def outlines(seed: int) -> Image.Image:
+    """Any animal in the style of a colouring book: the outlines of its drawing."""
+    edges = ImageOps.grayscale(anything_drawn(seed)).filter(ImageFilter.FIND_EDGES)
+    return ImageOps.invert(edges.point([0] * 41 + [255] * 215)).convert("RGB")
+
+
 def found(
     tmp_path: Path, ask: AskJudge, draw: Callable[[int], Image.Image], others: list[Image.Image], policy: str = "auto"
 ) -> list[Finding]:
@@ -103,6 +126,37 @@ def test_an_outlier_is_found_by_its_likeness_to_the_folder_and_flagged(
     assert finding.detail.startswith("likeness to its folder ")
     assert finding.score is not None
     assert 0.1 < finding.score <= 1
+
+
+@pytest.mark.parametrize("count", [8, 20])
+@pytest.mark.parametrize(
+    ("draw", "other"),
+    [
+        (thing("car"), animal("owl")),
+        (thing("house"), thing("page of text")),
+        (stick_figure, thing("car")),
+        (outlines, thing("landscape")),
+    ],
+    ids=["objects", "more objects", "people-like drawings", "a style"],
+)
+def test_a_folder_loses_its_real_outlier_and_no_other_image(
+    draw: Callable[[int], Image.Image],
+    other: Callable[[int], Image.Image],
+    count: int,
+    tmp_path: Path,
+    ask: AskJudge,
+) -> None:
+    folder = tmp_path / "raw" / "my-subject"
+    folder.mkdir(parents=True)
+    for number in range(count):
+        draw(number).save(folder / f"{number:02}.png")
+    other(99).save(folder / "other.png")
+    settings = SETTINGS.model_copy(update={"off_topic": "quarantine"})
+    outcome = clean(tmp_path / "raw", tmp_path / "clean", settings, judge=ask, workers=1)
+    assert [(each.kind, each.path, each.action) for each in outcome.findings] == [
+        ("off topic", "my-subject/other.png", "quarantined")
+    ]
+    assert len(outcome.manifest) == count
 
 
 def test_a_style_that_subjects_yaml_names_is_cleaned_by_likeness_too(tmp_path: Path, ask: AskJudge) -> None:

@@ -104,10 +104,10 @@ def test_a_group_across_classes_stays_on_one_side() -> None:
     ("groups", "message"),
     [
         ({"cat": ["a", "b"], "owl": ["c"]}, "owl has only one image"),
-        ({"cat": ["a", "b", "c"]}, "cat has only 3 images in the manifest.*at least 4"),
-        ({"cat": ["a"]}, "cat has only one image in the manifest.*at least 4"),
+        ({"cat": ["a", "b", "c"]}, "cat has only 3 images after cleaning.*at least 4"),
+        ({"cat": ["a"]}, "cat has only one image after cleaning.*at least 4"),
         ({"cat": ["a", "b"], "owl": ["c", "c", "c"]}, "class owl are near-duplicates"),
-        ({}, "no images in the manifest"),
+        ({}, "no images after cleaning"),
     ],
 )
 def test_a_class_that_cannot_be_split_is_named(groups: dict[str, list[str]], message: str) -> None:

@@ -82,7 +82,7 @@ def test_shuffled_versions_are_shown(base_folder: Path) -> None:
 
 def test_the_command_shows_the_cleaned_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    with pytest.raises(BestiaryError, match="no project here"):
+    with pytest.raises(BestiaryError, match="in the project's folder"):
         CliRunner().invoke(cli, ["captions"], catch_exceptions=False)
     (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
     (tmp_path / "models").symlink_to(ROOT / "models")

@@ -114,8 +114,8 @@ def test_images_that_are_all_the_same_are_named_before_training(tmp_path: Path) 
         shutil.copyfile(tmp_path / "raw" / "my-cat" / "0.png", tmp_path / "raw" / "my-cat" / f"{number}.png")
     said: list[str] = []
     manifest = clean(tmp_path / "raw", tmp_path / "clean", CLEAN, workers=1, tell=said.append).manifest
-    assert said[0].startswith("my-cat lost 5 of 6 images (5 exact duplicate)")
-    with pytest.raises(BestiaryError, match=r"my-cat has only one image in the manifest.* at least 4"):
+    assert said[0].startswith("my-cat lost 5 of 6 images (5 exact duplicates)")
+    with pytest.raises(BestiaryError, match=r"my-cat has only one image after cleaning.* at least 4"):
         split(manifest, val_fraction=0.2, seed=0)
 
 

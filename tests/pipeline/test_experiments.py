@@ -78,18 +78,18 @@ def test_two_processes_of_a_stage_give_the_result_of_one_and_log_one_run(project
     assert project.repro(*repro, "encode") == ["encode"]
 
 
-def test_three_queued_experiments_are_side_by_side_in_mlflow(project: Project) -> None:
+def test_queued_experiments_are_side_by_side_in_mlflow(project: Project) -> None:
     for command in ("git add --all", "git -c user.name=a -c user.email=a@example.org commit --quiet --message before"):
         project.run(*command.split())
-    project.run("dvc", "exp", "run", "--queue", "-S", "train.rank=2,8,16", "train")
+    project.run("dvc", "exp", "run", "--queue", "-S", "train.rank=2,8", "train")
     project.run("dvc", "exp", "run", "--run-all")
-    assert sorted(int(rank) for rank in trainings(project, "params.value")) == [2, 4, 8, 16]
-    assert len(set(trainings(project, "latest_metrics.value"))) == 4
+    assert sorted(int(rank) for rank in trainings(project, "params.value")) == [2, 4, 8]
+    assert len(set(trainings(project, "latest_metrics.value"))) == 3
     told = project.run("dvc", "exp", "show", "--csv", "--only-changed")
-    assert all(rank in told for rank in ("2", "8", "16"))
+    assert all(rank in told for rank in ("2", "8"))
     revision = project.run("git", "rev-parse", "HEAD").strip()
     with sqlite3.connect(project.folder / "mlflow.db") as database:
         query = "SELECT DISTINCT value FROM tags WHERE key = 'mlflow.source.git.commit'"
         assert database.execute(query).fetchall() == [(revision,)]
         query = "SELECT COUNT(*) FROM tags WHERE key = 'git_dirty'"
-        assert database.execute(query).fetchone()[0] >= 6  # three trainings and their pipelines
+        assert database.execute(query).fetchone()[0] >= 4  # two trainings and their pipelines

@@ -1,4 +1,4 @@
-"""Captions from files beside the images: `<image>.txt`, `<image>.caption`, `metadata.jsonl` and `metadata.csv`."""
+"""Captions from files: `<image>.txt` and `<image>.caption` beside an image, `metadata.jsonl` and `metadata.csv`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ import json
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from bestiary.data.names import printable
+from bestiary.data.names import parts, printable
 from bestiary.errors import BestiaryError
 from bestiary.subjects import Subject
+
+if TYPE_CHECKING:
+    from bestiary.data.listing import Listing
 
 TEXT_SUFFIXES = (".txt", ".caption")  # as kohya's and OneTrainer's users keep them
 METADATA = ("metadata.jsonl", "metadata.csv")  # Hugging Face's image folders
@@ -21,43 +25,71 @@ CAPTIONS = ".captions.csv"  # hidden, so that it is never taken for a class
 MAX_BYTES = 16 * 2**20
 
 
-def read_captions(files: Sequence[Path], images: Sequence[Path]) -> dict[Path, str]:
-    """Return the captions that a class folder's caption files give its images, each on one line.
+def read_captions(listing: Listing, classes: Iterable[str]) -> dict[Path, str]:
+    """Return the captions that caption files give the images of `classes`, each on one line.
+
+    Files in a class folder name its images; those beside the class folders name <class>/<image>.
 
     Raises BestiaryError that names file and line when a file cannot be read, names an image that is not there, or gives
     an image a second caption.
     """
-    captions: dict[Path, str] = {}
-    came_from: dict[Path, Path] = {}
-    by_name = {unicodedata.normalize("NFC", image.name): image for image in images}
-    by_stem: defaultdict[str, list[Path]] = defaultdict(list)
-    for image in images:
-        by_stem[image.stem].append(image)
-
-    def add(image: Path, text: str, file: Path) -> None:
-        if image in captions:
-            raise BestiaryError(
-                f"{printable(str(file))} and {printable(str(came_from[image]))} both have a caption for "
-                f"{printable(image.name)}. Remove one of the two."
-            )
-        captions[image], came_from[image] = " ".join(text.split()), file
-
-    for file in files:
-        content = _read(file)
-        if file.name not in METADATA:
+    chosen = list(classes)
+    reader = _Reader()
+    for name in chosen:
+        images = {_composed(image.name): image for image in listing.images[name]}
+        by_stem: defaultdict[str, list[Path]] = defaultdict(list)
+        for image in listing.images[name]:
+            by_stem[image.stem].append(image)
+        for file in listing.captions[name]:
+            if file.name in METADATA:
+                reader.read_table(file, images, "the folder has no such image")
+                continue
+            content = _read(file)
             for image in by_stem[file.stem]:
-                add(image, content, file)
-            continue
+                reader.add(image, content, file)
+    everywhere = {f"{name}/{_composed(image.name)}": image for name in listing.images for image in listing.images[name]}
+    for file in listing.metadata:
+        reader.read_table(file, everywhere, "no class folder has such an image")
+    wanted = {image for name in chosen for image in listing.images[name]}
+    return {image: text for image, text in reader.captions.items() if image in wanted}
+
+
+class _Reader:
+    """The captions that were read so far, and the file of each."""
+
+    def __init__(self) -> None:
+        self.captions: dict[Path, str] = {}
+        self._came_from: dict[Path, Path] = {}
+
+    def add(self, image: Path, text: str, file: Path) -> None:
+        """Add a caption. Raises BestiaryError when the image has one already."""
+        if image in self.captions:
+            first, name = self._came_from[image], printable(f"{image.parent.name}/{image.name}")
+            if first == file:
+                raise BestiaryError(f"{printable(str(file))} has two captions for {name}. Remove one of them.")
+            raise BestiaryError(
+                f"{printable(str(file))} and {printable(str(first))} both have a caption for {name}. Remove one of the "
+                "two."
+            )
+        self.captions[image], self._came_from[image] = " ".join(text.split()), file
+
+    def read_table(self, file: Path, images: Mapping[str, Path], problem: str) -> None:
+        """Add the captions of a metadata file, which names `images` by their keys."""
+        content = _read(file)
         rows = _json_lines(file, content) if file.suffix == ".jsonl" else _csv_rows(file, content)
         for line, name, text in rows:
-            named = by_name.get(unicodedata.normalize("NFC", name.removeprefix("./")))
-            if named is None:
+            image = images.get(_composed(name)) or images.get("/".join(parts(_composed(name))))
+            if image is None:
                 raise BestiaryError(
-                    f"{printable(str(file))}, line {line} names {printable(name)!r}, and the folder has no such image. "
-                    "Correct the name, or remove the line."
+                    f"{printable(str(file))}, line {line} names {printable(name)!r}, and {problem}. Correct the name, "
+                    "or remove the line."
                 )
-            add(named, text, file)
-    return captions
+            self.add(image, text, file)
+
+
+def _composed(name: str) -> str:
+    """The name in Unicode's composed form."""
+    return unicodedata.normalize("NFC", name)
 
 
 def write_captions(folder: Path, captions: Mapping[str, str]) -> None:
@@ -131,9 +163,11 @@ def _csv_rows(file: Path, content: str) -> Iterator[tuple[int, str, str]]:
         for row in rows:
             if row["file_name"] is None or row["text"] is None or None in row:
                 raise BestiaryError(
-                    f"{printable(str(file))}, line {rows.line_num} has not as many cells as the first line. Put a text "
-                    "that holds commas between quotes."
+                    f"{printable(str(file))}, line {rows.line_num} does not have as many cells as the first line. "
+                    "Put a text that holds commas between quotes."
                 )
             yield rows.line_num, row["file_name"], row["text"]
     except csv.Error as error:
-        raise BestiaryError(f"{printable(str(file))}, line {rows.line_num} is not CSV: {error}.") from None
+        raise BestiaryError(
+            f"{printable(str(file))}, line {rows.line_num + 1} is not CSV: {error}. Check its quotes."
+        ) from None

@@ -69,14 +69,17 @@ def choose(
     return {name: list(files[name][:images_per_class]) for name in wanted}
 
 
-def check_classes(counts: Mapping[str, int], where: str | Path) -> None:
+def check_classes(counts: Mapping[str, int], where: str) -> None:
     """Check that each class has at least two images, and a class that is alone at least ALONE.
 
-    `counts` holds the number of images per class, `where` the place that the message names. Raises BestiaryError when
-    there are fewer.
+    `counts` holds the number of images per class, `where` the place as the message names it: "in data". Raises
+    BestiaryError when there are fewer.
     """
     if not counts or not any(counts.values()):
-        raise BestiaryError(f"There are no images in {where}. Add a folder of at least two images for each class.")
+        raise BestiaryError(
+            f"There are no images {where}. Add a folder of images for each class: at least two in each, or {ALONE} if "
+            "there is only one folder."
+        )
     needed = 2 if len(counts) > 1 else ALONE
     small = [name for name, count in counts.items() if count < needed]
     if not small:
@@ -85,13 +88,13 @@ def check_classes(counts: Mapping[str, int], where: str | Path) -> None:
     number = ("no image", "only one image")[count] if count < 2 else f"only {count} images"
     if len(counts) < 2:
         raise BestiaryError(
-            f"The class {small[0]} has {number} in {where}. A class that is alone needs at least {ALONE} images, one "
-            "of them for validation. Add images."
+            f"The class {small[0]} has {number} {where}. A class that is alone needs at least {ALONE} images, one of "
+            "them for validation. Add images."
         )
     others = f" (and {len(small) - 1} more classes are as small)" if small[1:] else ""
     raise BestiaryError(
-        f"The class {small[0]} has {number} in {where}{others}. A class needs at least two images, one of them for "
-        "validation: add images or remove the class."
+        f"The class {small[0]} has {number} {where}{others}. A class needs at least two images, one of them for "
+        "validation: add images, or remove the folder."
     )
 
 

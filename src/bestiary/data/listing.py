@@ -27,7 +27,10 @@ IMAGE_SUFFIXES = frozenset(
     )
 )
 _OTHER_CAPTIONS = (".tags", ".json")  # as other trainers keep them beside the images; not read here
-_LITTER = ("thumbs.db", "desktop.ini", ".ds_store", ".gitkeep", ".gitignore", ".directory")  # of systems, not of people
+_LITTER = (  # of systems, not of people
+    *("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", ".ds_store", ".gitkeep", ".gitignore", ".directory"),
+    *("__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"),  # folders
+)
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\xff\x0a", b"8BPS")
 _BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"mif1", b"msf1", b"avif", b"avis")  # of an ISO media file
 
@@ -52,6 +55,7 @@ class Listing:
 
     images: dict[str, list[Path]] = field(default_factory=dict)
     captions: dict[str, list[Path]] = field(default_factory=dict)
+    metadata: list[Path] = field(default_factory=list)  # captions of all classes, beside the class folders
     left_out: list[LeftOut] = field(default_factory=list)
 
 
@@ -65,7 +69,8 @@ def list_images(root: Path, trusted: Callable[[], Sequence[Path]] | None = None)
     folder is a link to a place outside.
     """
     if not root.is_dir():
-        raise BestiaryError(f"The image folder {root} does not exist. Create it with one folder of images per class.")
+        problem = "is a file" if root.exists() else "does not exist"
+        raise BestiaryError(f"The image folder {root} {problem}. Create a folder with one folder of images per class.")
     links = _Links(root, trusted)
     listing = Listing()
     for entry in sorted(root.iterdir()):
@@ -87,6 +92,8 @@ def list_images(root: Path, trusted: Callable[[], Sequence[Path]] | None = None)
                 )
             listing.images[name], listing.captions[name], left_out = _list_class(entry, name, links)
             listing.left_out.extend(left_out)
+        elif entry.name in METADATA and entry.is_file():
+            listing.metadata.append(entry)
         else:
             kind = "outside a class folder" if _is_image(entry) else "not an image"
             listing.left_out.append(LeftOut(entry.name, "", kind, f"in {root.name}"))
@@ -207,7 +214,7 @@ def _files_below(folder: Path) -> Iterator[Path]:
 
 def _is_litter(path: Path) -> bool:
     """Return whether an operating system or Git left this behind, such as the `._name.jpg` files of a Mac."""
-    return path.name.startswith("._") or path.name.casefold() in _LITTER or path.name == "__MACOSX"
+    return path.name.startswith("._") or path.name.casefold() in _LITTER
 
 
 def _is_image(path: Path) -> bool:

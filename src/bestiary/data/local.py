@@ -13,9 +13,11 @@ from tqdm import tqdm
 from bestiary.data.captions import read_captions, write_captions
 from bestiary.data.folder import check_classes, choose, link, replacing
 from bestiary.data.listing import LeftOut, list_images, write_left_out
-from bestiary.data.names import safe_names
+from bestiary.data.names import printable, safe_names
 from bestiary.errors import BestiaryError
 from bestiary.subjects import Subjects, check_folders
+
+_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar")
 
 
 @dataclass(frozen=True)
@@ -62,16 +64,18 @@ def take(
                 f"The class {name} has no image in {source}. These files are there: {there}. Put images into the "
                 "folder itself, or remove it."
             )
-    check_classes(counts, source)
-    captions = {name: read_captions(listing.captions[name], listing.images[name]) for name in files}
+    if not any(counts.values()):
+        _check_layout(source, left_out)
+    check_classes(counts, f"in {source}")
+    captions = read_captions(listing, files)
     renamed, taken_captions = 0, dict[str, str]()
     with replacing(target) as fresh:
         for name, paths in tqdm(files.items(), desc="link images", unit="class"):
             (fresh / name).mkdir()
             for path, safe in zip(paths, safe_names(path.name for path in paths), strict=True):
                 link(path, fresh / name / safe)
-                if path in captions[name]:
-                    taken_captions[f"{name}/{safe}"] = captions[name][path]
+                if path in captions:
+                    taken_captions[f"{name}/{safe}"] = captions[path]
                 renamed += safe != unicodedata.normalize("NFC", path.name)
         write_left_out(fresh, left_out)
         write_captions(fresh, taken_captions)
@@ -97,3 +101,20 @@ def take_others(source: Path, target: Path, subjects: Subjects) -> dict[str, int
             for path, safe in zip(paths, safe_names(path.name for path in paths), strict=True):
                 link(path, fresh / folder / safe)
     return {folder: len(images[others]) for folder, others in subjects.folders_of_others.items()}
+
+
+def _check_layout(source: Path, left_out: Sequence[LeftOut]) -> None:
+    """Raise BestiaryError when the files lie in `source` itself instead of in a folder for each class."""
+    outside = [each for each in left_out if not each.class_folder and each.kind != "hidden"]
+    if not outside:
+        return
+    archives = [each.path for each in outside if each.path.lower().endswith(_ARCHIVES)]
+    if archives:
+        raise BestiaryError(
+            f"{source}/{printable(archives[0])} is an archive. Unpack it, so that each class has a folder of images in "
+            f"{source}."
+        )
+    raise BestiaryError(
+        f"{source} has no folder with images, only files such as {printable(outside[0].path)}. Put the images into a "
+        f"folder that is named after what they show, such as {source}/my-cat."
+    )

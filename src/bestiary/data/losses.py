@@ -29,6 +29,7 @@ _DECIDES = {
     "dropped by hand": "remove lines from overrides.csv",
     "link": "put the files themselves in the place of the links",
 }
+_NOUNS = ("near duplicate", "mirror image", "conflict", "exact duplicate", "link")  # among the kinds of findings
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,10 @@ class Loss:
         return self.lost / self.images
 
     def describe(self) -> str:
-        """The loss in words: 3 of 40 images (2 near duplicate, 1 unreadable)."""
-        reasons = ", ".join(f"{count} {kind}" for kind, count in self.reasons.items())
+        """The loss in words: 3 of 40 images (2 near duplicates, 1 unreadable)."""
+        reasons = ", ".join(
+            f"{count} {kind}{'s' * (kind in _NOUNS and count > 1)}" for kind, count in self.reasons.items()
+        )
         return f"{self.lost} of {self.images} images ({reasons})"
 
     @property

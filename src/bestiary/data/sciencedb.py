@@ -100,7 +100,7 @@ def download(
                 f"None of the {len(listing)} files of {settings.dataset_id} on ScienceDB is an image of one of the 100 "
                 "animals. Check dataset.sciencedb.dataset_id."
             )
-        check_classes(counts, "the dataset on ScienceDB")
+        check_classes(counts, "in the dataset on ScienceDB")
         _lay_out(target, chosen, left_out)
     return Downloaded(counts, fetched, len(missing), absent, unknown, refused, left_out)
 

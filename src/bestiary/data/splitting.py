@@ -29,7 +29,7 @@ def split(manifest: pd.DataFrame, *, val_fraction: float, seed: int) -> tuple[pd
 
     Raises BestiaryError when a class cannot be split.
     """
-    check_classes(Counter(sorted(manifest["class"])), "the manifest")
+    check_classes(Counter(sorted(manifest["class"])), "after cleaning (reports/clean shows the rejected ones)")
     rows = manifest.sort_values("path", kind="stable").reset_index(drop=True)
     # A group with images of several classes counts for the class of its first image: it has one number and one side.
     groups = rows.groupby("group", sort=True).agg(home=("class", "first"), images=("path", "size"))

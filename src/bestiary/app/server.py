@@ -24,7 +24,7 @@ from starlette.staticfiles import StaticFiles
 
 from bestiary.app.access import AccessControl, Credentials, check_json, is_loopback
 from bestiary.app.drawing_queue import Drawing, DrawingQueue
-from bestiary.app.errors import RefusedError
+from bestiary.app.errors import RefusedError, retry_headers, status_of
 from bestiary.app.events import Failed, to_json
 from bestiary.app.limits import address_of
 from bestiary.app.offers import Offerings
@@ -200,8 +200,8 @@ async def _json_lines(drawing: Drawing) -> AsyncIterator[str]:
 
 async def _refusal(_: Request, error: Exception) -> Response:
     assert isinstance(error, BestiaryError)
-    status = error.status if isinstance(error, RefusedError) else 422
-    return JSONResponse(asdict(Failed.by(error)), status)
+    status = status_of(error)
+    return JSONResponse(asdict(Failed.by(error)), status, retry_headers(status))
 
 
 async def _disconnected(_: Request, __: Exception) -> Response:

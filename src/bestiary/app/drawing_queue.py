@@ -29,8 +29,10 @@ log = logging.getLogger(__name__)
 class Drawing:
     """An order in the queue, with the events that its reader has not taken yet. For the event loop's thread only."""
 
-    def __init__(self, address: str, leave: Callable[[Drawing], None]) -> None:
+    def __init__(self, order: Order, address: str, api: str, leave: Callable[[Drawing], None]) -> None:
+        self.order = order
         self.address = address
+        self.api = api  # that the order came through
         self.stopped = threading.Event()
         self.place = 0  # how many orders are drawn first
         self.future: Future[None] | None = None
@@ -104,7 +106,7 @@ class DrawingQueue:
         """Start to load the default base, before the first order."""
         self._worker.submit(self._studio.warm)
 
-    def enter(self, order: Order, address: str) -> Drawing:
+    def enter(self, order: Order, address: str, api: str = "page") -> Drawing:
         """Put an order into the queue. The caller closes the drawing. Raises BestiaryError when there is no room."""
         if sum(drawing.address == address for drawing in self._open) >= MAX_OPEN_PER_ADDRESS:
             raise RefusedError(
@@ -116,7 +118,7 @@ class DrawingQueue:
         if len(self._waiting) >= MAX_WAITING:
             raise RefusedError("queueFull", "Too many people are waiting. Try again in a few minutes.", 503)
         loop = asyncio.get_running_loop()
-        drawing = Drawing(address, self._close)
+        drawing = Drawing(order, address, api, self._close)
 
         def tell(event: Event) -> None:
             if self._closing.is_set():
@@ -127,6 +129,10 @@ class DrawingQueue:
         self._open.append(drawing)
         self._queue_up(drawing)
         return drawing
+
+    def oldest(self, address: str, api: str) -> Drawing | None:
+        """The oldest open order of an address through this API; None when there is none."""
+        return next((each for each in self._open if (each.address, each.api) == (address, api)), None)
 
     def interrupt(self, drawing: Drawing) -> None:
         """End an order early, although its reader waits: it is done, with the pictures that are finished."""

@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 from io import BytesIO
 from typing import TYPE_CHECKING
 
+from bestiary.app.choices import preferred
 from bestiary.app.errors import RefusedError, Stopped
 from bestiary.app.events import Event, Loading, Note, Picture, Preview, Progress, Role
 from bestiary.app.offers import Offer, Offerings, Offers, gone, short_name
 from bestiary.app.orders import MAX_SIDE, SIDE_STEP, Order
 from bestiary.errors import BestiaryError
-from bestiary.generation import Base, Generator, choose_base
-from bestiary.png_metadata import PictureSettings, as_a1111, write_png
+from bestiary.generation import Base, Generator, choose_base, decisive
+from bestiary.png_metadata import AppliedAdapter, PictureSettings, as_a1111, write_png
 from bestiary.samplers import SAMPLERS, Sampling
 from bestiary.subjects import ANIMALS, Subject, caption, find_subject
 
@@ -44,18 +45,19 @@ class Job:
 
 @dataclass(frozen=True)
 class Work:
-    """What an order is drawn with. The hash is None until the adapter has been loaded, and without an adapter."""
+    """What an order is drawn with. The hashes are None until the adapters have been loaded."""
 
-    offer: Offer | None
     base: Base
-    adapter: Adapter | None = None
+    offers: tuple[Offer, ...] = ()
+    adapters: tuple[Adapter, ...] = ()  # in the order of the offers
     device: str = ""  # empty: the best one
-    any_base: bool = False  # the user chose the base, so the adapter may be drawn on another than its own
-    adapter_sha256: str | None = None
+    any_base: bool = False  # the user chose the base, so an adapter may be drawn on another than its own
+    hashes: tuple[str, ...] | None = None
 
     @property
-    def adapters(self) -> list[Adapter]:
-        return [self.adapter] if self.adapter else []
+    def offer(self) -> Offer | None:
+        """The first adapter's offer."""
+        return self.offers[0] if self.offers else None
 
 
 class Studio:
@@ -73,7 +75,7 @@ class Studio:
         with self.offers.without_paths():
             own = native_side(self.offers.default_base)
         best = device_and_dtype()[0].type
-        champion = next((offer.key for offer in offers if "champion" in offer.aliases), None)
+        usual = preferred(offers)
         return {
             "animals": [{"folder": a.folder, "name": a.name, "chinese": a.chinese} for a in ANIMALS],
             "adapters": [offer.public() for offer in offers],
@@ -81,14 +83,14 @@ class Studio:
             "devices": list(dict.fromkeys([best, "cpu"])),
             "schedulers": {name: sampler.label for name, sampler in SAMPLERS.items()},
             "resolutions": sorted({own, *range(min(own, 256), MAX_SIDE + 1, SIDE_STEP)}),
-            "adapter": champion or (offers[0].key if offers else "none"),
+            "adapter": usual.key if usual else "none",
             "usual": self.offers.defaults.to_dict() | {"resolution": own},
         }
 
     def warm(self) -> None:
         """Load the default base, so that the first picture does not wait for it."""
         try:
-            self._load(Work(None, self.offers.default_base), lambda _: None)
+            self._load(Work(self.offers.default_base), lambda _: None)
         except BestiaryError as error:
             log.warning("%s", error)
 
@@ -141,19 +143,19 @@ class Studio:
 
     def _prepare(self, order: Order, tell: Tell) -> Work:
         """Find and load what the order needs."""
-        offer = None if order.adapter == "none" else self.offers.find(order.adapter)
-        adapter = self.offers.resolve(offer) if offer else None
+        keys = [order.adapter, *(more.adapter for more in order.more_adapters)]
+        offers = tuple(self.offers.find(key) for key in keys if key != "none")
+        adapters = tuple(map(self.offers.resolve, offers))
         base = choose_base(
-            adapter,
+            decisive(adapters),
             self.offers.base(order.base),
             self.offers.default_base,
-            trusted=offer is None or offer.kind != "upload",
+            trusted=all(offer.kind != "upload" for offer in offers),
             known=self.offers.bases.values(),
         )
-        work = Work(offer, base, adapter, order.device, any_base=bool(order.base))
+        work = Work(base, offers, adapters, order.device, any_base=bool(order.base))
         self._load(work, tell)
-        hashes = self._generator.adapter_hashes
-        return replace(work, adapter_sha256=hashes[0] if hashes else None)
+        return replace(work, hashes=self._generator.adapter_hashes)
 
     def _jobs(self, order: Order, work: Work, tell: Tell) -> list[Job]:
         """The order's pictures. What `_prepare` loaded must still be there."""
@@ -176,7 +178,13 @@ class Studio:
         )
         adapted = plain
         if offer:
-            adapted = replace(plain, sampling=sampling, adapter=offer.name, adapter_sha256=work.adapter_sha256)
+            assert work.hashes
+            first, *others = work.hashes
+            more = tuple(
+                AppliedAdapter(its.name, sha256, chosen.weight)
+                for its, sha256, chosen in zip(work.offers[1:], others, order.more_adapters, strict=True)
+            )
+            adapted = replace(plain, sampling=sampling, adapter=offer.name, adapter_sha256=first, more_adapters=more)
         pairs: list[tuple[PictureSettings, Role]] = [(adapted, "adapter")]
         if order.compare and offer:
             pairs.append((plain, "base"))
@@ -187,7 +195,7 @@ class Studio:
         ]
 
     def _load(self, work: Work, tell: Tell) -> None:
-        """Load the order's base and adapter, unless they are in memory."""
+        """Load the order's base and adapters, unless they are in memory."""
         from bestiary.diffusion.base import device_and_dtype
 
         best = device_and_dtype()[0].type
@@ -199,11 +207,11 @@ class Studio:
         try:
             self._generator.prepare(work.base, work.adapters, device, any_base=work.any_base)
         except FileNotFoundError:
-            if work.adapter is None or work.adapter.file.exists():
+            if all(adapter.file.exists() for adapter in work.adapters):
                 raise
             raise gone() from None  # a newer upload has taken its place
-        if work.adapter_sha256 is not None and self._generator.adapter_hashes != (work.adapter_sha256,):
-            raise gone()  # it was trained again meanwhile
+        if work.hashes is not None and self._generator.adapter_hashes != work.hashes:
+            raise gone()  # one was trained again meanwhile
 
 
 @contextlib.contextmanager

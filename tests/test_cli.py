@@ -14,7 +14,7 @@ from PIL import Image
 from support.registry import evaluation, make_adapter, submit
 
 from bestiary import cli
-from bestiary.diffusion.adapter import adapter_sha256
+from bestiary.diffusion.adapter import adapter_sha256, read_provenance
 from bestiary.png_metadata import read_settings, write_png
 from bestiary.registry.registering import Registration
 from bestiary.registry.versions import versions
@@ -382,6 +382,23 @@ def test_verify_prints_what_it_proved(
     printed = capsys.readouterr().out
     assert "rank, alpha                      2, 4" in printed
     assert "trained on this base             yes" in printed
+
+
+def test_two_adapters_merge_into_one_file_and_a_lower_rank_prints_its_error(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_adapter(workspace / "models" / "base", workspace / "stripes", 1, named_base="models/base")
+    assert call(monkeypatch, "adapter", "merge", "models/adapter:0.7", "stripes:0.5", "both.safetensors") == 0
+    printed = capsys.readouterr().out
+    assert re.match(r"both\.safetensors: rank 4, \d+ weights in place, sha256 [0-9a-f]{64}\n$", printed)
+    assert call(monkeypatch, "adapter", "resize", "both.safetensors", "small", "--rank", "3") == 0
+    assert re.search(r"rank 3, .*\nerror \d+\.\d\d% of the change, at most \d", capsys.readouterr().out)
+    made_from = read_provenance("small").model_extra or {}
+    assert made_from["merged_from"] == [
+        {"adapter": "both.safetensors", "adapter_sha256": adapter_sha256("both.safetensors"), "weight": 1.0}
+    ]
+    assert call(monkeypatch, "adapter", "merge", "none", "out") == 1
+    assert "none is no adapter" in capsys.readouterr().err
 
 
 def test_a_truncated_adapter_is_named(

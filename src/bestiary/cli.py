@@ -393,7 +393,7 @@ def pull(what: str, base: str | None, out: Path) -> None:
 
 @cli.group()
 def adapter() -> None:
-    """Prove that an adapter applies; convert it."""
+    """Prove that an adapter applies; convert, merge and resize it."""
 
 
 @adapter.command()
@@ -438,6 +438,55 @@ def convert(source: Path, target: Path, to: Literal["diffusers", "kohya"], alpha
     from bestiary.diffusion import conversion  # torch, which a refusal does not wait for
 
     click.echo(conversion.convert(source, target, to, alpha, lambda note: click.echo(note, err=True)))
+
+
+@adapter.command()
+@click.argument("named", metavar="WHAT[:WEIGHT]...", nargs=-1, required=True)
+@click.argument("target", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--rank", type=click.IntRange(1), help="Lower the rank and print the error.  [default: exact]")
+@base_option
+def merge(named: tuple[str, ...], target: Path, rank: int | None, base: str | None) -> None:
+    """Write one adapter that draws as several do together, verified."""
+    from bestiary.generation import Weighted
+
+    _merge([Weighted.parse(text) for text in named], target, rank, base)
+
+
+@adapter.command()
+@click.argument("source", metavar="SRC")
+@click.argument("target", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--rank", required=True, type=click.IntRange(1), help="Rank to write.")
+@base_option
+def resize(source: str, target: Path, rank: int, base: str | None) -> None:
+    """Write an adapter with a lower rank, verified, and print the error."""
+    from bestiary.generation import Weighted
+
+    _merge([Weighted(source, 1.0)], target, rank, base)
+
+
+def _merge(weighted: Sequence[Weighted], target: Path, rank: int | None, base: str | None) -> None:
+    from bestiary import generation
+    from bestiary.registry import resolving
+
+    with generation.resolving_all([each.what for each in weighted]) as resolved:
+        found = resolved()
+    chosen = generation.decisive(found)
+    if chosen is None:
+        raise BestiaryError("none is no adapter. Name one that can be merged.")
+    model = resolving.find_base(chosen, base, _known_bases())
+    from bestiary.diffusion import merging  # torch, which a refusal does not wait for
+
+    parents = [
+        merging.Parent(adapter.uri, adapter.file, generation.weight_of(adapter, each))
+        for adapter, each in zip(found, weighted, strict=True)
+    ]
+    merged = merging.merge(parents, rank)
+    file, proof = merging.write_verified(merged, parents, target, model, None if base else chosen.base_revision)
+    click.echo(f"{file}: rank {proof.rank}, {proof.keys} weights in place, sha256 {proof.sha256}")
+    if merged.worst_module:
+        click.echo(
+            f"error {merged.error:.2%} of the change, at most {merged.largest_error:.2%} in {merged.worst_module}"
+        )
 
 
 def _known_bases() -> list[str]:

@@ -293,9 +293,10 @@ def _different_hashes(adapters: Sequence[Adapter]) -> tuple[str, ...]:
 
     known: dict[str, Adapter] = {}
     for adapter in adapters:
-        first = known.setdefault(adapter_sha256(adapter.file), adapter)
-        if first is not adapter:
+        sha256 = adapter_sha256(adapter.file)
+        if first := known.get(sha256):
             raise BestiaryError(f"{first.uri} and {adapter.uri} are the same adapter. Name it once, with one weight.")
+        known[sha256] = adapter
     return tuple(known)
 
 

@@ -71,6 +71,26 @@ def test_weight_size_and_negative_prompt_are_drawn_and_recorded(server: RunningP
     assert "<lora" not in trained.info["parameters"] + base.info["parameters"]
 
 
+def test_a_second_adapter_is_drawn_and_recorded(server: RunningPage) -> None:
+    champion = server.client.get("/api/catalog").json()["adapter"]
+    order = {"adapter": "local:0", "animal": "", "prompt": "a tiger"}
+    (alone,) = pictures(server.draw(**order))
+    (one_zero,) = pictures(server.draw(**order, more_adapters=[{"adapter": champion, "weight": 0}]))
+    both, base = pictures(server.draw(**order, compare=True, more_adapters=[{"adapter": champion, "weight": 0.5}]))
+    assert one_zero.tobytes() == alone.tobytes()
+    assert len({image.tobytes() for image in (alone, both, base)}) == 3
+    settings, first = (json.loads(image.info["bestiary"]) for image in (both, alone))
+    assert {key: settings[key] for key in first} == first
+    (second,) = settings["more_adapters"]
+    assert (second["adapter"], second["weight"]) == (champion, 0.5)
+    assert "more_adapters" not in json.loads(base.info["bestiary"])
+    (only,) = pictures(server.draw(**order | {"adapter": "none"}, more_adapters=[{"adapter": "local:0"}]))
+    assert only.tobytes() == alone.tobytes()
+    twice = server.refusal(**order, more_adapters=[{"adapter": "local:0"}])
+    assert "are the same adapter" in twice["message"]
+    assert str(ROOT) not in twice["message"]
+
+
 def test_the_catalog_lists_registered_versions_with_their_scores(server: RunningPage) -> None:
     catalog = server.client.get("/api/catalog").json()
     champion, local = catalog["adapters"]

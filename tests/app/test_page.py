@@ -305,6 +305,29 @@ def test_weight_shape_and_negative_prompt_are_drawn_and_used_again(browser: Brow
 
 
 @pytest.mark.slow
+def test_a_second_adapter_is_drawn_and_used_again(browser: Browser, server: RunningPage) -> None:
+    page = open_page(browser, server)
+    page.click("summary")
+    assert page.locator("#second-weight").is_hidden()
+    page.select_option("#second", "local:0")
+    page.fill("#second-weight", "0.5")
+    assert page.inner_text("output[for=second-weight]") == "0.50"
+    page.fill("#animal", "tiger")
+    page.fill("#seed", "7")
+    draw_in(page)
+    shown = page.inner_text("#settings")
+    assert re.search(r"Second adapter\s+.*/stripes · \w{8}\s+Weight of the second adapter\s+0\.5", shown)
+    assert re.match(r"bestiary 1 \+ .*/stripes · \w{8} · 7$", page.inner_text("#gallery .by"))
+    page.select_option("#second", "none")
+    assert page.locator("#second-weight").is_hidden()
+    page.click("#reuse")
+    assert (page.input_value("#second"), page.input_value("#second-weight")) == ("local:0", "0.5")
+    page.select_option("#second", "models:/bestiary/1")
+    draw_in(page)
+    assert "are the same adapter" in page.inner_text("#message")
+
+
+@pytest.mark.slow
 def test_a_prompt_that_wins_over_the_subject_is_visible(browser: Browser, server: RunningPage) -> None:
     page = open_page(browser, server)
     page.fill("#animal", "tiger")

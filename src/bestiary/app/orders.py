@@ -10,12 +10,22 @@ from bestiary import samplers
 from bestiary.app.errors import RefusedError
 from bestiary.errors import BestiaryError
 from bestiary.params import rising
-from bestiary.samplers import MAX_ADAPTER_WEIGHT, SamplerName, SamplingChanges
+from bestiary.samplers import MAX_ADAPTER_WEIGHT, MAX_ADAPTERS, SamplerName, SamplingChanges
 
 MAX_SIDE, SIDE_STEP = 1024, 64  # pixels, of the square pictures on offer; others have at most as many pixels
 MAX_WORK = 500_000_000  # of one order, in pixels x steps: 16 pairs of 512 x 512 pixels in 50 steps are 419 million
 Side = Annotated[int, Field(multiple_of=samplers.SIDE_STEP, ge=32, le=2 * MAX_SIDE)]
+Weight = Annotated[float, Field(ge=0, le=MAX_ADAPTER_WEIGHT)]
 NoiseLevel = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class WeightedKey(BaseModel):
+    """An adapter by its key in the page's catalog, and its weight."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    adapter: str
+    weight: Weight = 1.0
 
 
 class Order(BaseModel):
@@ -24,7 +34,8 @@ class Order(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     adapter: str = "none"
-    adapter_weight: float = Field(default=1.0, ge=0, le=MAX_ADAPTER_WEIGHT)
+    adapter_weight: Weight = 1.0
+    more_adapters: tuple[WeightedKey, ...] = Field(default=(), max_length=MAX_ADAPTERS - 1)  # beside the first
     base: str = ""  # empty: the one that the adapter was trained on
     device: str = ""  # empty: the best one
     animal: str = Field(default="", max_length=200)
@@ -77,6 +88,12 @@ class Order(BaseModel):
                 side=side,
                 steps=str(steps),
             )
+
+    @property
+    def adapters(self) -> tuple[WeightedKey, ...]:
+        """Every adapter to draw with; none for the base alone."""
+        first = WeightedKey(adapter=self.adapter, weight=self.adapter_weight)
+        return tuple(each for each in (first, *self.more_adapters) if each.adapter != "none")
 
     @property
     def changes(self) -> SamplingChanges:

@@ -18,8 +18,8 @@ from bestiary.app.events import Event, Loading, Note, Picture, Preview, Progress
 from bestiary.app.offers import Offer, Offerings, Offers, gone, short_name
 from bestiary.app.orders import MAX_SIDE, SIDE_STEP, Order
 from bestiary.errors import BestiaryError
-from bestiary.generation import Base, Generator, choose_base
-from bestiary.png_metadata import PictureSettings, as_a1111, write_png
+from bestiary.generation import Base, Generator, choose_base, decisive
+from bestiary.png_metadata import AppliedAdapter, PictureSettings, as_a1111, write_png
 from bestiary.samplers import SAMPLERS, Sampling
 from bestiary.subjects import ANIMALS, Subject, caption, find_subject
 
@@ -43,19 +43,35 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Work:
-    """What an order is drawn with. The hash is None until the adapter has been loaded, and without an adapter."""
+class Chosen:
+    """An adapter that an order names, and its weight."""
 
-    offer: Offer | None
+    offer: Offer
+    adapter: Adapter
+    weight: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an order is drawn with. The hashes of the adapters are empty until they have been loaded."""
+
     base: Base
-    adapter: Adapter | None = None
+    chosen: tuple[Chosen, ...] = ()
     device: str = ""  # empty: the best one
-    any_base: bool = False  # the user chose the base, so the adapter may be drawn on another than its own
-    adapter_sha256: str | None = None
+    any_base: bool = False  # the user chose the base, so the adapters may be drawn on another than their own
+    hashes: tuple[str, ...] = ()
 
     @property
     def adapters(self) -> list[Adapter]:
-        return [self.adapter] if self.adapter else []
+        return [each.adapter for each in self.chosen]
+
+    @property
+    def applied(self) -> list[AppliedAdapter]:
+        """The adapters as the picture's settings name them."""
+        return [
+            AppliedAdapter(each.offer.name, sha256, each.weight)
+            for each, sha256 in zip(self.chosen, self.hashes, strict=True)
+        ]
 
 
 class Studio:
@@ -88,7 +104,7 @@ class Studio:
     def warm(self) -> None:
         """Load the default base, so that the first picture does not wait for it."""
         try:
-            self._load(Work(None, self.offers.default_base), lambda _: None)
+            self._load(Work(self.offers.default_base), lambda _: None)
         except BestiaryError as error:
             log.warning("%s", error)
 
@@ -141,25 +157,26 @@ class Studio:
 
     def _prepare(self, order: Order, tell: Tell) -> Work:
         """Find and load what the order needs."""
-        offer = None if order.adapter == "none" else self.offers.find(order.adapter)
-        adapter = self.offers.resolve(offer) if offer else None
+        offers = [(self.offers.find(each.adapter), each.weight) for each in order.adapters]
+        chosen = tuple(Chosen(offer, self.offers.resolve(offer), weight) for offer, weight in offers)
+        trusted = [each.adapter for each in chosen if each.offer.kind != "upload"]
         base = choose_base(
-            adapter,
+            decisive(trusted or [each.adapter for each in chosen]),
             self.offers.base(order.base),
             self.offers.default_base,
-            trusted=offer is None or offer.kind != "upload",
+            trusted=bool(trusted),
             known=self.offers.bases.values(),
         )
-        work = Work(offer, base, adapter, order.device, any_base=bool(order.base))
+        work = Work(base, chosen, order.device, any_base=bool(order.base))
         self._load(work, tell)
-        hashes = self._generator.adapter_hashes
-        return replace(work, adapter_sha256=hashes[0] if hashes else None)
+        return replace(work, hashes=self._generator.adapter_hashes)
 
     def _jobs(self, order: Order, work: Work, tell: Tell) -> list[Job]:
         """The order's pictures. What `_prepare` loaded must still be there."""
-        offer, base = work.offer, work.base
-        defaults = (offer and offer.defaults) or self.offers.defaults
-        prompt, note = _prompt(order, defaults.template, (offer and offer.subjects) or ())
+        base, offers = work.base, [each.offer for each in work.chosen]
+        defaults = (offers and offers[0].defaults) or self.offers.defaults
+        taught = [subject for offer in offers for subject in offer.subjects or ()]
+        prompt, note = _prompt(order, defaults.template, taught)
         if note:
             tell(note)
         sampling = Sampling(guidance_interval=order.guidance_interval)  # the order sets everything else
@@ -175,10 +192,17 @@ class Studio:
             adapter_sha256=None,
         )
         adapted = plain
-        if offer:
-            adapted = replace(plain, sampling=sampling, adapter=offer.name, adapter_sha256=work.adapter_sha256)
+        if applied := work.applied:
+            first, *others = applied
+            adapted = replace(
+                plain,
+                sampling=replace(sampling, adapter_weight=first.weight),
+                adapter=first.adapter,
+                adapter_sha256=first.adapter_sha256,
+                more_adapters=tuple(others),
+            )
         pairs: list[tuple[PictureSettings, Role]] = [(adapted, "adapter")]
-        if order.compare and offer:
+        if order.compare and applied:
             pairs.append((plain, "base"))
         return [
             Job(replace(settings, seed=order.seed + number), role)
@@ -187,7 +211,7 @@ class Studio:
         ]
 
     def _load(self, work: Work, tell: Tell) -> None:
-        """Load the order's base and adapter, unless they are in memory."""
+        """Load the order's base and adapters, unless they are in memory."""
         from bestiary.diffusion.base import device_and_dtype
 
         best = device_and_dtype()[0].type
@@ -199,10 +223,10 @@ class Studio:
         try:
             self._generator.prepare(work.base, work.adapters, device, any_base=work.any_base)
         except FileNotFoundError:
-            if work.adapter is None or work.adapter.file.exists():
+            if all(adapter.file.exists() for adapter in work.adapters):
                 raise
             raise gone() from None  # a newer upload has taken its place
-        if work.adapter_sha256 is not None and self._generator.adapter_hashes != (work.adapter_sha256,):
+        if work.hashes and self._generator.adapter_hashes != work.hashes:
             raise gone()  # it was trained again meanwhile
 
 

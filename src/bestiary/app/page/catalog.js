@@ -37,15 +37,18 @@ export function chosenOffer() {
   return offers().find(({ key }) => key === $('adapter').value);
 }
 
-/** The name of the adapter that a picture's settings hold. A file's hash tells two files of one name apart. */
-export function adapterName({ adapter, adapter_sha256: sha256 }) {
-  const offer = catalog.adapters.find(({ key }) => key === adapter);
-  return offer ? offer.label : `${adapter} · ${sha256.slice(0, 8)}`;
+/** The names of the adapters that a picture's settings hold. A file's hash tells two files of one name apart. */
+export function adapterNames({ adapter, adapter_sha256, more_adapters = [] }) {
+  return [...(adapter ? [{ adapter, adapter_sha256 }] : []), ...more_adapters].map((applied) => {
+    const offer = catalog.adapters.find(({ key }) => key === applied.adapter);
+    return offer ? offer.label : `${applied.adapter} · ${applied.adapter_sha256.slice(0, 8)}`;
+  });
 }
 
 /** Fills the lists, in the current language. What is chosen stays chosen. */
 export function fillChoices() {
   fill('adapter', [...offers().map((offer) => [offer.key, adapterLabel(offer)]), ['none', text('noAdapter')]]);
+  fill('second', [['none', text('noSecond')], ...offers().map((offer) => [offer.key, adapterLabel(offer)])]);
   fill('resolution', catalog.resolutions.map((side) =>
     [side, side === catalog.usual.resolution ? text('nativeSize', { side }) : `${side} px`]));
   fillShapes();
@@ -61,10 +64,12 @@ export function fillShapes() {
   fill('shape', Object.keys(SHAPES).map((shape) => [shape, `${shape} · ${sizeOf(side, shape).join(' × ')} px`]));
 }
 
-/** Shows the number beside the slider of the adapter's weight, which the base alone does not have. */
-export function showWeight() {
+/** Shows the numbers beside the sliders of the weights. The base alone has none. */
+export function showWeights() {
   $('weight').disabled = $('adapter').value === 'none';
-  document.querySelector('output[for=weight]').value = Number($('weight').value).toFixed(2);
+  $('second-weight-row').hidden = $('second').value === 'none';
+  $('second-weight').ariaLabel = text('secondWeight');
+  for (const id of ['weight', 'second-weight']) document.querySelector(`output[for=${id}]`).value = Number($(id).value).toFixed(2);
 }
 
 function fill(id, options) {
@@ -98,7 +103,7 @@ export function adapterChanged() {
     const changedByUser = before && $(id).value !== String(before[key]);
     if (!changedByUser) $(id).value = defaults[key];
   }
-  showWeight();
+  showWeights();
   const interval = defaults.guidance_interval;
   $('interval-label').hidden = !interval;
   if (interval) $('interval-text').textContent = text('interval', { low: interval[0], high: interval[1] });

@@ -1,6 +1,6 @@
 // Starts the page and connects its buttons and fields.
 import { checkSubject, connectAnimals } from './animals.js';
-import { adapterChanged, catalog, checkSize, fillChoices, loadCatalog, showWeight } from './catalog.js';
+import { adapterChanged, catalog, checkSize, fillChoices, loadCatalog, showWeights } from './catalog.js';
 import { COLOURS } from './colours.js';
 import { $, showText, showTextsAgain } from './dom.js';
 import { cancel, draw, isDrawing } from './drawing.js';
@@ -46,7 +46,7 @@ document.addEventListener('keydown', (event) => {
 $('language').addEventListener('click', changeLanguage);
 $('adapter').addEventListener('change', chooseAnotherAdapter);
 $('resolution').addEventListener('change', checkSize);
-$('weight').addEventListener('input', showWeight);
+for (const id of ['weight', 'second', 'second-weight']) $(id).addEventListener('input', showWeights);
 $('upload').addEventListener('change', async () => {
   await uploadAdapter();
   checkSubject();

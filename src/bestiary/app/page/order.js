@@ -1,5 +1,5 @@
 // An order: what the form asks the server to draw.
-import { catalog, chooseAdapter, defaults, showWeight } from './catalog.js';
+import { catalog, chooseAdapter, defaults, showWeights } from './catalog.js';
 import { $ } from './dom.js';
 import { text } from './language.js';
 import { SHAPES, sizeOf } from './sizes.js';
@@ -25,6 +25,7 @@ export function readOrder() {
   return {
     adapter: $('adapter').value,
     adapter_weight: Number($('weight').value),
+    more_adapters: $('second').value === 'none' ? [] : [{ adapter: $('second').value, weight: Number($('second-weight').value) }],
     base: $('base').value,
     device: $('device').value,
     animal: $('animal').value,
@@ -38,7 +39,7 @@ export function readOrder() {
     count: Number($('count').value),
     width,
     height,
-    compare: $('compare').checked && $('adapter').value !== 'none',
+    compare: $('compare').checked && [$('adapter').value, $('second').value].some((key) => key !== 'none'),
     preview: $('preview').checked,
   };
 }
@@ -53,12 +54,20 @@ export function repeatOrder(order) {
   $('shape').value = shape;
   $('negative').value = order.negative_prompt;
   $('weight').value = order.adapter_weight;
-  showWeight();
+  const [second = { adapter: 'none', weight: 1 }] = order.more_adapters;
+  $('second').value = second.adapter;
+  $('second-weight').value = second.weight;
+  showWeights();
   $('interval').checked = Boolean(order.guidance_interval);
   $('guidance').value = order.guidance_scale;
-  $('compare').checked = order.compare || order.adapter === 'none';
+  $('compare').checked = order.compare || isBaseAlone(order);
   $('random').checked = false;
   $('animal').focus();
+}
+
+/** Whether an order names no adapter. */
+export function isBaseAlone({ adapter, more_adapters: more }) {
+  return adapter === 'none' && !more.length;
 }
 
 export function drawRandomSeed() {

@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import json
 import re
 import resource
@@ -15,7 +16,7 @@ from support.registry import evaluation, make_adapter, submit
 
 from bestiary import cli
 from bestiary.diffusion.adapter import adapter_sha256, read_provenance
-from bestiary.png_metadata import read_settings, write_png
+from bestiary.png_metadata import StartImage, read_settings, write_png
 from bestiary.registry.registering import Registration
 from bestiary.registry.versions import versions
 from bestiary.tracking import store as tracking
@@ -268,6 +269,34 @@ def test_a_picture_can_be_drawn_again_to_the_byte(
     assert not (workspace / "other").exists()
     printed = ["--adapter", "none", "--out", "other"]  # an adapter that the user names must be the same one, too
     assert call(monkeypatch, "generate", "--like", "pictures/prompt-3.png", *printed) == 1
+
+
+def test_a_picture_that_starts_from_an_image_is_drawn_again_with_that_image(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.radial_gradient("L").save("photo.png")
+    Image.linear_gradient("L").save("other.png")
+    options = ["--adapter", "none", "--steps", "4", "--image", "photo.png"]
+    assert call(monkeypatch, "generate", "tiger", *options) == 0
+    drawn = read_settings(Path("pictures/tiger-0.png"))
+    assert drawn.start == StartImage(hashlib.sha256(Path("photo.png").read_bytes()).hexdigest(), 0.5)
+    again = ["generate", "--like", "pictures/tiger-0.png", "--out", "again"]
+    assert call(monkeypatch, *again, "--image", "photo.png") == 0
+    assert (workspace / "again/tiger-0.png").read_bytes() == (workspace / "pictures/tiger-0.png").read_bytes()
+    Path("noise.png").write_bytes(write_png(Image.new("RGB", (64, 64)), replace(drawn, start=None)))
+    capsys.readouterr()
+    for arguments, words in (
+        (again, "Give that image with --image"),
+        ([*again, "--image", "other.png"], "other.png is not the image that the picture started from"),
+        (["generate", "--like", "noise.png", "--image", "photo.png"], "is not used"),
+        ([*again, "--image", "photo.png", "--denoise", "0.7"], "Leave out --denoise"),
+        (["generate", "tiger", "--denoise", "0.7"], "Name one with --image"),
+        (["generate", "tiger", "--image", "params.yaml"], "params.yaml cannot be read as an image"),
+        (["generate", "tiger", "--image", "no.png"], "The image no.png does not exist"),
+        (["generate", "tiger", "--image", "photo.png", "--denoise", "0"], "0.0 is not in the range"),
+    ):
+        assert call(monkeypatch, *arguments) in (1, 2)
+        assert words in capsys.readouterr().err
 
 
 def test_weight_0_draws_the_bases_pixels_and_weight_1_todays_file(

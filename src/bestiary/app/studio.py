@@ -130,9 +130,10 @@ class Studio:
             with self.offers.without_paths():
                 self._load(work, tell)
 
-            def progress(done: int, _: int, before: int = position * order.steps) -> None:
+            steps = job.settings.drawn_steps
+
+            def progress(done: int, _: int, before: int = position * steps, total: int = len(jobs) * steps) -> None:
                 check()
-                total = len(jobs) * order.steps
                 left = (time.monotonic() - started) / (before + done) * (total - before - done)
                 tell(Progress(before + done, total, round(left, 1)))
 

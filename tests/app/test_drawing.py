@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
+import io
 import json
 import threading
 from collections.abc import Iterator
@@ -24,6 +27,8 @@ from bestiary.app.events import Failed, Picture, Progress, Waiting
 from bestiary.app.orders import Order
 from bestiary.app.server import create_app
 from bestiary.app.studio import Studio, Tell, stoppable
+from bestiary.generation import Base, Generator, read_start_image
+from bestiary.png_metadata import StartImage, read_settings
 from bestiary.samplers import Sampling
 
 ROOT = Path(__file__).parents[2]
@@ -89,6 +94,36 @@ def test_a_second_adapter_is_drawn_and_recorded(server: RunningPage) -> None:
     twice = server.refusal(**order, more_adapters=[{"adapter": "local:0"}])
     assert "are the same adapter" in twice["message"]
     assert str(ROOT) not in twice["message"]
+
+
+def test_a_picture_starts_from_an_uploaded_image_as_on_the_command_line(
+    server: RunningPage, base_folder: Path, tmp_path: Path
+) -> None:
+    buffer = io.BytesIO()
+    Image.radial_gradient("L").resize((90, 70)).save(buffer, "PNG")
+    uploaded = server.client.put("/api/images", params={"name": "../my photo.png"}, content=buffer.getvalue()).json()
+    assert uploaded["name"] == "my photo.png"
+    order = {"steps": 4, "image": uploaded["key"], "denoise": 0.5}
+    events = server.draw(**order)
+    assert [event["done"] for event in events if event["event"] == "progress"] == [1, 2]
+    (drawn,) = pictures(events)
+    (tmp_path / "drawn.png").write_bytes(base64.b64decode(events[-2]["image"].split(",")[1]))
+    settings = read_settings(tmp_path / "drawn.png")
+    assert settings.start == StartImage(hashlib.sha256(buffer.getvalue()).hexdigest(), 0.5)
+    (tmp_path / "photo.png").write_bytes(buffer.getvalue())
+    generator = Generator()
+    generator.prepare(Base(str(base_folder)), [])
+    _, image = read_start_image(tmp_path / "photo.png", 0.5)
+    assert generator.draw(settings, image=image).tobytes() == drawn.tobytes()
+    assert pictures(server.draw(**order | {"denoise": 1.0}))[0].tobytes() != drawn.tobytes()
+    assert server.refusal(image="upload:guessed")["key"] == "goneImage"
+
+
+@pytest.mark.parametrize("content", [b"", b"GIF89a broken", b"PK\x03\x04" + b"x" * 100])
+def test_an_upload_that_is_no_image_is_refused_by_its_name(server: RunningPage, content: bytes) -> None:
+    answer = server.client.put("/api/images", params={"name": "photo.png"}, content=content)
+    assert (answer.status_code, answer.json()["key"]) == (422, "noImage")
+    assert answer.json()["message"] == "photo.png cannot be read as a picture. Choose another file."
 
 
 def test_the_catalog_lists_registered_versions_with_their_scores(server: RunningPage) -> None:

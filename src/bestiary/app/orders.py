@@ -10,7 +10,7 @@ from bestiary import samplers
 from bestiary.app.errors import RefusedError
 from bestiary.errors import BestiaryError
 from bestiary.params import rising
-from bestiary.samplers import MAX_ADAPTER_WEIGHT, MAX_ADAPTERS, SamplerName, SamplingChanges
+from bestiary.samplers import DEFAULT_DENOISE, MAX_ADAPTER_WEIGHT, MAX_ADAPTERS, SamplerName, SamplingChanges
 
 MAX_SIDE, SIDE_STEP = 1024, 64  # pixels, of the square pictures on offer; others have at most as many pixels
 MAX_WORK = 500_000_000  # of one order, in pixels x steps: 16 pairs of 512 x 512 pixels in 50 steps are 419 million
@@ -49,6 +49,8 @@ class Order(BaseModel):
     count: int = Field(default=1, ge=1, le=16)
     width: Side | None = None  # None: the base's
     height: Side | None = None
+    image: str = ""  # the key of an uploaded image to start from; empty: noise
+    denoise: float = Field(default=DEFAULT_DENOISE, gt=0, le=1)
     compare: bool = False  # also draw the base's picture of each seed
     preview: bool = True
 

@@ -71,6 +71,11 @@ class Server:
         offer = await self.uploads.receive(name, request.stream(), address_of(request.scope))
         return JSONResponse(offer.public())
 
+    async def upload_image(self, request: Request) -> Response:
+        name = Path(request.query_params.get("name", "")).name[:MAX_NAME_LENGTH]
+        image = await self.uploads.receive_image(name, request.stream(), address_of(request.scope))
+        return JSONResponse({"key": image.key, "name": image.name})
+
     async def draw(self, request: Request) -> Response:
         check_json(request.headers)
         order = Order.parse(await _read_order(request))
@@ -103,6 +108,7 @@ def create_app(
             Route("/api/catalog", server.catalog),
             Route("/api/draw", server.draw, methods=["POST"]),
             Route("/api/adapters", server.upload, methods=["PUT"]),
+            Route("/api/images", server.upload_image, methods=["PUT"]),
             Mount("/page", StaticFiles(directory=PAGE)),
         ],
         middleware=[Middleware(AccessControl, credentials=auth)],

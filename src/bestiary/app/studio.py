@@ -19,7 +19,7 @@ from bestiary.app.offers import Offer, Offerings, Offers, gone, short_name
 from bestiary.app.orders import MAX_SIDE, SIDE_STEP, Order
 from bestiary.errors import BestiaryError
 from bestiary.generation import Base, Generator, choose_base, decisive
-from bestiary.png_metadata import AppliedAdapter, PictureSettings, as_a1111, write_png
+from bestiary.png_metadata import AppliedAdapter, PictureSettings, StartImage, as_a1111, write_png
 from bestiary.samplers import SAMPLERS, Sampling
 from bestiary.subjects import ANIMALS, Subject, caption, find_subject
 
@@ -60,6 +60,8 @@ class Work:
     device: str = ""  # empty: the best one
     any_base: bool = False  # the user chose the base, so the adapters may be drawn on another than their own
     hashes: tuple[str, ...] = ()
+    start: StartImage | None = None
+    image: Image | None = None  # the one that the pictures start from
 
     @property
     def adapters(self) -> list[Adapter]:
@@ -143,7 +145,7 @@ class Studio:
             pipeline = self._generator.pipeline
             watching = previews(pipeline, order.guidance_scale, show) if order.preview else contextlib.nullcontext()
             with stoppable(pipeline, check), watching:
-                image = self._generator.draw(job.settings, progress)
+                image = self._generator.draw(job.settings, progress, work.image)
             tell(
                 Picture(
                     role=job.role,
@@ -168,7 +170,8 @@ class Studio:
             trusted=bool(trusted),
             known=self.offers.bases.values(),
         )
-        work = Work(base, chosen, order.device, any_base=bool(order.base))
+        start, image = self.offers.start_image(order.image, order.denoise) if order.image else (None, None)
+        work = Work(base, chosen, order.device, any_base=bool(order.base), start=start, image=image)
         self._load(work, tell)
         return replace(work, hashes=self._generator.adapter_hashes)
 
@@ -191,6 +194,7 @@ class Studio:
             base_revision=base.revision,
             adapter=None,
             adapter_sha256=None,
+            start=work.start,
         )
         adapted = plain
         if applied := work.applied:

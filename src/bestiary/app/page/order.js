@@ -1,8 +1,9 @@
 // An order: what the form asks the server to draw.
-import { catalog, chooseAdapter, defaults, showWeights } from './catalog.js';
+import { chooseAdapter, chooseInterval, chooseSize, defaults, showWeights } from './catalog.js';
 import { $ } from './dom.js';
 import { text } from './language.js';
-import { SHAPES, sizeOf } from './sizes.js';
+import { sizeOf } from './sizes.js';
+import { chooseStart, startImage } from './start.js';
 
 const MAX_LENGTH = { animal: 200, prompt: 1000, negative: 1000 }; // characters
 const NUMBERS = ['seed', 'count', 'steps', 'guidance'];
@@ -39,6 +40,8 @@ export function readOrder() {
     count: Number($('count').value),
     width,
     height,
+    image: startImage?.key ?? '',
+    denoise: Number($('denoise').value),
     compare: $('compare').checked && [$('adapter').value, $('second').value].some((key) => key !== 'none'),
     preview: $('preview').checked,
   };
@@ -48,17 +51,16 @@ export function readOrder() {
 export function repeatOrder(order) {
   chooseAdapter(order.adapter);
   for (const id of ['base', 'device', 'animal', 'prompt', 'steps', 'scheduler', 'seed']) $(id).value = order[id];
-  const sizes = catalog.resolutions.flatMap((side) => Object.keys(SHAPES).map((shape) => [side, shape]));
-  const [side, shape] = sizes.find((size) => String(sizeOf(...size)) === String([order.width, order.height]));
-  $('resolution').value = side;
-  $('shape').value = shape;
+  chooseSize([order.width, order.height]);
   $('negative').value = order.negative_prompt;
   $('weight').value = order.adapter_weight;
   const [second = { adapter: 'none', weight: 1 }] = order.more_adapters;
   $('second').value = second.adapter;
   $('second-weight').value = second.weight;
+  chooseInterval(order.guidance_interval);
+  chooseStart(order.image);
+  $('denoise').value = order.denoise;
   showWeights();
-  $('interval').checked = Boolean(order.guidance_interval);
   $('guidance').value = order.guidance_scale;
   $('compare').checked = order.compare || isBaseAlone(order);
   $('random').checked = false;

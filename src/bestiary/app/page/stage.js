@@ -104,6 +104,7 @@ function settingsOf({ settings, device }) {
     ['adapter', first ?? text('noAdapter')],
     ...('adapter_weight' in settings ? [['weight', settings.adapter_weight]] : []),
     ...others.flatMap((name, number) => [['second', name], ['secondWeight', settings.more_adapters[number].weight]]),
+    ...(settings.denoise ? [['denoise', settings.denoise]] : []),
     ['base', settings.base], ['device', device.toUpperCase()],
   ];
 }

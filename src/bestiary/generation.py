@@ -183,7 +183,7 @@ def overrides_base(chosen: Base | None, adapter: Adapter | None) -> bool:
     Naming the adapter's own base on the hub only allows its download.
     """
     its_own = chosen is not None and adapter is not None and chosen.model == adapter.base
-    return chosen is not None and (not its_own or is_folder(chosen.model))
+    return chosen is not None and (not its_own or is_folder(chosen.model) or is_file(chosen.model))
 
 
 def _models(default: Base | None, known: Collection[Base] = ()) -> set[str]:
@@ -407,5 +407,5 @@ def portable_base(model: str) -> str:
     """A base's name that means the same in another clone: a folder of the project by its path from the root."""
     root = project_root().resolve()
     folder = Path(model)
-    inside = is_folder(folder) and folder.is_relative_to(root)
+    inside = (is_folder(folder) or is_file(folder)) and folder.is_relative_to(root)
     return f"./{folder.relative_to(root).as_posix()}" if inside else model

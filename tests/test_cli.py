@@ -271,6 +271,22 @@ def test_a_picture_can_be_drawn_again_to_the_byte(
     assert call(monkeypatch, "generate", "--like", "pictures/prompt-3.png", *printed) == 1
 
 
+def test_emphasis_is_drawn_and_drawn_again_to_the_byte(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--adapter", "none", "--steps", "2", "--prompt"]
+    for out, prompt in {"plain": "a tiger", "strong": "a (tiger:1.5)", "long": "a tiger, " * 15}.items():
+        assert call(monkeypatch, "generate", *options, prompt, "--out", out) == 0
+    plain, strong, long = (read_settings(Path(f"{out}/prompt-0.png")) for out in ("plain", "strong", "long"))
+    assert (plain.a1111_prompt, strong.a1111_prompt, long.a1111_prompt) == (False, True, True)
+    drawn = {Image.open(f"{out}/prompt-0.png").tobytes() for out in ("plain", "strong", "long")}
+    assert len(drawn) == 3
+    assert call(monkeypatch, "generate", "--like", "strong/prompt-0.png", "--out", "again") == 0
+    assert Path("again/prompt-0.png").read_bytes() == Path("strong/prompt-0.png").read_bytes()
+    # A picture from before emphasis existed, whose brackets were words like any others.
+    Path("old.png").write_bytes(write_png(Image.new("RGB", (64, 64)), replace(strong, a1111_prompt=False)))
+    assert call(monkeypatch, "generate", "--like", "old.png", "--out", "again") == 0
+    assert Image.open("again/old.png").tobytes() not in drawn
+
+
 def test_a_picture_that_starts_from_an_image_is_drawn_again_with_that_image(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

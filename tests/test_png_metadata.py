@@ -108,6 +108,15 @@ def test_the_image_that_a_picture_starts_from_is_written_and_read_back(tmp_path:
     assert (settings.drawn_steps, SETTINGS.drawn_steps) == (7, 15)
 
 
+def test_how_the_prompt_was_read_is_written_only_where_it_matters(tmp_path: Path) -> None:
+    path = tmp_path / "tiger.png"
+    settings = replace(SETTINGS, prompt="a (tiger:1.3)", a1111_prompt=True)
+    path.write_bytes(write_png(Image.new("RGB", (64, 64)), settings))
+    assert read_settings(path) == settings
+    assert settings.to_dict()["a1111_prompt"] is True
+    assert "a1111_prompt" not in SETTINGS.to_dict()
+
+
 def test_a_picture_written_by_the_first_version_can_still_be_read(tmp_path: Path) -> None:
     written = {
         "prompt": "a photo of a tiger",

@@ -321,7 +321,7 @@ def generate(
         )
         texts = [(generation.file_stem(subject.name), caption(subject, defaults.template)) for subject in wanted]
         jobs = [
-            (f"{name}-{seed}", replace(common, prompt=text, seed=seed))
+            (f"{name}-{seed}", replace(generator.prompted(common, text, literal=bool(texts)), seed=seed))
             for name, text in (texts or [("prompt", request.prompt or "")])
             for seed in series.seeds
         ]

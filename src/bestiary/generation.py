@@ -267,6 +267,19 @@ class Generator:
         side = base_side(self.pipeline)
         return replace(sampling, width=sampling.width or side, height=sampling.height or side)
 
+    def prompted(self, settings: PictureSettings, prompt: str, *, literal: bool = False) -> PictureSettings:
+        """The settings with this prompt, read by A1111's rules if it or the negative prompt needs them.
+
+        Brackets in a `literal` prompt are no emphasis.
+        """
+        from bestiary.diffusion.prompts import escaped, is_long, needs_rules
+
+        tokenizer = self.pipeline.tokenizer
+        by_rules = is_long(tokenizer, prompt) if literal else needs_rules(tokenizer, prompt)
+        by_rules = by_rules or needs_rules(tokenizer, settings.sampling.negative_prompt)
+        prompt = escaped(prompt) if literal and by_rules else prompt
+        return replace(settings, prompt=prompt, a1111_prompt=by_rules)
+
     def draw(self, settings: PictureSettings, progress: Progress | None = None, image: Image | None = None) -> Image:
         """Draw the picture that `settings` describe, without the applied adapters if they name none.
 
@@ -287,6 +300,7 @@ class Generator:
             settings.sampling,
             batch_size=1,  # a larger batch would change the last bits of a picture
             progress=progress,
+            a1111_prompts=settings.a1111_prompt,
             start=Start(image, settings.start.denoise) if settings.start and image else None,
         )
         return drawn

@@ -71,6 +71,7 @@ class PictureSettings:
     colours: Colours = Colours()
     more_adapters: tuple[AppliedAdapter, ...] = ()
     start: StartImage | None = None  # None: noise
+    a1111_prompt: bool = False  # both prompts are read by A1111's rules: with emphasis, and in chunks of 75 tokens
 
     @property
     def drawn_steps(self) -> int:
@@ -102,6 +103,7 @@ class PictureSettings:
             "guidance_interval": interval,  # last, as in the first files, so that a redrawn picture has the same bytes
             **({"more_adapters": more} if more else {}),
             **(asdict(self.start) if self.start else {}),
+            **({"a1111_prompt": True} if self.a1111_prompt else {}),
         }
 
 
@@ -215,6 +217,7 @@ class _StoredSettings(StoredSampling):
     more_adapters: tuple[AppliedAdapter, ...] = ()
     image_sha256: str | None = None
     denoise: float | None = None
+    a1111_prompt: bool = False
 
     def settings(self) -> PictureSettings:
         return PictureSettings(
@@ -227,6 +230,7 @@ class _StoredSettings(StoredSampling):
             adapter_sha256=self.adapter_sha256,
             colours=Colours(self.contrast, self.saturation, self.brightness),
             more_adapters=self.more_adapters,
+            a1111_prompt=self.a1111_prompt,
             start=None
             if self.image_sha256 is None or self.denoise is None
             else StartImage(self.image_sha256, self.denoise),

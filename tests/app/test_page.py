@@ -230,7 +230,7 @@ def test_mistakes_are_explained_on_the_page(browser: Browser, server: RunningPag
     page.fill("#prompt", "x" * 10_000)
     page.click("#draw")
     assert page.inner_text("#message") == "Prompt is too long. Use at most 1000 characters."
-    page.fill("#prompt", "word " * 100)
+    page.fill("#prompt", "x," * 400)
     draw_in(page)
     assert "tokens and the base reads" in page.inner_text("#message")
     page.fill("#prompt", "")
@@ -505,7 +505,7 @@ def test_an_error_is_shown_in_the_language_chosen_even_later(browser: Browser, s
     page = open_page(browser, server, locale="zh-CN")
     page.click("details summary")
     for order, chinese, english in (
-        ({"#prompt": "word " * 100}, "个词元", "tokens and the base reads"),
+        ({"#prompt": "x," * 400}, "个词元", "tokens and the base reads"),
         ({"#prompt": "x" * 2000}, "提示词太长", "Prompt is too long"),
         ({"#prompt": "x", "#steps": "400", "#count": "16"}, "一次请求的所有图片", "All pictures of an order"),
     ):

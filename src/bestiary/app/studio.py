@@ -187,7 +187,7 @@ class Studio:
         sampling = self._generator.sized(order.changes.apply(sampling))
         order.check_work(sampling.width or SIDE_STEP, sampling.height or SIDE_STEP)
         plain = PictureSettings(
-            prompt=prompt,
+            prompt="",
             seed=order.seed,
             sampling=replace(sampling, adapter_weight=1.0),  # the base alone has none
             base=short_name(base.model),
@@ -196,6 +196,7 @@ class Studio:
             adapter_sha256=None,
             start=work.start,
         )
+        plain = self._generator.prompted(plain, prompt, literal=not order.prompt.strip())
         adapted = plain
         if applied := work.applied:
             first, *others = applied

@@ -232,13 +232,18 @@ def encode_text(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, texts: Se
     longest = tokenizer.model_max_length
     for text, ids in zip(texts, tokenizer(list(texts)).input_ids, strict=True):
         if len(ids) > longest:
-            shown = text if len(text) <= 80 else f"{text[:80]}…"
-            raise BestiaryError(f"This text has {len(ids)} tokens and the base reads {longest}: {shown!r}. Shorten it.")
+            raise too_long_error(text, len(ids), longest)
     ids = tokenizer(
         list(texts), padding="max_length", max_length=longest, truncation=True, return_tensors="pt"
     ).input_ids
     features: torch.Tensor = text_encoder(ids.to(text_encoder.device)).last_hidden_state  # (B, T, D)
     return features
+
+
+def too_long_error(text: str, tokens: int, limit: int) -> BestiaryError:
+    """The error for a text with more tokens than can be encoded."""
+    shown = text if len(text) <= 80 else f"{text[:80]}…"
+    return BestiaryError(f"This text has {tokens} tokens and the base reads {limit}: {shown!r}. Shorten it.")
 
 
 def _load_weights(kind: Any, part: str, model: str | Path, revision: str | None, dtype: torch.dtype) -> Any:

@@ -17,6 +17,7 @@ from PIL import ImageOps
 from PIL.Image import Image, Resampling
 
 from bestiary.diffusion.base import encode_text, quiet_loading
+from bestiary.diffusion.prompts import encode_prompts
 from bestiary.errors import BestiaryError
 from bestiary.samplers import SAMPLERS, Sampling, denoising_steps
 
@@ -115,10 +116,12 @@ def generate(
     batch_size: int,
     progress: Progress | None = None,
     start: Start | None = None,
+    a1111_prompts: bool = False,
 ) -> list[Image]:
     """Draw one picture for each prompt with its seed, with the adapter that is applied to the pipeline.
 
-    All randomness of picture i comes from `seeded(seeds[i])`. The prompts are encoded once.
+    All randomness of picture i comes from `seeded(seeds[i])`. The prompts are encoded once. Brackets in them, and in
+    the negative prompt, are emphasis only with `a1111_prompts`.
     With a guidance interval only the steps whose noise level is inside it are guided (arXiv:2404.07724); the others
     cost half. With a `start`, the image is noised as far as the denoising strength says, and only the remaining steps
     are drawn (SDEdit, arXiv:2108.01073).
@@ -139,7 +142,8 @@ def generate(
             "Use the guidance interval 0 to 1000."
         )
     texts = [sampling.negative_prompt, *dict.fromkeys(prompts)]  # the first is what guidance leads away from
-    features = encode_text(pipeline.tokenizer, pipeline.text_encoder, texts)  # (B, T, D)
+    encode = encode_prompts if a1111_prompts else encode_text
+    features = encode(pipeline.tokenizer, pipeline.text_encoder, texts)  # (B, T, D)
     denoise = _from_noise if start is None else partial(_from_image, start, steps)
     images: list[Image] = []
     jobs = list(zip(prompts, seeds, strict=True))

@@ -46,6 +46,8 @@ async function settingsIn(file) {
 }
 
 function loadSettings(settings, name) {
+  // In a picture that was not read by A1111's rules, brackets are no emphasis.
+  const asPrompt = (words) => (settings.a1111_prompt ? words : words.replace(/[()[\]\\]/g, '\\$&'));
   const applied = settings.adapter ? [settings, ...(settings.more_adapters ?? [])] : [];
   const weights = applied.map((each) => each.weight ?? settings.adapter_weight ?? 1);
   const keys = applied.map(keyOfApplied);
@@ -59,8 +61,8 @@ function loadSettings(settings, name) {
     base: base && base !== catalog.bases[0] ? base : '',
     device: $('device').value,
     animal: '',
-    prompt: settings.prompt,
-    negative_prompt: settings.negative_prompt ?? '',
+    prompt: asPrompt(settings.prompt),
+    negative_prompt: asPrompt(settings.negative_prompt ?? ''),
     steps: settings.steps,
     guidance_scale: settings.guidance_scale,
     guidance_interval: settings.guidance_interval,

@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import json
 import re
 import resource
@@ -14,8 +15,8 @@ from PIL import Image
 from support.registry import evaluation, make_adapter, submit
 
 from bestiary import cli
-from bestiary.diffusion.adapter import adapter_sha256
-from bestiary.png_metadata import read_settings, write_png
+from bestiary.diffusion.adapter import adapter_sha256, read_provenance
+from bestiary.png_metadata import StartImage, read_settings, write_png
 from bestiary.registry.registering import Registration
 from bestiary.registry.versions import versions
 from bestiary.tracking import store as tracking
@@ -272,6 +273,50 @@ def test_a_picture_can_be_drawn_again_to_the_byte(
     assert call(monkeypatch, "generate", "--like", "pictures/prompt-3.png", *printed) == 1
 
 
+def test_emphasis_is_drawn_and_drawn_again_to_the_byte(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--adapter", "none", "--steps", "2", "--prompt"]
+    for out, prompt in {"plain": "a tiger", "strong": "a (tiger:1.5)", "long": "a tiger, " * 15}.items():
+        assert call(monkeypatch, "generate", *options, prompt, "--out", out) == 0
+    plain, strong, long = (read_settings(Path(f"{out}/prompt-0.png")) for out in ("plain", "strong", "long"))
+    assert (plain.a1111_prompt, strong.a1111_prompt, long.a1111_prompt) == (False, True, True)
+    drawn = {Image.open(f"{out}/prompt-0.png").tobytes() for out in ("plain", "strong", "long")}
+    assert len(drawn) == 3
+    assert call(monkeypatch, "generate", "--like", "strong/prompt-0.png", "--out", "again") == 0
+    assert Path("again/prompt-0.png").read_bytes() == Path("strong/prompt-0.png").read_bytes()
+    # A picture from before emphasis existed, whose brackets were words like any others.
+    Path("old.png").write_bytes(write_png(Image.new("RGB", (64, 64)), replace(strong, a1111_prompt=False)))
+    assert call(monkeypatch, "generate", "--like", "old.png", "--out", "again") == 0
+    assert Image.open("again/old.png").tobytes() not in drawn
+
+
+def test_a_picture_that_starts_from_an_image_is_drawn_again_with_that_image(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.radial_gradient("L").save("photo.png")
+    Image.linear_gradient("L").save("other.png")
+    options = ["--adapter", "none", "--steps", "4", "--image", "photo.png"]
+    assert call(monkeypatch, "generate", "tiger", *options) == 0
+    drawn = read_settings(Path("pictures/tiger-0.png"))
+    assert drawn.start == StartImage(hashlib.sha256(Path("photo.png").read_bytes()).hexdigest(), 0.5)
+    again = ["generate", "--like", "pictures/tiger-0.png", "--out", "again"]
+    assert call(monkeypatch, *again, "--image", "photo.png") == 0
+    assert (workspace / "again/tiger-0.png").read_bytes() == (workspace / "pictures/tiger-0.png").read_bytes()
+    Path("noise.png").write_bytes(write_png(Image.new("RGB", (64, 64)), replace(drawn, start=None)))
+    capsys.readouterr()
+    for arguments, words in (
+        (again, "Give that image with --image"),
+        ([*again, "--image", "other.png"], "other.png is not the image that the picture started from"),
+        (["generate", "--like", "noise.png", "--image", "photo.png"], "is not used"),
+        ([*again, "--image", "photo.png", "--denoise", "0.7"], "Leave out --denoise"),
+        (["generate", "tiger", "--denoise", "0.7"], "Name one with --image"),
+        (["generate", "tiger", "--image", "params.yaml"], "params.yaml cannot be read as an image"),
+        (["generate", "tiger", "--image", "no.png"], "The image no.png does not exist"),
+        (["generate", "tiger", "--image", "photo.png", "--denoise", "0"], "0.0 is not in the range"),
+    ):
+        assert call(monkeypatch, *arguments) in (1, 2)
+        assert words in capsys.readouterr().err
+
+
 def test_weight_0_draws_the_bases_pixels_and_weight_1_todays_file(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -384,6 +429,23 @@ def test_verify_prints_what_it_proved(
     printed = capsys.readouterr().out
     assert "rank, alpha                      2, 4" in printed
     assert "trained on this base             yes" in printed
+
+
+def test_two_adapters_merge_into_one_file_and_a_lower_rank_prints_its_error(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_adapter(workspace / "models" / "base", workspace / "stripes", 1, named_base="models/base")
+    assert call(monkeypatch, "adapter", "merge", "models/adapter:0.7", "stripes:0.5", "both.safetensors") == 0
+    printed = capsys.readouterr().out
+    assert re.match(r"both\.safetensors: rank 4, \d+ weights in place, sha256 [0-9a-f]{64}\n$", printed)
+    assert call(monkeypatch, "adapter", "resize", "both.safetensors", "small", "--rank", "3") == 0
+    assert re.search(r"rank 3, .*\nerror \d+\.\d\d% of the change, at most \d", capsys.readouterr().out)
+    made_from = read_provenance("small").model_extra or {}
+    assert made_from["merged_from"] == [
+        {"adapter": "both.safetensors", "adapter_sha256": adapter_sha256("both.safetensors"), "weight": 1.0}
+    ]
+    assert call(monkeypatch, "adapter", "merge", "none", "out") == 1
+    assert "none is no adapter" in capsys.readouterr().err
 
 
 def test_a_truncated_adapter_is_named(

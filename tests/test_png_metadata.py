@@ -9,7 +9,15 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from bestiary.errors import BestiaryError
-from bestiary.png_metadata import AppliedAdapter, Colours, PictureSettings, as_a1111, read_settings, write_png
+from bestiary.png_metadata import (
+    AppliedAdapter,
+    Colours,
+    PictureSettings,
+    StartImage,
+    as_a1111,
+    read_settings,
+    write_png,
+)
 from bestiary.samplers import Sampling
 
 SETTINGS = PictureSettings(
@@ -88,6 +96,25 @@ def test_several_adapters_are_written_with_their_hashes_and_weights(tmp_path: Pa
     assert text.startswith("a photo of a tiger, 老虎 <lora:bestiary-3:1> <lora:stripes:0.5> <lora:stripes-3:1>\n")
     assert 'Adapter: "models:/bestiary/3", Adapter 2: "lora/stripes.safetensors", Adapter 3: ' in text
     assert 'Lora hashes: "bestiary-3: 0123456789ab, stripes: fedcba987654, stripes-3: 000000000000"' in text
+
+
+def test_the_image_that_a_picture_starts_from_is_written_and_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "tiger.png"
+    settings = replace(SETTINGS, start=StartImage("89abcdef", 0.5))
+    path.write_bytes(write_png(Image.new("RGB", (64, 64)), settings))
+    assert read_settings(path) == settings
+    assert ", Denoising strength: 0.5, " in as_a1111(settings)
+    assert settings.to_dict() == SETTINGS.to_dict() | {"image_sha256": "89abcdef", "denoise": 0.5}
+    assert (settings.drawn_steps, SETTINGS.drawn_steps) == (7, 15)
+
+
+def test_how_the_prompt_was_read_is_written_only_where_it_matters(tmp_path: Path) -> None:
+    path = tmp_path / "tiger.png"
+    settings = replace(SETTINGS, prompt="a (tiger:1.3)", a1111_prompt=True)
+    path.write_bytes(write_png(Image.new("RGB", (64, 64)), settings))
+    assert read_settings(path) == settings
+    assert settings.to_dict()["a1111_prompt"] is True
+    assert "a1111_prompt" not in SETTINGS.to_dict()
 
 
 def test_a_picture_written_by_the_first_version_can_still_be_read(tmp_path: Path) -> None:
@@ -180,6 +207,10 @@ def test_damaged_settings_are_refused(tmp_path: Path, text: str) -> None:
         {"more_adapters": [{"adapter": "x", "adapter_sha256": "0", "weight": -1.0}]},
         {"more_adapters": [{"adapter": "x", "adapter_sha256": "0", "weight": 1.0}] * 8},
         {"guidance_interval": (5.0, 1.0)},
+        {"image_sha256": "0"},
+        {"denoise": 0.5},
+        {"image_sha256": "0", "denoise": 0.0},
+        {"image_sha256": "0", "denoise": 1.5},
     ],
 )
 def test_settings_outside_the_possible_ranges_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:

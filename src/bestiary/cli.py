@@ -19,7 +19,7 @@ from bestiary import __version__
 from bestiary.errors import BestiaryError, printable, shown
 from bestiary.files import is_file, is_folder
 from bestiary.libraries import silence_libraries
-from bestiary.png_metadata import AppliedAdapter, Colours, PictureSettings, read_settings
+from bestiary.png_metadata import Colours, PictureSettings, read_settings
 from bestiary.project import (
     drawing_defaults,
     last_results,
@@ -31,12 +31,21 @@ from bestiary.project import (
     short_path,
     write_project_captions,
 )
-from bestiary.samplers import MAX_GUIDANCE_SCALE, MAX_SIDE, MAX_STEPS, MIN_SIDE, SAMPLERS, SIDE_STEP, SamplingChanges
+from bestiary.samplers import (
+    DEFAULT_DENOISE,
+    MAX_GUIDANCE_SCALE,
+    MAX_SIDE,
+    MAX_STEPS,
+    MIN_SIDE,
+    SAMPLERS,
+    SIDE_STEP,
+    SamplingChanges,
+)
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from bestiary.generation import Generator, Weighted
-    from bestiary.registry.resolving import Adapter
-    from bestiary.samplers import Sampling
     from bestiary.subjects import Subject
 
 CHAMPION = "models:/bestiary@champion"  # shown in help; the name comes from register.name in params.yaml
@@ -124,6 +133,23 @@ class Source:
 
     adapters: tuple[str, ...]
     base: str | None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to draw: subjects, or a prompt, or the settings of a picture."""
+
+    subjects: tuple[str, ...]
+    prompt: str | None
+    like: Path | None
+
+
+@dataclass(frozen=True)
+class Start:
+    """The file of an image to start from, and the denoising strength; None: noise."""
+
+    image: Path | None
+    denoise: float | None
 
 
 @dataclass(frozen=True)
@@ -218,21 +244,38 @@ colour_options = option_group(
 )
 
 
-@cli.command()
-@click.argument("subjects", nargs=-1, metavar="[ANIMAL...]")
-@click.option("--prompt", metavar="TEXT", help="Draw this text instead of animals.")
-@click.option(
-    "--like", type=click.Path(path_type=Path), metavar="PNG", help="Draw this picture again, by its settings."
+request_options = option_group(
+    "request",
+    Request,
+    subjects=click.argument("subjects", nargs=-1, metavar="[ANIMAL...]"),
+    prompt=click.option("--prompt", metavar="TEXT", help="Draw this text instead of animals."),
+    like=click.option(
+        "--like", type=click.Path(path_type=Path), metavar="PNG", help="Draw this picture again, by its settings."
+    ),
 )
+start_options = option_group(
+    "start",
+    Start,
+    image=click.option("--image", type=click.Path(path_type=Path), help="Start from this image instead of noise."),
+    denoise=click.option(
+        "--denoise",
+        type=Number(0, 1, min_open=True),
+        help=f"How much of the image is drawn anew, up to 1.  [default: {DEFAULT_DENOISE}]",
+    ),
+)
+
+
+@cli.command()
+@request_options
+@start_options
 @source_options
 @series_options
 @sampling_options
 @colour_options
 @click.option("--out", default="pictures", show_default=True, type=FOLDER, help="Folder for the pictures.")
 def generate(
-    subjects: tuple[str, ...],
-    prompt: str | None,
-    like: Path | None,
+    request: Request,
+    start: Start,
     source: Source,
     series: Series,
     changes: SamplingChanges,
@@ -242,10 +285,13 @@ def generate(
     """Draw animals, named in English or Chinese. The same seed gives the same picture."""
     from bestiary.subjects import caption
 
-    _check_request(subjects, prompt, like, changes.negative_prompt)
+    like = request.like
+    _check_request(request, start, changes.negative_prompt)
     original = read_settings(like) if like else None
-    params = project_params()
     from bestiary import generation
+
+    start_image, image = generation.start_image(start.image, start.denoise, original)
+    params = project_params()
 
     weighted = [generation.Weighted.parse(text) for text in source.adapters]
     named = _adapters_of(original, like, weighted) if original and like else [each.what for each in weighted]
@@ -256,12 +302,12 @@ def generate(
     for note in (note for adapter in adapters for note in adapter.notes):
         click.echo(printable(note), err=True)
     taught = [subject for adapter in adapters for subject in adapter.subjects]
-    wanted = list(dict.fromkeys(_find(name, taught) for name in subjects))
+    wanted = list(dict.fromkeys(_find(name, taught) for name in request.subjects))
     generator = generation.Generator()
     chosen, default = generation.named_base(source.base), project_base(params)
     adapter = generation.decisive(adapters)
     if original and like:
-        _check_same_adapters(adapters, original, like, named)
+        generation.check_same_adapters(adapters, original, like, named)
         base = chosen or generation.base_of_picture(original, like, default)
         generator.prepare(base, adapters, any_base=generation.overrides_base(chosen, adapter))
         jobs = [(like.stem, original)]
@@ -271,17 +317,22 @@ def generate(
         generator.prepare(base, adapters, any_base=generation.overrides_base(chosen, adapter))
         defaults = (adapters and adapters[0].defaults) or drawing_defaults(params)
         sampling = generator.sized(replace(changes, adapter_weight=weighted[0].weight).apply(defaults.sampling))
-        common = _settings(generator, adapters, weighted, sampling, colours)
+        common = replace(
+            generation.common_settings(generator, adapters, weighted, sampling), colours=colours, start=start_image
+        )
         texts = [(generation.file_stem(subject.name), caption(subject, defaults.template)) for subject in wanted]
         jobs = [
-            (f"{name}-{seed}", replace(common, prompt=text, seed=seed))
-            for name, text in (texts or [("prompt", prompt or "")])
+            (f"{name}-{seed}", replace(generator.prompted(common, text, literal=bool(texts)), seed=seed))
+            for name, text in (texts or [("prompt", request.prompt or "")])
             for seed in series.seeds
         ]
-    _draw_all(generator, jobs, out)
+    _draw_all(generator, jobs, out, image)
 
 
-def _check_request(subjects: tuple[str, ...], prompt: str | None, like: Path | None, negative: str | None) -> None:
+def _check_request(request: Request, start: Start, negative: str | None) -> None:
+    subjects, prompt, like = request.subjects, request.prompt, request.like
+    if start.denoise is not None and start.image is None:
+        raise BestiaryError("--denoise has no effect without an image to start from. Name one with --image.")
     if not all(name.strip() for name in subjects):
         raise BestiaryError("An animal's name is empty. Write a name.")
     if prompt is not None and not prompt.strip():
@@ -297,7 +348,7 @@ def _check_request(subjects: tuple[str, ...], prompt: str | None, like: Path | N
 def _adapters_of(original: PictureSettings, like: Path, weighted: Sequence[Weighted]) -> list[str]:
     """The adapters to draw a picture again with. Raises BestiaryError for options that would have no effect."""
     given = _given_options()
-    unused = [option for name, option in given.items() if name not in ("like", "adapters", "base", "out")]
+    unused = [option for name, option in given.items() if name not in ("like", "adapters", "base", "out", "image")]
     if unused:
         raise BestiaryError(f"--like uses the picture's own settings. Leave out {', '.join(unused)}.")
     for each in weighted:
@@ -325,59 +376,21 @@ def _given_options() -> dict[str, str]:
     }
 
 
-def _check_same_adapters(
-    adapters: Sequence[Adapter], original: PictureSettings, like: Path, named: Sequence[str]
+def _draw_all(
+    generator: Generator, jobs: list[tuple[str, PictureSettings]], out: Path, image: Image | None = None
 ) -> None:
-    from bestiary.diffusion.adapter import adapter_sha256
-
-    made_with = [applied.adapter_sha256 for applied in original.adapters]
-    if [adapter_sha256(adapter.file) for adapter in adapters] != made_with:
-        raise BestiaryError(
-            f"{like} was made with another adapter than {', '.join(named)}. Name the right one with --adapter; several "
-            "in the order in which the picture names them."
-        )
-
-
-def _settings(
-    generator: Generator,
-    adapters: Sequence[Adapter],
-    weighted: Sequence[Weighted],
-    sampling: Sampling,
-    colours: Colours,
-) -> PictureSettings:
-    """What the pictures of one command have in common; their prompts and seeds differ."""
-    from bestiary.generation import portable_base, weight_of
-
-    applied = [
-        AppliedAdapter(adapter.uri, sha256, weight_of(adapter, each))
-        for adapter, sha256, each in zip(adapters, generator.adapter_hashes, weighted, strict=False)  # none: no adapter
-    ]
-    return PictureSettings(
-        prompt="",
-        seed=0,
-        sampling=sampling,
-        base=portable_base(generator.base.model),
-        base_revision=generator.base.revision,
-        adapter=applied[0].adapter if applied else None,
-        adapter_sha256=applied[0].adapter_sha256 if applied else None,
-        colours=colours,
-        more_adapters=tuple(applied[1:]),
-    )
-
-
-def _draw_all(generator: Generator, jobs: list[tuple[str, PictureSettings]], out: Path) -> None:
     from tqdm import tqdm
 
     from bestiary.generation import save_picture
 
-    steps = sum(settings.sampling.steps for _, settings in jobs)
+    steps = sum(settings.drawn_steps for _, settings in jobs)
     with tqdm(total=steps, desc="draw pictures", unit="step", leave=False) as bar:
 
         def count_step(_done: int, _total: int) -> None:
             bar.update()
 
         for name, settings in jobs:
-            image = generator.draw(settings, count_step)
+            image = generator.draw(settings, count_step, image)
             bar.write(str(save_picture(image, settings, out, name)), file=sys.stdout)
 
 
@@ -394,7 +407,7 @@ def pull(what: str, base: str | None, out: Path) -> None:
 
 @cli.group()
 def adapter() -> None:
-    """Prove that an adapter applies; convert it."""
+    """Prove that an adapter applies; convert, merge and resize it."""
 
 
 @adapter.command()
@@ -439,6 +452,55 @@ def convert(source: Path, target: Path, to: Literal["diffusers", "kohya"], alpha
     from bestiary.diffusion import conversion  # torch, which a refusal does not wait for
 
     click.echo(conversion.convert(source, target, to, alpha, lambda note: click.echo(note, err=True)))
+
+
+@adapter.command()
+@click.argument("named", metavar="WHAT[:WEIGHT]...", nargs=-1, required=True)
+@click.argument("target", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--rank", type=click.IntRange(1), help="Lower the rank and print the error.  [default: exact]")
+@base_option
+def merge(named: tuple[str, ...], target: Path, rank: int | None, base: str | None) -> None:
+    """Write one adapter that draws as several do together, verified."""
+    from bestiary.generation import Weighted
+
+    _merge([Weighted.parse(text) for text in named], target, rank, base)
+
+
+@adapter.command()
+@click.argument("source", metavar="SRC")
+@click.argument("target", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--rank", required=True, type=click.IntRange(1), help="Rank to write.")
+@base_option
+def resize(source: str, target: Path, rank: int, base: str | None) -> None:
+    """Write an adapter with a lower rank, verified, and print the error."""
+    from bestiary.generation import Weighted
+
+    _merge([Weighted(source, 1.0)], target, rank, base)
+
+
+def _merge(weighted: Sequence[Weighted], target: Path, rank: int | None, base: str | None) -> None:
+    from bestiary import generation
+    from bestiary.registry import resolving
+
+    with generation.resolving_all([each.what for each in weighted]) as resolved:
+        found = resolved()
+    chosen = generation.decisive(found)
+    if chosen is None:
+        raise BestiaryError("none is no adapter. Name one that can be merged.")
+    model = resolving.find_base(chosen, base, _known_bases())
+    from bestiary.diffusion import merging  # torch, which a refusal does not wait for
+
+    parents = [
+        merging.Parent(adapter.uri, adapter.file, generation.weight_of(adapter, each))
+        for adapter, each in zip(found, weighted, strict=True)
+    ]
+    merged = merging.merge(parents, rank)
+    file, proof = merging.write_verified(merged, parents, target, model, None if base else chosen.base_revision)
+    click.echo(f"{file}: rank {proof.rank}, {proof.keys} weights in place, sha256 {proof.sha256}")
+    if merged.worst_module:
+        click.echo(
+            f"error {merged.error:.2%} of the change, at most {merged.largest_error:.2%} in {merged.worst_module}"
+        )
 
 
 def _known_bases() -> list[str]:

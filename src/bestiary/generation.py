@@ -5,6 +5,7 @@ The command line and the page both draw through this module.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -15,9 +16,9 @@ from typing import TYPE_CHECKING
 
 from bestiary.errors import BestiaryError, shown
 from bestiary.files import is_file, is_folder, project_root, write_new
-from bestiary.png_metadata import PictureSettings, write_png
+from bestiary.png_metadata import AppliedAdapter, PictureSettings, StartImage, write_png
 from bestiary.registry.resolving import check_base, find_base, locate_base, locate_known_base, needs_mlflow, resolve
-from bestiary.samplers import MAX_ADAPTER_WEIGHT, MAX_ADAPTERS
+from bestiary.samplers import DEFAULT_DENOISE, MAX_ADAPTER_WEIGHT, MAX_ADAPTERS
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -182,7 +183,7 @@ def overrides_base(chosen: Base | None, adapter: Adapter | None) -> bool:
     Naming the adapter's own base on the hub only allows its download.
     """
     its_own = chosen is not None and adapter is not None and chosen.model == adapter.base
-    return chosen is not None and (not its_own or is_folder(chosen.model))
+    return chosen is not None and (not its_own or is_folder(chosen.model) or is_file(chosen.model))
 
 
 def _models(default: Base | None, known: Collection[Base] = ()) -> set[str]:
@@ -266,25 +267,43 @@ class Generator:
         side = base_side(self.pipeline)
         return replace(sampling, width=sampling.width or side, height=sampling.height or side)
 
-    def draw(self, settings: PictureSettings, progress: Progress | None = None) -> Image:
+    def prompted(self, settings: PictureSettings, prompt: str, *, literal: bool = False) -> PictureSettings:
+        """The settings with this prompt, read by A1111's rules if it or the negative prompt needs them.
+
+        Brackets in a `literal` prompt are no emphasis.
+        """
+        from bestiary.diffusion.prompts import escaped, is_long, needs_rules
+
+        tokenizer = self.pipeline.tokenizer
+        by_rules = is_long(tokenizer, prompt) if literal else needs_rules(tokenizer, prompt)
+        by_rules = by_rules or needs_rules(tokenizer, settings.sampling.negative_prompt)
+        prompt = escaped(prompt) if literal and by_rules else prompt
+        return replace(settings, prompt=prompt, a1111_prompt=by_rules)
+
+    def draw(self, settings: PictureSettings, progress: Progress | None = None, image: Image | None = None) -> Image:
         """Draw the picture that `settings` describe, without the applied adapters if they name none.
 
-        Raises BestiaryError when this base cannot draw it; whatever `progress` raises stops the drawing.
+        `image` is the one that the settings start from. Raises BestiaryError when this base cannot draw the picture, or
+        when there is no such image; whatever `progress` raises stops the drawing.
         """
         from bestiary.diffusion.adapter import set_weights
-        from bestiary.diffusion.sampling import generate
+        from bestiary.diffusion.sampling import Start, generate
 
+        if settings.start is not None and image is None:
+            raise BestiaryError("This picture starts from an image. Give the image with --image.")
         weights = [applied.weight for applied in settings.adapters]
         set_weights(self.pipeline, weights or [0.0] * len(self._applied))
-        (image,) = generate(
+        (drawn,) = generate(
             self.pipeline,
             [settings.prompt],
             [settings.seed],
             settings.sampling,
             batch_size=1,  # a larger batch would change the last bits of a picture
             progress=progress,
+            a1111_prompts=settings.a1111_prompt,
+            start=Start(image, settings.start.denoise) if settings.start and image else None,
         )
-        return image
+        return drawn
 
 
 def _different_hashes(adapters: Sequence[Adapter]) -> tuple[str, ...]:
@@ -293,9 +312,10 @@ def _different_hashes(adapters: Sequence[Adapter]) -> tuple[str, ...]:
 
     known: dict[str, Adapter] = {}
     for adapter in adapters:
-        first = known.setdefault(adapter_sha256(adapter.file), adapter)
-        if first is not adapter:
+        sha256 = adapter_sha256(adapter.file)
+        if first := known.get(sha256):
             raise BestiaryError(f"{first.uri} and {adapter.uri} are the same adapter. Name it once, with one weight.")
+        known[sha256] = adapter
     return tuple(known)
 
 
@@ -320,6 +340,74 @@ def save_picture(image: Image, settings: PictureSettings, folder: Path, name: st
     return path
 
 
+def check_same_adapters(
+    adapters: Sequence[Adapter], original: PictureSettings, like: Path, named: Sequence[str]
+) -> None:
+    """Raise BestiaryError when these are not the adapters that the picture `like` was drawn with."""
+    from bestiary.diffusion.adapter import adapter_sha256
+
+    made_with = [applied.adapter_sha256 for applied in original.adapters]
+    if [adapter_sha256(adapter.file) for adapter in adapters] != made_with:
+        raise BestiaryError(
+            f"{like} was made with another adapter than {', '.join(named)}. Name the right one with --adapter; several "
+            "in the order in which the picture names them."
+        )
+
+
+def common_settings(
+    generator: Generator, adapters: Sequence[Adapter], weighted: Sequence[Weighted], sampling: Sampling
+) -> PictureSettings:
+    """What the pictures of one command have in common; their prompts and seeds differ."""
+    applied = [
+        AppliedAdapter(adapter.uri, sha256, weight_of(adapter, each))
+        for adapter, sha256, each in zip(adapters, generator.adapter_hashes, weighted, strict=False)  # none: no adapter
+    ]
+    return PictureSettings(
+        prompt="",
+        seed=0,
+        sampling=sampling,
+        base=portable_base(generator.base.model),
+        base_revision=generator.base.revision,
+        adapter=applied[0].adapter if applied else None,
+        adapter_sha256=applied[0].adapter_sha256 if applied else None,
+        more_adapters=tuple(applied[1:]),
+    )
+
+
+def start_image(
+    path: Path | None, denoise: float | None, original: PictureSettings | None
+) -> tuple[StartImage | None, Image | None]:
+    """The image to start from, if any.
+
+    Raises BestiaryError when it is not the one that the `original` picture started from, or cannot be read.
+    """
+    known = original.start if original else None
+    if path is None:
+        if known:
+            raise BestiaryError(
+                f"The picture started from an image with the SHA-256 {shown(known.image_sha256, 12)}. Give that image "
+                "with --image."
+            )
+        return None, None
+    found, image = read_start_image(path, known.denoise if known else denoise or DEFAULT_DENOISE)
+    if original and found != known:
+        reason = "is not the image that the picture started from" if known else "is not used: the picture has no image"
+        raise BestiaryError(f"--image {path} {reason}. Give the right one, or leave it out.")
+    return found, image
+
+
+def read_start_image(path: Path, denoise: float, content: bytes | None = None) -> tuple[StartImage, Image]:
+    """The image at `path` to start a picture from, or in its `content` if that is known, as upright RGB.
+
+    Raises BestiaryError when it cannot be read.
+    """
+    from bestiary.data.images import decode
+    from bestiary.image_files import read_image
+
+    content = read_image(path) if content is None else content
+    return StartImage(hashlib.sha256(content).hexdigest(), denoise), decode(path, content).image
+
+
 def file_stem(name: str) -> str:
     """A file name that every file system accepts: letters and digits of any script, joined by hyphens.
 
@@ -333,5 +421,5 @@ def portable_base(model: str) -> str:
     """A base's name that means the same in another clone: a folder of the project by its path from the root."""
     root = project_root().resolve()
     folder = Path(model)
-    inside = is_folder(folder) and folder.is_relative_to(root)
+    inside = (is_folder(folder) or is_file(folder)) and folder.is_relative_to(root)
     return f"./{folder.relative_to(root).as_posix()}" if inside else model

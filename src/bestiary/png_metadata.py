@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from bestiary import __version__
 from bestiary.errors import BestiaryError
-from bestiary.samplers import MAX_ADAPTERS, SAMPLERS, Sampling, StoredSampling, from_stored, to_stored
+from bestiary.samplers import MAX_ADAPTERS, SAMPLERS, Sampling, StoredSampling, denoising_steps, from_stored, to_stored
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -44,6 +44,17 @@ class AppliedAdapter:
 
 
 @dataclass(frozen=True)
+class StartImage:
+    """The image that a picture starts from, by the SHA-256 of its file, and A1111's denoising strength.
+
+    With a denoising strength of 1, nearly nothing of the image is left; near 0, nearly everything.
+    """
+
+    image_sha256: str
+    denoise: float
+
+
+@dataclass(frozen=True)
 class PictureSettings:
     """Everything that decides a picture's pixels on one machine. The sampling names its width and height.
 
@@ -59,6 +70,13 @@ class PictureSettings:
     adapter_sha256: str | None
     colours: Colours = Colours()
     more_adapters: tuple[AppliedAdapter, ...] = ()
+    start: StartImage | None = None  # None: noise
+    a1111_prompt: bool = False  # both prompts are read by A1111's rules: with emphasis, and in chunks of 75 tokens
+
+    @property
+    def drawn_steps(self) -> int:
+        """How many steps drawing takes: fewer than the sampling's if it starts from an image."""
+        return denoising_steps(self.sampling.steps, self.start.denoise) if self.start else self.sampling.steps
 
     @property
     def adapters(self) -> tuple[AppliedAdapter, ...]:
@@ -84,6 +102,8 @@ class PictureSettings:
             **asdict(self.colours),
             "guidance_interval": interval,  # last, as in the first files, so that a redrawn picture has the same bytes
             **({"more_adapters": more} if more else {}),
+            **(asdict(self.start) if self.start else {}),
+            **({"a1111_prompt": True} if self.a1111_prompt else {}),
         }
 
 
@@ -126,6 +146,7 @@ def as_a1111(settings: PictureSettings) -> str:
             f"Adapter {number}" if number > 1 else "Adapter": json.dumps(applied.adapter, ensure_ascii=False)
             for number, applied in enumerate(settings.adapters, 1)
         },
+        **({"Denoising strength": f"{settings.start.denoise:g}"} if settings.start else {}),
         **({"Lora hashes": f'"{", ".join(hashes)}"'} if hashes else {}),
         "Version": f"Bestiary {__version__}",
     }
@@ -184,7 +205,7 @@ def read_settings(path: Path) -> PictureSettings:
     except (KeyError, TypeError, ValueError, RecursionError):
         raise BestiaryError(f"{path} contains no settings. Name a PNG exactly as Bestiary wrote it.") from None
     settings = stored.settings()
-    if not _can_be_drawn(settings):
+    if (stored.image_sha256 is None) is not (stored.denoise is None) or not _can_be_drawn(settings):
         raise BestiaryError(f"{path} carries settings that cannot be drawn.")
     return settings
 
@@ -203,6 +224,9 @@ class _StoredSettings(StoredSampling):
     saturation: float = 1.0
     brightness: float = 1.0
     more_adapters: tuple[AppliedAdapter, ...] = ()
+    image_sha256: str | None = None
+    denoise: float | None = None
+    a1111_prompt: bool = False
 
     def settings(self) -> PictureSettings:
         return PictureSettings(
@@ -215,6 +239,10 @@ class _StoredSettings(StoredSampling):
             adapter_sha256=self.adapter_sha256,
             colours=Colours(self.contrast, self.saturation, self.brightness),
             more_adapters=self.more_adapters,
+            a1111_prompt=self.a1111_prompt,
+            start=None
+            if self.image_sha256 is None or self.denoise is None
+            else StartImage(self.image_sha256, self.denoise),
         )
 
 
@@ -228,5 +256,6 @@ def _can_be_drawn(settings: PictureSettings) -> bool:
         and len(settings.more_adapters) < MAX_ADAPTERS
         and (settings.adapter_sha256 is not None or not settings.more_adapters)
         and all(0 <= applied.weight < math.inf for applied in settings.more_adapters)
+        and (settings.start is None or 0 < settings.start.denoise <= 1)
         and all(0.1 <= colour <= 3 for colour in asdict(settings.colours).values())
     )

@@ -13,6 +13,7 @@ SamplerName = Literal["ddpm", "ddim", "dpmsolver++", "dpmsolver++karras", "dpmso
 GuidanceInterval = tuple[float, float]
 MAX_STEPS, MIN_SIDE, MAX_SIDE, SIDE_STEP, MAX_GUIDANCE_SCALE, MAX_ADAPTER_WEIGHT = 1000, 8, 4096, 8, 50, 2
 MAX_ADAPTERS = 8  # at once
+DEFAULT_DENOISE = 0.5
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,15 @@ class Sampling:
             and all(side is None or MIN_SIDE <= side <= MAX_SIDE for side in (self.width, self.height))
             and 0 <= self.adapter_weight < math.inf
         )
+
+
+def denoising_steps(steps: int, denoise: float) -> int:
+    """How many of the steps are drawn when a picture starts from an image, and not from noise.
+
+    >>> denoising_steps(25, 0.5), denoising_steps(10, 0.7), denoising_steps(4, 0.1)
+    (12, 7, 1)
+    """
+    return max(1, math.floor(steps * denoise + 1e-9))  # 10 * 0.7 is 6.999...
 
 
 @dataclass(frozen=True)

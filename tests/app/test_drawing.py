@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
+import io
 import json
 import threading
 from collections.abc import Iterator
@@ -24,6 +27,8 @@ from bestiary.app.events import Failed, Picture, Progress, Waiting
 from bestiary.app.orders import Order
 from bestiary.app.server import create_app
 from bestiary.app.studio import Studio, Tell, stoppable
+from bestiary.generation import Base, Generator, read_start_image
+from bestiary.png_metadata import StartImage, read_settings
 from bestiary.samplers import Sampling
 
 ROOT = Path(__file__).parents[2]
@@ -71,19 +76,54 @@ def test_weight_size_and_negative_prompt_are_drawn_and_recorded(server: RunningP
     assert "<lora" not in trained.info["parameters"] + base.info["parameters"]
 
 
-def test_two_adapters_are_drawn_together_and_both_are_recorded(server: RunningPage) -> None:
-    champion = server.client.get("/api/catalog").json()["adapters"][0]
-    other = {"adapter": champion["key"], "weight": 0.5}
-    alone = pictures(server.draw(adapter="local:0"))[0]
-    both = pictures(server.draw(adapter="local:0", more_adapters=[other]))[0]
-    without = pictures(server.draw(adapter="local:0", more_adapters=[other | {"weight": 0.0}]))[0]
-    assert both.tobytes() != alone.tobytes() == without.tobytes()
-    (recorded,) = json.loads(both.info["bestiary"])["more_adapters"]
-    assert recorded["adapter"] == champion["key"]
-    assert recorded["adapter_sha256"].startswith(champion["sha256"])
-    assert recorded["weight"] == 0.5
-    assert "named twice" in server.refusal(adapter=champion["key"], more_adapters=[other])["message"]
-    assert server.refusal(more_adapters=[other])["message"].startswith("none stands for no adapter")
+def test_a_second_adapter_is_drawn_and_recorded(server: RunningPage) -> None:
+    champion = server.client.get("/api/catalog").json()["adapter"]
+    order = {"adapter": "local:0", "animal": "", "prompt": "a tiger"}
+    (alone,) = pictures(server.draw(**order))
+    (one_zero,) = pictures(server.draw(**order, more_adapters=[{"adapter": champion, "weight": 0}]))
+    both, base = pictures(server.draw(**order, compare=True, more_adapters=[{"adapter": champion, "weight": 0.5}]))
+    assert one_zero.tobytes() == alone.tobytes()
+    assert len({image.tobytes() for image in (alone, both, base)}) == 3
+    settings, first = (json.loads(image.info["bestiary"]) for image in (both, alone))
+    assert {key: settings[key] for key in first} == first
+    (second,) = settings["more_adapters"]
+    assert (second["adapter"], second["weight"]) == (champion, 0.5)
+    assert "more_adapters" not in json.loads(base.info["bestiary"])
+    (only,) = pictures(server.draw(**order | {"adapter": "none"}, more_adapters=[{"adapter": "local:0"}]))
+    assert only.tobytes() == alone.tobytes()
+    twice = server.refusal(**order, more_adapters=[{"adapter": "local:0"}])
+    assert "are the same adapter" in twice["message"]
+    assert str(ROOT) not in twice["message"]
+
+
+def test_a_picture_starts_from_an_uploaded_image_as_on_the_command_line(
+    server: RunningPage, base_folder: Path, tmp_path: Path
+) -> None:
+    buffer = io.BytesIO()
+    Image.radial_gradient("L").resize((90, 70)).save(buffer, "PNG")
+    uploaded = server.client.put("/api/images", params={"name": "../my photo.png"}, content=buffer.getvalue()).json()
+    assert uploaded["name"] == "my photo.png"
+    order = {"steps": 4, "image": uploaded["key"], "denoise": 0.5}
+    events = server.draw(**order)
+    assert [event["done"] for event in events if event["event"] == "progress"] == [1, 2]
+    (drawn,) = pictures(events)
+    (tmp_path / "drawn.png").write_bytes(base64.b64decode(events[-2]["image"].split(",")[1]))
+    settings = read_settings(tmp_path / "drawn.png")
+    assert settings.start == StartImage(hashlib.sha256(buffer.getvalue()).hexdigest(), 0.5)
+    (tmp_path / "photo.png").write_bytes(buffer.getvalue())
+    generator = Generator()
+    generator.prepare(Base(str(base_folder)), [])
+    _, image = read_start_image(tmp_path / "photo.png", 0.5)
+    assert generator.draw(settings, image=image).tobytes() == drawn.tobytes()
+    assert pictures(server.draw(**order | {"denoise": 1.0}))[0].tobytes() != drawn.tobytes()
+    assert server.refusal(image="upload:guessed")["key"] == "goneImage"
+
+
+@pytest.mark.parametrize("content", [b"", b"GIF89a broken", b"PK\x03\x04" + b"x" * 100])
+def test_an_upload_that_is_no_image_is_refused_by_its_name(server: RunningPage, content: bytes) -> None:
+    answer = server.client.put("/api/images", params={"name": "photo.png"}, content=content)
+    assert (answer.status_code, answer.json()["key"]) == (422, "noImage")
+    assert answer.json()["message"] == "photo.png cannot be read as a picture. Choose another file."
 
 
 def test_the_catalog_lists_registered_versions_with_their_scores(server: RunningPage) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import json
 import pickle
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +21,8 @@ from PIL import Image, ImageChops, ImageEnhance
 from support.app import RunningPage
 
 from bestiary.app.errors import SENTENCES
+from bestiary.png_metadata import PictureSettings, read_settings, write_png
+from bestiary.samplers import Sampling
 from bestiary.subjects import ANIMALS
 
 if TYPE_CHECKING:
@@ -225,7 +230,7 @@ def test_mistakes_are_explained_on_the_page(browser: Browser, server: RunningPag
     page.fill("#prompt", "x" * 10_000)
     page.click("#draw")
     assert page.inner_text("#message") == "Prompt is too long. Use at most 1000 characters."
-    page.fill("#prompt", "word " * 100)
+    page.fill("#prompt", "x," * 400)
     draw_in(page)
     assert "tokens and the base reads" in page.inner_text("#message")
     page.fill("#prompt", "")
@@ -305,6 +310,130 @@ def test_weight_shape_and_negative_prompt_are_drawn_and_used_again(browser: Brow
 
 
 @pytest.mark.slow
+def test_a_second_adapter_is_drawn_and_used_again(browser: Browser, server: RunningPage) -> None:
+    page = open_page(browser, server)
+    page.click("summary")
+    assert page.locator("#second-weight").is_hidden()
+    page.select_option("#second", "local:0")
+    page.fill("#second-weight", "0.5")
+    assert page.inner_text("output[for=second-weight]") == "0.50"
+    page.fill("#animal", "tiger")
+    page.fill("#seed", "7")
+    draw_in(page)
+    shown = page.inner_text("#settings")
+    assert re.search(r"Second adapter\s+.*/stripes · \w{8}\s+Weight of the second adapter\s+0\.5", shown)
+    assert re.match(r"bestiary 1 \+ .*/stripes · \w{8} · 7$", page.inner_text("#gallery .by"))
+    page.select_option("#second", "none")
+    assert page.locator("#second-weight").is_hidden()
+    page.click("#reuse")
+    assert (page.input_value("#second"), page.input_value("#second-weight")) == ("local:0", "0.5")
+    page.select_option("#second", "models:/bestiary/1")
+    draw_in(page)
+    assert "are the same adapter" in page.inner_text("#message")
+
+
+def drop(page: Page, onto: str, name: str, content: bytes, kind: str = "image/png") -> None:
+    """Drop a file on an element, as somebody who drags it from a folder."""
+    make = """([name, kind, content]) => {
+        const files = new DataTransfer();
+        files.items.add(new File([Uint8Array.from(atob(content), (each) => each.charCodeAt(0))], name, { type: kind }));
+        return files;
+    }"""
+    dropped = page.evaluate_handle(make, [name, kind, base64.b64encode(content).decode()])
+    page.dispatch_event(onto, "dragenter", {"dataTransfer": dropped})
+    assert page.locator("#drop-hint").is_visible()
+    page.dispatch_event(onto, "drop", {"dataTransfer": dropped})
+    page.locator("#drop-hint").wait_for(state="hidden")
+
+
+@pytest.mark.slow
+def test_a_dropped_picture_is_what_drawing_starts_from(browser: Browser, server: RunningPage) -> None:
+    tab = open_tab(browser, server)
+    page, buffer = tab.page, io.BytesIO()
+    Image.radial_gradient("L").save(buffer, "PNG")
+    assert page.locator("#start").is_hidden()  # behind More settings
+    drop(page, "#pictures", "photo.png", buffer.getvalue())
+    page.locator("#start-image").wait_for()
+    page.fill("#denoise", "0.3")
+    page.fill("#steps", "4")
+    page.fill("#animal", "tiger")
+    page.fill("#seed", "7")
+    draw_in(page)
+    assert re.search(r"Denoising strength.*\s+0\.3", page.inner_text("#settings"))
+    _, first = save(page, "PNG")
+    page.click("#image-clear")
+    assert page.locator("#denoise").is_hidden()
+    draw_in(page)
+    assert "Denoising" not in page.inner_text("#settings")
+    page.locator("#gallery button").nth(1).click()
+    page.locator("#settings", has_text="Denoising").wait_for()
+    page.click("#reuse")
+    assert page.input_value("#denoise") == "0.3"
+    draw_in(page)
+    assert save(page, "PNG")[1].tobytes() == first.tobytes()
+    drop(page, "#pictures", "notes.txt", b"words", "text/plain")
+    page.locator("#message", has_text="notes.txt is neither a .safetensors file nor a picture.").wait_for()
+    assert tab.requests_elsewhere == tab.errors == []
+
+
+@pytest.mark.slow
+def test_a_dropped_picture_of_bestiary_loads_its_settings_and_a_dropped_adapter_is_chosen(
+    browser: Browser, server: RunningPage, adapter_folder: Path
+) -> None:
+    page = open_page(browser, server)
+    page.click("summary")
+    page.fill("#animal", "老虎")
+    page.fill("#seed", "11")
+    page.select_option("#second", "local:0")
+    page.fill("#second-weight", "0.5")
+    page.fill("#weight", "0.8")
+    page.select_option("#shape", "3:2")
+    page.fill("#negative", "模糊")
+    page.click("#draw")
+    page.wait_for_selector("#draw", state="visible")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save PNG").first.click()
+    picture = Path(download.value.path()).read_bytes()
+    drawn = Image.open(io.BytesIO(picture))
+    page.reload()
+    page.wait_for_selector("body.ready")
+    drop(page, "#stage", "tiger.png", picture)
+    page.locator("#note", has_text="The settings of tiger.png are loaded.").wait_for()
+    fields = (
+        "adapter",
+        "second",
+        "weight",
+        "second-weight",
+        "shape",
+        "negative",
+        "seed",
+        "prompt",
+        "steps",
+        "guidance",
+    )
+    assert [page.input_value(f"#{each}") for each in fields] == [
+        "models:/bestiary/1", "local:0", "0.8", "0.5", "3:2", "模糊", "11", "a drawing of a tiger", "2", "3",
+    ]  # fmt: skip
+    draw_in(page)
+    assert save(page, "PNG")[1].tobytes() == drawn.tobytes()
+    drop(page, "#start", "tiger.png", picture)
+    page.locator("#start-image").wait_for()
+    odd = write_png(drawn, replace(read_settings_of(picture), sampling=Sampling("ddim", 3, width=88, height=40)))
+    drop(page, "#stage", "odd.png", odd)
+    page.locator("#note", has_text="odd.png").wait_for()
+    assert page.inner_text("#shape option:checked") == "88 × 40 px"
+    drop(page, "#stage", "mine.safetensors", (adapter_folder / "pytorch_lora_weights.safetensors").read_bytes(), "")
+    page.locator("#adapter option:checked", has_text="mine.safetensors").wait_for(state="attached")
+
+
+def read_settings_of(picture: bytes) -> PictureSettings:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "picture.png")
+        file.write_bytes(picture)
+        return read_settings(file)
+
+
+@pytest.mark.slow
 def test_a_prompt_that_wins_over_the_subject_is_visible(browser: Browser, server: RunningPage) -> None:
     page = open_page(browser, server)
     page.fill("#animal", "tiger")
@@ -376,7 +505,7 @@ def test_an_error_is_shown_in_the_language_chosen_even_later(browser: Browser, s
     page = open_page(browser, server, locale="zh-CN")
     page.click("details summary")
     for order, chinese, english in (
-        ({"#prompt": "word " * 100}, "个词元", "tokens and the base reads"),
+        ({"#prompt": "x," * 400}, "个词元", "tokens and the base reads"),
         ({"#prompt": "x" * 2000}, "提示词太长", "Prompt is too long"),
         ({"#prompt": "x", "#steps": "400", "#count": "16"}, "一次请求的所有图片", "All pictures of an order"),
     ):

@@ -4,11 +4,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from PIL import Image
 
 from bestiary.diffusion.adapter import inject
 from bestiary.diffusion.base import load_pipeline, load_scheduler
-from bestiary.diffusion.sampling import generate, make_scheduler, seeded
+from bestiary.diffusion.sampling import Start, generate, make_scheduler, seeded
 from bestiary.errors import BestiaryError
 from bestiary.samplers import SAMPLERS, Sampling
 
@@ -261,3 +262,51 @@ def test_an_lcm_lora_draws_with_its_sampler_on_any_base(base: Path) -> None:
     assert len(generate(pipeline, ["a cat"], [0], few_steps, batch_size=1)) == 1
     with pytest.raises(BestiaryError, match="at most 50 steps"):
         generate(pipeline, ["a cat"], [0], replace(few_steps, steps=51), batch_size=1)
+
+
+@pytest.fixture(scope="module")
+def photo() -> Image.Image:
+    colours = np.random.default_rng(0).integers(0, 255, (3, 4, 3), dtype=np.uint8)
+    return Image.fromarray(colours).resize((80, 48), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("scheduler", SAMPLERS)
+def test_an_image_is_drawn_anew_as_diffusers_does_it(
+    request: pytest.FixtureRequest, photo: Image.Image, scheduler: str
+) -> None:
+    pipeline = request.getfixturevalue("lcm" if scheduler == "lcm" else "pipeline")
+    sampling = replace(SAMPLING, sampler=scheduler)
+    start = Start(photo, 0.5)
+    calls: list[tuple[int, int]] = []
+    drawn = generate(
+        pipeline,
+        ["a zebra"] * 2,
+        [3, 4],
+        sampling,
+        batch_size=1,
+        start=start,
+        progress=lambda *done: calls.append(done),
+    )
+    assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]  # two of the four steps for each of two pictures
+    again = generate(pipeline, ["a zebra"], [4], sampling, batch_size=1, start=start)
+    assert again[0].tobytes() == drawn[1].tobytes()
+    theirs = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
+    middle = photo.crop((16, 0, 64, 48)).resize((32, 32), Image.Resampling.LANCZOS)
+    expected = theirs(
+        "a zebra", image=middle, strength=0.5, num_inference_steps=4, guidance_scale=3.0, generator=seeded(3)
+    ).images[0]
+    assert np.abs(np.asarray(expected, int) - np.asarray(drawn[0], int)).max() <= 1
+
+
+def test_a_guidance_interval_holds_for_the_steps_that_are_drawn(
+    pipeline: StableDiffusionPipeline, photo: Image.Image
+) -> None:
+    def draw(sampling: Sampling) -> bytes:
+        (image,) = generate(pipeline, ["a zebra"], [0], sampling, batch_size=1, start=Start(photo, 0.5))
+        return image.tobytes()
+
+    guided = draw(SAMPLING)
+    assert draw(replace(SAMPLING, guidance_interval=(0.0, 1000.0))) == guided
+    # The first two of the four steps, whose noise levels are above 2, are not drawn.
+    assert draw(replace(SAMPLING, guidance_interval=(0.0, 2.0))) == guided
+    assert draw(replace(SAMPLING, guidance_interval=(900.0, 901.0))) == draw(replace(SAMPLING, guidance_scale=1.0))

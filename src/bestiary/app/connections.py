@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-UPLOAD_PATH = "/api/adapters"  # its bodies are large
+UPLOAD_PATHS = ("/api/adapters", "/api/images")  # their bodies are large
 
 MAX_CONNECTIONS = 512
 MAX_CONNECTIONS_PER_ADDRESS = 64
@@ -50,7 +50,7 @@ class GuardedProtocol(H11Protocol):
     @property
     def is_uploading(self) -> bool:
         """Whether the body of an upload is arriving."""
-        return self.cycle is not None and self.cycle.more_body and self.cycle.scope["path"] == UPLOAD_PATH
+        return self.cycle is not None and self.cycle.more_body and self.cycle.scope["path"] in UPLOAD_PATHS
 
     @property
     def awaits_request(self) -> bool:

@@ -14,11 +14,15 @@ from bestiary.app.errors import RefusedError
 from bestiary.app.taught import Evaluated, evaluated, taught_by_file, taught_by_version
 from bestiary.errors import BestiaryError
 from bestiary.evaluation.report import HEADLINES
-from bestiary.generation import Base
+from bestiary.generation import Base, read_start_image
+from bestiary.image_files import UnreadableImageError
 from bestiary.samplers import DrawingDefaults
 from bestiary.subjects import Subject
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from bestiary.png_metadata import StartImage
     from bestiary.registry.resolving import Adapter
     from bestiary.registry.versions import Version
 
@@ -74,6 +78,15 @@ class Offer:
         }
 
 
+@dataclass(frozen=True)
+class UploadedImage:
+    """An image that a browser uploaded to start a picture from."""
+
+    key: str
+    name: str
+    file: Path
+
+
 class Offers:
     """Finds what is on offer, and the adapter behind an offer."""
 
@@ -82,6 +95,7 @@ class Offers:
         self.default_base = offerings.bases[0]
         self.bases = {short_name(base.model): base for base in offerings.bases}
         self.uploads: dict[str, Offer] = {}
+        self.images: dict[str, UploadedImage] = {}
         self._local = offerings.adapters
         self._registered_name = offerings.registered_name
         self._resolved: dict[str, Adapter] = {}
@@ -130,6 +144,36 @@ class Offers:
         self.uploads[key] = offer
         return offer
 
+    def add_image(self, key: str, name: str, file: Path) -> UploadedImage:
+        """Keep an uploaded image for whoever knows its key. Raises BestiaryError when it cannot be read."""
+        image = self.images[key] = UploadedImage(key, name, file)
+        try:
+            self.start_image(key, 1.0)
+        except BestiaryError:
+            del self.images[key]
+            raise
+        return image
+
+    def start_image(self, key: str, denoise: float) -> tuple[StartImage, Image]:
+        """The uploaded image with this key, to start a picture from. Raises BestiaryError when it is gone."""
+        image = self.images.get(key)
+        if image is None:
+            raise RefusedError("goneImage", "The picture to start from is no longer here. Choose it again.")
+        with self.without_paths():
+            try:
+                return read_start_image(image.file, denoise)
+            except UnreadableImageError as error:
+                raise RefusedError(
+                    "noImage", "{name} cannot be read as a picture. Choose another file.", name=image.name
+                ) from error
+
+    def forget(self, key: str) -> None:
+        """Delete an upload."""
+        if offer := self.uploads.pop(key, None):
+            Path(offer.what).unlink(missing_ok=True)
+        if image := self.images.pop(key, None):
+            image.file.unlink(missing_ok=True)
+
     @contextlib.contextmanager
     def without_paths(self, names: Mapping[str, str] | None = None) -> Iterator[None]:
         """Replace paths in errors by names: users of the page must not learn where this machine keeps its files."""
@@ -141,6 +185,7 @@ class Offers:
             known = {str(adapter.file): key for key, adapter in self._resolved.items()}
             known |= {path: short_name(path) for path in (*self._local, *(base.model for base in self.bases.values()))}
             known |= {offer.what: offer.label for offer in self.uploads.values()} | dict(names or {})
+            known |= {str(image.file): image.name for image in self.images.values()}
             sentence = str(error)
             for path in sorted(known, key=len, reverse=True):
                 sentence = sentence.replace(path, known[path])

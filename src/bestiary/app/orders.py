@@ -10,23 +10,23 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from bestiary import samplers
 from bestiary.app.errors import InvalidError, RefusedError
 from bestiary.params import rising
-from bestiary.samplers import MAX_ADAPTER_WEIGHT, MAX_ADAPTERS, SamplerName, SamplingChanges
+from bestiary.samplers import DEFAULT_DENOISE, MAX_ADAPTER_WEIGHT, MAX_ADAPTERS, SamplerName, SamplingChanges
 
 MAX_SIDE, SIDE_STEP = 1024, 64  # pixels, of the square pictures on offer; others have at most as many pixels
 MAX_WORK = 500_000_000  # of one order, in pixels x steps: 16 pairs of 512 x 512 pixels in 50 steps are 419 million
 Side = Annotated[int, Field(multiple_of=samplers.SIDE_STEP, ge=32, le=2 * MAX_SIDE)]
-NoiseLevel = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, le=MAX_ADAPTER_WEIGHT)]
+NoiseLevel = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Request = TypeVar("Request", bound=BaseModel)
 
 
-class MoreAdapter(BaseModel):
-    """An adapter that is applied beside the order's first one."""
+class WeightedKey(BaseModel):
+    """An adapter by its key in the page's catalog, and its weight."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     adapter: str
-    weight: Weight
+    weight: Weight = 1.0
 
 
 class Order(BaseModel):
@@ -36,7 +36,7 @@ class Order(BaseModel):
 
     adapter: str = "none"
     adapter_weight: Weight = 1.0
-    more_adapters: tuple[MoreAdapter, ...] = Field(default=(), max_length=MAX_ADAPTERS - 1)
+    more_adapters: tuple[WeightedKey, ...] = Field(default=(), max_length=MAX_ADAPTERS - 1)  # beside the first
     base: str = ""  # empty: the one that the adapter was trained on
     device: str = ""  # empty: the best one
     animal: str = Field(default="", max_length=200)
@@ -50,6 +50,8 @@ class Order(BaseModel):
     count: int = Field(default=1, ge=1, le=16)
     width: Side | None = None  # None: the base's
     height: Side | None = None
+    image: str = ""  # the key of an uploaded image to start from; empty: noise
+    denoise: float = Field(default=DEFAULT_DENOISE, gt=0, le=1)
     compare: bool = False  # also draw the base's picture of each seed
     preview: bool = True
 
@@ -70,11 +72,6 @@ class Order(BaseModel):
         """This order. Raises BestiaryError when it names nothing to draw, or is too much work."""
         if not (self.animal.strip() or self.prompt.strip()):
             raise RefusedError("missing", "Name an animal, or write a prompt.")
-        keys = [self.adapter, *(more.adapter for more in self.more_adapters)]
-        if len(set(keys)) < len(keys):
-            raise InvalidError("An adapter is named twice. Name it once, with one weight.")
-        if self.more_adapters and "none" in keys:
-            raise InvalidError("none stands for no adapter, so it cannot be combined with one. Leave it out.")
         self.check_work(self.width or SIDE_STEP, self.height or SIDE_STEP)
         return self
 
@@ -98,6 +95,12 @@ class Order(BaseModel):
                 side=side,
                 steps=str(steps),
             )
+
+    @property
+    def adapters(self) -> tuple[WeightedKey, ...]:
+        """Every adapter to draw with; none for the base alone."""
+        first = WeightedKey(adapter=self.adapter, weight=self.adapter_weight)
+        return tuple(each for each in (first, *self.more_adapters) if each.adapter != "none")
 
     @property
     def changes(self) -> SamplingChanges:

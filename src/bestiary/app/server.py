@@ -74,6 +74,11 @@ class Server:
         offer = await self.uploads.receive(name, request.stream(), address_of(request.scope))
         return JSONResponse(offer.public())
 
+    async def upload_image(self, request: Request) -> Response:
+        name = Path(request.query_params.get("name", "")).name[:MAX_NAME_LENGTH]
+        image = await self.uploads.receive_image(name, request.stream(), address_of(request.scope))
+        return JSONResponse({"key": image.key, "name": image.name})
+
     async def draw(self, request: Request) -> Response:
         order = Order.parse(await read_json(request))
         return EventResponse(self.queue.enter(order, address_of(request.scope)))
@@ -112,6 +117,7 @@ def create_app(
             Route("/api/catalog", server.catalog),
             Route("/api/draw", server.draw, methods=["POST"]),
             Route("/api/adapters", server.upload, methods=["PUT"]),
+            Route("/api/images", server.upload_image, methods=["PUT"]),
             Mount("/page", StaticFiles(directory=PAGE)),
             Mount(OPENAI, OpenAIApi(server.studio.offers, server.queue).app()),
             Mount(A1111, A1111Api(server.studio.offers, server.queue).app()),

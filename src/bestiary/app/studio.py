@@ -20,7 +20,7 @@ from bestiary.app.offers import Offer, Offerings, Offers, gone, short_name
 from bestiary.app.orders import MAX_SIDE, SIDE_STEP, Order
 from bestiary.errors import BestiaryError
 from bestiary.generation import Base, Generator, choose_base, decisive
-from bestiary.png_metadata import AppliedAdapter, PictureSettings, as_a1111, write_png
+from bestiary.png_metadata import AppliedAdapter, PictureSettings, StartImage, as_a1111, write_png
 from bestiary.samplers import SAMPLERS, Sampling
 from bestiary.subjects import ANIMALS, Subject, caption, find_subject
 
@@ -44,20 +44,37 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """An adapter that an order names, and its weight."""
+
+    offer: Offer
+    adapter: Adapter
+    weight: float
+
+
+@dataclass(frozen=True)
 class Work:
-    """What an order is drawn with. The hashes are None until the adapters have been loaded."""
+    """What an order is drawn with. The hashes of the adapters are empty until they have been loaded."""
 
     base: Base
-    offers: tuple[Offer, ...] = ()
-    adapters: tuple[Adapter, ...] = ()  # in the order of the offers
+    chosen: tuple[Chosen, ...] = ()
     device: str = ""  # empty: the best one
-    any_base: bool = False  # the user chose the base, so an adapter may be drawn on another than its own
-    hashes: tuple[str, ...] | None = None
+    any_base: bool = False  # the user chose the base, so the adapters may be drawn on another than their own
+    hashes: tuple[str, ...] = ()
+    start: StartImage | None = None
+    image: Image | None = None  # the one that the pictures start from
 
     @property
-    def offer(self) -> Offer | None:
-        """The first adapter's offer."""
-        return self.offers[0] if self.offers else None
+    def adapters(self) -> list[Adapter]:
+        return [each.adapter for each in self.chosen]
+
+    @property
+    def applied(self) -> list[AppliedAdapter]:
+        """The adapters as the picture's settings name them."""
+        return [
+            AppliedAdapter(each.offer.name, sha256, each.weight)
+            for each, sha256 in zip(self.chosen, self.hashes, strict=True)
+        ]
 
 
 class Studio:
@@ -116,9 +133,10 @@ class Studio:
             with self.offers.without_paths():
                 self._load(work, tell)
 
-            def progress(done: int, _: int, before: int = position * order.steps) -> None:
+            steps = job.settings.drawn_steps
+
+            def progress(done: int, _: int, before: int = position * steps, total: int = len(jobs) * steps) -> None:
                 check()
-                total = len(jobs) * order.steps
                 left = (time.monotonic() - started) / (before + done) * (total - before - done)
                 tell(Progress(before + done, total, round(left, 1)))
 
@@ -128,7 +146,7 @@ class Studio:
             pipeline = self._generator.pipeline
             watching = previews(pipeline, order.guidance_scale, show) if order.preview else contextlib.nullcontext()
             with stoppable(pipeline, check), watching:
-                image = self._generator.draw(job.settings, progress)
+                image = self._generator.draw(job.settings, progress, work.image)
             tell(
                 Picture(
                     role=job.role,
@@ -143,50 +161,55 @@ class Studio:
 
     def _prepare(self, order: Order, tell: Tell) -> Work:
         """Find and load what the order needs."""
-        keys = [order.adapter, *(more.adapter for more in order.more_adapters)]
-        offers = tuple(self.offers.find(key) for key in keys if key != "none")
-        adapters = tuple(map(self.offers.resolve, offers))
+        offers = [(self.offers.find(each.adapter), each.weight) for each in order.adapters]
+        chosen = tuple(Chosen(offer, self.offers.resolve(offer), weight) for offer, weight in offers)
+        trusted = [each.adapter for each in chosen if each.offer.kind != "upload"]
         base = choose_base(
-            decisive(adapters),
+            decisive(trusted or [each.adapter for each in chosen]),
             self.offers.base(order.base),
             self.offers.default_base,
-            trusted=all(offer.kind != "upload" for offer in offers),
+            trusted=bool(trusted),
             known=self.offers.bases.values(),
         )
-        work = Work(base, offers, adapters, order.device, any_base=bool(order.base))
+        start, image = self.offers.start_image(order.image, order.denoise) if order.image else (None, None)
+        work = Work(base, chosen, order.device, any_base=bool(order.base), start=start, image=image)
         self._load(work, tell)
         return replace(work, hashes=self._generator.adapter_hashes)
 
     def _jobs(self, order: Order, work: Work, tell: Tell) -> list[Job]:
         """The order's pictures. What `_prepare` loaded must still be there."""
-        offer, base = work.offer, work.base
-        defaults = (offer and offer.defaults) or self.offers.defaults
-        prompt, note = _prompt(order, defaults.template, (offer and offer.subjects) or ())
+        base, offers = work.base, [each.offer for each in work.chosen]
+        defaults = (offers and offers[0].defaults) or self.offers.defaults
+        taught = [subject for offer in offers for subject in offer.subjects or ()]
+        prompt, note = _prompt(order, defaults.template, taught)
         if note:
             tell(note)
         sampling = Sampling(guidance_interval=order.guidance_interval)  # the order sets everything else
         sampling = self._generator.sized(order.changes.apply(sampling))
         order.check_work(sampling.width or SIDE_STEP, sampling.height or SIDE_STEP)
         plain = PictureSettings(
-            prompt=prompt,
+            prompt="",
             seed=order.seed,
             sampling=replace(sampling, adapter_weight=1.0),  # the base alone has none
             base=short_name(base.model),
             base_revision=base.revision,
             adapter=None,
             adapter_sha256=None,
+            start=work.start,
         )
+        plain = self._generator.prompted(plain, prompt, literal=not order.prompt.strip())
         adapted = plain
-        if offer:
-            assert work.hashes
-            first, *others = work.hashes
-            more = tuple(
-                AppliedAdapter(its.name, sha256, chosen.weight)
-                for its, sha256, chosen in zip(work.offers[1:], others, order.more_adapters, strict=True)
+        if applied := work.applied:
+            first, *others = applied
+            adapted = replace(
+                plain,
+                sampling=replace(sampling, adapter_weight=first.weight),
+                adapter=first.adapter,
+                adapter_sha256=first.adapter_sha256,
+                more_adapters=tuple(others),
             )
-            adapted = replace(plain, sampling=sampling, adapter=offer.name, adapter_sha256=first, more_adapters=more)
         pairs: list[tuple[PictureSettings, Role]] = [(adapted, "adapter")]
-        if order.compare and offer:
+        if order.compare and applied:
             pairs.append((plain, "base"))
         return [
             Job(replace(settings, seed=order.seed + number), role)
@@ -210,8 +233,8 @@ class Studio:
             if all(adapter.file.exists() for adapter in work.adapters):
                 raise
             raise gone() from None  # a newer upload has taken its place
-        if work.hashes is not None and self._generator.adapter_hashes != work.hashes:
-            raise gone()  # one was trained again meanwhile
+        if work.hashes and self._generator.adapter_hashes != work.hashes:
+            raise gone()  # it was trained again meanwhile
 
 
 @contextlib.contextmanager

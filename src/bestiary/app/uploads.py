@@ -1,4 +1,4 @@
-"""Adapters that browsers upload. They are stored until the server stops, and only the uploader can draw with one."""
+"""Adapters and images that browsers upload. They are stored until the server stops; only the uploader can use them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import contextlib
 import secrets
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterable, Iterator
+from collections.abc import AsyncIterable, Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from bestiary.app.errors import RefusedError
-from bestiary.app.offers import Offer, Offers
+from bestiary.app.offers import Offer, Offers, UploadedImage
 from bestiary.errors import BestiaryError
+
+T = TypeVar("T")
 
 # Together they bound the disk space that uploads can take.
 MAX_STORED = 16  # a newer upload replaces the oldest of the address that has stored the most
@@ -39,13 +42,30 @@ class Uploads:
         self._reading = asyncio.Semaphore(1)  # reading a file takes memory: one at a time
 
     async def receive(self, name: str, chunks: AsyncIterable[bytes], address: str = "") -> Offer:
-        """Store a file while it arrives and offer it under a secret key, which only its uploader learns.
+        """Store an adapter while it arrives and offer it under a secret key, which only its uploader learns.
 
         Raises BestiaryError when the file is not an adapter, is too large or takes too long, or when too many others
         are arriving. Nothing is stored then.
         """
         if not name.lower().endswith(".safetensors"):
             raise RefusedError("onlySafetensors", "Only .safetensors files can be uploaded. Choose another file.")
+        return await self._receive(name, chunks, address, self._offers.add_upload, _check_header)
+
+    async def receive_image(self, name: str, chunks: AsyncIterable[bytes], address: str = "") -> UploadedImage:
+        """Store an image to start pictures from, under a secret key, which only its uploader learns.
+
+        Raises BestiaryError as `receive` does.
+        """
+        return await self._receive(name, chunks, address, self._offers.add_image, lambda _start, _name: None)
+
+    async def _receive(
+        self,
+        name: str,
+        chunks: AsyncIterable[bytes],
+        address: str,
+        add: Callable[[str, str, Path], T],
+        check_start: Callable[[bytes, str], None],
+    ) -> T:
         if self._arriving[address] >= MAX_ARRIVING or self._arriving.total() >= MAX_ARRIVING_TOGETHER:
             raise RefusedError("uploadsFull", "Other files are being uploaded. Try again in a few minutes.")
         secret = secrets.token_urlsafe(16)
@@ -54,9 +74,9 @@ class Uploads:
         try:
             with _plain_errors(name):
                 async with asyncio.timeout(UPLOAD_SECONDS):
-                    await self._write(file, name, chunks)
+                    await self._write(file, name, chunks, check_start)
                 async with self._reading:
-                    offer = await asyncio.to_thread(self._offers.add_upload, key, name, file)
+                    added = await asyncio.to_thread(add, key, name, file)
         except BaseException:  # including a browser that disconnects
             file.unlink(missing_ok=True)
             raise
@@ -65,9 +85,11 @@ class Uploads:
             self._arriving += Counter()  # forgets addresses without an upload
         self._addresses[key] = address
         self._drop_oldest()
-        return offer
+        return added
 
-    async def _write(self, file: Path, name: str, chunks: AsyncIterable[bytes]) -> None:
+    async def _write(
+        self, file: Path, name: str, chunks: AsyncIterable[bytes], check_start: Callable[[bytes, str], None]
+    ) -> None:
         size, start = 0, b""
         arriving = aiter(chunks)
         with file.open("wb") as opened:
@@ -86,15 +108,15 @@ class Uploads:
                     )
                 if len(start) < HEADER_LENGTH_BYTES:
                     start = (start + chunk)[:HEADER_LENGTH_BYTES]
-                    _check_header(start, name)
+                    check_start(start, name)
                 await asyncio.to_thread(opened.write, chunk)
 
     def _drop_oldest(self) -> None:
-        while len(self._offers.uploads) > MAX_STORED:
-            (most, _), *_others = Counter(self._addresses[key] for key in self._offers.uploads).most_common()
-            oldest = next(key for key in self._offers.uploads if self._addresses[key] == most)
+        while len(self._addresses) > MAX_STORED:
+            (most, _), *_others = Counter(self._addresses.values()).most_common()
+            oldest = next(key for key, address in self._addresses.items() if address == most)
             del self._addresses[oldest]
-            Path(self._offers.uploads.pop(oldest).what).unlink(missing_ok=True)
+            self._offers.forget(oldest)
 
     def close(self) -> None:
         """Delete every upload."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from bestiary.diffusion.single_file import CONFIGS, clip_tokenizer, is_single_file, read_part
 from bestiary.errors import BestiaryError, shown
 from bestiary.files import is_folder
 from bestiary.memory import keep_freed_memory
@@ -72,10 +73,13 @@ def processes() -> PartialState:
 def base_folder(model: str | Path, revision: str | None = None) -> Path:
     """The local folder of a base: `model` itself, or the hub's snapshot of it, downloaded on first use.
 
+    Of a base in a single file, it is the folder with its configs.
     Raises BestiaryError when there is no such folder and the hub does not have it or cannot be reached, and when the
     folder has a file that a loader would read although `base_sha256` does not cover it.
     """
     folder = Path(model)
+    if is_single_file(model):
+        return CONFIGS
     if not is_folder(folder):
         folder = _download(str(model), revision)
     _check_files(folder, model)
@@ -119,7 +123,10 @@ def _check_files(folder: Path, model: str | Path) -> None:
 
 
 def base_sha256(model: str | Path, revision: str | None = None) -> str:
-    """SHA-256 of the names and contents of the base's files that this project reads."""
+    """SHA-256 of the names and contents of the base's files that this project reads; of a single file, its own."""
+    if is_single_file(model):
+        with Path(model).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     folder = base_folder(model, revision)
     digest = hashlib.sha256()
     for path in sorted(path for pattern in FILES for path in folder.glob(pattern) if path.is_file()):
@@ -130,9 +137,9 @@ def base_sha256(model: str | Path, revision: str | None = None) -> str:
 
 
 def base_commit(model: str | Path, revision: str | None = None) -> str | None:
-    """The commit on the Hugging Face hub that a base was downloaded from; None for a folder."""
+    """The commit on the Hugging Face hub that a base was downloaded from; None for a folder or a file."""
     folder = base_folder(model, revision)
-    return None if Path(model).is_dir() else folder.name
+    return None if Path(model).exists() else folder.name
 
 
 def size_factors(model: str | Path, revision: str | None = None) -> tuple[int, int]:
@@ -168,7 +175,10 @@ def load_text(
     """The base's tokenizer and its text encoder, frozen, in evaluation mode, on the CPU."""
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    tokenizer = _load(lambda folder: CLIPTokenizer.from_pretrained(folder), "tokenizer", model, revision)
+    def load(folder: Path) -> CLIPTokenizer:
+        return clip_tokenizer() if is_single_file(model) else CLIPTokenizer.from_pretrained(folder)
+
+    tokenizer = _load(load, "tokenizer", model, revision)
     return tokenizer, _load_weights(CLIPTextModel, "text_encoder", model, revision, dtype)
 
 
@@ -222,8 +232,7 @@ def encode_text(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, texts: Se
     longest = tokenizer.model_max_length
     for text, ids in zip(texts, tokenizer(list(texts)).input_ids, strict=True):
         if len(ids) > longest:
-            shown = text if len(text) <= 80 else f"{text[:80]}…"
-            raise BestiaryError(f"This text has {len(ids)} tokens and the base reads {longest}: {shown!r}. Shorten it.")
+            raise too_long_error(text, len(ids), longest)
     ids = tokenizer(
         list(texts), padding="max_length", max_length=longest, truncation=True, return_tensors="pt"
     ).input_ids
@@ -231,8 +240,16 @@ def encode_text(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, texts: Se
     return features
 
 
+def too_long_error(text: str, tokens: int, limit: int) -> BestiaryError:
+    """The error for a text with more tokens than can be encoded."""
+    shown = text if len(text) <= 80 else f"{text[:80]}…"
+    return BestiaryError(f"This text has {tokens} tokens and the base reads {limit}: {shown!r}. Shorten it.")
+
+
 def _load_weights(kind: Any, part: str, model: str | Path, revision: str | None, dtype: torch.dtype) -> Any:
     def load(folder: Path) -> Any:
+        if is_single_file(model):
+            return _load_from_file(kind, part, Path(model), folder, dtype)
         loaded, report = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, dtype=dtype)
         # The loader only warns of weights that are missing from the file, and leaves them random.
         if report["missing_keys"]:
@@ -242,6 +259,19 @@ def _load_weights(kind: Any, part: str, model: str | Path, revision: str | None,
     return _load(load, part, model, revision)
 
 
+def _load_from_file(kind: Any, part: str, file: Path, configs: Path, dtype: torch.dtype) -> Any:
+    """A part of a base in a single file. Raises what PyTorch raises when weights are missing or have other shapes."""
+    from accelerate import init_empty_weights
+
+    # diffusers' models are made from a config as a dictionary, those of transformers from an object.
+    config = kind.load_config(configs) if part != "text_encoder" else kind.config_class.from_pretrained(configs)
+    with init_empty_weights(include_buffers=False):  # random weights of this size take seconds
+        loaded = kind.from_config(config) if part != "text_encoder" else kind(config)
+    weights = read_part(file, part, config if part != "text_encoder" else {})
+    loaded.load_state_dict({name: value.to(dtype) for name, value in weights.items()}, assign=True)
+    return loaded.to(dtype).eval().requires_grad_(False)
+
+
 def _load(load: Callable[[Path], T], part: str, model: str | Path, revision: str | None) -> T:
     folder = base_folder(model, revision) / part
     if not folder.is_dir():
@@ -249,6 +279,8 @@ def _load(load: Callable[[Path], T], part: str, model: str | Path, revision: str
     try:
         with quiet_loading():
             return load(folder)
+    except BestiaryError:
+        raise
     except Exception as error:  # the loaders raise anything: OSError, ValueError, KeyError, SafetensorError, ...
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise BestiaryError(

@@ -8,17 +8,30 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+from PIL import ImageOps
+from PIL.Image import Image, Resampling
 
-from bestiary.diffusion.base import encode_text
+from bestiary.diffusion.base import encode_text, quiet_loading
+from bestiary.diffusion.prompts import encode_prompts
 from bestiary.errors import BestiaryError
-from bestiary.samplers import SAMPLERS, Sampling
+from bestiary.samplers import SAMPLERS, Sampling, denoising_steps
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin, StableDiffusionPipeline
-    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Start:
+    """An RGB image to start from instead of noise, and the denoising strength, above 0 and up to 1."""
+
+    image: Image
+    denoise: float
+
 
 Progress = Callable[[int, int], None]  # steps x pictures: done, total
 Tensors: TypeAlias = dict[str, Any]  # what diffusers hands to a callback, by its own names
@@ -102,13 +115,18 @@ def generate(
     *,
     batch_size: int,
     progress: Progress | None = None,
+    start: Start | None = None,
+    a1111_prompts: bool = False,
 ) -> list[Image]:
     """Draw one picture for each prompt with its seed, with the adapter that is applied to the pipeline.
 
-    All randomness of picture i comes from `seeded(seeds[i])`. The prompts are encoded once.
+    All randomness of picture i comes from `seeded(seeds[i])`. The prompts are encoded once. Brackets in them, and in
+    the negative prompt, are emphasis only with `a1111_prompts`.
     With a guidance interval only the steps whose noise level is inside it are guided (arXiv:2404.07724); the others
-    cost half. `progress(done, total)` is called after each denoising step and counts steps x pictures; an exception
-    that it raises stops the drawing.
+    cost half. With a `start`, the image is noised as far as the denoising strength says, and only the remaining steps
+    are drawn (SDEdit, arXiv:2108.01073).
+    `progress(done, total)` is called after each denoising step and counts steps x pictures; an exception that it raises
+    stops the drawing.
 
     Raises BestiaryError when this base cannot draw with this sampling, when a prompt is too long, and when a picture
     contains values that are not finite.
@@ -116,39 +134,97 @@ def generate(
     check_sampling(pipeline, sampling)
     width, height = (side or base_side(pipeline) for side in (sampling.width, sampling.height))
     pipeline.scheduler = make_scheduler(sampling.sampler, pipeline.scheduler.config, sampling.steps)
-    scales = _guidance_scales(pipeline, sampling)
+    steps = denoising_steps(sampling.steps, start.denoise) if start else sampling.steps
+    scales = _guidance_scales(pipeline, sampling)[-steps:]
     if len(set(scales)) > 1 and is_lcm(pipeline):
         raise BestiaryError(
             "This base is a latent consistency model, whose guidance cannot be turned off for some of the steps. "
             "Use the guidance interval 0 to 1000."
         )
     texts = [sampling.negative_prompt, *dict.fromkeys(prompts)]  # the first is what guidance leads away from
-    features = encode_text(pipeline.tokenizer, pipeline.text_encoder, texts)  # (B, T, D)
-    factor = pipeline.vae_scale_factor
-    shape = (pipeline.unet.config.in_channels, height // factor, width // factor)  # (C, h, w)
+    encode = encode_prompts if a1111_prompts else encode_text
+    features = encode(pipeline.tokenizer, pipeline.text_encoder, texts)  # (B, T, D)
+    denoise = _from_noise if start is None else partial(_from_image, start, steps)
     images: list[Image] = []
     jobs = list(zip(prompts, seeds, strict=True))
-    for start in range(0, len(jobs), batch_size):
-        batch = jobs[start : start + batch_size]
-        generators = [seeded(seed) for _, seed in batch]
-        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])  # (B, C, h, w)
-        prompted = features[[texts.index(prompt) for prompt, _ in batch]]
-        unprompted = features[[0] * len(batch)]
-        report = _step_reporter(progress, start * sampling.steps, len(batch), len(jobs) * sampling.steps)
-        latents = pipeline(
-            prompt_embeds=prompted,
-            negative_prompt_embeds=unprompted,
-            latents=noise.to(pipeline.device, pipeline.unet.dtype),
-            generator=generators,  # stochastic samplers draw more noise from it
-            num_inference_steps=sampling.steps,
-            guidance_scale=scales[0],
-            height=height,
-            width=width,
-            callback_on_step_end=_switch_guidance(scales, prompted, unprompted, report),
-            output_type="latent",
-        ).images
+    for first in range(0, len(jobs), batch_size):
+        batch = jobs[first : first + batch_size]
+        guided = Guided(
+            prompted=features[[texts.index(prompt) for prompt, _ in batch]],
+            unprompted=features[[0] * len(batch)],
+            scales=scales,
+            report=_step_reporter(progress, first * steps, len(batch), len(jobs) * steps),
+        )
+        # Stochastic samplers draw more noise from the generators.
+        latents = denoise(pipeline, sampling, (width, height), [seeded(seed) for _, seed in batch], guided)
         images.extend(_decode(pipeline, latents))
     return images
+
+
+@dataclass(frozen=True)
+class Guided:
+    """What leads a batch: the features (B, T, D) of prompts and of the negative prompt, and each step's guidance."""
+
+    prompted: torch.Tensor
+    unprompted: torch.Tensor
+    scales: Sequence[float]
+    report: StepEnd | None
+
+
+def _from_noise(
+    pipeline: StableDiffusionPipeline,
+    sampling: Sampling,
+    size: tuple[int, int],
+    generators: list[torch.Generator],
+    guided: Guided,
+) -> torch.Tensor:
+    """The latents that the generators' noise is denoised to: (B, C, h, w)."""
+    width, height = size
+    factor = pipeline.vae_scale_factor
+    shape = (pipeline.unet.config.in_channels, height // factor, width // factor)  # (C, h, w)
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])  # (B, C, h, w)
+    latents: torch.Tensor = pipeline(
+        prompt_embeds=guided.prompted,
+        negative_prompt_embeds=guided.unprompted,
+        latents=noise.to(pipeline.device, pipeline.unet.dtype),
+        generator=generators,
+        num_inference_steps=sampling.steps,
+        guidance_scale=guided.scales[0],
+        height=height,
+        width=width,
+        callback_on_step_end=_switch_guidance(guided),
+        output_type="latent",
+    ).images
+    return latents
+
+
+def _from_image(
+    start: Start,
+    steps: int,
+    pipeline: StableDiffusionPipeline,
+    sampling: Sampling,
+    size: tuple[int, int],
+    generators: list[torch.Generator],
+    guided: Guided,
+) -> torch.Tensor:
+    """The latents that the last `steps` make of the image with the generators' noise: (B, C, h, w)."""
+    with quiet_loading():
+        from diffusers import StableDiffusionImg2ImgPipeline
+
+        from_image = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
+    from_image.set_progress_bar_config(disable=True)
+    latents: torch.Tensor = from_image(
+        prompt_embeds=guided.prompted,
+        negative_prompt_embeds=guided.unprompted,
+        image=ImageOps.fit(start.image, size, Resampling.LANCZOS),
+        strength=min((steps + 0.5) / sampling.steps, 1.0),  # diffusers rounds steps * strength down
+        generator=generators,  # for the posterior of the image's latents and for the noise
+        num_inference_steps=sampling.steps,
+        guidance_scale=guided.scales[0],
+        callback_on_step_end=_switch_guidance(guided),
+        output_type="latent",
+    ).images
+    return latents
 
 
 def _decode(pipeline: StableDiffusionPipeline, latents: torch.Tensor) -> list[Image]:
@@ -174,10 +250,9 @@ def _guidance_scales(pipeline: StableDiffusionPipeline, sampling: Sampling) -> l
     return [scale if low < sigma <= high else 1.0 for sigma in sigmas]
 
 
-def _switch_guidance(
-    scales: Sequence[float], prompted: torch.Tensor, unprompted: torch.Tensor, report: StepEnd | None
-) -> StepEnd | None:
+def _switch_guidance(guided: Guided) -> StepEnd | None:
     """A callback that switches the pipeline to the next step's guidance, as diffusers' guide to callbacks shows."""
+    scales, report = guided.scales, guided.report
     if len(set(scales)) == 1:
         return report
 
@@ -186,7 +261,9 @@ def _switch_guidance(
             report(pipeline, step, timestep, tensors)
         if step + 1 < len(scales) and scales[step + 1] != scales[step]:
             pipeline._guidance_scale = scales[step + 1]
-            tensors["prompt_embeds"] = torch.cat([unprompted, prompted]) if scales[step + 1] > 1 else prompted
+            tensors["prompt_embeds"] = (
+                torch.cat([guided.unprompted, guided.prompted]) if scales[step + 1] > 1 else guided.prompted
+            )
         return tensors
 
     return switch

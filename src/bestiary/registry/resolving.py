@@ -10,8 +10,9 @@ from tempfile import TemporaryDirectory
 
 from platformdirs import user_cache_path
 
+from bestiary.diffusion.single_file import PICKLES, SUFFIX, is_single_file
 from bestiary.errors import BestiaryError, shown
-from bestiary.files import is_folder, project_root, write_atomically
+from bestiary.files import is_file, is_folder, project_root, write_atomically
 from bestiary.registry.tags import read_tags
 from bestiary.registry.versions import REGISTER, Version, find_version, local_database, weights
 from bestiary.samplers import DrawingDefaults, Sampling
@@ -126,7 +127,7 @@ def locate_known_base(named: str, by: str, known: Collection[str]) -> str:
     Raises BestiaryError for a folder that does not exist, and for an id on the hub that is not one of the `known` ones.
     """
     located = locate_base(named, f" that {by} names")
-    if not is_folder(located) and located not in known:
+    if not (is_folder(located) or is_file(located)) and located not in known:
         raise BestiaryError(
             f"{by} names the base {shown(named)}, which is neither a folder here nor this project's base. "
             f"If you trust it, name it yourself: --base {shown(named)}"
@@ -147,17 +148,18 @@ def check_base(adapter: Adapter, model: str, sha256: str) -> None:
 
 
 def locate_base(named: str, whose: str = "") -> str:
-    """A base's folder, relative to here or to the project's root. A name that is no folder is returned as a hub id.
+    """A base's folder or file, relative to here or to the project's root. Another name is returned as a hub id.
 
-    `whose` completes the error's "The base ...". Raises BestiaryError when a path does not exist.
+    `whose` completes the error's "The base ...". Raises BestiaryError when a path does not exist, or is a
+    pickle.
     """
     for place in (Path(named), project_root() / named):
-        if is_folder(place):
+        if is_folder(place) or is_single_file(place):
             return str(place.resolve())
-    if named.startswith(("/", "./")) or len(named) > MAX_NAME:
+    if named.startswith(("/", "./")) or named.endswith((SUFFIX, *PICKLES)) or len(named) > MAX_NAME:
         raise BestiaryError(
             f"The base {shown(named, 200)}{whose} does not exist here. Run this in a clone of its project, or name the "
-            "base's folder with --base."
+            "base's folder or file with --base."
         )
     return named
 

@@ -10,6 +10,7 @@ const FAR = 1.4; // times larger or smaller than what an adapter was trained on
 export let catalog = null;
 export let defaults = null; // how the chosen adapter draws unless the user changes it
 const uploads = [];
+let ownSize = null; // [width, height] from a picture's settings
 
 export async function loadCatalog() {
   catalog = await (await request('/api/catalog')).json();
@@ -37,15 +38,18 @@ export function chosenOffer() {
   return offers().find(({ key }) => key === $('adapter').value);
 }
 
-/** The name of the adapter that a picture's settings hold. A file's hash tells two files of one name apart. */
-export function adapterName({ adapter, adapter_sha256: sha256 }) {
-  const offer = catalog.adapters.find(({ key }) => key === adapter);
-  return offer ? offer.label : `${adapter} · ${sha256.slice(0, 8)}`;
+/** The names of the adapters that a picture's settings hold. A file's hash tells two files of one name apart. */
+export function adapterNames({ adapter, adapter_sha256, more_adapters = [] }) {
+  return [...(adapter ? [{ adapter, adapter_sha256 }] : []), ...more_adapters].map((applied) => {
+    const offer = catalog.adapters.find(({ key }) => key === applied.adapter);
+    return offer ? offer.label : `${applied.adapter} · ${applied.adapter_sha256.slice(0, 8)}`;
+  });
 }
 
 /** Fills the lists, in the current language. What is chosen stays chosen. */
 export function fillChoices() {
   fill('adapter', [...offers().map((offer) => [offer.key, adapterLabel(offer)]), ['none', text('noAdapter')]]);
+  fill('second', [['none', text('noSecond')], ...offers().map((offer) => [offer.key, adapterLabel(offer)])]);
   fill('resolution', catalog.resolutions.map((side) =>
     [side, side === catalog.usual.resolution ? text('nativeSize', { side }) : `${side} px`]));
   fillShapes();
@@ -55,16 +59,29 @@ export function fillChoices() {
   $('device').disabled = catalog.devices.length < 2;
 }
 
-/** Offers the shapes, each with its size at the chosen resolution. */
+/** Offers the shapes, each with its size at the chosen resolution, and a picture's own size. */
 export function fillShapes() {
   const side = Number($('resolution').value);
-  fill('shape', Object.keys(SHAPES).map((shape) => [shape, `${shape} · ${sizeOf(side, shape).join(' × ')} px`]));
+  const shapes = Object.keys(SHAPES).map((shape) => [shape, `${shape} · ${sizeOf(side, shape).join(' × ')} px`]);
+  fill('shape', [...shapes, ...(ownSize ? [[ownSize.join('x'), `${ownSize.join(' × ')} px`]] : [])]);
 }
 
-/** Shows the number beside the slider of the adapter's weight, which the base alone does not have. */
-export function showWeight() {
+/** Chooses the resolution and shape of this size. A size that is not on offer becomes a shape of its own. */
+export function chooseSize(size) {
+  const sizes = catalog.resolutions.flatMap((side) => Object.keys(SHAPES).map((shape) => [side, shape]));
+  const found = sizes.find((each) => String(sizeOf(...each)) === String(size));
+  ownSize = found ? null : size;
+  if (found) $('resolution').value = found[0];
+  fillShapes();
+  $('shape').value = found ? found[1] : size.join('x');
+}
+
+/** Shows the numbers beside the sliders. The base alone has no weight. */
+export function showWeights() {
   $('weight').disabled = $('adapter').value === 'none';
-  document.querySelector('output[for=weight]').value = Number($('weight').value).toFixed(2);
+  $('second-weight-row').hidden = $('second').value === 'none';
+  $('second-weight').ariaLabel = text('secondWeight');
+  for (const id of ['weight', 'second-weight', 'denoise']) document.querySelector(`output[for=${id}]`).value = Number($(id).value).toFixed(2);
 }
 
 function fill(id, options) {
@@ -98,11 +115,27 @@ export function adapterChanged() {
     const changedByUser = before && $(id).value !== String(before[key]);
     if (!changedByUser) $(id).value = defaults[key];
   }
-  showWeight();
+  showWeights();
+  showInterval();
+  checkSize();
+}
+
+function showInterval() {
   const interval = defaults.guidance_interval;
   $('interval-label').hidden = !interval;
   if (interval) $('interval-text').textContent = text('interval', { low: interval[0], high: interval[1] });
-  checkSize();
+}
+
+/** Guides by this interval, or every step for null. */
+export function chooseInterval(interval) {
+  if (interval) defaults = { ...defaults, guidance_interval: interval };
+  $('interval').checked = Boolean(interval);
+  showInterval();
+}
+
+/** The key of the adapter that a picture's settings name; undefined if it is not on offer. */
+export function keyOfApplied({ adapter, adapter_sha256: sha256 }) {
+  return offers().find((offer) => offer.key === adapter || (offer.sha256 && sha256.startsWith(offer.sha256)))?.key;
 }
 
 /** Warns of a size far from the one that the adapter, or else the base, was trained on. */

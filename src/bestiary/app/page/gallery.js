@@ -1,6 +1,6 @@
 // The gallery: what this tab has drawn. An entry is {order, set, pictures, colours, card}: its second picture is the
 // base's, and its set are the entries of one order.
-import { adapterName } from './catalog.js';
+import { adapterNames } from './catalog.js';
 import { UNCHANGED } from './colours.js';
 import { $, element } from './dom.js';
 import { text } from './language.js';
@@ -53,7 +53,7 @@ function fillCard({ card, pictures }) {
 }
 
 function drawnBy({ settings }) {
-  return `${settings.adapter ? adapterName(settings) : text('baseOnly')} · ${settings.seed}`;
+  return `${adapterNames(settings).join(' + ') || text('baseOnly')} · ${settings.seed}`;
 }
 
 function drop({ card, set }) {

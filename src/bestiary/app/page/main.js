@@ -1,14 +1,16 @@
 // Starts the page and connects its buttons and fields.
 import { checkSubject, connectAnimals } from './animals.js';
-import { adapterChanged, catalog, checkSize, fillChoices, loadCatalog, showWeight } from './catalog.js';
+import { adapterChanged, catalog, checkSize, fillChoices, loadCatalog, showWeights } from './catalog.js';
 import { COLOURS } from './colours.js';
 import { $, showText, showTextsAgain } from './dom.js';
 import { cancel, draw, isDrawing } from './drawing.js';
+import { connectDropping } from './dropping.js';
 import { entryAt, translateCards } from './gallery.js';
 import { switchLanguage, translateDocument } from './language.js';
 import { repeatOrder } from './order.js';
+import { chooseStart } from './start.js';
 import { applyColours, resetColours, show, showAgain, shown } from './stage.js';
-import { uploadAdapter } from './upload.js';
+import { chosenFile, uploadAdapter, uploadStart } from './upload.js';
 
 function changeLanguage() {
   switchLanguage();
@@ -46,15 +48,24 @@ document.addEventListener('keydown', (event) => {
 $('language').addEventListener('click', changeLanguage);
 $('adapter').addEventListener('change', chooseAnotherAdapter);
 $('resolution').addEventListener('change', checkSize);
-$('weight').addEventListener('input', showWeight);
-$('upload').addEventListener('change', async () => {
-  await uploadAdapter();
+for (const id of ['weight', 'second', 'second-weight', 'denoise']) $(id).addEventListener('input', showWeights);
+for (const [id, upload] of [['upload', uploadAdapter], ['image', uploadStart]]) {
+  $(id).addEventListener('change', async () => {
+    const file = chosenFile(id);
+    if (!file) return;
+    await upload(file);
+    checkSubject();
+  });
+  $(`${id}-label`).addEventListener('keydown', (event) => {
+    if (event.key !== 'Enter' && event.key !== ' ') return;
+    event.preventDefault();
+    $(id).click();
+  });
+}
+$('image-clear').addEventListener('click', () => chooseStart(''));
+connectDropping(() => {
   checkSubject();
-});
-$('upload-label').addEventListener('keydown', (event) => {
-  if (event.key !== 'Enter' && event.key !== ' ') return;
-  event.preventDefault();
-  $('upload').click();
+  checkSize();
 });
 $('seed').addEventListener('input', () => { $('random').checked = false; });
 for (const colour of COLOURS) $(colour).addEventListener('input', applyColours);

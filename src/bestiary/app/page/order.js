@@ -1,8 +1,9 @@
 // An order: what the form asks the server to draw.
-import { catalog, chooseAdapter, defaults, showWeight } from './catalog.js';
+import { chooseAdapter, chooseInterval, chooseSize, defaults, showWeights } from './catalog.js';
 import { $ } from './dom.js';
 import { text } from './language.js';
-import { SHAPES, sizeOf } from './sizes.js';
+import { sizeOf } from './sizes.js';
+import { chooseStart, startImage } from './start.js';
 
 const MAX_LENGTH = { animal: 200, prompt: 1000, negative: 1000 }; // characters
 const NUMBERS = ['seed', 'count', 'steps', 'guidance'];
@@ -25,6 +26,7 @@ export function readOrder() {
   return {
     adapter: $('adapter').value,
     adapter_weight: Number($('weight').value),
+    more_adapters: $('second').value === 'none' ? [] : [{ adapter: $('second').value, weight: Number($('second-weight').value) }],
     base: $('base').value,
     device: $('device').value,
     animal: $('animal').value,
@@ -38,7 +40,9 @@ export function readOrder() {
     count: Number($('count').value),
     width,
     height,
-    compare: $('compare').checked && $('adapter').value !== 'none',
+    image: startImage?.key ?? '',
+    denoise: Number($('denoise').value),
+    compare: $('compare').checked && [$('adapter').value, $('second').value].some((key) => key !== 'none'),
     preview: $('preview').checked,
   };
 }
@@ -47,18 +51,25 @@ export function readOrder() {
 export function repeatOrder(order) {
   chooseAdapter(order.adapter);
   for (const id of ['base', 'device', 'animal', 'prompt', 'steps', 'scheduler', 'seed']) $(id).value = order[id];
-  const sizes = catalog.resolutions.flatMap((side) => Object.keys(SHAPES).map((shape) => [side, shape]));
-  const [side, shape] = sizes.find((size) => String(sizeOf(...size)) === String([order.width, order.height]));
-  $('resolution').value = side;
-  $('shape').value = shape;
+  chooseSize([order.width, order.height]);
   $('negative').value = order.negative_prompt;
   $('weight').value = order.adapter_weight;
-  showWeight();
-  $('interval').checked = Boolean(order.guidance_interval);
+  const [second = { adapter: 'none', weight: 1 }] = order.more_adapters;
+  $('second').value = second.adapter;
+  $('second-weight').value = second.weight;
+  chooseInterval(order.guidance_interval);
+  chooseStart(order.image);
+  $('denoise').value = order.denoise;
+  showWeights();
   $('guidance').value = order.guidance_scale;
-  $('compare').checked = order.compare || order.adapter === 'none';
+  $('compare').checked = order.compare || isBaseAlone(order);
   $('random').checked = false;
   $('animal').focus();
+}
+
+/** Whether an order names no adapter. */
+export function isBaseAlone({ adapter, more_adapters: more }) {
+  return adapter === 'none' && !more.length;
 }
 
 export function drawRandomSeed() {

@@ -1,8 +1,9 @@
 // The stage shows one order: all its pictures, and the colours and settings of the entry that is chosen among them.
-import { adapterName, catalog } from './catalog.js';
+import { adapterNames, catalog } from './catalog.js';
 import { COLOURS, withColours } from './colours.js';
 import { $, element } from './dom.js';
 import { text } from './language.js';
+import { isBaseAlone } from './order.js';
 import { savePicture } from './saving.js';
 
 export let shown = null; // the chosen entry
@@ -86,11 +87,12 @@ function captionOf({ role, settings }, { order }) {
 }
 
 function roleName(role, order) {
-  return text(role === 'base' || order.adapter === 'none' ? 'baseOnly' : 'withAdapter');
+  return text(role === 'base' || isBaseAlone(order) ? 'baseOnly' : 'withAdapter');
 }
 
 function settingsOf({ settings, device }) {
   const [low, high] = settings.guidance_interval ?? [];
+  const [first, ...others] = adapterNames(settings);
   const scale = settings.guidance_scale;
   const size = settings.resolution ?? `${settings.width} × ${settings.height}`;
   return [
@@ -99,8 +101,10 @@ function settingsOf({ settings, device }) {
     ['seed', settings.seed], ['steps', settings.steps],
     ['guidance', settings.guidance_interval ? text('guidanceInInterval', { scale, low, high }) : scale],
     ['scheduler', catalog.schedulers[settings.scheduler]], ['resolution', `${size} px`],
-    ['adapter', settings.adapter ? adapterName(settings) : text('noAdapter')],
+    ['adapter', first ?? text('noAdapter')],
     ...('adapter_weight' in settings ? [['weight', settings.adapter_weight]] : []),
+    ...others.flatMap((name, number) => [['second', name], ['secondWeight', settings.more_adapters[number].weight]]),
+    ...(settings.denoise ? [['denoise', settings.denoise]] : []),
     ['base', settings.base], ['device', device.toUpperCase()],
   ];
 }

@@ -1,0 +1,171 @@
+"""Merge adapters into one, and lower an adapter's rank: W + sum of weight * scale * B A stays the same, or close to it.
+
+The exact merge stacks the A's and the B's, so its rank is the sum of the ranks. A lower rank keeps the largest singular
+values of each module's change (Eckart and Young 1936) and says how much of the change is lost.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from bestiary.diffusion.adapter import Verification, adapter_sha256, verify_adapter
+from bestiary.diffusion.adapter_format import FILE_NAME, AdapterConfig, AdapterContent, Provenance
+from bestiary.diffusion.adapter_reading import DOWN, UP, read_adapter
+from bestiary.errors import BestiaryError
+from bestiary.files import write_atomically
+
+Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]  # by module: A (r, in, ...) and the scaled B (out, r, ...)
+
+
+@dataclass(frozen=True)
+class Parent:
+    """An adapter to merge: its name for errors and the provenance, its file, and its weight."""
+
+    name: str
+    file: Path
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged adapter, and the error that its rank makes: the norm of what is lost over the norm of the change."""
+
+    content: AdapterContent
+    error: float = 0.0  # of all modules together
+    largest_error: float = 0.0  # of one module
+    worst_module: str | None = None  # the one with the largest error
+
+
+def merge(parents: Sequence[Parent], rank: int | None = None) -> Merged:
+    """One adapter that does what the parents do together with their weights: exactly, or at this rank.
+
+    Raises BestiaryError when a parent is no plain LoRA or has the weight 0, when two parents were trained on different
+    bases, and when the rank is not below that of the exact merge.
+    """
+    contents = [read_adapter(parent.file) for parent in parents]
+    stacked = _stack([_factors(parent, content) for parent, content in zip(parents, contents, strict=True)])
+    full = max(down.shape[0] for down, _ in stacked.values())
+    if rank is not None and rank >= full:
+        raise BestiaryError(f"--rank {rank} is not below {full}, the rank without a loss. Choose a lower one.")
+    targets = {tuple(sorted(content.config.target_modules)) for content in contents}
+    merged = Merged(_content(stacked, full, list(targets.pop()) if len(targets) == 1 else sorted(stacked)))
+    if rank is not None:
+        merged = _reduced(merged.content, stacked, rank)
+    provenance = _provenance(parents, contents, merged, exact=rank is None)
+    return replace(merged, content=replace(merged.content, provenance=provenance))
+
+
+def write_verified(
+    merged: Merged, parents: Sequence[Parent], target: Path, base: str, revision: str | None
+) -> tuple[Path, Verification]:
+    """Prove that the merged adapter applies to the base, then write it to `target`, a .safetensors file or a folder.
+
+    Raises BestiaryError when `target` is neither, or holds a parent, and what `verify_adapter` raises. Nothing is
+    written then.
+    """
+    if target.suffix not in ("", ".safetensors"):
+        raise BestiaryError(f"{target} is neither a folder nor a .safetensors file. Choose another name.")
+    file = target if target.suffix else target / FILE_NAME
+    if file.resolve() in (parent.file.resolve() for parent in parents):
+        raise BestiaryError(f"{file} is one of the adapters and would be overwritten. Choose another name.")
+    data = merged.content.to_bytes()
+    with tempfile.TemporaryDirectory() as folder:
+        unproven = Path(folder, file.name)
+        unproven.write_bytes(data)
+        proof = verify_adapter(unproven, base, revision)
+    write_atomically(file, data)
+    return file, proof
+
+
+def _factors(parent: Parent, content: AdapterContent) -> Factors:
+    """A and B of each module in float64, with the parent's weight and scale in B."""
+    config = content.config
+    other = next((key for key in content.weights if not key.endswith((DOWN, UP))), None)
+    if config.use_dora or other is not None:
+        kind = "a DoRA" if config.use_dora else f"no plain LoRA: it holds {other}"
+        raise BestiaryError(f"{parent.name} is {kind}. Only the changes of plain LoRA adapters can be added up.")
+    if parent.weight == 0:
+        raise BestiaryError(f"{parent.name} has the weight 0 and would add nothing. Leave it out.")
+    factors = {}
+    for key, down in content.weights.items():
+        if key.endswith(DOWN):
+            module, rank = key.removesuffix(DOWN), down.shape[0]
+            scale = config.lora_alpha / (math.sqrt(rank) if config.use_rslora else rank)
+            factors[module] = down.double(), parent.weight * scale * content.weights[f"{module}{UP}"].double()
+    return factors
+
+
+def _stack(every: Sequence[Factors]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The factors of all parents side by side: their product is the sum of the parents' products."""
+    stacked: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for module in sorted({module for factors in every for module in factors}):
+        found = [factors[module] for factors in every if module in factors]
+        if len({(down.shape[1:], up.shape[0]) for down, up in found}) > 1:
+            raise BestiaryError(f"The adapters have different shapes in {module}: they are for different bases.")
+        stacked[module] = torch.cat([down for down, _ in found]), torch.cat([up for _, up in found], dim=1)
+    return stacked
+
+
+def _content(factors: Factors, rank: int, targets: list[str]) -> AdapterContent:
+    """The factors as an adapter of this rank in float32. Modules with fewer rows are padded with zeros."""
+    weights = {}
+    for module, (down, up) in factors.items():
+        missing = rank - down.shape[0]
+        weights[f"{module}{DOWN}"] = torch.cat([down, down.new_zeros(missing, *down.shape[1:])]).float()
+        weights[f"{module}{UP}"] = torch.cat([up, up.new_zeros(up.shape[0], missing, *up.shape[2:])], dim=1).float()
+    config = AdapterConfig(r=rank, lora_alpha=rank, target_modules=targets)  # alpha = rank: the scale is in B
+    return AdapterContent(weights, config, Provenance())
+
+
+def _reduced(exact: AdapterContent, factors: Factors, rank: int) -> Merged:
+    """The closest adapter of this rank, and its error."""
+    reduced, lost, whole, errors = {}, 0.0, 0.0, {}
+    for module, (down, up) in factors.items():
+        # QR first: the SVD is then of a matrix of the stacked rank, not of the layer's size.
+        left, left_core = torch.linalg.qr(up.flatten(1))  # (out, r)
+        right, right_core = torch.linalg.qr(down.flatten(1).T)  # (in, r)
+        u, singular, v = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)
+        root = singular[:rank].sqrt()
+        kept_down = (right @ v[:rank].T * root).T.reshape(-1, *down.shape[1:])
+        kept_up = (left @ u[:, :rank] * root).reshape(up.shape[0], -1, *up.shape[2:])
+        reduced[module] = kept_down, kept_up
+        dropped, total = float(singular[rank:].square().sum()), float(singular.square().sum())
+        errors[module] = math.sqrt(dropped / total) if total else 0.0
+        lost, whole = lost + dropped, whole + total
+    worst = max(errors, key=lambda module: errors[module])
+    content = _content(reduced, rank, exact.config.target_modules)
+    return Merged(content, math.sqrt(lost / whole) if whole else 0.0, errors[worst], worst)
+
+
+def _provenance(
+    parents: Sequence[Parent], contents: Sequence[AdapterContent], merged: Merged, *, exact: bool
+) -> Provenance:
+    """The base that the parents share, and which parents were merged with which weights."""
+    known: dict[str, tuple[Parent, Provenance]] = {}
+    for parent, content in zip(parents, contents, strict=True):
+        if content.provenance.base_sha256:
+            known.setdefault(content.provenance.base_sha256, (parent, content.provenance))
+    if len(known) > 1:
+        names = " and ".join(parent.name for parent, _ in list(known.values())[:2])
+        raise BestiaryError(f"{names} were trained on different bases, so they cannot be merged.")
+    of_base = next((origin for _, origin in known.values()), contents[0].provenance)
+    facts: dict[str, object] = {
+        "base": of_base.base,
+        "base_revision": of_base.base_revision,
+        "base_sha256": of_base.base_sha256,
+        "resolution": of_base.resolution,
+        "merged_from": [
+            {"adapter": parent.name, "adapter_sha256": adapter_sha256(parent.file), "weight": parent.weight}
+            for parent in parents
+        ],
+        "merged_by": "concatenation" if exact else "svd",
+    }
+    if not exact:
+        facts["relative_error"] = merged.error
+    return Provenance.model_validate({key: value for key, value in facts.items() if value is not None})

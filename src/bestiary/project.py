@@ -121,7 +121,7 @@ def write_project_captions() -> Iterator[str]:
     for path, text in captioning.write_captions(found.images, captioner.describe):
         yield f"{short_path(path)}  {text}"
     yield f"{_NAMES[params.clean.caption_without_name]} (clean.caption_without_name)."
-    yield "Read the captions and correct them. Then run `dvc add data` and `dvc repro`."
+    yield "Correct the captions, then run `dvc add data` and `dvc repro clean`. `bestiary captions` shows the result."
 
 
 # What becomes of captions that lack the subject's name, by clean.caption_without_name.

@@ -25,16 +25,8 @@ from bestiary.data.folder import check_classes, link, replacing
 from bestiary.data.images import EXTENSIONS
 from bestiary.data.listing import LeftOut, write_left_out
 from bestiary.data.names import class_of, parts, safe_names
-from bestiary.data.sciencedb_client import (
-    SERVICE_ERRORS,
-    Client,
-    RemoteFile,
-    Sleep,
-    Tell,
-    problem_of,
-    reason_of,
-    size_of,
-)
+from bestiary.data.sciencedb_answers import SERVICE_ERRORS, RemoteFile, reason_of
+from bestiary.data.sciencedb_client import Client, Sleep, Tell, problem_of, size_of
 from bestiary.errors import BestiaryError
 from bestiary.subjects import ANIMALS
 

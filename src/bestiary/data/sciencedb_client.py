@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import json
 import os
-import re
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
-from functools import cached_property
 from pathlib import Path
-from typing import Any
-from urllib.parse import unquote
 
 import httpx
 import tenacity
 
 from bestiary import params
 from bestiary.data.archives import MAX_BYTES, kind_of
+from bestiary.data.sciencedb_answers import (
+    SERVICE_ERRORS,
+    Entry,
+    OfflineError,
+    PermanentError,
+    RemoteFile,
+    SlowError,
+    TemporaryError,
+    check_status,
+    continues,
+    from_address,
+    is_offline,
+    read_page,
+    reason_of,
+)
 from bestiary.errors import BestiaryError, printable
 
 API_HOST = "https://www.scidb.cn"
@@ -55,62 +61,10 @@ _MAGIC = (  # how images and archives start
     b"\x1f\x8b",
     b"BZh",
 )
-_QUERY = re.compile(r"(?:^|&)(fileId|path|fileName)=(.*?)(?=&(?:fileId|path|fileName)=|$)")
-_RETRIED_STATUS = {403, 408, 425, 429}  # and all 5xx; a delivery network answers 403 to an expired link
 
 Sleep = Callable[[float], object]
 Tell = Callable[[str], object]
 Content = Mapping[str, str | int]
-
-
-@dataclass(frozen=True)
-class RemoteFile:
-    """A file of the dataset as a listing describes it."""
-
-    file_id: str
-    path: str
-    size: int | None = None  # bytes
-    md5: str | None = None
-
-    @cached_property
-    def key(self) -> str:
-        """The file's name in the cache. It is the same for both listings."""
-        return hashlib.sha256(repr((self.file_id, self.path)).encode("utf-8", "replace")).hexdigest()
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """An entry of a folder listing; empty strings stand for what the service left out."""
-
-    id: str
-    path: str
-    is_folder: bool
-    size: int | None
-    md5: str | None
-
-
-class TemporaryError(Exception):
-    """The service failed in a way that a retry may fix."""
-
-    def __init__(self, reason: str, retry_after_seconds: float | None = None) -> None:
-        super().__init__(reason)
-        self.retry_after_seconds = retry_after_seconds
-
-
-class SlowError(TemporaryError):
-    """An answer came at less than MIN_BYTES_PER_SECOND."""
-
-
-class PermanentError(Exception):
-    """The service failed in a way that no retry fixes."""
-
-
-class OfflineError(PermanentError):
-    """This machine has no connection to the service: the host's name has no address, or no route leads there."""
-
-
-# What a request to the service can raise once its retries are used up.
-SERVICE_ERRORS = (TemporaryError, PermanentError, httpx.HTTPError, httpx.InvalidURL)
 
 
 class Client:
@@ -247,7 +201,7 @@ class Client:
                 self._reached = True
                 yield response
         except httpx.ConnectError as error:
-            if not self._reached and _is_offline(error):
+            if not self._reached and is_offline(error):
                 raise OfflineError(reason_of(error)) from None
             raise
 
@@ -301,9 +255,9 @@ class Client:
                 raise PermanentError(f"it has more than {MAX_ENTRIES:,} entries")
         return list(files.values())
 
-    def _list_folder(self, folder: str) -> list[_Entry]:
+    def _list_folder(self, folder: str) -> list[Entry]:
         """Return the entries of a folder, page by page. A server that ignores the page number is an error."""
-        entries: dict[tuple[str, str], _Entry] = {}
+        entries: dict[tuple[str, str], Entry] = {}
         last, index = "*", 0
         while True:
             page = self._request_page(folder, last, index)
@@ -318,7 +272,7 @@ class Client:
                 raise PermanentError(f"it repeats the first {PAGE_SIZE} entries of {folder} and never shows the others")
             last, index = page[-1].id, index + len(page)
 
-    def _request_page(self, folder: str, last: str, index: int) -> list[_Entry]:
+    def _request_page(self, folder: str, last: str, index: int) -> list[Entry]:
         query: Content = {
             "dataSetId": self.settings.dataset_id,
             "version": self.settings.version,
@@ -328,11 +282,11 @@ class Client:
             "pageSize": PAGE_SIZE,
         }
 
-        def request() -> list[_Entry]:
+        def request() -> list[Entry]:
             address = f"{self.api}/api/gin-sdb-filetree/public/file/childrenFileListByPath"
             with self._answer("POST", address, query) as response:
-                _check_status(response)
-                return _read_page(self._read_whole(response, MAX_PAGE_BYTES), folder)
+                check_status(response)
+                return read_page(self._read_whole(response, MAX_PAGE_BYTES), folder)
 
         return self._retrying(f"the listing of {folder}")(request)
 
@@ -347,14 +301,14 @@ class Client:
 
         def request() -> list[RemoteFile]:
             with self._answer("GET", f"{self.api}/api/sdb-filetree-service/getAllUrl", query) as response:
-                _check_status(response)
+                check_status(response)
                 text = self._read_whole(response, MAX_ADDRESSES_BYTES).decode("utf-8", "replace")
             lines = [line.strip() for line in text.splitlines() if line.strip()]
             if len(lines) > MAX_ENTRIES:
                 raise PermanentError(f"it has more than {MAX_ENTRIES:,} entries")
-            if not all(line.startswith(("http://", "https://")) and _from_address(line).file_id for line in lines):
+            if not all(line.startswith(("http://", "https://")) and from_address(line).file_id for line in lines):
                 raise TemporaryError("it holds lines that are no addresses")
-            return [_from_address(line) for line in lines]
+            return [from_address(line) for line in lines]
 
         return list(
             {(file.file_id, file.path): file for file in self._retrying("the list of addresses")(request)}.values()
@@ -372,9 +326,9 @@ class Client:
             if response.status_code == 416:
                 part.unlink(missing_ok=True)
                 raise TemporaryError("it has no bytes after those already downloaded")
-            _check_status(response)
+            check_status(response)
             content_range = response.headers.get("Content-Range", "")
-            resumes = response.status_code == 206 and _continues(content_range, have, file.size)
+            resumes = response.status_code == 206 and continues(content_range, have, file.size)
             if response.status_code == 206 and not resumes:
                 part.unlink(missing_ok=True)
                 raise TemporaryError("it sent a different range of the file than requested")
@@ -441,32 +395,6 @@ def problem_of(file: RemoteFile, path: Path, size: int, md5: str | None = None) 
     return None
 
 
-def reason_of(error: BaseException) -> str:
-    """Return what went wrong in a few words that people understand."""
-    if isinstance(error, httpx.TimeoutException):
-        return "no answer in time"
-    if isinstance(error, httpx.ConnectError) and _cause(error, socket.gaierror):
-        return "the host's name has no address, or there is no network"
-    if isinstance(error, httpx.ConnectError):
-        return f"no connection ({str(error).rpartition('] ')[2] or 'refused'})"
-    if isinstance(error, (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError)):
-        return "the connection ended before the answer did"
-    return printable(str(error)[:300]) or type(error).__name__
-
-
-def _cause(error: BaseException | None, kind: type[BaseException]) -> BaseException | None:
-    """Return the first error of `kind` among `error` and what caused it."""
-    while error is not None and not isinstance(error, kind):
-        error = error.__cause__ or error.__context__
-    return error
-
-
-def _is_offline(error: BaseException) -> bool:
-    cause = _cause(error, OSError)
-    unreachable = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN)
-    return isinstance(cause, socket.gaierror) or (isinstance(cause, OSError) and cause.errno in unreachable)
-
-
 def _address(response: httpx.Response) -> str:
     """Return where an answer came from, without its query."""
     return printable(str(response.url.copy_with(query=None, userinfo=b""))[:200])
@@ -487,65 +415,3 @@ def _host(variable: str, default: str) -> str:
     if not host.startswith(("http://", "https://")):
         raise BestiaryError(f"The environment variable {variable} is {host!r}. Begin it with http:// or https://.")
     return host
-
-
-def _check_status(response: httpx.Response) -> None:
-    status = response.status_code
-    if status in _RETRIED_STATUS or status >= 500:
-        raise TemporaryError(f"HTTP {status}", _retry_after(response.headers.get("Retry-After")))
-    if status not in (200, 206):
-        raise PermanentError(f"HTTP {status}")
-
-
-def _retry_after(value: str | None) -> float | None:
-    """Return the seconds to wait from a Retry-After header, which holds seconds or a date."""
-    if not value:
-        return None
-    if value.strip().isdecimal():
-        return float(value)
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return None
-
-
-def _continues(content_range: str, have: int, size: int | None) -> bool:
-    """Return whether a Content-Range such as "bytes 100-199/200" starts exactly after the first `have` bytes."""
-    unit, _, rest = content_range.partition(" ")
-    span, _, total = rest.partition("/")
-    first, _, last = span.partition("-")
-    if unit != "bytes" or not (first.isdigit() and last.isdigit()) or int(first) != have:
-        return False
-    return not total.isdigit() or (int(last) + 1 == int(total) and (size is None or int(total) == size))
-
-
-def _read_page(body: bytes, folder: str) -> list[_Entry]:
-    try:
-        content = json.loads(body)
-    except (ValueError, RecursionError):
-        raise TemporaryError("the response is not JSON") from None
-    if not isinstance(content, dict) or content.get("code") != 20000:
-        detail = content if not isinstance(content, dict) else content.get("message") or content.get("msg")
-        code = content.get("code") if isinstance(content, dict) else None
-        raise TemporaryError(f"code {code}, {str(detail)[:80]}")
-    data = content.get("data")
-    if not isinstance(data, list) or not all(isinstance(entry, dict) for entry in data):
-        raise TemporaryError(f"no entries for {folder}")
-    return [_read_entry(entry) for entry in data]
-
-
-def _read_entry(entry: Mapping[str, Any]) -> _Entry:  # the service's JSON: any key may be missing or of another type
-    size, md5 = entry.get("size"), str(entry.get("md5") or "").strip().lower()
-    return _Entry(
-        id=str(entry.get("id") or ""),
-        path=str(entry.get("path") or ""),
-        is_folder=bool(entry.get("dir")),
-        size=size if isinstance(size, int) and size >= 0 else None,
-        md5=md5 if len(md5) == 32 else None,
-    )
-
-
-def _from_address(address: str) -> RemoteFile:
-    # Not urllib's parse_qs: an unquoted path may contain any of &, = and +.
-    found = dict(_QUERY.findall(address.partition("?")[2]))
-    return RemoteFile(found.get("fileId", ""), unquote(found.get("path", "")))

@@ -126,7 +126,7 @@ def test_a_bad_request_is_refused_in_openais_form(
 
 def test_an_unknown_model_and_an_unknown_path_are_named(client: OpenAI, server: RunningPage) -> None:
     with pytest.raises(
-        openai.NotFoundError, match="models:/bestiary/9 here. Choose one of models:/bestiary/1"
+        openai.NotFoundError, match=r"models:/bestiary/9 here\. Choose one of models:/bestiary/1"
     ) as known:
         client.images.generate(model="models:/bestiary/9", prompt="a tiger")
     assert known.value.param == "model"

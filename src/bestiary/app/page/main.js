@@ -9,7 +9,7 @@ import { entryAt, translateCards } from './gallery.js';
 import { switchLanguage, translateDocument } from './language.js';
 import { repeatOrder } from './order.js';
 import { chooseStart } from './start.js';
-import { applyColours, resetColours, show, showAgain, shown } from './stage.js';
+import { applyColours, resetColours, saveShownGrid, show, showAgain, shown } from './stage.js';
 import { chosenFile, uploadAdapter, uploadStart } from './upload.js';
 
 function changeLanguage() {
@@ -75,6 +75,7 @@ $('reuse').addEventListener('click', () => {
   checkSubject();
   checkSize();
 });
+$('save-grid').addEventListener('click', saveShownGrid);
 $('gallery').addEventListener('click', openEntry);
 
 translateDocument();

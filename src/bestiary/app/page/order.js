@@ -64,6 +64,7 @@ export function repeatOrder(order) {
   $('guidance').value = order.guidance_scale;
   $('compare').checked = order.compare || isBaseAlone(order);
   $('random').checked = false;
+  $('axis').value = '';
   $('animal').focus();
 }
 

@@ -19,7 +19,7 @@ const FIELDS = { secondWeight: 'second-weight' }; // of those whose field has an
 
 /** The choices of the setting to compare by, for a list. */
 export function axes() {
-  return [['', text('noAxis')], ...Object.keys(AXES).map((axis) => [axis, text(axis)])];
+  return [['', text('noAxis')], ...Object.keys(AXES).map((axis) => [axis, shortName(axis)])];
 }
 
 function values() {
@@ -52,7 +52,16 @@ export function ordersOf(order) {
   return given.map((value) => [{ ...AXES[name](order, value), compare: false }, { name, value, columns: given.length, rows: order.count }]);
 }
 
+/** A field's name without the explanation in brackets. */
+function shortName(axis) {
+  return text(axis).replace(/[（(].*/, '').trim();
+}
+
+export function axisChanged() {
+  $('values-field').hidden = !$('axis').value;
+}
+
 /** What an axis says of a picture. */
 export function axisLabel({ name, value }) {
-  return `${text(name).replace(/[（(].*/, '').trim()} ${name === 'scheduler' ? catalog.schedulers[value] : value}`;
+  return `${shortName(name)} ${name === 'scheduler' ? catalog.schedulers[value] : value}`;
 }

@@ -1,6 +1,7 @@
 // Starts the page and connects its buttons and fields.
 import { checkSubject, connectAnimals } from './animals.js';
 import { adapterChanged, catalog, checkSize, fillChoices, loadCatalog, showWeights } from './catalog.js';
+import { axisChanged } from './comparing.js';
 import { COLOURS } from './colours.js';
 import { $, showText, showTextsAgain } from './dom.js';
 import { cancel, draw, isDrawing } from './drawing.js';
@@ -75,6 +76,7 @@ $('reuse').addEventListener('click', () => {
   checkSubject();
   checkSize();
 });
+$('axis').addEventListener('change', axisChanged);
 $('save-grid').addEventListener('click', saveShownGrid);
 $('gallery').addEventListener('click', openEntry);
 

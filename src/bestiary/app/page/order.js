@@ -65,6 +65,7 @@ export function repeatOrder(order) {
   $('compare').checked = order.compare || isBaseAlone(order);
   $('random').checked = false;
   $('axis').value = '';
+  $('axis').dispatchEvent(new Event('change'));
   $('animal').focus();
 }
 

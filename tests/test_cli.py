@@ -289,6 +289,27 @@ def test_emphasis_is_drawn_and_drawn_again_to_the_byte(workspace: Path, monkeypa
     assert Image.open("again/old.png").tobytes() not in drawn
 
 
+def test_a_grid_is_one_picture_of_what_each_setting_draws_alone(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["tiger", "--adapter", "models/adapter", "--steps", "1", "--out", "out"]
+    assert call(monkeypatch, "generate", *options, "--grid", "weight=0.5,1.5", "--grid", "seed=3,4") == 0
+    assert capsys.readouterr().out == "out/tiger-0-grid.png\n"
+    with Image.open("out/tiger-0-grid.png") as grid:
+        assert "Seed: 3, " in grid.info["parameters"]
+        assert grid.info["parameters"].endswith('Grid columns: "weight=0.5,1.5", Grid rows: "seed=3,4"')
+        last = grid.crop((grid.width - 4 - 128, grid.height - 4 - 128, grid.width - 4, grid.height - 4))
+    options[2] = "models/adapter:1.5"
+    assert call(monkeypatch, "generate", *options, "--seed", "4") == 0
+    with Image.open("out/tiger-4.png") as alone:
+        assert alone.resize((128, 128), Image.Resampling.NEAREST).tobytes() == last.tobytes()
+    capsys.readouterr()
+    assert call(monkeypatch, "generate", "--like", "out/tiger-4.png", "--grid", "seed=1") == 1
+    assert "Leave out --grid" in capsys.readouterr().err
+    assert call(monkeypatch, "generate", *options, "--seed", "4", "--grid", "seed=1") == 1
+    assert "--grid sets the seed. Leave out --seed." in capsys.readouterr().err
+
+
 def test_a_picture_that_starts_from_an_image_is_drawn_again_with_that_image(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

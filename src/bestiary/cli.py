@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from bestiary.generation import Generator, Weighted
+    from bestiary.grids import Grid
     from bestiary.subjects import Subject
 
 CHAMPION = "models:/bestiary@champion"  # shown in help; the name comes from register.name in params.yaml
@@ -193,6 +194,21 @@ source_options = option_group(
     ),
     base=base_option,
 )
+
+
+def _grid(_context: click.Context, _option: click.Parameter, texts: tuple[str, ...]) -> Grid | None:
+    from bestiary.grids import Grid
+
+    return Grid.parse(texts)
+
+
+grid_option = click.option(
+    "--grid",
+    multiple=True,
+    callback=_grid,
+    metavar="NAME=VALUE,...",
+    help="One picture with a value in each column; the second --grid makes rows.",
+)
 series_options = option_group(
     "series",
     Series,
@@ -272,6 +288,7 @@ start_options = option_group(
 @series_options
 @sampling_options
 @colour_options
+@grid_option
 @click.option("--out", default="pictures", show_default=True, type=FOLDER, help="Folder for the pictures.")
 def generate(
     request: Request,
@@ -280,6 +297,7 @@ def generate(
     series: Series,
     changes: SamplingChanges,
     colours: Colours,
+    grid: Grid | None,
     out: Path,
 ) -> None:
     """Draw animals, named in English or Chinese. The same seed gives the same picture."""
@@ -287,6 +305,7 @@ def generate(
 
     like = request.like
     _check_request(request, start, changes.negative_prompt)
+    _check_grid(grid)
     original = read_settings(like) if like else None
     from bestiary import generation
 
@@ -326,7 +345,10 @@ def generate(
             for name, text in (texts or [("prompt", request.prompt or "")])
             for seed in series.seeds
         ]
-    _draw_all(generator, jobs, out, image)
+    if grid:
+        _draw_grids(generator, jobs, grid, out, image)
+    else:
+        _draw_all(generator, jobs, out, image)
 
 
 def _check_request(request: Request, start: Start, negative: str | None) -> None:
@@ -343,6 +365,14 @@ def _check_request(request: Request, start: Start, negative: str | None) -> None
         "".join([*subjects, prompt or "", negative or ""]).encode()
     except UnicodeEncodeError:
         raise BestiaryError("A name or a prompt is not valid UTF-8.") from None
+
+
+def _check_grid(grid: Grid | None) -> None:
+    given = _given_options()
+    for axis in grid.axes if grid else ():
+        names = ("first", "count") if axis.name == "seed" else (axis.name,)
+        if unused := [given[name] for name in names if name in given]:
+            raise BestiaryError(f"--grid sets the {axis.name}. Leave out {', '.join(unused)}.")
 
 
 def _adapters_of(original: PictureSettings, like: Path, weighted: Sequence[Weighted]) -> list[str]:
@@ -392,6 +422,26 @@ def _draw_all(
         for name, settings in jobs:
             image = generator.draw(settings, count_step, image)
             bar.write(str(save_picture(image, settings, out, name)), file=sys.stdout)
+
+
+def _draw_grids(
+    generator: Generator, jobs: list[tuple[str, PictureSettings]], grid: Grid, out: Path, image: Image | None
+) -> None:
+    from tqdm import tqdm
+
+    from bestiary.generation import save_png
+
+    by_job = [(name, settings, grid.cells(settings)) for name, settings in jobs]
+    steps = sum(cell.drawn_steps for _, _, rows in by_job for row in rows for cell in row)
+    with tqdm(total=steps, desc="draw grids", unit="step", leave=False) as bar:
+
+        def count_step(_done: int, _total: int) -> None:
+            bar.update()
+
+        for name, settings, rows in by_job:
+            drawn = [[generator.draw(cell, count_step, image) for cell in row] for row in rows]
+            path = save_png(grid.png(grid.sheet(drawn, settings), rows[0][0]), out, f"{name}-grid")
+            bar.write(str(path), file=sys.stdout)
 
 
 @cli.command()

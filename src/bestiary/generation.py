@@ -331,7 +331,14 @@ def save_picture(image: Image, settings: PictureSettings, folder: Path, name: st
 
     Raises BestiaryError when it cannot be written.
     """
-    data = write_png(image, settings)
+    return save_png(write_png(image, settings), folder, name)
+
+
+def save_png(data: bytes, folder: Path, name: str) -> Path:
+    """Write a PNG to `folder`/`name`.png, numbered if another picture has that name.
+
+    Raises BestiaryError when it cannot be written.
+    """
     path, number = folder / f"{name}.png", 1
     # Another process may draw into the same folder, so the name is taken by writing.
     while not write_new(path, data) and not (path.is_file() and path.read_bytes() == data):

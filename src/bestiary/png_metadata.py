@@ -109,10 +109,20 @@ class PictureSettings:
 
 def write_png(image: Image, settings: PictureSettings) -> bytes:
     """The picture with its colours adjusted, as a PNG with its settings: in A1111's text form and as our own JSON."""
-    from PIL.ImageEnhance import Brightness, Color, Contrast
     from PIL.PngImagePlugin import PngInfo
 
-    colours = settings.colours
+    metadata = PngInfo()
+    metadata.add_text("parameters", as_a1111(settings))
+    metadata.add_text(KEY, json.dumps(settings.to_dict(), ensure_ascii=False))
+    buffer = BytesIO()
+    adjusted(image, settings.colours).save(buffer, "PNG", pnginfo=metadata)
+    return buffer.getvalue()
+
+
+def adjusted(image: Image, colours: Colours) -> Image:
+    """The picture with its colours adjusted."""
+    from PIL.ImageEnhance import Brightness, Color, Contrast
+
     for enhance, factor in (
         (Contrast, colours.contrast),
         (Color, colours.saturation),
@@ -120,12 +130,7 @@ def write_png(image: Image, settings: PictureSettings) -> bytes:
     ):
         if factor != 1.0:
             image = enhance(image).enhance(factor)
-    metadata = PngInfo()
-    metadata.add_text("parameters", as_a1111(settings))
-    metadata.add_text(KEY, json.dumps(settings.to_dict(), ensure_ascii=False))
-    buffer = BytesIO()
-    image.save(buffer, "PNG", pnginfo=metadata)
-    return buffer.getvalue()
+    return image
 
 
 def as_a1111(settings: PictureSettings) -> str:

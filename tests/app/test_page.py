@@ -434,6 +434,43 @@ def read_settings_of(picture: bytes) -> PictureSettings:
 
 
 @pytest.mark.slow
+def test_values_of_a_setting_are_compared_side_by_side_and_saved_as_one_picture(
+    browser: Browser, server: RunningPage
+) -> None:
+    tab = open_tab(browser, server)
+    page = tab.page
+    page.click("summary")
+    page.select_option("#axis", "weight")
+    page.fill("#animal", "tiger")
+    page.fill("#seed", "7")
+    page.fill("#count", "2")
+    for values, words in (("", "Write 1 to 8 values"), ("0.4, 3", "must be between 0 and 2")):
+        page.fill("#values", values)
+        page.click("#draw")
+        assert words in page.inner_text("#message")
+    page.fill("#values", "0, 0.5,1")
+    draw_in(page)
+    captions = page.locator("#pictures figcaption span").all_inner_texts()
+    assert captions == [f"Adapter weight {weight} · {seed}" for weight in ("0", "0.5", "1") for seed in (7, 8)]
+    places = [page.locator("#pictures canvas").nth(number).bounding_box() for number in range(6)]
+    assert all(places)
+    columns, rows = ([round(place[side] / 4) for place in places if place] for side in ("x", "y"))
+    assert columns[0] == columns[1] < columns[2] == columns[3] < columns[4] == columns[5]
+    assert rows[0] == rows[2] == rows[4] < rows[1] == rows[3] == rows[5]
+    with page.expect_download() as download:
+        page.click("#save-grid")
+    assert download.value.suggested_filename == "tiger-7-grid.png"
+    grid = Image.open(download.value.path())
+    assert grid.size == (140 + 3 * (64 + 8), 40 + 2 * (64 + 8))
+    page.locator("#gallery button").nth(0).click()  # weight 1, seed 8
+    _, last = save(page, "PNG")
+    assert grid.convert("RGB").crop((284, 112, 348, 176)).tobytes() == last.convert("RGB").tobytes()
+    page.click("#reuse")
+    assert (page.input_value("#axis"), page.input_value("#weight"), page.input_value("#seed")) == ("", "1", "8")
+    assert tab.errors == []
+
+
+@pytest.mark.slow
 def test_a_prompt_that_wins_over_the_subject_is_visible(browser: Browser, server: RunningPage) -> None:
     page = open_page(browser, server)
     page.fill("#animal", "tiger")

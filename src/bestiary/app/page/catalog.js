@@ -1,4 +1,5 @@
 // What the server offers, and what follows from the chosen adapter.
+import { axes } from './comparing.js';
 import { $, element, showText } from './dom.js';
 import { hasText, text } from './language.js';
 import { request } from './requests.js';
@@ -52,6 +53,7 @@ export function fillChoices() {
   fill('second', [['none', text('noSecond')], ...offers().map((offer) => [offer.key, adapterLabel(offer)])]);
   fill('resolution', catalog.resolutions.map((side) =>
     [side, side === catalog.usual.resolution ? text('nativeSize', { side }) : `${side} px`]));
+  fill('axis', axes());
   fillShapes();
   fill('scheduler', Object.entries(catalog.schedulers));
   fill('base', [['', text('automatic')], ...catalog.bases.map((base) => [base, base])]);

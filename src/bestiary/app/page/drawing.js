@@ -1,6 +1,7 @@
 // Drawing: sends the order, follows its progress and puts the pictures into the gallery.
 import { checkSubject, closeList } from './animals.js';
 import { catalog } from './catalog.js';
+import { ordersOf, wrongValues } from './comparing.js';
 import { $, showText } from './dom.js';
 import { addPicture } from './gallery.js';
 import { duration, text } from './language.js';
@@ -25,7 +26,9 @@ export async function draw() {
   showText('message');
   showText('note');
   if ($('random').checked) drawRandomSeed();
-  const wrong = mistake();
+  const order = readOrder();
+  const wrongAxis = wrongValues(order);
+  const wrong = mistake() ?? (wrongAxis && ['values', wrongAxis]);
   if (wrong) {
     const [field, words] = wrong;
     showText('message', words);
@@ -33,13 +36,19 @@ export async function draw() {
     $(field).focus();
     return;
   }
-  const order = readOrder();
   start();
   const started = performance.now();
   const notes = [];
   const say = () => showText('note', notes.length ? () => notes.map((words) => words()).join(' ') : null);
   try {
-    await follow(order, (words) => { notes.push(words); say(); });
+    const set = []; // the entries of these orders in the gallery
+    for (const [each, axis] of ordersOf(order)) {
+      const note = (words) => {
+        if (!notes.some((before) => before() === words())) notes.push(words);
+        say();
+      };
+      await follow(each, axis, set, note);
+    }
     const seconds = (performance.now() - started) / 1000;
     notes.push(() => text('done', { time: duration(seconds) }));
   } catch (error) {
@@ -66,17 +75,16 @@ function setRunning(controller) {
   $('cancel').hidden = $('status').hidden = !controller;
 }
 
-async function follow(order, note) {
+async function follow(order, axis, set, note) {
   const response = await request('/api/draw', {
     method: 'POST', headers: { 'Content-Type': 'application/json' }, body: JSON.stringify(order), signal: running.signal,
   });
-  const set = []; // the order's entries in the gallery
   for await (const event of events(response)) {
     if (event.event === 'picture') {
       const { event: _, ...picture } = event;
-      await show(addPicture(picture, order, set));
+      await show(addPicture(picture, { ...order, axis }, set));
     } else if (event.event === 'preview') {
-      showPreview(event, order, set);
+      showPreview(event, { ...order, axis }, set);
     } else if (event.event === 'note') {
       note(() => unknown(event));
     } else {

@@ -1,6 +1,7 @@
 // Starts the page and connects its buttons and fields.
 import { checkSubject, connectAnimals } from './animals.js';
 import { adapterChanged, catalog, checkSize, fillChoices, loadCatalog, showWeights } from './catalog.js';
+import { axisChanged } from './comparing.js';
 import { COLOURS } from './colours.js';
 import { $, showText, showTextsAgain } from './dom.js';
 import { cancel, draw, isDrawing } from './drawing.js';
@@ -9,7 +10,7 @@ import { entryAt, translateCards } from './gallery.js';
 import { switchLanguage, translateDocument } from './language.js';
 import { repeatOrder } from './order.js';
 import { chooseStart } from './start.js';
-import { applyColours, resetColours, show, showAgain, shown } from './stage.js';
+import { applyColours, resetColours, saveShownGrid, show, showAgain, shown } from './stage.js';
 import { chosenFile, uploadAdapter, uploadStart } from './upload.js';
 
 function changeLanguage() {
@@ -75,6 +76,8 @@ $('reuse').addEventListener('click', () => {
   checkSubject();
   checkSize();
 });
+$('axis').addEventListener('change', axisChanged);
+$('save-grid').addEventListener('click', saveShownGrid);
 $('gallery').addEventListener('click', openEntry);
 
 translateDocument();

@@ -64,6 +64,8 @@ export function repeatOrder(order) {
   $('guidance').value = order.guidance_scale;
   $('compare').checked = order.compare || isBaseAlone(order);
   $('random').checked = false;
+  $('axis').value = '';
+  $('axis').dispatchEvent(new Event('change'));
   $('animal').focus();
 }
 

@@ -23,3 +23,28 @@ function fileName(kind, { animal, role, settings: { prompt, seed } }) {
   const name = (animal || prompt).toLowerCase().replace(/[^\p{L}\p{N}]+/gu, '-').replace(/^-+|-+$/g, '').slice(0, 60) || 'picture';
   return `${name}-${seed}${role === 'base' ? '-base' : ''}.${kind === 'PNG' ? 'png' : 'jpg'}`;
 }
+
+const GAP = 8; // pixels
+const FONT = '16px sans-serif';
+
+/** Saves pictures as one PNG: a column for each label, a row for each seed. `cells` go down the columns. */
+export async function saveGrid(cells, rows) {
+  const [{ canvas: { width, height }, pictures: [first] }] = cells;
+  const left = rows > 1 ? 140 : GAP;
+  const columns = Math.ceil(cells.length / rows);
+  const sheet = element('canvas', { width: left + columns * (width + GAP), height: 40 + rows * (height + GAP) });
+  const context = sheet.getContext('2d');
+  context.fillStyle = 'white';
+  context.fillRect(0, 0, sheet.width, sheet.height);
+  Object.assign(context, { fillStyle: 'black', font: FONT, textBaseline: 'middle' });
+  cells.forEach(({ canvas, label, pictures }, number) => {
+    const [x, y] = [left + Math.floor(number / rows) * (width + GAP), 40 + (number % rows) * (height + GAP)];
+    context.drawImage(canvas, x, y);
+    if (number % rows === 0) context.fillText(label, x, 20, width);
+    if (rows > 1 && number < rows) context.fillText(pictures[0].settings.seed, GAP, y + height / 2, left - 2 * GAP);
+  });
+  const png = await new Promise((resolve) => sheet.toBlob(resolve, 'image/png'));
+  const href = URL.createObjectURL(withText(png, 'parameters', first.parameters));
+  element('a', { href, download: fileName('PNG', first).replace(/\.png$/, '-grid.png') }).click();
+  setTimeout(() => URL.revokeObjectURL(href), 10_000);
+}

@@ -1,10 +1,11 @@
 // The stage shows one order: all its pictures, and the colours and settings of the entry that is chosen among them.
 import { adapterNames, catalog } from './catalog.js';
+import { axisLabel } from './comparing.js';
 import { COLOURS, withColours } from './colours.js';
 import { $, element } from './dom.js';
 import { text } from './language.js';
 import { isBaseAlone } from './order.js';
-import { savePicture } from './saving.js';
+import { saveGrid, savePicture } from './saving.js';
 
 export let shown = null; // the chosen entry
 let groups = new Map(); // by entry of the order on the stage: the element with its pictures
@@ -14,6 +15,7 @@ export async function show(entry) {
   document.querySelector('#gallery .current')?.classList.remove('current');
   shown = entry;
   $('tools').hidden = !entry;
+  layOut(entry?.order.axis);
   if (!entry) {
     groups = new Map();
     $('pictures').replaceChildren(element('p', { className: 'empty', 'data-text': 'empty', textContent: text('empty') }));
@@ -30,6 +32,20 @@ export async function show(entry) {
   applyColours();
   $('settings').replaceChildren(...settingsOf(entry.pictures[0]).map(([key, value]) =>
     element('div', {}, element('dt', { textContent: text(key) }), element('dd', { textContent: value }))));
+}
+
+/** Arranges the pictures by an axis: its values are the columns, the seeds the rows. */
+function layOut(axis) {
+  $('pictures').classList.toggle('axes', Boolean(axis));
+  $('save-grid').hidden = !axis || !shown || shown.set.length < 2;
+  $('pictures').style.setProperty('--columns', axis?.columns ?? 1);
+  $('pictures').style.setProperty('--rows', axis?.rows ?? 1);
+}
+
+/** Saves the compared pictures as one, with labels. */
+export function saveShownGrid() {
+  const cells = shown.set.map((each) => ({ ...each, canvas: groups.get(each).querySelector('canvas'), label: axisLabel(each.order.axis) }));
+  saveGrid(cells, shown.order.axis.rows);
 }
 
 /** Shows the stage again, after the language has changed. */
@@ -52,7 +68,11 @@ export function showPreview({ role, image }, order, set) {
       const group = element('div', { className: 'entry' }, figure);
       if (set.length) $('pictures').append(group); else $('pictures').replaceChildren(group);
       $('pictures').classList.toggle('paired', order.compare);
-      if (!set.length) $('tools').hidden = true;
+      if (!set.length) {
+        $('tools').hidden = true;
+        layOut(order.axis);
+        $('save-grid').hidden = true;
+      }
     }
   }
   figure.querySelector('img').src = image;
@@ -83,6 +103,7 @@ async function figureOf(picture, entry) {
 }
 
 function captionOf({ role, settings }, { order }) {
+  if (order.axis) return [axisLabel(order.axis), ...(order.count > 1 ? [settings.seed] : [])].join(' · ');
   return order.count > 1 ? `${roleName(role, order)} · ${settings.seed}` : roleName(role, order);
 }
 

@@ -1,4 +1,4 @@
-"""What else a file may be than a LoRA for Stable Diffusion's UNet, told by the names and sizes of its tensors."""
+"""What else a file may be than an adapter for Stable Diffusion, told by the names and sizes of its tensors."""
 
 from __future__ import annotations
 
@@ -25,21 +25,16 @@ FAMILIES_BY_NAME = (
     (r"^lora_te2_|^text_encoder_2\.|transformer_blocks[._][1-9]", "SDXL"),
 )
 KINDS = (
-    (r"\.hada_", "a LoHa"),
-    (r"\.lokr_", "a LoKr"),
-    (r"\.dora_scale$", "a DoRA in kohya's layout"),
     (r"\.(oft_|oft_R|boft_|oft_diag)", "an OFT"),
     (r"\.(on_input|ia3_l)", "an (IA)3"),
     (r"\.(a1|a2|b1|b2|bm)\.weight$", "a GLoRA"),
     (r"\.vera_lambda|^vera_[AB]", "a VeRA"),
-    (r"\.lora_mid\.", "a LoCon with a core tensor"),
-    (r"\.(diff|diff_b|w_norm|b_norm)$", "a file of whole weight differences"),
     (r"^(emb_params|string_to_param|clip_l|clip_g)", "a textual inversion"),
+    (r"^bundle_emb\.", "a LoRA with a textual inversion of OneTrainer in it"),
     (r"^(image_proj|ip_adapter)", "an IP-Adapter"),
     (r"^(lora_controlnet|control_model|controlnet)", "a ControlNet"),
     (r"^(model\.diffusion_model|first_stage_model|cond_stage_model)\.", "a whole checkpoint"),
     (r"^(unet|text_encoder):\d+:", "a LoRA of cloneofsimo's first format"),
-    (r"^(lora_te1?_|text_encoder\.|text_model\.)", "a LoRA of the text encoder besides the UNet"),
 )
 
 
@@ -69,10 +64,10 @@ def family_of(shapes: Shapes) -> str | None:
 
 
 def kind_of(shapes: Shapes) -> Kind | None:
-    """What a file is, if it is not only a UNet's LoRA, and is recognised.
+    """What a file is, if it is no adapter that can be applied, and is recognised.
 
-    >>> kind_of({"lora_unet_mid_block_attentions_0.hada_w1_a": (4, 4)}).name
-    'a LoHa'
+    >>> kind_of({"lora_unet_mid_block_attentions_0.oft_blocks": (4, 4)}).name
+    'an OFT'
     """
     for pattern, name in KINDS:
         for key in shapes:

@@ -46,7 +46,7 @@ def is_lcm(pipeline: StableDiffusionPipeline) -> bool:
 
 
 def max_lcm_steps(pipeline: StableDiffusionPipeline) -> int:
-    """The number of steps that a latent consistency model was distilled on, which is the most it can draw with."""
+    """The number of steps that consistency models were distilled on, which is the most they can draw with."""
     steps: int = make_scheduler("lcm", pipeline.scheduler.config).config.original_inference_steps
     return steps
 
@@ -73,14 +73,12 @@ def check_sampling(pipeline: StableDiffusionPipeline, sampling: Sampling) -> Non
             "A negative prompt has no effect without guidance. Leave it out, or draw with a guidance scale above 1 and "
             "a base that is no latent consistency model."
         )
-    if sampling.sampler == "lcm":
-        # An LCM-LoRA (arXiv:2311.05556) cannot be told from another adapter by its weights.
-        if not is_lcm(pipeline) and not getattr(pipeline.unet, "peft_config", None):
-            raise BestiaryError("The scheduler 'lcm' needs a latent consistency model, and this base is not one.")
-        if sampling.steps > (most := max_lcm_steps(pipeline)):
-            raise BestiaryError(
-                f"A latent consistency model draws in at most {most} steps: {sampling.steps} are too many."
-            )
+    # An LCM-LoRA (arXiv:2311.05556) cannot be told from another adapter by its weights.
+    if sampling.sampler == "lcm" and not is_lcm(pipeline) and not getattr(pipeline.unet, "peft_config", None):
+        raise BestiaryError("The scheduler 'lcm' needs a latent consistency model, and this base is not one.")
+    if sampling.sampler in ("lcm", "tcd") and sampling.steps > (most := max_lcm_steps(pipeline)):
+        what = "A latent consistency model" if sampling.sampler == "lcm" else "The sampler tcd"
+        raise BestiaryError(f"{what} draws in at most {most} steps: {sampling.steps} are too many.")
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -144,6 +142,7 @@ def generate(
             guidance_scale=scales[0],
             height=height,
             width=width,
+            eta=SAMPLERS[sampling.sampler].eta,
             callback_on_step_end=_switch_guidance(scales, prompted, unprompted, report),
             output_type="latent",
         ).images

@@ -29,7 +29,7 @@ KINDS = (
     (r"\.(on_input|ia3_l)", "an (IA)3"),
     (r"\.(a1|a2|b1|b2|bm)\.weight$", "a GLoRA"),
     (r"\.vera_lambda|^vera_[AB]", "a VeRA"),
-    (r"^(emb_params|string_to_param|clip_l|clip_g)", "a textual inversion"),
+    (r"^(emb_params|string_to_param|clip_l$|clip_g$)", "a textual inversion"),
     (r"^bundle_emb\.", "a LoRA with a textual inversion of OneTrainer in it"),
     (r"^(image_proj|ip_adapter)", "an IP-Adapter"),
     (r"^(lora_controlnet|control_model|controlnet)", "a ControlNet"),

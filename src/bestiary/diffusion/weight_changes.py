@@ -96,7 +96,8 @@ def _product(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         return _half(tensors, "hada_w1", "hada_t1") * _half(tensors, "hada_w2", "hada_t2")
     if "lokr_w1" in tensors or "lokr_w1_a" in tensors:  # LoKr, arXiv:2309.14859: a Kronecker product
         first, second = _half(tensors, "lokr_w1", ""), _half(tensors, "lokr_w2", "lokr_t2")
-        return torch.kron(first.reshape(*first.shape, *(1 for _ in second.shape[first.ndim :])), second)
+        first = first.reshape(*first.shape, *(1 for _ in second.shape[first.ndim :]))
+        return torch.kron(first, second.contiguous())  # torch's fails on a factor that is not contiguous
     return None
 
 

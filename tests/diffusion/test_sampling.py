@@ -261,3 +261,26 @@ def test_an_lcm_lora_draws_with_its_sampler_on_any_base(base: Path) -> None:
     assert len(generate(pipeline, ["a cat"], [0], few_steps, batch_size=1)) == 1
     with pytest.raises(BestiaryError, match="at most 50 steps"):
         generate(pipeline, ["a cat"], [0], replace(few_steps, steps=51), batch_size=1)
+    with pytest.raises(BestiaryError, match="The sampler tcd draws in at most 50 steps"):
+        generate(pipeline, ["a cat"], [0], Sampling("tcd", steps=51), batch_size=1)
+
+
+def test_ddim_trailing_denoises_at_the_ends_of_equal_parts_as_hyper_sd_was_distilled(base: Path) -> None:
+    scheduler = make_scheduler("ddim-trailing", load_scheduler(base).config)
+    scheduler.set_timesteps(8)
+    assert scheduler.timesteps.tolist() == [999, 874, 749, 624, 499, 374, 249, 124]
+
+
+def test_tcd_adds_the_noise_that_its_authors_advise(pipeline: StableDiffusionPipeline) -> None:
+    seen: list[float] = []
+    sampling = Sampling("tcd", steps=4, guidance_scale=1.0)
+    make = type(make_scheduler("tcd", pipeline.scheduler.config)).step
+
+    def step(self: object, *arguments: object, eta: float = 0.0, **options: object) -> object:
+        seen.append(eta)
+        return make(self, *arguments, eta=eta, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffusers.TCDScheduler.step", step)
+        generate(pipeline, ["a cat"], [0], sampling, batch_size=1)
+    assert seen == [0.3] * 4

@@ -223,8 +223,9 @@ def verify_adapter(path: str | Path, base: str | Path, revision: str | None = No
     again gives the same output. Raises BestiaryError that names the first of these that fails.
     """
     file = adapter_file(path)
-    content = read_adapter(file)
-    networks: dict[Part, torch.nn.Module] = {"unet": load_unet(base, revision)}
+    unet = load_unet(base, revision)
+    content = read_adapter(file, family=base_family(unet))
+    networks: dict[Part, torch.nn.Module] = {"unet": unet}
     if "text_encoder" in content.parts:
         networks["text_encoder"] = load_text(base, revision)[1]
     plain = _probe(networks)

@@ -19,8 +19,9 @@ MAX_NAME = 1000  # characters of a name that are looked at
 def few_step_sampling(names: Iterable[str]) -> Sampling | None:
     """How to draw with an adapter that one of these names calls a few-step adapter; None when no name does.
 
-    >>> few_step_sampling(["Hyper-SD15-8steps-lora"])
-    Sampling(sampler='ddim-trailing', steps=8, guidance_scale=1.0)
+    >>> found = few_step_sampling(["Hyper-SD15-8steps-lora"])
+    >>> found.sampler, found.steps, found.guidance_scale
+    ('ddim-trailing', 8, 1.0)
     """
     for name in (name[:MAX_NAME].lower() for name in names):
         if re.search(r"hyper[-_ ]?sd", name):

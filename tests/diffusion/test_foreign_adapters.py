@@ -26,6 +26,7 @@ from bestiary.diffusion.adapter_format import FILE_NAME
 from bestiary.diffusion.base import load_pipeline, load_text, load_unet
 from bestiary.diffusion.conversion import convert, read
 from bestiary.errors import BestiaryError
+from bestiary.evaluation.sweep import write_weighted_adapter
 
 TOLERANCE = 1e-4  # of the effect: the networks compute in float32
 
@@ -219,6 +220,18 @@ def test_an_adapter_whose_text_encoder_part_has_no_effect_is_not_verified(
     save_file(dead, adapter.path)
     with pytest.raises(BestiaryError, match="no effect on the text encoder of"):
         verify_adapter(adapter.path, folder)
+
+
+def test_an_adapter_written_with_a_weight_has_the_weight_in_all_its_alphas(
+    pipeline: StableDiffusionPipeline, base: Base, tmp_path: Path
+) -> None:
+    path = KINDS["kohya with ranks and alphas by module"](base, tmp_path / "adapter.safetensors").path
+    source = convert(path, tmp_path / "source", "diffusers")
+    assert read(source).config.alpha_pattern
+    apply_adapter(pipeline, source, 0.5)
+    expected = outputs(pipeline)
+    apply_adapter(pipeline, write_weighted_adapter(source, 0.5, tmp_path / "half"))
+    torch.testing.assert_close(outputs(pipeline), expected, atol=1e-6, rtol=1e-6)
 
 
 # ---- what is refused ----

@@ -12,7 +12,11 @@ export async function uploadAdapter() {
   showText('note', () => text('uploading', { name: file.name }));
   try {
     const response = await request(`/api/adapters?name=${encodeURIComponent(file.name)}`, { method: 'PUT', body: file });
-    addUpload(await response.json());
+    const offer = await response.json();
+    addUpload(offer);
+    const { unet = 0, text_encoder: encoder = 0 } = offer.modules;
+    showText('note', () => text('uploaded', { name: offer.label, unet, encoder }));
+    return;
   } catch (error) {
     showText('message', () => error.words('unusable'));
   }

@@ -25,8 +25,10 @@ from bestiary.diffusion.adapter import apply_adapter, apply_adapters, remove, se
 from bestiary.diffusion.adapter_format import FILE_NAME
 from bestiary.diffusion.base import load_pipeline, load_text, load_unet
 from bestiary.diffusion.conversion import convert, read
+from bestiary.diffusion.sampling import generate
 from bestiary.errors import BestiaryError
 from bestiary.evaluation.sweep import write_weighted_adapter
+from bestiary.samplers import Sampling
 
 TOLERANCE = 1e-4  # of the effect: the networks compute in float32
 
@@ -220,6 +222,17 @@ def test_an_adapter_whose_text_encoder_part_has_no_effect_is_not_verified(
     save_file(dead, adapter.path)
     with pytest.raises(BestiaryError, match="no effect on the text encoder of"):
         verify_adapter(adapter.path, folder)
+
+
+def test_a_few_step_adapter_of_any_kind_draws_with_the_sampler_lcm(
+    pipeline: StableDiffusionPipeline, base: Base, tmp_path: Path
+) -> None:
+    sampling = Sampling("lcm", steps=2, guidance_scale=1.0)
+    with pytest.raises(BestiaryError, match="needs a latent consistency model"):
+        generate(pipeline, ["a zebra"], [0], sampling, batch_size=1)
+    apply_adapter(pipeline, KINDS["LoKr"](base, tmp_path / "lcm.safetensors").path)
+    assert read(tmp_path / "lcm.safetensors").few_step == Sampling("lcm", steps=4, guidance_scale=1.0)
+    assert len(generate(pipeline, ["a zebra"], [0], sampling, batch_size=1)) == 1
 
 
 def test_an_adapter_written_with_a_weight_has_the_weight_in_all_its_alphas(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from bestiary.diffusion.base import encode_text
+from bestiary.diffusion.weight_changes import has_changes
 from bestiary.errors import BestiaryError
 from bestiary.samplers import SAMPLERS, Sampling
 
@@ -74,11 +75,15 @@ def check_sampling(pipeline: StableDiffusionPipeline, sampling: Sampling) -> Non
             "a base that is no latent consistency model."
         )
     # An LCM-LoRA (arXiv:2311.05556) cannot be told from another adapter by its weights.
-    if sampling.sampler == "lcm" and not is_lcm(pipeline) and not getattr(pipeline.unet, "peft_config", None):
+    if sampling.sampler == "lcm" and not is_lcm(pipeline) and not _has_adapter(pipeline):
         raise BestiaryError("The scheduler 'lcm' needs a latent consistency model, and this base is not one.")
     if sampling.sampler in ("lcm", "tcd") and sampling.steps > (most := max_lcm_steps(pipeline)):
         what = "A latent consistency model" if sampling.sampler == "lcm" else "The sampler tcd"
         raise BestiaryError(f"{what} draws in at most {most} steps: {sampling.steps} are too many.")
+
+
+def _has_adapter(pipeline: StableDiffusionPipeline) -> bool:
+    return bool(getattr(pipeline.unet, "peft_config", None)) or has_changes(pipeline.unet)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -155,7 +160,7 @@ def _decode(pipeline: StableDiffusionPipeline, latents: torch.Tensor) -> list[Im
     latents = latents.to(pipeline.vae.dtype) / pipeline.vae.config.scaling_factor
     decoded = pipeline.vae.decode(latents).sample
     if not torch.isfinite(decoded).all():  # as bytes these would silently become black
-        source = "adapter" if getattr(pipeline.unet, "peft_config", None) else "base"
+        source = "adapter" if _has_adapter(pipeline) else "base"
         raise BestiaryError(f"The {source} draws pictures that contain values that are not finite.")
     images: list[Image] = pipeline.image_processor.postprocess(decoded)
     return images

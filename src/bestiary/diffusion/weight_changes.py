@@ -184,6 +184,11 @@ def set_change_weights(network: torch.nn.Module, weights: Mapping[str, float]) -
     applied.weights = active
 
 
+def has_changes(network: torch.nn.Module) -> bool:
+    """Whether an adapter's changes are in the network, whatever their weight."""
+    return network in _applied
+
+
 def remove_changes(network: torch.nn.Module) -> None:
     """Give the network its own weights again."""
     set_change_weights(network, {})

@@ -235,6 +235,27 @@ def test_a_few_step_adapter_of_any_kind_draws_with_the_sampler_lcm(
     assert len(generate(pipeline, ["a zebra"], [0], sampling, batch_size=1)) == 1
 
 
+def test_kinds_draw_in_half_precision_and_weight_0_is_exactly_the_base_there_too(
+    folder: Path, base: Base, tmp_path: Path
+) -> None:
+    half = load_pipeline(folder, device="cpu", dtype=torch.bfloat16)
+    sampling = Sampling("ddim", steps=2, guidance_scale=3.0)
+
+    def drawn() -> bytes:
+        return generate(half, ["a zebra"], [0], sampling, batch_size=1)[0].tobytes()
+
+    plain = drawn()
+    kinds = ["kohya with the text encoder", "LoHa, LoRA and LoCon in one file", "DoRA by column"]
+    paths = [KINDS[kind](base, tmp_path / f"{number}.safetensors").path for number, kind in enumerate(kinds)]
+    for path in paths:
+        apply_adapter(half, path)
+        assert drawn() != plain
+    apply_adapters(half, paths, [0.3, 0.3, 0.3])
+    assert drawn() != plain
+    set_weights(half, [0, 0, 0])
+    assert drawn() == plain
+
+
 def test_an_adapter_written_with_a_weight_has_the_weight_in_all_its_alphas(
     pipeline: StableDiffusionPipeline, base: Base, tmp_path: Path
 ) -> None:

@@ -160,6 +160,14 @@ def test_a_folder_that_peft_saved_has_the_effect_of_pefts_own_merge(
     assert distance(outputs(pipeline), truth, plain) < TOLERANCE
 
 
+def test_the_folders_of_pefts_scripts_for_each_network_are_named(tmp_path: Path) -> None:
+    for part in ("unet", "text_encoder"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "adapter_config.json").write_text("{}")
+    with pytest.raises(BestiaryError, match=r"no adapter at .*/unet and .*/text_encoder\. Name them"):
+        read(tmp_path)
+
+
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}])
 def test_a_file_that_diffusers_saved_of_both_networks_is_read_with_its_config(
     pipeline: StableDiffusionPipeline, base: Base, folder: Path, tmp_path: Path, options: dict[str, bool]

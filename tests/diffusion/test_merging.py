@@ -8,8 +8,8 @@ from support.adapters import ALL_LAYERS, PROVENANCE, TARGETS, make_adapter
 from support.tiny import build_base
 
 from bestiary.diffusion.adapter import adapter_sha256, apply_adapters, save_adapter
-from bestiary.diffusion.adapter_format import FILE_NAME, Provenance
-from bestiary.diffusion.adapter_reading import UP, read_adapter
+from bestiary.diffusion.adapter_format import FILE_NAME, UP, Provenance
+from bestiary.diffusion.adapter_reading import read_adapter
 from bestiary.diffusion.base import load_pipeline, load_unet
 from bestiary.diffusion.merging import Parent, merge, write_verified
 from bestiary.errors import BestiaryError

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from bestiary.diffusion.adapter import Verification, adapter_sha256, verify_adapter
-from bestiary.diffusion.adapter_format import FILE_NAME, AdapterConfig, AdapterContent, Provenance
-from bestiary.diffusion.adapter_reading import DOWN, UP, read_adapter
+from bestiary.diffusion.adapter_format import DOWN, FILE_NAME, UP, AdapterConfig, AdapterContent, Provenance
+from bestiary.diffusion.adapter_reading import read_adapter
 from bestiary.errors import BestiaryError
 from bestiary.files import write_atomically
 
@@ -86,18 +86,18 @@ def write_verified(
 def _factors(parent: Parent, content: AdapterContent) -> Factors:
     """A and B of each module in float64, with the parent's weight and scale in B."""
     config = content.config
-    other = next((key for key in content.weights if not key.endswith((DOWN, UP))), None)
-    if config.use_dora or other is not None:
-        kind = "a DoRA" if config.use_dora else f"no plain LoRA: it holds {other}"
-        raise BestiaryError(f"{parent.name} is {kind}. Only the changes of plain LoRA adapters can be added up.")
+    if config.use_dora:
+        raise BestiaryError(f"{parent.name} is a DoRA. Only the changes of plain LoRA adapters can be added up.")
+    if other := content.beyond_unet_lora:
+        raise BestiaryError(f"{parent.name} holds more than LoRA of the UNet ({other}), which cannot be merged.")
     if parent.weight == 0:
         raise BestiaryError(f"{parent.name} has the weight 0 and would add nothing. Leave it out.")
     factors = {}
     for key, down in content.weights.items():
         if key.endswith(DOWN):
-            module, rank = key.removesuffix(DOWN), down.shape[0]
-            scale = config.lora_alpha / (math.sqrt(rank) if config.use_rslora else rank)
-            factors[module] = down.double(), parent.weight * scale * content.weights[f"{module}{UP}"].double()
+            module = key.removesuffix(DOWN)
+            scale = parent.weight * config.scale_of(module)
+            factors[module] = down.double(), scale * content.weights[f"{module}{UP}"].double()
     return factors
 
 

@@ -56,7 +56,7 @@ def test_the_profile_for_one_subject_has_the_measured_settings(edited: Callable[
     params = load_params(edited(partial(dict.update, profile="subject")))
     settings = params.train
     assert (settings.rank, settings.alpha, settings.learning_rate) == (8, 8, 3e-3)
-    assert (settings.steps, settings.batch_size, settings.warmup_steps, settings.ema_decay) == (200, 8, 10, 0.95)
+    assert (settings.steps, settings.batch_size, settings.warmup_steps, settings.ema_decay) == (300, 8, 10, 0.95)
     assert settings.preservation.model_dump() == {"kind": "noised", "weight": 0.3, "samples": 4}
     assert not params.encode.flip
     assert load_params(PARAMS).train.preservation.kind == "none"

@@ -196,7 +196,7 @@ def test_latents_of_several_sizes_are_preserved(base: Path, pictures: Path, tmp_
 
 
 @pytest.mark.slow
-def test_the_recipe_for_one_subject_trains_the_bundled_base_in_its_stage(
+def test_the_profile_for_one_subject_trains_the_bundled_base_in_its_stage(
     tmp_path: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BESTIARY_TRACKING", "off")
@@ -205,9 +205,9 @@ def test_the_recipe_for_one_subject_trains_the_bundled_base_in_its_stage(
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "dvc.yaml").write_bytes((ROOT / "dvc.yaml").read_bytes())
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    params["recipe"] = "subject"
-    params["recipes"]["subject"]["train"] |= {"steps": 2, "batch_size": 2, "validate_every": 2}
-    params["profiles"]["sample"]["train"]["sheet_steps"] = 1
+    params["profile"] = "subject"
+    changes = {"steps": 2, "batch_size": 2, "validate_every": 2, "sheet_steps": 1}
+    params["profiles"]["subject"]["train"] |= changes
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     random, rows = np.random.default_rng(0), []
     (tmp_path / "clean" / "sks_penguin").mkdir(parents=True)

@@ -448,6 +448,57 @@ def test_verify_prints_what_it_proved(
     printed = capsys.readouterr().out
     assert "rank, alpha                      2, 4" in printed
     assert "trained on this base             yes" in printed
+    assert re.search(r"^modules {26}(\d+) of \1 modules: \1 of the UNet$", printed, re.MULTILINE)
+
+
+def test_inspect_shows_what_a_file_holds_and_what_would_be_applied_of_it(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    def rows(path: str) -> dict[str, str]:
+        assert call(monkeypatch, "adapter", "inspect", path, "--base", "models/base") == 0
+        printed = capsys.readouterr().out.splitlines()
+        return {line[:32].rstrip(): line[33:] for line in printed}
+
+    assert call(monkeypatch, "adapter", "convert", "models/adapter", "kohya.safetensors", "--to", "kohya") == 0
+    weights = load_file(workspace / "kohya.safetensors")
+    text = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    weights |= {f"{text}.lora_down.weight": torch.ones(8, 128), f"{text}.lora_up.weight": torch.ones(384, 8)}
+    weights[f"{text}.alpha"] = torch.tensor(4.0)
+    metadata = {"ss_steps": "1200", "ss_output_name": "Hyper-SD15-8steps \x1b[31m", "ss_a": "x" * 1000}
+    save_file({key: value.half() for key, value in weights.items()}, workspace / "kohya.safetensors", metadata)
+    count = sum("lora_unet" in key and "lora_up" in key for key in weights)
+    capsys.readouterr()
+    shown = rows("kohya.safetensors")
+    assert shown["family"] == "Stable Diffusion 1.x or 2.x, by its names"
+    assert shown["tensors"] == f"{3 * count + 3} in float16"
+    assert shown["UNet"] == f"{count} modules: LoRA"
+    assert shown["text encoder"] == "1 module: LoRA"
+    assert shown["ranks"] == f"2 ({count}), 8 (1)"
+    assert shown["few-step adapter"] == "8 steps of the sampler ddim-trailing, no guidance"
+    assert shown["ss_steps"] == "1200"
+    assert shown["ss_output_name"] == r"Hyper-SD15-8steps \x1b[31m"
+    assert shown["other metadata"] == "ss_a"
+    assert shown["base"].endswith("models/base")
+    by_part = f"{count} of the UNet, 1 of the text encoder"
+    assert shown["would be applied"] == f"{count + 1} of {count + 1} modules: {by_part}"
+
+    save_file(
+        {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.ones(2, 2)}, workspace / "x.safetensors"
+    )
+    shown = rows("x.safetensors")
+    assert shown["family"] == "FLUX"
+    assert shown["would be applied"] == "nothing. This adapter is for FLUX; this base is Stable Diffusion 1.x."
+
+
+def test_drawing_with_a_file_says_what_was_applied(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "generate", "tiger", "--steps", "1", "--adapter", "models/adapter") == 0
+    said = capsys.readouterr().err
+    assert re.search(r"^models/adapter: applied (\d+) of \1 modules: \1 of the UNet\.$", said, re.MULTILINE)
 
 
 def test_two_adapters_merge_into_one_file_and_a_lower_rank_prints_its_error(

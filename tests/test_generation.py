@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 from support.registry import make_adapter
 
+from bestiary.diffusion.few_step import few_step_sampling
 from bestiary.errors import BestiaryError
 from bestiary.generation import (
     Base,
@@ -14,6 +15,7 @@ from bestiary.generation import (
     base_of_picture,
     choose_base,
     decisive,
+    defaults_of,
     overrides_base,
     portable_base,
     resolving,
@@ -21,7 +23,7 @@ from bestiary.generation import (
 )
 from bestiary.png_metadata import PictureSettings
 from bestiary.registry.resolving import Adapter, resolve
-from bestiary.samplers import Sampling
+from bestiary.samplers import DrawingDefaults, Sampling
 
 SETTINGS = PictureSettings(
     prompt="a photo of a tiger",
@@ -218,3 +220,33 @@ def test_an_lcm_lora_is_known_by_its_name_and_drawn_as_it_was_distilled(
     assert found.defaults.sampling == Sampling("lcm", steps=4, guidance_scale=1.0)
     assert "4 steps" in found.notes[0]
     assert resolve(str(file.rename(tmp_path / "calmcms.safetensors"))).defaults is None
+
+
+@pytest.mark.parametrize(
+    ("name", "sampling"),
+    [
+        ("pytorch_lora_weights (lcm-lora)", Sampling("lcm", 4, 1.0)),
+        ("TCD-SD15-LoRA", Sampling("tcd", 4, 1.0)),
+        ("Hyper-SD15-8steps-lora", Sampling("ddim-trailing", 8, 1.0)),
+        ("Hyper-SD15-2steps-lora", Sampling("ddim-trailing", 2, 1.0)),
+        ("Hyper-SD15-1step-lora", Sampling("tcd", 1, 1.0)),
+        ("Hyper-SD15-12steps-CFG-lora", Sampling("ddim-trailing", 12, 5.0)),
+        ("hyper_sd_tiger", Sampling("tcd", 4, 1.0)),
+        ("calm_tcds", None),
+        ("hyperion", None),
+    ],
+)
+def test_each_few_step_adapter_has_its_own_sampler_and_steps(name: str, sampling: Sampling | None) -> None:
+    assert few_step_sampling([name]) == sampling
+
+
+def test_a_few_step_adapter_decides_the_steps_of_a_style_beside_it(base_folder: Path, tmp_path: Path) -> None:
+    style, other = (make_adapter(base_folder, tmp_path / name, seed) for seed, name in enumerate(("style", "other")))
+    fast = (other / "pytorch_lora_weights.safetensors").rename(tmp_path / "Hyper-SD15-8steps-lora.safetensors")
+    evaluated = DrawingDefaults("a drawing of {}", Sampling("euler", 30, 6.0, (0.3, 5.0), 64, 64, 0.8))
+    adapters = [replace(resolve(str(style)), defaults=evaluated), resolve(str(fast))]
+    expected = Sampling("ddim-trailing", 8, 1.0, None, 64, 64, 0.8)
+    assert defaults_of(adapters) == DrawingDefaults("a drawing of {}", expected)
+    assert defaults_of(adapters[:1]) == evaluated
+    assert defaults_of([resolve(str(style))]) is None
+    assert defaults_of([]) is None

@@ -333,7 +333,7 @@ def generate(
         known = [default] if default else []
         base = generation.choose_base(adapter, chosen, None if adapter else default, known=known)
         generator.prepare(base, adapters, any_base=generation.overrides_base(chosen, adapter))
-        defaults = (adapters and adapters[0].defaults) or drawing_defaults(params)
+        defaults = generation.defaults_of(adapters) or drawing_defaults(params)
         sampling = generator.sized(replace(changes, adapter_weight=weighted[0].weight).apply(defaults.sampling))
         common = replace(
             generation.common_settings(generator, adapters, weighted, sampling), colours=colours, start=start_image
@@ -344,6 +344,8 @@ def generate(
             for name, text in (texts or [("prompt", request.prompt or "")])
             for seed in series.seeds
         ]
+    for line in generator.applied_files(adapters):
+        click.echo(printable(line), err=True)
     if grid:
         _draw_grids(generator, jobs, grid, out, image)
     else:
@@ -475,9 +477,10 @@ def verify(what: str, base: str | None) -> None:
     for label, value in (
         ("adapter", found.file),
         ("sha256", proof.sha256),
-        ("rank, alpha", f"{proof.rank}, {proof.alpha:g}{f' ({proof.alpha_rule})' if proof.alpha_rule else ''}"),
+        ("rank, alpha", f"{proof.ranks}, {proof.alphas}{f' ({proof.alpha_rule})' if proof.alpha_rule else ''}"),
         ("base", model),
         ("trained on this base", trained_on[proof.base_is_the_trained_one]),
+        ("modules", str(proof.applied).removeprefix("applied ")),
         ("weights in place", f"{proof.keys} of {proof.keys}"),
         ("weight 0 equals the base", "yes, exactly"),
         ("weight 1 differs from the base", "yes"),
@@ -550,6 +553,25 @@ def _merge(weighted: Sequence[Weighted], target: Path, rank: int | None, base: s
         click.echo(
             f"error {merged.error:.2%} of the change, at most {merged.largest_error:.2%} in {merged.worst_module}"
         )
+
+
+@adapter.command("inspect")
+@click.argument("what", metavar="FILE")
+@base_option
+def inspect_adapter(what: str, base: str | None) -> None:
+    """Show what an adapter's file holds, and what of it would be applied to the base."""
+    from bestiary.diffusion.stored_adapter import adapter_file, check_size
+    from bestiary.generation import named_base, portable_base
+    from bestiary.registry import resolving
+
+    file = resolving.resolve(what).file if what.startswith("models:") else adapter_file(what)
+    check_size(file)
+    from bestiary.diffusion.adapter_summary import BaseToTry, summarize  # torch, which a refusal does not wait for
+
+    found = named_base(base) or project_base(project_params())
+    tried = BaseToTry(found.model, found.revision, portable_base(found.model)) if found else None
+    for label, value in summarize(file, tried):
+        click.echo(printable(f"{label:32} {value}"))
 
 
 def _known_bases() -> list[str]:

@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
     from PIL.Image import Image
 
+    from bestiary.diffusion.adapter import Applied
     from bestiary.diffusion.sampling import Progress
     from bestiary.registry.resolving import Adapter
-    from bestiary.samplers import Sampling
+    from bestiary.samplers import DrawingDefaults, Sampling
 
 MAX_STEM = 60  # characters of a file name
 
@@ -116,6 +117,26 @@ def weight_of(adapter: Adapter, named: Weighted) -> float:
     return adapter.defaults.sampling.adapter_weight if adapter.defaults else 1.0
 
 
+def defaults_of(adapters: Sequence[Adapter]) -> DrawingDefaults | None:
+    """How to draw with these adapters: as the first one was evaluated, in the few steps of one that was made for them.
+
+    None when they do not say.
+    """
+    first = adapters[0].defaults if adapters else None
+    few_step = next((adapter.defaults for adapter in adapters if adapter.few_step and adapter.defaults), None)
+    if first is None or few_step is None:
+        return few_step or first
+    fast = few_step.sampling
+    sampling = replace(
+        first.sampling,
+        sampler=fast.sampler,
+        steps=fast.steps,
+        guidance_scale=fast.guidance_scale,
+        guidance_interval=None,
+    )
+    return replace(first, sampling=sampling)
+
+
 def decisive(adapters: Sequence[Adapter]) -> Adapter | None:
     """The adapter that chooses the base: the first that names one, else the first."""
     return next((adapter for adapter in adapters if adapter.base), adapters[0] if adapters else None)
@@ -197,6 +218,7 @@ class Generator:
         self._base: Base | None = None
         self.device = ""
         self.adapter_hashes: tuple[str, ...] = ()  # SHA-256 of the applied adapters, in their order
+        self.applied: tuple[Applied, ...] = ()  # what the base took of each
         self._pipeline: StableDiffusionPipeline | None = None
         self._hashed: tuple[Base, str] | None = None  # a base and its SHA-256
         self._applied: list[tuple[Path, list[int]]] = []  # each adapter's file and when it was changed
@@ -256,9 +278,17 @@ class Generator:
     ) -> None:
         from bestiary.diffusion.adapter import apply_adapters
 
-        self._applied, self.adapter_hashes = [], ()
-        apply_adapters(self.pipeline, [adapter.file for adapter in adapters], [1.0] * len(adapters))
-        self._applied, self.adapter_hashes = versions, hashes
+        self._applied, self.adapter_hashes, self.applied = [], (), ()
+        applied = apply_adapters(self.pipeline, [adapter.file for adapter in adapters], [1.0] * len(adapters))
+        self._applied, self.adapter_hashes, self.applied = versions, hashes, tuple(applied)
+
+    def applied_files(self, adapters: Sequence[Adapter]) -> list[str]:
+        """What the base took of each adapter that is a file, in words. A registered version was verified before."""
+        return [
+            f"{adapter.uri}: {applied}."
+            for adapter, applied in zip(adapters, self.applied, strict=True)
+            if not adapter.uri.startswith("models:")
+        ]
 
     def sized(self, sampling: Sampling) -> Sampling:
         """The sampling with its width and height in pixels: the base's own where none were asked for."""

@@ -8,7 +8,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal, get_args
 
-SamplerName = Literal["ddpm", "ddim", "dpmsolver++", "dpmsolver++karras", "dpmsolver++sde", "unipc", "euler", "lcm"]
+SamplerName = Literal[
+    "ddpm",
+    "ddim",
+    "dpmsolver++",
+    "dpmsolver++karras",
+    "dpmsolver++sde",
+    "unipc",
+    "euler",
+    "lcm",
+    "ddim-trailing",
+    "tcd",
+]
 # Noise levels (low, high]: only the steps inside are guided (arXiv:2404.07724).
 GuidanceInterval = tuple[float, float]
 MAX_STEPS, MIN_SIDE, MAX_SIDE, SIDE_STEP, MAX_GUIDANCE_SCALE, MAX_ADAPTER_WEIGHT = 1000, 8, 4096, 8, 50, 2
@@ -20,21 +31,25 @@ DEFAULT_DENOISE = 0.5
 class Sampler:
     """A sampler: its label in other programs, and the diffusers class and options behind it.
 
-    `stochastic` samplers add noise at every step, so more steps give a different image instead of converging.
+    `stochastic` samplers add noise at every step, so more steps give a different image instead of converging. `eta` is
+    how much of it they add, where that is a setting: from 0 to 1.
     """
 
     label: str
     scheduler: str
     options: Mapping[str, str | int | bool]
     stochastic: bool = False
+    eta: float = 0.0
 
 
-def _dpmsolver(algorithm: str, *, karras: bool = False, order: int = 2) -> dict[str, str | int | bool]:
+def _dpmsolver(
+    algorithm: str, *, karras: bool = False, order: int = 2, spacing: str = "linspace"
+) -> dict[str, str | int | bool]:
     return {
         "algorithm_type": algorithm,
         "use_karras_sigmas": karras,
         "solver_order": order,
-        "timestep_spacing": "linspace",
+        "timestep_spacing": spacing,
     }
 
 
@@ -65,6 +80,12 @@ SAMPLERS: dict[str, Sampler] = {
     ),
     "euler": Sampler("Euler", "EulerDiscreteScheduler", {"use_karras_sigmas": False, "timestep_spacing": "linspace"}),
     "lcm": Sampler("LCM", "LCMScheduler", {"clip_sample": False, "timestep_spacing": "leading"}, stochastic=True),
+    # The ends of equal parts of the noise schedule, at which Hyper-SD was distilled (arXiv:2404.13686).
+    "ddim-trailing": Sampler(
+        "DDIM SGM Uniform", "DPMSolverMultistepScheduler", _dpmsolver("dpmsolver++", order=1, spacing="trailing")
+    ),
+    # arXiv:2402.19159, whose authors advise 0.3 for eta, their gamma.
+    "tcd": Sampler("TCD", "TCDScheduler", {"timestep_spacing": "leading"}, stochastic=True, eta=0.3),
 }
 assert tuple(SAMPLERS) == get_args(SamplerName)
 

@@ -49,6 +49,16 @@ def test_an_uploaded_kohya_file_draws_the_same_picture(
     assert not ImageChops.difference(uploaded, local).getbbox()
 
 
+def test_an_uploaded_few_step_adapter_says_what_it_changes_and_how_it_is_drawn(
+    server: RunningPage, adapter_folder: Path
+) -> None:
+    data = (adapter_folder / "pytorch_lora_weights.safetensors").read_bytes()
+    offer = server.client.put("/api/adapters", params={"name": "TCD-SD15-LoRA.safetensors"}, content=data).json()
+    assert list(offer["modules"]) == ["unet"]
+    assert offer["modules"]["unet"] > 0
+    assert (offer["usual"]["scheduler"], offer["usual"]["steps"], offer["usual"]["guidance_scale"]) == ("tcd", 4, 1.0)
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", pickle.dumps(Evil()), b"\x08" + b"\0" * 7 + b"{}      "])
 def test_a_file_that_is_not_an_adapter_is_refused_and_never_executed(server: RunningPage, content: bytes) -> None:
     response = server.client.put("/api/adapters", params={"name": "evil.safetensors"}, content=content)

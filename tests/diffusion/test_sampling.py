@@ -52,7 +52,7 @@ def test_stochastic_samplers_are_marked_as_such(pipeline: StableDiffusionPipelin
         pipeline.scheduler = make_scheduler(name, pipeline.scheduler.config)
         pipeline.scheduler.set_timesteps(4)
         generator = torch.Generator("cpu").manual_seed(seed)
-        extra = pipeline.prepare_extra_step_kwargs(generator, 0.0)
+        extra = pipeline.prepare_extra_step_kwargs(generator, SAMPLERS[name].eta)
         latents = torch.ones(1, 8, 8, 8)
         steps.append(pipeline.scheduler.step(0.5 * latents, pipeline.scheduler.timesteps[0], latents, **extra)[0])
     assert torch.equal(*steps) != SAMPLERS[name].stochastic
@@ -99,7 +99,7 @@ def test_steps_outside_the_guidance_interval_cost_half(pipeline: StableDiffusion
     assert done == list(range(1, 9))
 
 
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "lcm"])
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in ("lcm", "tcd")])
 @pytest.mark.parametrize("steps", [10, 100, 400])
 def test_every_sampler_starts_at_pure_noise(base: Path, name: str, steps: int) -> None:
     config = load_scheduler(base).config
@@ -293,7 +293,13 @@ def test_an_image_is_drawn_anew_as_diffusers_does_it(
     theirs = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
     middle = photo.crop((16, 0, 64, 48)).resize((32, 32), Image.Resampling.LANCZOS)
     expected = theirs(
-        "a zebra", image=middle, strength=0.5, num_inference_steps=4, guidance_scale=3.0, generator=seeded(3)
+        "a zebra",
+        image=middle,
+        strength=0.5,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        eta=SAMPLERS[scheduler].eta,
+        generator=seeded(3),
     ).images[0]
     assert np.abs(np.asarray(expected, int) - np.asarray(drawn[0], int)).max() <= 1
 
@@ -310,3 +316,27 @@ def test_a_guidance_interval_holds_for_the_steps_that_are_drawn(
     # The first two of the four steps, whose noise levels are above 2, are not drawn.
     assert draw(replace(SAMPLING, guidance_interval=(0.0, 2.0))) == guided
     assert draw(replace(SAMPLING, guidance_interval=(900.0, 901.0))) == draw(replace(SAMPLING, guidance_scale=1.0))
+
+    with pytest.raises(BestiaryError, match="The sampler tcd draws in at most 50 steps"):
+        generate(pipeline, ["a cat"], [0], Sampling("tcd", steps=51), batch_size=1)
+
+
+def test_ddim_trailing_denoises_at_the_ends_of_equal_parts_as_hyper_sd_was_distilled(base: Path) -> None:
+    scheduler = make_scheduler("ddim-trailing", load_scheduler(base).config)
+    scheduler.set_timesteps(8)
+    assert scheduler.timesteps.tolist() == [999, 874, 749, 624, 499, 374, 249, 124]
+
+
+def test_tcd_adds_the_noise_that_its_authors_advise(pipeline: StableDiffusionPipeline) -> None:
+    seen: list[float] = []
+    sampling = Sampling("tcd", steps=4, guidance_scale=1.0)
+    make = type(make_scheduler("tcd", pipeline.scheduler.config)).step
+
+    def step(self: object, *arguments: object, eta: float = 0.0, **options: object) -> object:
+        seen.append(eta)
+        return make(self, *arguments, eta=eta, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffusers.TCDScheduler.step", step)
+        generate(pipeline, ["a cat"], [0], sampling, batch_size=1)
+    assert seen == [0.3] * 4

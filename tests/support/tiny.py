@@ -9,7 +9,9 @@ import torch
 CLASSES = ("antelope", "ladybugs", "zebra")
 
 
-def build_base(folder: Path, prediction_type: str = "epsilon", cross_attention_dim: int = 32) -> Path:
+def build_base(
+    folder: Path, prediction_type: str = "epsilon", cross_attention_dim: int = 32, layers_per_block: int = 1
+) -> Path:
     """Write a tiny base with random weights to `folder`: 32 x 32 pixels, 4 x 8 x 8 latents."""
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -46,7 +48,7 @@ def build_base(folder: Path, prediction_type: str = "epsilon", cross_attention_d
     UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(16, 32),
-        layers_per_block=1,
+        layers_per_block=layers_per_block,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         norm_num_groups=8,

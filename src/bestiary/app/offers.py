@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -16,7 +16,7 @@ from bestiary.errors import BestiaryError
 from bestiary.evaluation.report import HEADLINES
 from bestiary.generation import Base, read_start_image
 from bestiary.image_files import UnreadableImageError
-from bestiary.samplers import DrawingDefaults
+from bestiary.samplers import DrawingDefaults, Sampling
 from bestiary.subjects import Subject
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ class Offer:
     """An adapter that the page may ask for by its key. `what` is what the registry resolves; the browser never sees it.
 
     scores are the differences from the base, by the key of the score. defaults, subjects (what the adapter was taught)
-    and side (pixels a side of the pictures that it was trained on) are None where nothing here says so.
+    and side (pixels a side of the pictures that it was trained on) are None where nothing here says so. modules is how
+    many modules of each network an uploaded file changes.
     """
 
     key: str
@@ -57,6 +58,7 @@ class Offer:
     subjects: tuple[Subject, ...] | None = None
     side: int | None = None
     sha256: str | None = None
+    modules: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -75,6 +77,7 @@ class Offer:
             "subjects": None if self.subjects is None else [_words(subject) for subject in self.subjects],
             "side": self.side,
             "sha256": self.sha256 and self.sha256[:8],  # tells two files of one name apart
+            "modules": self.modules,
         }
 
 
@@ -85,6 +88,16 @@ class UploadedImage:
     key: str
     name: str
     file: Path
+
+
+@dataclass(frozen=True)
+class _About:
+    """What an adapter's file says: when it was changed, the side that it was trained at, its hash, its few steps."""
+
+    changed: int
+    side: int | None
+    sha256: str
+    few_step: Sampling | None
 
 
 class Offers:
@@ -99,7 +112,7 @@ class Offers:
         self._local = offerings.adapters
         self._registered_name = offerings.registered_name
         self._resolved: dict[str, Adapter] = {}
-        self._read: dict[Path, tuple[int, int | None, str]] = {}  # by file: when changed, trained side, SHA-256
+        self._read: dict[Path, _About] = {}
 
     def listed(self) -> list[Offer]:
         """The adapters that everybody may choose: registered versions, newest first, then those of this machine."""
@@ -130,17 +143,28 @@ class Offers:
 
     def add_upload(self, key: str, name: str, file: Path) -> Offer:
         """Offer an uploaded file to whoever knows its key. Raises BestiaryError when it is not an adapter."""
-        from bestiary.diffusion.adapter import adapter_sha256, read_provenance
+        from bestiary.diffusion.adapter import adapter_sha256
+        from bestiary.diffusion.adapter_reading import read_adapter
+        from bestiary.diffusion.few_step import few_step_sampling
         from bestiary.diffusion.stored_adapter import is_pickle
 
         with self.without_paths({str(file): name}):
             if is_pickle(file):
                 raise BestiaryError(f"{name} is a torch pickle. Convert it with `bestiary adapter convert`.")
-            side = read_provenance(file).resolution
+            content = read_adapter(file)
         sha256 = adapter_sha256(file)
         known = next((other for other in self.listed() if other.sha256 == sha256), None)
-        subjects = known.subjects if known else None
-        offer = Offer(key, "upload", name, str(file), subjects=subjects, side=side, sha256=sha256)
+        offer = Offer(
+            key,
+            "upload",
+            name,
+            str(file),
+            defaults=self._few_step(content.few_step or few_step_sampling([Path(name).stem])),
+            subjects=known.subjects if known else None,
+            side=content.provenance.resolution,
+            sha256=sha256,
+            modules={part: len(content.modules(part)) for part in content.parts},
+        )
         self.uploads[key] = offer
         return offer
 
@@ -209,26 +233,39 @@ class Offers:
         last = evaluated()
         for number, path in enumerate(self._local):
             with contextlib.suppress(BestiaryError):  # models/adapter exists only after a training
-                side, sha256 = self._about(adapter_file(path))
-                subjects = taught_by_file(sha256, last)
-                label = short_name(path)
+                about = self._about(adapter_file(path))
                 offers.append(
-                    Offer(f"local:{number}", "local", label, path, subjects=subjects, side=side, sha256=sha256)
+                    Offer(
+                        f"local:{number}",
+                        "local",
+                        short_name(path),
+                        path,
+                        defaults=self._few_step(about.few_step),
+                        subjects=taught_by_file(about.sha256, last),
+                        side=about.side,
+                        sha256=about.sha256,
+                    )
                 )
         return offers
 
-    def _about(self, file: Path) -> tuple[int | None, str]:
-        """The side that an adapter's file says it was trained on, and the file's SHA-256."""
-        from bestiary.diffusion.adapter import adapter_sha256, read_provenance
+    def _about(self, file: Path) -> _About:
+        """What an adapter's file says of itself. It is read again when it has changed."""
+        from bestiary.diffusion.adapter import adapter_sha256
+        from bestiary.diffusion.adapter_reading import read_adapter
 
         changed = file.stat().st_mtime_ns
-        if self._read.get(file, (0,))[0] != changed:
-            side = None
+        known = self._read.get(file)
+        if known is None or known.changed != changed:
+            side, few_step = None, None
             with contextlib.suppress(BestiaryError):  # a broken file is named when somebody draws with it
-                side = read_provenance(file).resolution
-            self._read[file] = (changed, side, adapter_sha256(file))
-        _, side, sha256 = self._read[file]
-        return side, sha256
+                content = read_adapter(file)
+                side, few_step = content.provenance.resolution, content.few_step
+            known = self._read[file] = _About(changed, side, adapter_sha256(file), few_step)
+        return known
+
+    def _few_step(self, sampling: Sampling | None) -> DrawingDefaults | None:
+        """The usual defaults with the sampling of a few-step adapter."""
+        return replace(self.defaults, sampling=sampling) if sampling else None
 
 
 def _registered_offer(version: Version, last: Evaluated) -> Offer:

@@ -1,4 +1,4 @@
-"""Read an adapter that any program wrote: diffusers, PEFT, kohya, the original system.
+"""Read an adapter that any program wrote: diffusers, PEFT, kohya, LyCORIS, OneTrainer, ComfyUI, the original system.
 
 A file says little of who wrote it, so the producer is known by its keys, and decides what a missing alpha means. What
 would change the effect and is not understood is refused by name: a wrong strength draws pictures that look plausible.
@@ -7,67 +7,56 @@ would change the effect and is not understood is refused by name: a wrong streng
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
+from bestiary.diffusion.adapter_config import ConfigFields, StoredConfig, check_config, config_fields, targets
 from bestiary.diffusion.adapter_format import (
-    CONFIG_KEY,
     FILE_NAME,
-    KOHYA_CONFIG_KEY,
     MAX_RANK_OR_ALPHA,
-    PREFIX,
+    PART_NAMES,
     PROVENANCE_KEY,
     AdapterConfig,
     AdapterContent,
+    Part,
     Provenance,
+    spread,
 )
 from bestiary.diffusion.adapter_kinds import family_of, kind_of
-from bestiary.diffusion.stored_adapter import StoredAdapter, broken_config, open_adapter, read_object, too_large
+from bestiary.diffusion.adapter_names import JOINED_PREFIXES, tensor_name
+from bestiary.diffusion.few_step import few_step_sampling
+from bestiary.diffusion.stored_adapter import StoredAdapter, broken_config, open_adapter, read_object
+from bestiary.diffusion.weight_changes import LORA, WeightChange, scales_output
 from bestiary.errors import BestiaryError, shown
+from bestiary.samplers import Sampling
 
-KOHYA_PREFIX = "lora_unet_"
-# Module names of the UNet that contain underscores themselves: kohya replaces the dots between names by underscores.
-COMPOUND_NAMES = (
-    "down_blocks|up_blocks|mid_block|transformer_blocks|to_q|to_k|to_v|to_out|proj_in|proj_out|time_emb_proj|"
-    "conv_in|conv_out|conv_shortcut|time_embedding|linear_1|linear_2"
-)
-DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 WEIGHT_TYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-MAX_TARGETS = 2000  # a UNet of SDXL's size has 1,500 modules that can be adapted
 SUPPORTED_FAMILIES = ("Stable Diffusion 1.x", "Stable Diffusion 2.x")
 ORIGINAL_RANK, ORIGINAL_ALPHA = 2, 16.0  # of the original system, whose files store neither
-
-# Fields of PEFT's LoraConfig (0.21) that do not change the effect of trained weights: they are for training, describe
-# the file, or choose the modules, which the weights themselves name.
-HARMLESS_FIELDS = {
-    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules", "inference_mode",
-    "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "peft_version", "qalora_group_size",
-    "revision", "runtime_config", "task_type",
-}  # fmt: skip
-READ_FIELDS = {"r", "lora_alpha", "target_modules", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"}
-# Values that leave a field without effect. Other initialisations, such as PiSSA, also change the base's own weights.
-HARMLESS_VALUES: dict[str, tuple[object, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "init_lora_weights": (True, "gaussian", "orthogonal", "eva", "mica"),
+MAGNITUDE = "lora_magnitude_vector"  # DoRA's lengths as PEFT stores them
+STORE_NO_ALPHA: dict[str | None, str] = {
+    "kohya": "kohya's tools store",
+    "diffusers": "diffusers' training scripts store",
+    "comfyui": "ComfyUI stores",
 }
+ALPHA_TYPES = WEIGHT_TYPES | {torch.int32, torch.int64}
+
+Tensors = dict[str, torch.Tensor]  # of one module, by their names in `adapter_names`
+Alphas = dict[str, float | int]  # by module
 
 
-class StoredConfig(BaseModel):
-    """The fields of a LoRA config that are read, each where it is given."""
+@dataclass(frozen=True)
+class Asked:
+    """The alphas that a caller gives: for files without one, and for those of the original system."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
-
-    r: int | None = Field(default=None, ge=1, le=MAX_RANK_OR_ALPHA)
-    lora_alpha: int | float | None = Field(default=None, ge=-MAX_RANK_OR_ALPHA, le=MAX_RANK_OR_ALPHA)
-    target_modules: list[str] | str | None = None
-    lora_dropout: int | float = Field(default=0.0, ge=0, le=1)
-    use_rslora: bool = False
-    use_dora: bool = False
+    alpha: float | None = None
+    original: float | None = None
 
 
 def read_adapter(
@@ -77,71 +66,35 @@ def read_adapter(
 
     `alpha` is for files that do not store their own, `original_alpha` for those of the original system, and `family` is
     the base's, if it is known already.
-    Raises BestiaryError when the file is not a complete LoRA of a UNet of this family, when its alpha is unknown, or
-    stored although `alpha` is given, and when its config holds something that is not understood.
+    Raises BestiaryError when the file is not a complete adapter of a Stable Diffusion of this family, when its alpha is
+    unknown, or stored although `alpha` is given, and when its config holds something that is not understood.
     """
     stored = open_adapter(file)
-    fields = _config_fields(stored)
-    config = _check_config(fields, file)
+    fields = config_fields(stored, _parts_of(stored.tensors))
+    configs = {part: check_config(of_part, file) for part, of_part in fields.items()}
     provenance = _provenance(stored)
     _check_family(stored, family)
-    weights, alphas = _named_weights(stored)
-    _check_weights(weights, file)
-    modules = _adapted_modules(weights, file)
-    rank = _rank(weights, modules, config, file)
-    rule = None
-    known = _stored_alpha(alphas, modules, config, rank, file)
-    if known is None:
-        known, rule = (alpha, "given") if alpha is not None else _alpha_by_rule(stored, weights, rank, original_alpha)
-    elif alpha is not None:
-        raise BestiaryError(f"{file} stores its alpha, {known:g}, so --alpha {alpha:g} is not used. Leave it out.")
-    complete = AdapterConfig(
-        r=rank,
-        lora_alpha=known,
-        target_modules=_targets(fields, config.target_modules, modules),
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
+    modules = _named_tensors(stored)
+    asked = Asked(alpha, original_alpha)
+    loras: dict[Part, _Lora] = {}
+    changes: dict[tuple[Part, str], WeightChange] = {}
+    for part in PART_NAMES:
+        plain, others = _split_kinds(modules[part], file)
+        loras[part] = _lora(plain, fields[part], configs[part], stored, asked)
+        changes |= {(part, module): _change(module, tensors, file, asked) for module, tensors in others.items()}
+    if not any(lora.weights for lora in loras.values()) and not changes:
+        raise BestiaryError(f"{file} holds no LoRA weights.")
+    unet, text = loras["unet"], loras["text_encoder"]
+    return AdapterContent(
+        unet.weights,
+        unet.config or AdapterConfig(r=1, lora_alpha=1, target_modules=[]),
+        provenance,
+        unet.rule or text.rule,
+        few_step=_few_step(stored, provenance),
+        text_weights=text.weights,
+        text_config=text.config,
+        changes=changes,
     )
-    return AdapterContent(weights, complete, provenance, rule, few_step=_is_few_step(stored, provenance))
-
-
-# ---- the config ----
-
-
-def _config_fields(stored: StoredAdapter) -> dict[str, Any]:  # untrusted JSON
-    """The LoRA config of the UNet, from wherever the file keeps it."""
-    fields = dict(stored.peft_config)
-    fields |= read_object(stored.metadata.get(KOHYA_CONFIG_KEY), stored.path, KOHYA_CONFIG_KEY)
-    header = read_object(stored.metadata.get(CONFIG_KEY), stored.path, CONFIG_KEY)
-    return fields | {
-        key.removeprefix(PREFIX): value for key, value in header.items() if key.startswith(PREFIX) or "." not in key
-    }
-
-
-def _check_config(fields: Mapping[str, Any], file: Path) -> StoredConfig:
-    """The fields that are read. Raises BestiaryError for one that could change the effect and is not understood."""
-    targets = fields.get("target_modules")
-    if isinstance(targets, list) and len(targets) > MAX_TARGETS:
-        raise too_large(file, f"its number of target_modules, {len(targets):,},", f"{MAX_TARGETS:,}")
-    try:
-        config = StoredConfig.model_validate(dict(fields))
-    except ValidationError as error:
-        field = shown(str(error.errors(include_url=False)[0]["loc"][0]))
-        raise broken_config(file, f"{field} has no usable value") from None
-    for pattern in ("rank_pattern", "alpha_pattern"):
-        if fields.get(pattern):
-            raise BestiaryError(
-                f"{file} gives its modules different ranks or alphas ({pattern}), which is not supported."
-            )
-    for field, value in fields.items():
-        if field in HARMLESS_FIELDS | READ_FIELDS or value is None or value is False or value in ("", [], {}):
-            continue
-        if value not in HARMLESS_VALUES.get(field, ()):
-            raise BestiaryError(
-                f"{file} sets {shown(field)} to {shown(repr(value), 40)}, which may change its effect and is not "
-                "supported. Merge the adapter with the program that made it, or train it without this setting."
-            )
-    return config
 
 
 def _provenance(stored: StoredAdapter) -> Provenance:
@@ -152,31 +105,11 @@ def _provenance(stored: StoredAdapter) -> Provenance:
         raise broken_config(stored.path, f"{shown(str(first['loc'][0]))}: {first['msg'].lower()}") from None
 
 
-def _targets(fields: Mapping[str, Any], listed: list[str] | str | None, modules: Iterable[str]) -> list[str]:
-    """The stored targets if they can be what the weights are for, otherwise the modules that have weights.
-
-    A regular expression, an exclusion or a choice of layers is not evaluated: the weights are their result.
-    """
-    if isinstance(listed, list) and not any(
-        fields.get(key) for key in ("exclude_modules", "layers_to_transform", "layers_pattern")
-    ):
-        names = set(listed)
-        if listed and all(is_target(module, names) for module in modules):
-            return listed
-    return sorted(modules)
-
-
-def is_target(module: str, targets: set[str] | frozenset[str]) -> bool:
-    """Whether PEFT adapts this module for these targets: its name equals one or ends in `.target`."""
-    parts = module.split(".")
-    return any(".".join(parts[start:]) in targets for start in range(len(parts)))
-
-
-# ---- the weights ----
+# ---- the tensors ----
 
 
 def _check_family(stored: StoredAdapter, family: str | None) -> None:
-    """Raise BestiaryError for an adapter of another model, or of another kind than LoRA."""
+    """Raise BestiaryError for an adapter of another model, or of a kind that is not supported."""
     shapes = {name: tuple(value.shape) for name, value in stored.tensors.items()}
     made_for = family_of(shapes)
     if made_for and made_for not in ([family] if family else SUPPORTED_FAMILIES):
@@ -187,122 +120,219 @@ def _check_family(stored: StoredAdapter, family: str | None) -> None:
         raise BestiaryError(f"{stored.path} is {kind.name}, which is not supported: it holds {shown(kind.key, 160)}.")
 
 
-def _named_weights(stored: StoredAdapter) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """The weights by the UNet's own names, and the alphas by module, where each module has its own."""
-    weights: dict[str, torch.Tensor] = {}
-    alphas: dict[str, float] = {}
+def _parts_of(keys: Iterable[str]) -> list[Part]:
+    """The parts that the keys of a file are for."""
+    found = {name.part for key in keys if (name := tensor_name(key))}
+    return [part for part in PART_NAMES if part in found]
+
+
+def _named_tensors(stored: StoredAdapter) -> dict[Part, dict[str, Tensors]]:
+    """The tensors by part and module. Raises BestiaryError for one that is unknown, or that no weight can be."""
+    modules: dict[Part, dict[str, Tensors]] = {part: {} for part in PART_NAMES}
     for key, value in stored.tensors.items():
-        name = _weight_name(key, stored.path)
-        if name in weights or name in alphas:
-            raise BestiaryError(f"{stored.path} holds {shown(name)} twice, under two names.")
-        if not name.endswith(".alpha"):
-            weights[name] = value
-        elif value.numel() != 1 or value.dtype not in WEIGHT_TYPES | {torch.int32, torch.int64}:
-            raise BestiaryError(f"{stored.path} holds {shown(key)}, which is no number. Get another copy of the file.")
-        else:
-            alphas[name] = float(value)
-    return weights, alphas
-
-
-def _weight_name(key: str, file: Path) -> str:
-    """The name of a weight, the same for all formats: `down_blocks.0....to_q.lora_A.weight`."""
-    name = key
-    if key.startswith(KOHYA_PREFIX):
-        module, _, rest = key.removeprefix(KOHYA_PREFIX).partition(".")
-        if not re.match(r"(down_blocks|up_blocks|mid_block|conv|time)_", module):
+        name = tensor_name(key)
+        if name is None:
             raise BestiaryError(
-                f"{file} names modules as the first Stable Diffusion code did ({shown(key)}), which is not supported."
+                f"{stored.path} holds more than an adapter of the UNet and the text encoder, which is not supported: "
+                f"{shown(key, 160)}."
             )
-        parts = re.sub(COMPOUND_NAMES, lambda found: found[0].replace("_", "\0"), module).replace("_", ".")
-        name = f"{parts.replace(chr(0), '_')}.{rest}"
-    name = name.removeprefix(PREFIX).removeprefix("base_model.model.").replace(".default.", ".")
-    # Before 0.22, diffusers kept the LoRA in the processors of the attention.
-    name = re.sub(r"\.processor\.to_(q|k|v|out)_lora\.(down|up)\.", _from_processor, name)
-    name = re.sub(r"\.(?:lora\.down|lora_down)\.weight$", DOWN, name)
-    name = re.sub(r"\.(?:lora\.up|lora_up)\.weight$", UP, name)
-    in_unet = re.match(r"(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding)\.", name)
-    if not in_unet or not name.endswith((DOWN, UP, ".lora_magnitude_vector", ".alpha")):
-        raise BestiaryError(f"{file} holds more than a UNet's LoRA, which is not supported: {shown(key, 160)}.")
-    return name
+        tensors = modules[name.part].setdefault(name.module, {})
+        if name.field in tensors:
+            raise BestiaryError(f"{stored.path} holds {shown(f'{name.module}.{name.field}')} twice, under two names.")
+        _check_tensor(key, value, name.field, stored.path)
+        tensors[name.field] = value
+    return modules
 
 
-def _from_processor(found: re.Match[str]) -> str:
-    return f".to_{found[1]}{'.0' if found[1] == 'out' else ''}.lora.{found[2]}."
+def _check_tensor(key: str, value: torch.Tensor, field: str, file: Path) -> None:
+    """Raise BestiaryError for a value that is not finite, or of a type that a UNet cannot take without loss."""
+    if field == "alpha":
+        if value.numel() != 1 or value.dtype not in ALPHA_TYPES:
+            raise BestiaryError(f"{file} holds {shown(key)}, which is no number. Get another copy of the file.")
+    elif value.dtype not in WEIGHT_TYPES:
+        raise BestiaryError(
+            f"{file} holds {shown(key, 160)} as {str(value.dtype).removeprefix('torch.')}: not supported."
+        )
+    elif not torch.isfinite(value).all():
+        raise BestiaryError(f"{file} holds values that are not finite numbers: {shown(key, 160)}.")
 
 
-def _check_weights(weights: Mapping[str, torch.Tensor], file: Path) -> None:
-    """Raise BestiaryError when a weight is not finite, or of a type that a UNet cannot take without loss."""
-    for key, weight in weights.items():
-        if weight.dtype not in WEIGHT_TYPES:
-            raise BestiaryError(f"{file} holds {key} as {str(weight.dtype).removeprefix('torch.')}: not supported.")
-        if not torch.isfinite(weight).all():
-            raise BestiaryError(f"{file} holds values that are not finite numbers: {key}.")
+def _split_kinds(modules: Mapping[str, Tensors], file: Path) -> tuple[dict[str, Tensors], dict[str, Tensors]]:
+    """The modules that PEFT applies, LoRA or DoRA, and those of other kinds.
+
+    DoRA in kohya's layout becomes PEFT's if all modules have it in the way that PEFT knows. A bias that is changed
+    beside a LoRA is a change of its own.
+    """
+    plain, others = {}, {}
+    for module, tensors in modules.items():
+        weight = {name: value for name, value in tensors.items() if name not in ("diff_b", "b_norm")}
+        if weight.keys() <= LORA | {"alpha", "dora_scale", MAGNITUDE}:
+            plain[module] = weight
+            weight = {}
+        rest = weight | {name: tensors[name] for name in ("diff_b", "b_norm") if name in tensors}
+        if rest:
+            others[module] = rest
+    plain = {module: tensors for module, tensors in plain.items() if tensors}
+    for module, tensors in plain.items():
+        _check_halves(module, tensors, file)
+    scaled = {module for module, tensors in plain.items() if "dora_scale" in tensors}
+    if scaled == plain.keys() and all(_is_pefts_dora(tensors) for tensors in plain.values()):
+        return {module: _as_pefts_dora(tensors) for module, tensors in plain.items()}, others
+    others |= {module: plain[module] | others.get(module, {}) for module in scaled}
+    return {module: tensors for module, tensors in plain.items() if module not in scaled}, others
 
 
-def _adapted_modules(weights: Mapping[str, torch.Tensor], file: Path) -> list[str]:
-    """The modules that have weights. Raises BestiaryError when one of them has only half of its weights."""
-    halves = [{key.removesuffix(half) for key in weights if key.endswith(half)} for half in (DOWN, UP)]
-    if halves[0] != halves[1]:
-        raise BestiaryError(f"{file} is incomplete: it holds only one half of {shown(min(halves[0] ^ halves[1]))}.")
-    if not halves[0]:
-        raise BestiaryError(f"{file} holds no LoRA weights.")
-    return sorted(halves[0])
+def _check_halves(module: str, tensors: Tensors, file: Path) -> None:
+    """Raise BestiaryError when a module's LoRA lacks a half, or the halves do not have one rank."""
+    if not tensors.keys() >= LORA:
+        raise BestiaryError(f"{file} is incomplete: it holds only one half of {shown(module)}.")
+    down, up = tensors["lora_A.weight"], tensors["lora_B.weight"]
+    if min(down.ndim, up.ndim) < 2 or down.shape[0] != up.shape[1]:
+        raise BestiaryError(f"{file} is broken: the two halves of {shown(module)} have different ranks.")
+    if not 1 <= down.shape[0] <= MAX_RANK_OR_ALPHA:
+        raise BestiaryError(f"{file} is broken: its weights have the rank {down.shape[0]}.")
 
 
-def _rank(weights: Mapping[str, torch.Tensor], modules: Sequence[str], config: StoredConfig, file: Path) -> int:
-    """The rank that all modules share."""
-    ranks: dict[int, str] = {}
-    for module in modules:
-        down, up = weights[module + DOWN], weights[module + UP]
-        if min(down.ndim, up.ndim) < 2 or down.shape[0] != up.shape[1]:
-            raise BestiaryError(f"{file} is broken: the two halves of {shown(module)} have different ranks.")
-        ranks.setdefault(int(down.shape[0]), module)
-    if len(ranks) > 1:
-        if any(weights[module + DOWN].ndim == 4 and weights[module + DOWN].shape[-1] > 1 for module in modules):
-            raise BestiaryError(f"{file} is a LoCon, whose convolutions have a rank of their own: not supported.")
-        raise BestiaryError(f"{file} gives its modules different ranks or alphas, which is not supported.")
-    (rank,) = ranks
-    if not 1 <= rank <= MAX_RANK_OR_ALPHA:
-        raise BestiaryError(f"{file} is broken: its weights have the rank {rank}.")
-    if config.r is not None and config.r != rank:
-        raise BestiaryError(f"{file} is broken: its config says r = {config.r}, its weights have the rank {rank}.")
-    return rank
+def _is_pefts_dora(tensors: Tensors) -> bool:
+    outputs, length = tensors["lora_B.weight"].shape[0], tensors["dora_scale"]
+    return scales_output(length, outputs) and length.numel() == outputs and MAGNITUDE not in tensors
+
+
+def _as_pefts_dora(tensors: Tensors) -> Tensors:
+    length = tensors["dora_scale"]
+    shape = (-1,) if tensors["lora_A.weight"].ndim == 2 else (1, -1, 1, 1)
+    kept = {name: value for name, value in tensors.items() if name != "dora_scale"}
+    return kept | {MAGNITUDE: length.reshape(shape)}
+
+
+def _change(module: str, tensors: Tensors, file: Path, asked: Asked) -> WeightChange:
+    """The change of one module. Raises BestiaryError when it is incomplete, or its alpha is unknown."""
+    alpha = tensors.get("alpha")
+    change = WeightChange(
+        {name: value for name, value in tensors.items() if name != "alpha"}, None if alpha is None else float(alpha)
+    )
+    if not change.is_complete:
+        names = ", ".join(sorted(change.tensors)) or "an alpha"
+        raise BestiaryError(f"{file} is incomplete: of {shown(module)} it holds only {names}.")
+    if change.rank is None:
+        return change
+    if change.alpha is None:
+        if asked.alpha is None:
+            raise BestiaryError(
+                f"{file} does not store the alpha of {shown(module)}, a {change.kind}. Give it with "
+                "`bestiary adapter convert --alpha`."
+            )
+        return WeightChange(change.tensors, asked.alpha)
+    _check_alpha(change.alpha, file)
+    if asked.alpha is not None:
+        raise _two_alphas(file, [change.alpha], asked.alpha)
+    return change
+
+
+# ---- the LoRA of one part ----
+
+
+@dataclass(frozen=True)
+class _Lora:
+    weights: dict[str, torch.Tensor]
+    config: AdapterConfig | None = None
+    rule: str | None = None
+
+
+def _lora(
+    modules: Mapping[str, Tensors], fields: ConfigFields, config: StoredConfig, stored: StoredAdapter, asked: Asked
+) -> _Lora:
+    """The LoRA of one part with a complete config."""
+    if not modules:
+        return _Lora({})
+    file, rule = stored.path, None
+    ranks = {module: int(tensors["lora_A.weight"].shape[0]) for module, tensors in modules.items()}
+    for module, rank in ranks.items():
+        expected = config.rank_of(module, file)
+        if expected is not None and expected != rank:
+            raise BestiaryError(
+                f"{file} is broken: its config says r = {expected}, its weights have the rank {rank} ({shown(module)})."
+            )
+    alphas = _stored_alphas(modules, ranks, config, file)
+    if alphas is None:
+        rule = "given"
+        alphas = {module: asked.alpha for module in ranks if asked.alpha is not None}
+        if not alphas:
+            alphas, rule = _alphas_by_rule(stored, ranks, asked.original)
+    elif asked.alpha is not None:
+        raise _two_alphas(file, alphas.values(), asked.alpha)
+    weights = {
+        f"{module}.{name}": value
+        for module, tensors in modules.items()
+        for name, value in tensors.items()
+        if name != "alpha"
+    }
+    r = config.r if config.r is not None else _usual(ranks.values())
+    alpha = config.lora_alpha if config.lora_alpha is not None else _usual(alphas.values())
+    complete = AdapterConfig(
+        r=int(r),
+        lora_alpha=alpha,
+        target_modules=targets(fields, config, modules),
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora or any(MAGNITUDE in tensors for tensors in modules.values()),
+        rank_pattern={module: rank for module, rank in sorted(ranks.items()) if rank != r},
+        alpha_pattern={module: value for module, value in sorted(alphas.items()) if value != alpha},
+    )
+    return _Lora(weights, complete, rule)
+
+
+def _usual(values: Iterable[float | int]) -> float | int:
+    """The most frequent of the values; of several, the lowest."""
+    return max(sorted(Counter(values).items()), key=lambda counted: counted[1])[0]
 
 
 # ---- the alpha ----
 
 
-def _stored_alpha(
-    alphas: Mapping[str, float], modules: Sequence[str], config: StoredConfig, rank: int, file: Path
-) -> float | int | None:
-    """The alpha that the file stores, in its config or for each module; None when it stores none."""
-    if not alphas:
-        return config.lora_alpha
-    if alphas.keys() != {f"{module}.alpha" for module in modules} or len(set(alphas.values())) > 1:
-        raise BestiaryError(f"{file} gives its modules different ranks or alphas, which is not supported.")
-    (alpha,) = set(alphas.values())
+def _stored_alphas(
+    modules: Mapping[str, Tensors], ranks: Mapping[str, int], config: StoredConfig, file: Path
+) -> Alphas | None:
+    """The alphas that the file stores, in its config or for each module; None when it stores none."""
+    in_config = {module: alpha for module in modules if (alpha := config.alpha_of(module, file)) is not None}
+    beside = {module: float(tensors["alpha"]) for module, tensors in modules.items() if "alpha" in tensors}
+    if not beside:
+        return in_config if len(in_config) == len(modules) else None
+    if missing := sorted(modules.keys() - beside.keys()):
+        raise BestiaryError(
+            f"{file} stores an alpha for {len(beside)} of its {len(modules)} modules, and none for "
+            f"{shown(missing[0])}, which programs read differently: not supported."
+        )
+    for module, alpha in beside.items():
+        _check_alpha(alpha, file)
+        if module in in_config:
+            # An alpha beside a module is divided by the rank, as kohya's tools do; the config's may be for rsLoRA.
+            expected = float(in_config[module]) * (ranks[module] ** 0.5 if config.use_rslora else 1.0)
+            if abs(alpha - expected) > 1e-3 * abs(expected):
+                raise BestiaryError(
+                    f"{file} stores two alphas: {alpha:g} beside its weights and {expected:g} in its config."
+                )
+    return beside | in_config
+
+
+def _two_alphas(file: Path, stored: Iterable[float], given: float) -> BestiaryError:
+    return BestiaryError(f"{file} stores its alpha, {spread(stored)}, so --alpha {given:g} is not used. Leave it out.")
+
+
+def _check_alpha(alpha: float, file: Path) -> None:
     if not 0 < abs(alpha) <= MAX_RANK_OR_ALPHA:
         raise BestiaryError(f"{file} stores the alpha {alpha:g}, which programs read differently: not supported.")
-    if config.lora_alpha is None:
-        return alpha
-    # An alpha beside a module is divided by the rank, as kohya's tools do; the config's may be for rsLoRA.
-    expected = float(config.lora_alpha) * (rank**0.5 if config.use_rslora else 1.0)
-    if abs(alpha - expected) > 1e-3 * abs(expected):
-        raise BestiaryError(f"{file} stores two alphas: {alpha:g} beside its weights and {expected:g} in its config.")
-    return config.lora_alpha
 
 
-def _alpha_by_rule(
-    stored: StoredAdapter, weights: Mapping[str, torch.Tensor], rank: int, original_alpha: float | None
-) -> tuple[float | int, str]:
-    """The alpha that a producer means by storing none, and the sentence that says so."""
-    producer = _producer(stored.tensors, rank, pickled=stored.pickled)
-    if producer == "kohya":
-        return rank, f"kohya's tools store no alpha when it is the rank, {rank}"
-    if producer == "diffusers":
-        return rank, f"diffusers' training scripts store no alpha when it is the rank, {rank}"
+def _alphas_by_rule(
+    stored: StoredAdapter, ranks: Mapping[str, int], original_alpha: float | None
+) -> tuple[Alphas, str]:
+    """The alphas that a producer means by storing none, and the sentence that says so."""
+    producer = _producer(stored.tensors, ranks.values(), pickled=stored.pickled)
+    if producer in STORE_NO_ALPHA:
+        return dict(ranks), f"{STORE_NO_ALPHA[producer]} no alpha when it is the rank, {spread(ranks.values())}"
     if producer == "original" and original_alpha is not None:
-        return original_alpha, f"the original system does not store its alpha, which was {original_alpha:g}"
+        rule = f"the original system does not store its alpha, which was {original_alpha:g}"
+        return dict.fromkeys(ranks, original_alpha), rule
     if stored.pickled and original_alpha is None:
         raise BestiaryError(
             f"{stored.path} is a torch pickle: convert it with `bestiary adapter convert`. It does not store its alpha."
@@ -313,28 +343,31 @@ def _alpha_by_rule(
     )
 
 
-def _producer(keys: Iterable[str], rank: int, *, pickled: bool) -> Literal["kohya", "diffusers", "original"] | None:
+def _producer(
+    keys: Iterable[str], ranks: Iterable[int], *, pickled: bool
+) -> Literal["kohya", "diffusers", "comfyui", "original"] | None:
     keys = list(keys)
-    if all(key.startswith(KOHYA_PREFIX) for key in keys):
+    if all(key.startswith(JOINED_PREFIXES) for key in keys):
         return "kohya"
-    if all(re.search(r"[._]lora\.(down|up)\.weight$", key) for key in keys):
+    if all(re.search(r"[._](lora|lora_linear_layer)\.(down|up)\.weight$", key) for key in keys):
         return "diffusers"
+    if all(key.startswith(("diffusion_model.", "text_encoders.clip_l.")) for key in keys):
+        return "comfyui"
     # The original system pickled the state of PEFT's model as it was, with the name of the adapter in each key.
     if (
         pickled
-        and rank == ORIGINAL_RANK
+        and set(ranks) == {ORIGINAL_RANK}
         and all(re.match(r"base_model\.model\..*\.lora_[AB]\.default\.weight$", key) for key in keys)
     ):
         return "original"
     return None
 
 
-def _is_few_step(stored: StoredAdapter, provenance: Provenance) -> bool:
-    """Whether a name in or of the file says LCM-LoRA (arXiv:2311.05556): its weights look like any other adapter's."""
+def _few_step(stored: StoredAdapter, provenance: Provenance) -> Sampling | None:
+    """How to draw with the adapter if a name in or of the file says that it was distilled for a few steps."""
     if provenance.data_sha256:  # this project trained it on images
-        return False
+        return None
     named = [stored.path.stem]
     if stored.path.stem == FILE_NAME.partition(".")[0]:  # as published: the folder has the adapter's name
         named.append(stored.path.parent.name)
-    named += [stored.metadata.get(key, "") for key in ("ss_output_name", "modelspec.title")]
-    return any(re.search(r"(?<![a-z])lcm(?![a-z])", name[:1000].lower()) for name in named)
+    return few_step_sampling([*named, *(stored.metadata.get(key, "") for key in ("ss_output_name", "modelspec.title"))])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -13,17 +12,24 @@ import torch
 from safetensors.torch import save
 
 from bestiary.diffusion.adapter_format import (
+    DOWN,
     FILE_NAME,
     KOHYA_CONFIG_KEY,
+    PART_NAMES,
     PROVENANCE_KEY,
     AdapterContent,
+    Part,
+    spread,
     with_sorted_header,
 )
-from bestiary.diffusion.adapter_reading import KOHYA_PREFIX, ORIGINAL_ALPHA, read_adapter
+from bestiary.diffusion.adapter_names import KOHYA_PREFIX, KOHYA_TEXT_PREFIX
+from bestiary.diffusion.adapter_reading import ORIGINAL_ALPHA, read_adapter
 from bestiary.diffusion.stored_adapter import adapter_file
 from bestiary.errors import BestiaryError
 from bestiary.files import write_atomically
 
+KOHYA_PREFIXES: dict[Part, str] = {"unet": KOHYA_PREFIX, "text_encoder": KOHYA_TEXT_PREFIX}
+KOHYA_FIELDS = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}  # the others are the same
 DEFAULT_RESOLUTION = 512  # what Stable Diffusion v1 was trained at
 
 
@@ -37,52 +43,84 @@ def convert(
     """Write the adapter `source` in the format `to` and return the file.
 
     `target` is a .safetensors file or a folder. `alpha` is for files that do not store their own; where their producer
-    is known, its own rule is used, and `tell` gets the sentence that says so.
-    Raises BestiaryError when the source is not a LoRA of a UNet, when its alpha is unknown, or when it is a DoRA
-    and the target is a kohya file, which cannot hold it exactly.
+    is known, its own rule is used. `tell` gets a sentence that says so, and one of what was read.
+    Raises BestiaryError when the source is no adapter of the UNet and the text encoder, when its alpha is unknown, or
+    when the format cannot hold one of its kinds.
     """
     if target.suffix not in ("", ".safetensors"):
         raise BestiaryError(f"{target} is neither a folder nor a .safetensors file. Choose another name.")
     adapter = read(source, alpha)
     if adapter.alpha_rule and alpha is None:
-        tell(f"The alpha {adapter.config.lora_alpha:g} was assumed: {adapter.alpha_rule}. Give another with --alpha.")
+        tell(f"The alpha {spread(adapter.alphas)} was assumed: {adapter.alpha_rule}. Give another with --alpha.")
     if to == "diffusers":
-        name, data = FILE_NAME, adapter.to_bytes()
+        name, data = FILE_NAME, _diffusers(adapter, source)
     else:
-        name, data = f"{source.stem}.safetensors", _kohya(adapter, source)
+        name, data = f"{source.stem}.safetensors", _kohya(adapter)
     file = target if target.suffix == ".safetensors" else target / name
     write_atomically(file, data)
+    counts = [(len(adapter.modules(part)), PART_NAMES[part]) for part in adapter.parts]
+    total = sum(count for count, _ in counts)
+    by_part = ", ".join(f"{count} of the {part}" for count, part in counts)
+    tell(f"Converted {total} of {total} modules: {by_part}.")
     return file
 
 
 def read(path: Path, alpha: float | None = None) -> AdapterContent:
     """Read an adapter in any of the formats; `alpha` is for files that do not store their own.
 
-    Raises BestiaryError when the file is not a complete LoRA of a UNet, its alpha is unknown, or stored and given.
+    Raises BestiaryError when the file is not a complete adapter, its alpha is unknown, or stored and given.
     """
     return read_adapter(adapter_file(path), alpha=alpha, original_alpha=ORIGINAL_ALPHA)
 
 
-def _kohya(adapter: AdapterContent, source: Path) -> bytes:
-    config = adapter.config
-    if config.use_dora:
-        raise BestiaryError(f"{source} is a DoRA, which kohya's format cannot hold exactly. Convert it to diffusers.")
-    # kohya's tools scale by alpha / rank, so rsLoRA's alpha / sqrt(rank) needs another alpha there.
-    alpha = float(config.lora_alpha) * (math.sqrt(config.r) if config.use_rslora else 1.0)
+def _diffusers(adapter: AdapterContent, source: Path) -> bytes:
+    if adapter.changes:
+        (_, module), change = min(adapter.changes.items(), key=lambda item: item[0])
+        raise BestiaryError(
+            f"{source} holds a {change.kind}, for example of {module}, which diffusers' format cannot "
+            "hold. Convert it with --to kohya."
+        )
+    return adapter.to_bytes()
+
+
+def _kohya(adapter: AdapterContent) -> bytes:
+    """The file in kohya's format, as LyCORIS extended it. It stores an alpha for each module."""
     weights: dict[str, torch.Tensor] = {}
-    for key, value in adapter.weights.items():
-        module, end = key.rsplit(".lora_", 1)
-        name = KOHYA_PREFIX + module.replace(".", "_")
-        weights[f"{name}.{'lora_down' if end.startswith('A') else 'lora_up'}.weight"] = value.contiguous()
-        weights[f"{name}.alpha"] = torch.tensor(alpha)
+    for part, prefix in KOHYA_PREFIXES.items():
+        loras, config = adapter.lora(part)
+        for key, value in loras.items():
+            module, end = key.rsplit(".lora_", 1)
+            name = prefix + module.replace(".", "_")
+            if end == "magnitude_vector":
+                shape = (-1, *(1 for _ in loras[f"{module}{DOWN}"].shape[1:]))
+                weights[f"{name}.dora_scale"] = value.reshape(shape).contiguous()
+                continue
+            weights[f"{name}.{'lora_down' if end.startswith('A') else 'lora_up'}.weight"] = value.contiguous()
+            assert config is not None
+            # kohya's tools scale by alpha / rank, so rsLoRA's alpha / sqrt(rank) needs another alpha there.
+            weights[f"{name}.alpha"] = torch.tensor(config.scale_of(module) * config.rank_of(module))
+        for (of, module), change in adapter.changes.items():
+            if of == part:
+                name = prefix + module.replace(".", "_")
+                weights |= {f"{name}.{KOHYA_FIELDS.get(key, key)}": value for key, value in change.tensors.items()}
+                if change.alpha is not None:
+                    weights[f"{name}.alpha"] = torch.tensor(change.alpha)
+    return with_sorted_header(save(weights, _kohya_header(adapter, weights)))
+
+
+def _kohya_header(adapter: AdapterContent, weights: dict[str, torch.Tensor]) -> dict[str, str]:
     data = save(weights)
     tensors = data[8 + int.from_bytes(data[:8], "little") :]
     side = adapter.provenance.resolution or DEFAULT_RESOLUTION
-    header = {
+    ranks, alphas = set(adapter.ranks), {float(value) for key, value in weights.items() if key.endswith(".alpha")}
+    config = adapter.config.stored() if adapter.weights else {}
+    if adapter.text_config:
+        config |= {"text_encoder": adapter.text_config.stored()}
+    return {
         "format": "pt",
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(config.r),
-        "ss_network_alpha": str(alpha),
+        "ss_network_module": "lycoris.kohya" if adapter.changes else "networks.lora",
+        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",  # as kohya's tools write it
+        "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic",
         "ss_base_model_version": "sd_v1",
         "ss_sd_model_name": adapter.provenance.base or "",
         "ss_output_name": "bestiary",
@@ -93,7 +131,6 @@ def _kohya(adapter: AdapterContent, source: Path) -> bytes:
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": "Bestiary",
         "modelspec.resolution": f"{side}x{side}",
-        KOHYA_CONFIG_KEY: json.dumps(dict(config), sort_keys=True),
+        KOHYA_CONFIG_KEY: json.dumps(config, sort_keys=True),
         PROVENANCE_KEY: adapter.provenance.to_json(),
     }
-    return with_sorted_header(save(weights, header))

@@ -18,6 +18,7 @@ from PIL.Image import Image, Resampling
 
 from bestiary.diffusion.base import encode_text, quiet_loading
 from bestiary.diffusion.prompts import encode_prompts
+from bestiary.diffusion.weight_changes import has_changes
 from bestiary.errors import BestiaryError
 from bestiary.samplers import SAMPLERS, Sampling, denoising_steps
 
@@ -59,7 +60,7 @@ def is_lcm(pipeline: StableDiffusionPipeline) -> bool:
 
 
 def max_lcm_steps(pipeline: StableDiffusionPipeline) -> int:
-    """The number of steps that a latent consistency model was distilled on, which is the most it can draw with."""
+    """The number of steps that consistency models were distilled on, which is the most they can draw with."""
     steps: int = make_scheduler("lcm", pipeline.scheduler.config).config.original_inference_steps
     return steps
 
@@ -86,14 +87,16 @@ def check_sampling(pipeline: StableDiffusionPipeline, sampling: Sampling) -> Non
             "A negative prompt has no effect without guidance. Leave it out, or draw with a guidance scale above 1 and "
             "a base that is no latent consistency model."
         )
-    if sampling.sampler == "lcm":
-        # An LCM-LoRA (arXiv:2311.05556) cannot be told from another adapter by its weights.
-        if not is_lcm(pipeline) and not getattr(pipeline.unet, "peft_config", None):
-            raise BestiaryError("The scheduler 'lcm' needs a latent consistency model, and this base is not one.")
-        if sampling.steps > (most := max_lcm_steps(pipeline)):
-            raise BestiaryError(
-                f"A latent consistency model draws in at most {most} steps: {sampling.steps} are too many."
-            )
+    # An LCM-LoRA (arXiv:2311.05556) cannot be told from another adapter by its weights.
+    if sampling.sampler == "lcm" and not is_lcm(pipeline) and not _has_adapter(pipeline):
+        raise BestiaryError("The scheduler 'lcm' needs a latent consistency model, and this base is not one.")
+    if sampling.sampler in ("lcm", "tcd") and sampling.steps > (most := max_lcm_steps(pipeline)):
+        what = "A latent consistency model" if sampling.sampler == "lcm" else "The sampler tcd"
+        raise BestiaryError(f"{what} draws in at most {most} steps: {sampling.steps} are too many.")
+
+
+def _has_adapter(pipeline: StableDiffusionPipeline) -> bool:
+    return bool(getattr(pipeline.unet, "peft_config", None)) or has_changes(pipeline.unet)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -192,6 +195,7 @@ def _from_noise(
         guidance_scale=guided.scales[0],
         height=height,
         width=width,
+        eta=SAMPLERS[sampling.sampler].eta,
         callback_on_step_end=_switch_guidance(guided),
         output_type="latent",
     ).images
@@ -221,6 +225,7 @@ def _from_image(
         generator=generators,  # for the posterior of the image's latents and for the noise
         num_inference_steps=sampling.steps,
         guidance_scale=guided.scales[0],
+        eta=SAMPLERS[sampling.sampler].eta,
         callback_on_step_end=_switch_guidance(guided),
         output_type="latent",
     ).images
@@ -232,7 +237,7 @@ def _decode(pipeline: StableDiffusionPipeline, latents: torch.Tensor) -> list[Im
     latents = latents.to(pipeline.vae.dtype) / pipeline.vae.config.scaling_factor
     decoded = pipeline.vae.decode(latents).sample
     if not torch.isfinite(decoded).all():  # as bytes these would silently become black
-        source = "adapter" if getattr(pipeline.unet, "peft_config", None) else "base"
+        source = "adapter" if _has_adapter(pipeline) else "base"
         raise BestiaryError(f"The {source} draws pictures that contain values that are not finite.")
     images: list[Image] = pipeline.image_processor.postprocess(decoded)
     return images

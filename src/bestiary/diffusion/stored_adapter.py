@@ -61,7 +61,10 @@ def adapter_file(path: str | Path) -> Path:
     else:
         files = [path] if is_file(path) else []
     if not files:
-        raise BestiaryError(f"There is no adapter at {shown(str(path), 200)}.")
+        parts = [str(part) for part in (path / "unet", path / "text_encoder") if is_file(part / PEFT_CONFIG)]
+        # PEFT's own scripts save each network's adapter in a folder of its own.
+        hint = f" It has adapters in {' and '.join(parts)}. Name them, each with its own --adapter." if parts else ""
+        raise BestiaryError(f"There is no adapter at {shown(str(path), 200)}.{hint}")
     if len(files) > 1:
         raise BestiaryError(f"{path} holds two adapters. Name one of them: {files[0].name} or {files[1].name}.")
     return files[0]

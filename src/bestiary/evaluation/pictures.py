@@ -41,8 +41,11 @@ PACKAGE = Path(__file__).parents[1]
 DRAWING_CODE = (
     "samplers.py",
     "diffusion/adapter.py",
+    "diffusion/adapter_config.py",
     "diffusion/adapter_format.py",
+    "diffusion/adapter_names.py",
     "diffusion/adapter_reading.py",
+    "diffusion/weight_changes.py",
     "diffusion/base.py",
     "diffusion/sampling.py",
 )

@@ -133,21 +133,25 @@ def read_operating_point(folder: Path) -> OperatingPoint:
 
 
 def write_weighted_adapter(source: Path, weight: float, folder: Path) -> Path:
-    """Write the adapter to `folder` with its alpha multiplied by `weight`; return `folder`.
+    """Write the adapter to `folder` with its alphas multiplied by `weight`; return `folder`.
 
     The written adapter with weight 1 draws what `source` draws with this weight.
     """
     from safetensors import safe_open
     from safetensors.torch import save
 
-    from bestiary.diffusion.adapter_format import CONFIG_KEY, FILE_NAME, PREFIX, with_sorted_header
+    from bestiary.diffusion.adapter_format import CONFIG_KEY, FILE_NAME, with_sorted_header
     from bestiary.diffusion.stored_adapter import adapter_file
 
     with safe_open(adapter_file(source), framework="pt") as file:
         metadata = dict(file.metadata())
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     config = json.loads(metadata[CONFIG_KEY])
-    config[f"{PREFIX}lora_alpha"] *= weight
+    for key, value in config.items():
+        if key.endswith(".lora_alpha"):
+            config[key] = value * weight
+        elif key.endswith(".alpha_pattern"):
+            config[key] = {module: alpha * weight for module, alpha in value.items()}
     metadata[CONFIG_KEY] = json.dumps(config, sort_keys=True)
     write_atomically(folder / FILE_NAME, with_sorted_header(save(tensors, metadata)))
     return folder

@@ -19,7 +19,6 @@ from bestiary.samplers import DrawingDefaults, Sampling
 from bestiary.subjects import Subject
 
 MAX_NAME = 200  # characters of an id on the Hugging Face hub; the hub allows 96 for each of its two parts
-FEW_STEPS = DrawingDefaults(sampling=Sampling("lcm", steps=4, guidance_scale=1.0))  # arXiv:2311.05556
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,7 @@ class Adapter:
     base_sha256: str | None
     defaults: DrawingDefaults | None = None  # how it was evaluated, or is meant to be drawn with
     notes: tuple[str, ...] = ()  # what was assumed about it, for the user to read
+    few_step: bool = False  # distilled for a few steps, which `defaults` then are for
     subjects: tuple[Subject, ...] = ()  # that a registered adapter was taught, in the words of its captions
 
 
@@ -62,22 +62,31 @@ def resolve(what: str) -> Adapter:
 
 
 def _from_file(file: Path, what: str) -> Adapter:
+    from bestiary.diffusion.adapter_format import spread
     from bestiary.diffusion.adapter_reading import read_adapter
 
     content = read_adapter(file)
     provenance = content.provenance
-    notes = [f"{what}: the alpha {content.config.lora_alpha:g} was assumed: {content.alpha_rule}."]
+    notes = []
+    if content.alpha_rule:
+        notes.append(f"{what}: the alpha {spread(content.alphas)} was assumed: {content.alpha_rule}.")
     if content.few_step:
-        notes.append(f"{what} is a few-step adapter by its name: by default 4 steps of the sampler lcm, no guidance.")
+        notes.append(f"{what} is a few-step adapter by its name: by default {_in_words(content.few_step)}.")
     return Adapter(
         file,
         what,
         provenance.base,
         provenance.base_revision,
         provenance.base_sha256,
-        FEW_STEPS if content.few_step else None,
-        tuple(notes if content.alpha_rule else notes[1:]),
+        DrawingDefaults(sampling=content.few_step) if content.few_step else None,
+        tuple(notes),
+        few_step=content.few_step is not None,
     )
+
+
+def _in_words(sampling: Sampling) -> str:
+    steps = f"{sampling.steps} step{'s' if sampling.steps > 1 else ''} of the sampler {sampling.sampler}"
+    return f"{steps}, " + (f"guidance {sampling.guidance_scale:g}" if sampling.guidance_scale > 1 else "no guidance")
 
 
 def _registered_file(version: Version, sha256: str) -> Path:

@@ -7,7 +7,10 @@ import { addStart } from './start.js';
 
 export async function uploadAdapter(file) {
   const offer = await upload('/api/adapters', file, 'unusable');
-  if (offer) addUpload(offer);
+  if (!offer) return;
+  addUpload(offer);
+  const { unet = 0, text_encoder: encoder = 0 } = offer.modules;
+  showText('note', () => text('uploaded', { name: offer.label, unet, encoder }));
 }
 
 export async function uploadStart(file) {

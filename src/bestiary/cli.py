@@ -639,11 +639,17 @@ def model_card(what: str, out: Path) -> None:
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need a password.")
 @click.option("--port", default=7860, show_default=True, type=click.IntRange(0, 65535), help="Port to listen on.")
 @click.option("--auth", type=click.Path(path_type=Path), metavar="FILE", help="Password file, else $BESTIARY_AUTH.")
-def app(adapters: tuple[str, ...], bases: tuple[str, ...], host: str, port: int, auth: Path | None) -> None:
-    """Draw in the browser."""
+@click.option(
+    "--token", type=click.Path(path_type=Path), metavar="FILE", help="Programs' token file, else $BESTIARY_TOKEN."
+)
+def app(
+    adapters: tuple[str, ...], bases: tuple[str, ...], host: str, port: int, auth: Path | None, token: Path | None
+) -> None:
+    """Draw in the browser, or from programs that speak OpenAI's images API or A1111's API."""
     from bestiary.app.access import read_credentials
     from bestiary.app.offers import Offerings
     from bestiary.app.server import launch
+    from bestiary.app.tokens import read_token
     from bestiary.diffusion.stored_adapter import adapter_file
     from bestiary.files import project_root
     from bestiary.generation import named_base, no_base_error
@@ -665,6 +671,7 @@ def app(adapters: tuple[str, ...], bases: tuple[str, ...], host: str, port: int,
         host=host,
         port=port,
         auth=read_credentials(auth),
+        token=read_token(token),
         ready=lambda address: click.echo(f"Open {address} in a browser. Ctrl-C stops it."),
     )
 

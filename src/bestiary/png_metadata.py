@@ -169,11 +169,20 @@ def _lora_names(adapters: Sequence[AppliedAdapter]) -> dict[str, AppliedAdapter]
         return {LORA_NAME: adapters[0]}
     names: dict[str, AppliedAdapter] = {}
     for number, applied in enumerate(adapters, 1):
-        version = applied.adapter.removeprefix("models:/")
-        stem = version if version != applied.adapter else Path(applied.adapter).name.removesuffix(".safetensors")
-        name = re.sub(r"[^\w.-]+", "-", stem).strip("-") or LORA_NAME
+        name = lora_name(applied.adapter)
         names[f"{name}-{number}" if name in names else name] = applied
     return names
+
+
+def lora_name(adapter: str) -> str:
+    """A name for an adapter that A1111's `<lora:name:weight>` can hold.
+
+    >>> lora_name("models:/bestiary/3"), lora_name("models/stripes.safetensors")
+    ('bestiary-3', 'stripes')
+    """
+    version = adapter.removeprefix("models:/")
+    stem = version if version != adapter else Path(adapter).name.removesuffix(".safetensors")
+    return re.sub(r"[^\w.-]+", "-", stem).strip("-") or LORA_NAME
 
 
 def read_settings(path: Path) -> PictureSettings:

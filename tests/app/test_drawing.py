@@ -126,6 +126,19 @@ def test_an_upload_that_is_no_image_is_refused_by_its_name(server: RunningPage, 
     assert answer.json()["message"] == "photo.png cannot be read as a picture. Choose another file."
 
 
+def test_two_adapters_are_drawn_together_and_both_are_recorded(server: RunningPage) -> None:
+    champion = server.client.get("/api/catalog").json()["adapters"][0]
+    other = {"adapter": champion["key"], "weight": 0.5}
+    alone = pictures(server.draw(adapter="local:0"))[0]
+    both = pictures(server.draw(adapter="local:0", more_adapters=[other]))[0]
+    without = pictures(server.draw(adapter="local:0", more_adapters=[other | {"weight": 0.0}]))[0]
+    assert both.tobytes() != alone.tobytes() == without.tobytes()
+    (recorded,) = json.loads(both.info["bestiary"])["more_adapters"]
+    assert recorded["adapter"] == champion["key"]
+    assert recorded["adapter_sha256"].startswith(champion["sha256"])
+    assert recorded["weight"] == 0.5
+
+
 def test_the_catalog_lists_registered_versions_with_their_scores(server: RunningPage) -> None:
     catalog = server.client.get("/api/catalog").json()
     champion, local = catalog["adapters"]
@@ -286,7 +299,8 @@ def test_an_order_is_refused_while_the_queue_is_full(base_folder: Path, monkeypa
     monkeypatch.setattr("bestiary.app.drawing_queue.MAX_WAITING", 0)
 
     response = asyncio.run(order_here(base_folder))
-    assert response.status_code == 422
+    assert response.status_code == 503
+    assert response.headers["Retry-After"] == "5"
     assert response.json()["key"] == "queueFull"
 
 

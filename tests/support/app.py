@@ -18,6 +18,7 @@ from PIL import Image
 
 from bestiary.app.access import Credentials
 from bestiary.app.offers import Offerings
+from bestiary.app.tokens import Token
 from bestiary.generation import Base
 
 Event = dict[str, Any]  # JSON, as a browser receives it
@@ -40,12 +41,19 @@ class RunningPage:
     """A server of the page, and what a browser does with it."""
 
     def __init__(
-        self, project: Path, offered: Offerings, *, host: str = "127.0.0.1", auth: Credentials | None = None
+        self,
+        project: Path,
+        offered: Offerings,
+        *,
+        host: str = "127.0.0.1",
+        auth: Credentials | None = None,
+        token: Token | None = None,
     ) -> None:
         self.log = project / "server.log"
         environment = {**os.environ, "DVC_ROOT": str(project)}
         environment.pop("MLFLOW_TRACKING_URI", None)
-        arguments = {"offerings": offered, "host": host, "auth": auth, "max_upload_mib": MAX_UPLOAD_MIB}
+        arguments = {"offerings": offered, "host": host, "auth": auth, "token": token}
+        arguments["max_upload_mib"] = MAX_UPLOAD_MIB
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", SERVE, pickle.dumps(arguments).hex()],

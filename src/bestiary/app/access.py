@@ -1,4 +1,7 @@
-"""Who can reach the page: this machine alone, or everyone who knows the user name and the password."""
+"""Who can reach the page and the programs' APIs.
+
+This machine alone, or everyone who knows the user name and the password; programs, also those who know the token.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,19 @@ import asyncio
 import base64
 import ipaddress
 import math
-import os
 import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 
 from bestiary.app.errors import RefusedError
 from bestiary.app.limits import Guesses, address_of
+from bestiary.app.program_errors import is_for_programs, refusal
+from bestiary.app.secret_files import read_secret
+from bestiary.app.tokens import Token
 from bestiary.errors import BestiaryError
 
 if TYPE_CHECKING:
@@ -40,12 +45,14 @@ SECURITY_HEADERS = {
 class AccessControl:
     """ASGI middleware that refuses requests from elsewhere and adds the security headers to every response.
 
-    Without credentials, only requests to a name of this machine are accepted.
+    Without credentials, only requests to a name of this machine are accepted. With a token, the programs' APIs need
+    it; the credentials, if there are any, open them too.
     """
 
-    def __init__(self, app: ASGIApp, credentials: Credentials | None) -> None:
+    def __init__(self, app: ASGIApp, credentials: Credentials | None, token: Token | None = None) -> None:
         self.app = app
         self.expected = credentials and base64.b64encode(":".join(credentials).encode())
+        self.token = token
         self.guesses = Guesses()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -60,32 +67,41 @@ class AccessControl:
             await send(message)
 
         headers = Headers(scope=scope)
-        refusal = _refuse_other_site(scope["path"], headers)
-        if refusal is None:
-            refusal = await self._check_password(scope, headers) if self.expected else _refuse_other_host(headers)
-        await (refusal or self.app)(scope, receive, send_with_headers)
+        refused = _refuse_other_site(scope["path"], headers)
+        if refused is None:
+            token = self.token if is_for_programs(scope["path"]) else None
+            if self.expected or token:
+                refused = await self._check_secret(scope, headers, token)
+            else:
+                refused = _refuse_other_host(scope["path"], headers)
+        await (refused or self.app)(scope, receive, send_with_headers)
 
-    async def _check_password(self, scope: Scope, headers: Headers) -> Response | None:
+    async def _check_secret(self, scope: Scope, headers: Headers, token: Token | None) -> Response | None:
+        """Check the password, or the `token` where there is one. Returns the refusal of a wrong or missing one."""
         kind, _, given = headers.get("authorization", "").partition(" ")
         if not given:
-            return _challenge()
+            return _challenge(scope["path"], token)
         address = address_of(scope)
         if seconds := math.ceil(self.guesses.seconds_to_wait(address)):
-            return PlainTextResponse(
-                f"There were wrong passwords from your address. Try again in {seconds} s.",
-                429,
-                {"Retry-After": str(seconds)},
-            )
-        right = self.expected and secrets.compare_digest(given.strip().encode(), self.expected)
-        if right and kind.lower() == "basic":
+            sentence = f"There were wrong passwords from your address. Try again in {seconds} s."
+            return refusal(scope["path"], sentence, 429, headers={"Retry-After": str(seconds)})
+        if self._is_right(kind.lower(), given.strip(), token):
             return None
         await asyncio.sleep(min(self.guesses.failed(address), WRONG_PASSWORD_SECONDS))
-        return _challenge()
+        return _challenge(scope["path"], token)
+
+    def _is_right(self, kind: str, given: str, token: Token | None) -> bool:
+        if kind == "bearer":
+            return token is not None and token.matches(given)
+        return kind == "basic" and bool(self.expected) and secrets.compare_digest(given.encode(), self.expected or b"")
 
 
-def _challenge() -> Response:
-    challenge = {"WWW-Authenticate": 'Basic realm="Bestiary", charset="UTF-8"'}
-    return PlainTextResponse("Sign in with the user name and the password.", 401, challenge)
+def _challenge(path: str, token: Token | None) -> Response:
+    if token:
+        challenge, sentence = "Bearer", "Send the server's token as the API key, in the header Authorization: Bearer."
+    else:
+        challenge, sentence = 'Basic realm="Bestiary", charset="UTF-8"', "Sign in with the user name and the password."
+    return refusal(path, sentence, 401, headers={"WWW-Authenticate": challenge})
 
 
 def _refuse_other_site(path: str, headers: Headers) -> Response | None:
@@ -93,14 +109,14 @@ def _refuse_other_site(path: str, headers: Headers) -> Response | None:
 
     Browsers send Sec-Fetch-Site only over https and to this machine, and Origin with every order and upload.
     """
-    if not path.startswith("/api/"):
+    if not (path.startswith("/api/") or is_for_programs(path)):
         return None
     host, origins = headers.get("host", ""), headers.getlist("origin")
     if all(site in ("none", "same-origin") for site in headers.getlist("sec-fetch-site")) and all(
         is_same_site(origin, host) for origin in origins
     ):
         return None
-    return PlainTextResponse("Another site sent this request. Open the page at its own address.", 403)
+    return refusal(path, "Another site sent this request. Open the page at its own address.", 403)
 
 
 def is_same_site(origin: str, host: str) -> bool:
@@ -132,34 +148,23 @@ def check_json(headers: Headers) -> None:
         raise RefusedError("onlyJson", "Send the order as application/json.", status=415)
 
 
-def _refuse_other_host(headers: Headers) -> Response | None:
+def _refuse_other_host(path: str, headers: Headers) -> Response | None:
     """Refuse other host names: an attacker's DNS can resolve a name to this machine (DNS rebinding)."""
     host = headers.get("host", "").lower()
     name = host if host.endswith("]") else host.rsplit(":", 1)[0]
     if name in NAMES_OF_THIS_MACHINE:
         return None
-    return PlainTextResponse("The page does not answer to this host name. Open it at localhost.", 403)
+    return refusal(path, "The page does not answer to this host name. Open it at localhost.", 403)
 
 
 def read_credentials(file: Path | None = None) -> Credentials | None:
     """Return the user name and the password from `file`, or else from the environment variable BESTIARY_AUTH, if set.
 
-    They are not command-line arguments, because any user can see those in the process list.
-
     Raises BestiaryError when the text is not user:password, or when other users can read the file.
     """
-    if file is None:
-        source, text = "BESTIARY_AUTH", os.environ.get("BESTIARY_AUTH", "")
-        if not text:
-            return None
-    else:
-        source = str(file)
-        try:
-            text = file.read_text(encoding="utf-8").strip()
-            if os.name == "posix" and file.stat().st_mode & 0o077:
-                raise BestiaryError(f"Other users can read {file}. Run `chmod 600 {file}`, then try again.")
-        except (OSError, UnicodeDecodeError):
-            raise BestiaryError(f"{file} cannot be read. Name a UTF-8 text file that holds user:password.") from None
+    source, text = read_secret(file, "BESTIARY_AUTH", "user:password")
+    if file is None and not text:
+        return None
     user, colon, password = text.partition(":")
     if not (user and colon and password):
         raise BestiaryError(f"{source} is not of the form user:password. Write both, with a colon between them.")

@@ -29,12 +29,15 @@ log = logging.getLogger(__name__)
 class Drawing:
     """An order in the queue, with the events that its reader has not taken yet. For the event loop's thread only."""
 
-    def __init__(self, address: str, leave: Callable[[Drawing], None]) -> None:
+    def __init__(self, order: Order, address: str, api: str, leave: Callable[[Drawing], None]) -> None:
+        self.order = order
         self.address = address
+        self.api = api  # that the order came through
         self.stopped = threading.Event()
         self.place = 0  # how many orders are drawn first
         self.future: Future[None] | None = None
         self.pictures: Iterator[None] = iter(())  # drawn one by one, in the worker's thread
+        self.progress: Progress | None = None  # the latest
         self._leave = leave
         self._unread: deque[Event] = deque()
         self._arrived = asyncio.Event()
@@ -49,6 +52,8 @@ class Drawing:
         """Add an event for the reader. It replaces what it makes outdated, so only pictures pile up."""
         if self._is_over:
             return
+        if isinstance(event, Progress):
+            self.progress = event
         if isinstance(event, Waiting | Progress | Preview | Picture):
             outdated = Preview if isinstance(event, Picture) else type(event)
             self._unread = deque(unread for unread in self._unread if not isinstance(unread, outdated))
@@ -74,6 +79,13 @@ class Drawing:
             if isinstance(event, Done | Failed):
                 return
 
+    async def ended(self) -> list[Event]:
+        """Wait until the order is done or has failed. Returns the unread events, which keep counting as unread."""
+        while not self._is_over:
+            self._arrived.clear()
+            await self._arrived.wait()
+        return list(self._unread)
+
     def close(self) -> None:
         """Stop the drawing if it is not done, because nobody reads any more."""
         self.stopped.set()
@@ -94,7 +106,7 @@ class DrawingQueue:
         """Start to load the default base, before the first order."""
         self._worker.submit(self._studio.warm)
 
-    def enter(self, order: Order, address: str) -> Drawing:
+    def enter(self, order: Order, address: str, api: str = "page") -> Drawing:
         """Put an order into the queue. The caller closes the drawing. Raises BestiaryError when there is no room."""
         if sum(drawing.address == address for drawing in self._open) >= MAX_OPEN_PER_ADDRESS:
             raise RefusedError(
@@ -104,9 +116,9 @@ class DrawingQueue:
                 limit=str(MAX_OPEN_PER_ADDRESS),
             )
         if len(self._waiting) >= MAX_WAITING:
-            raise RefusedError("queueFull", "Too many people are waiting. Try again in a few minutes.")
+            raise RefusedError("queueFull", "Too many people are waiting. Try again in a few minutes.", 503)
         loop = asyncio.get_running_loop()
-        drawing = Drawing(address, self._close)
+        drawing = Drawing(order, address, api, self._close)
 
         def tell(event: Event) -> None:
             if self._closing.is_set():
@@ -117,6 +129,16 @@ class DrawingQueue:
         self._open.append(drawing)
         self._queue_up(drawing)
         return drawing
+
+    def oldest(self, address: str, api: str) -> Drawing | None:
+        """The oldest open order of an address through this API; None when there is none."""
+        return next((each for each in self._open if (each.address, each.api) == (address, api)), None)
+
+    def interrupt(self, drawing: Drawing) -> None:
+        """End an order early, although its reader waits: it is done, with the pictures that are finished."""
+        drawing.stopped.set()
+        if self._cancel(drawing):
+            drawing.put(Done())
 
     def _queue_up(self, drawing: Drawing) -> None:
         self._waiting.append(drawing)
@@ -147,9 +169,17 @@ class DrawingQueue:
     def _close(self, drawing: Drawing) -> None:
         if drawing in self._open:
             self._open.remove(drawing)
-        if drawing.future and drawing.future.cancel():  # its turn had not come
-            self._waiting.remove(drawing)
-            self._tell_places()
+        self._cancel(drawing)
+
+    def _cancel(self, drawing: Drawing) -> bool:
+        """Take an order out of the queue unless it is being drawn. Returns whether it was waiting."""
+        if not (drawing.future and drawing.future.cancel()):
+            return False
+        if drawing not in self._waiting:  # cancelled before
+            return False
+        self._waiting.remove(drawing)
+        self._tell_places()
+        return True
 
     def _tell_places(self) -> None:
         for place, drawing in enumerate(self._waiting):

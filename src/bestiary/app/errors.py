@@ -6,6 +6,8 @@ import re
 
 from bestiary.errors import BestiaryError
 
+RETRY_SECONDS = 5  # after which a request that found no room may be sent again
+
 # Sentences of the library that users of the page meet, by the key of their translation. Groups are its values.
 SENTENCES = {
     "tooManyTokens": r"This text has (?P<count>\d+) tokens and the base reads (?P<limit>\d+):",
@@ -32,6 +34,33 @@ class RefusedError(BestiaryError):
         self.key = key
         self.values = values
         self.status = status
+
+
+class InvalidError(BestiaryError):
+    """A request that cannot be fulfilled as it is; `field` names the part of it that is wrong, if it is one part."""
+
+    def __init__(self, sentence: str, status: int = 422, field: str | None = None) -> None:
+        super().__init__(sentence)
+        self.status = status
+        self.field = field
+
+
+def status_of(error: BestiaryError) -> int:
+    """The HTTP status of a request that ends with this error.
+
+    >>> status_of(InvalidError("There is no such adapter.", 404)), status_of(BestiaryError("The prompt is empty."))
+    (404, 422)
+    """
+    return error.status if isinstance(error, RefusedError | InvalidError) else 422
+
+
+def retry_headers(status: int) -> dict[str, str]:
+    """The headers that tell a client when to try a refused request again, if that helps.
+
+    >>> retry_headers(429), retry_headers(422)
+    ({'Retry-After': '5'}, {})
+    """
+    return {"Retry-After": str(RETRY_SECONDS)} if status in (429, 503) else {}
 
 
 def translation(error: BestiaryError) -> tuple[str, dict[str, str]]:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from bestiary import samplers
-from bestiary.app.errors import RefusedError
-from bestiary.errors import BestiaryError
+from bestiary.app.errors import InvalidError, RefusedError
 from bestiary.params import rising
 from bestiary.samplers import DEFAULT_DENOISE, MAX_ADAPTER_WEIGHT, MAX_ADAPTERS, SamplerName, SamplingChanges
 
 MAX_SIDE, SIDE_STEP = 1024, 64  # pixels, of the square pictures on offer; others have at most as many pixels
 MAX_WORK = 500_000_000  # of one order, in pixels x steps: 16 pairs of 512 x 512 pixels in 50 steps are 419 million
 Side = Annotated[int, Field(multiple_of=samplers.SIDE_STEP, ge=32, le=2 * MAX_SIDE)]
-Weight = Annotated[float, Field(ge=0, le=MAX_ADAPTER_WEIGHT)]
 NoiseLevel = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, le=MAX_ADAPTER_WEIGHT)]
+Request = TypeVar("Request", bound=BaseModel)
 
 
-class WeightedKey(BaseModel):
+class MoreAdapter(BaseModel):
     """An adapter by its key in the page's catalog, and its weight."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -35,7 +36,7 @@ class Order(BaseModel):
 
     adapter: str = "none"
     adapter_weight: Weight = 1.0
-    more_adapters: tuple[WeightedKey, ...] = Field(default=(), max_length=MAX_ADAPTERS - 1)  # beside the first
+    more_adapters: tuple[MoreAdapter, ...] = Field(default=(), max_length=MAX_ADAPTERS - 1)
     base: str = ""  # empty: the one that the adapter was trained on
     device: str = ""  # empty: the best one
     animal: str = Field(default="", max_length=200)
@@ -57,18 +58,22 @@ class Order(BaseModel):
     @staticmethod
     def parse(data: bytes) -> Order:
         """Parse a request's body. Raises BestiaryError that names what is wrong with it."""
+        return parsed(Order, data).checked()
+
+    @staticmethod
+    def of(values: Mapping[str, object]) -> Order:
+        """The order with these values. Raises BestiaryError that names what is wrong with them."""
         try:
-            order = Order.model_validate_json(data)
+            return Order.model_validate(values).checked()
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = " ".join(str(part).replace("_", " ") for part in first["loc"]) or "this request"
-            given = repr(first["input"])
-            shown = f", not {given}" if len(given) < 40 else ""
-            raise BestiaryError(f"{where[0].upper()}{where[1:]}: {_lower_first(first['msg'])}{shown}.") from None
-        if not (order.animal.strip() or order.prompt.strip()):
+            raise _invalid(error) from None
+
+    def checked(self) -> Order:
+        """This order. Raises BestiaryError when it names nothing to draw, or is too much work."""
+        if not (self.animal.strip() or self.prompt.strip()):
             raise RefusedError("missing", "Name an animal, or write a prompt.")
-        order.check_work(order.width or SIDE_STEP, order.height or SIDE_STEP)
-        return order
+        self.check_work(self.width or SIDE_STEP, self.height or SIDE_STEP)
+        return self
 
     def check_work(self, width: int, height: int) -> None:
         """Raise BestiaryError when a picture of this size is too large, or all of the order would take too long."""
@@ -92,9 +97,9 @@ class Order(BaseModel):
             )
 
     @property
-    def adapters(self) -> tuple[WeightedKey, ...]:
+    def adapters(self) -> tuple[MoreAdapter, ...]:
         """Every adapter to draw with; none for the base alone."""
-        first = WeightedKey(adapter=self.adapter, weight=self.adapter_weight)
+        first = MoreAdapter(adapter=self.adapter, weight=self.adapter_weight)
         return tuple(each for each in (first, *self.more_adapters) if each.adapter != "none")
 
     @property
@@ -110,6 +115,23 @@ class Order(BaseModel):
             negative_prompt=" ".join(self.negative_prompt.split()),
             adapter_weight=self.adapter_weight,
         )
+
+
+def parsed(kind: type[Request], data: bytes) -> Request:
+    """A request's body as this type. Raises InvalidError that names the first field that is wrong."""
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        raise _invalid(error) from None
+
+
+def _invalid(error: ValidationError) -> InvalidError:
+    first = error.errors(include_url=False)[0]
+    where = " ".join(str(part).replace("_", " ") for part in first["loc"]) or "this request"
+    given = repr(first["input"])
+    shown = f", not {given}" if len(given) < 40 else ""
+    field = str(first["loc"][0]) if first["loc"] else None
+    return InvalidError(f"{where[0].upper()}{where[1:]}: {_lower_first(first['msg'])}{shown}.", field=field)
 
 
 def _lower_first(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The web page's server: the page's files, what it offers, uploaded adapters, and drawing.
+"""The web page's server: the page's files, what it offers, uploaded adapters, drawing, and the programs' APIs.
 
 A picture goes only to the browser that ordered it; the server does not store it.
 """
@@ -22,14 +22,19 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from bestiary.app.access import AccessControl, Credentials, check_json, is_loopback
+from bestiary.app.a1111_api import A1111Api
+from bestiary.app.access import AccessControl, Credentials, is_loopback
+from bestiary.app.bodies import read_json
 from bestiary.app.drawing_queue import Drawing, DrawingQueue
-from bestiary.app.errors import RefusedError
+from bestiary.app.errors import retry_headers, status_of
 from bestiary.app.events import Failed, to_json
 from bestiary.app.limits import address_of
 from bestiary.app.offers import Offerings
+from bestiary.app.openai_api import OpenAIApi
 from bestiary.app.orders import Order
+from bestiary.app.program_errors import A1111, OPENAI, disconnected
 from bestiary.app.studio import Studio, native_side
+from bestiary.app.tokens import Token
 from bestiary.app.uploads import Uploads
 from bestiary.errors import BestiaryError
 from bestiary.memory import keep_freed_memory
@@ -39,8 +44,6 @@ if TYPE_CHECKING:
     from uvicorn import Config
 
 PAGE = Path(__file__).parent / "page"
-MAX_ORDER_BYTES = 64 * 1024
-ORDER_SECONDS = 10.0  # within which an order must have arrived
 MAX_UPLOAD_MIB = 256
 MAX_NAME_LENGTH = 80  # of an uploaded file, in characters
 
@@ -77,8 +80,7 @@ class Server:
         return JSONResponse({"key": image.key, "name": image.name})
 
     async def draw(self, request: Request) -> Response:
-        check_json(request.headers)
-        order = Order.parse(await _read_order(request))
+        order = Order.parse(await read_json(request))
         return EventResponse(self.queue.enter(order, address_of(request.scope)))
 
 
@@ -97,9 +99,16 @@ class EventResponse(StreamingResponse):
 
 
 def create_app(
-    offerings: Offerings, *, auth: Credentials | None = None, max_upload_mib: int = MAX_UPLOAD_MIB
+    offerings: Offerings,
+    *,
+    auth: Credentials | None = None,
+    token: Token | None = None,
+    max_upload_mib: int = MAX_UPLOAD_MIB,
 ) -> Starlette:
-    """Return the page as an ASGI application. Without credentials, it answers only to the names of this machine."""
+    """Return the page and the programs' APIs as an ASGI application.
+
+    Without credentials, it answers only to the names of this machine; with a token, programs need it.
+    """
     keep_freed_memory()  # must run before the drawing thread starts
     server = Server(offerings, max_upload_mib)
     return Starlette(
@@ -110,9 +119,11 @@ def create_app(
             Route("/api/adapters", server.upload, methods=["PUT"]),
             Route("/api/images", server.upload_image, methods=["PUT"]),
             Mount("/page", StaticFiles(directory=PAGE)),
+            Mount(OPENAI, OpenAIApi(server.studio.offers, server.queue).app()),
+            Mount(A1111, A1111Api(server.studio.offers, server.queue).app()),
         ],
-        middleware=[Middleware(AccessControl, credentials=auth)],
-        exception_handlers={BestiaryError: _refusal, ClientDisconnect: _disconnected},
+        middleware=[Middleware(AccessControl, credentials=auth, token=token)],
+        exception_handlers={BestiaryError: _refusal, ClientDisconnect: disconnected},
         lifespan=server.lifespan,
     )
 
@@ -123,6 +134,7 @@ def launch(
     host: str = "127.0.0.1",
     port: int = 7860,
     auth: Credentials | None = None,
+    token: Token | None = None,
     max_upload_mib: int = MAX_UPLOAD_MIB,
     ready: Callable[[str], None] = print,
 ) -> None:
@@ -140,7 +152,7 @@ def launch(
         )
     native_side(offerings.bases[0])  # the base is there and can be read
     with _listen(host, port) as listening:
-        app = create_app(offerings, auth=auth, max_upload_mib=max_upload_mib)
+        app = create_app(offerings, auth=auth, token=token, max_upload_mib=max_upload_mib)
         config = serving(app)
         shown = f"[{host}]" if ":" in host else host
         ready(f"http://{shown}:{listening.getsockname()[1]}")
@@ -186,19 +198,6 @@ def _listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-async def _read_order(request: Request) -> bytes:
-    data = b""
-    try:
-        async with asyncio.timeout(ORDER_SECONDS):
-            async for chunk in request.stream():
-                data += chunk
-                if len(data) > MAX_ORDER_BYTES:
-                    raise RefusedError("longOrder", "The request is too long. Write a shorter prompt.")
-    except TimeoutError:
-        raise RefusedError("lateOrder", "The request did not arrive in time. Try again.", 408) from None
-    return data
-
-
 async def _json_lines(drawing: Drawing) -> AsyncIterator[str]:
     async for event in drawing.events():
         yield to_json(event) + "\n"
@@ -206,9 +205,5 @@ async def _json_lines(drawing: Drawing) -> AsyncIterator[str]:
 
 async def _refusal(_: Request, error: Exception) -> Response:
     assert isinstance(error, BestiaryError)
-    status = error.status if isinstance(error, RefusedError) else 422
-    return JSONResponse(asdict(Failed.by(error)), status)
-
-
-async def _disconnected(_: Request, __: Exception) -> Response:
-    return Response(status_code=422)  # nobody reads it
+    status = status_of(error)
+    return JSONResponse(asdict(Failed.by(error)), status, retry_headers(status))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from io import BytesIO
 from typing import TYPE_CHECKING
 
+from bestiary.app.choices import preferred
 from bestiary.app.errors import RefusedError, Stopped
 from bestiary.app.events import Event, Loading, Note, Picture, Preview, Progress, Role
 from bestiary.app.offers import Offer, Offerings, Offers, gone, short_name
@@ -91,7 +92,7 @@ class Studio:
         with self.offers.without_paths():
             own = native_side(self.offers.default_base)
         best = device_and_dtype()[0].type
-        champion = next((offer.key for offer in offers if "champion" in offer.aliases), None)
+        usual = preferred(offers)
         return {
             "animals": [{"folder": a.folder, "name": a.name, "chinese": a.chinese} for a in ANIMALS],
             "adapters": [offer.public() for offer in offers],
@@ -99,7 +100,7 @@ class Studio:
             "devices": list(dict.fromkeys([best, "cpu"])),
             "schedulers": {name: sampler.label for name, sampler in SAMPLERS.items()},
             "resolutions": sorted({own, *range(min(own, 256), MAX_SIDE + 1, SIDE_STEP)}),
-            "adapter": champion or (offers[0].key if offers else "none"),
+            "adapter": usual.key if usual else "none",
             "usual": self.offers.defaults.to_dict() | {"resolution": own},
         }
 

@@ -1,0 +1,185 @@
+"""What A1111's clients send to txt2img: the fields that are drawn with, and those that must keep their usual value.
+
+A field that would change the picture in A1111 and cannot here is refused, never ignored.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from bestiary.app.errors import InvalidError
+from bestiary.errors import short, shown
+from bestiary.samplers import MAX_ADAPTER_WEIGHT, SAMPLERS, SamplingChanges
+
+ANYTHING: tuple[object, ...] = ()
+NOTHING = (None, False, 0, "", "None", -1)
+# The other fields of A1111's txt2img, with the values that change nothing; ANYTHING: none of them does.
+USUAL: Mapping[str, tuple[object, ...]] = {
+    "alwayson_scripts": (None, {}),
+    "comments": ANYTHING,
+    "denoising_strength": ANYTHING,  # of a second pass, which enable_hr turns on
+    "disable_extra_networks": NOTHING,
+    "do_not_save_grid": ANYTHING,
+    "do_not_save_samples": ANYTHING,
+    "enable_hr": NOTHING,
+    "eta": (None, 0, 1),
+    "firstpass_image": NOTHING,
+    "firstphase_height": NOTHING,
+    "firstphase_width": NOTHING,
+    "force_task_id": ANYTHING,
+    "infotext": NOTHING,
+    "override_settings_restore_afterwards": ANYTHING,
+    "refiner_checkpoint": NOTHING,
+    "refiner_switch_at": ANYTHING,
+    "restore_faces": NOTHING,
+    "s_churn": NOTHING,
+    "s_min_uncond": NOTHING,
+    "s_noise": (None, 0, 1),
+    "s_tmax": NOTHING,
+    "s_tmin": NOTHING,
+    "save_images": NOTHING,
+    "script_args": ANYTHING,
+    "script_name": NOTHING,
+    "seed_resize_from_h": NOTHING,
+    "seed_resize_from_w": NOTHING,
+    "send_images": (None, True),
+    "styles": (None, []),
+    "subseed": ANYTHING,
+    "subseed_strength": NOTHING,
+    "tiling": NOTHING,
+}
+USUAL_OPTIONS: Mapping[str, tuple[object, ...]] = {
+    "CLIP_stop_at_last_layers": (None, 1),
+    "samples_format": (None, "png"),
+    "sd_vae": (None, "None", "Automatic", ""),
+}
+CHECKPOINT = "sd_model_checkpoint"  # the option that chooses the base
+LORA = re.compile(r"<lora:([^<>]*)>", re.IGNORECASE)
+OTHER_NETWORK = re.compile(r"<(hypernet|lyco):[^<>]*>", re.IGNORECASE)
+SCHEDULES = {"automatic": "", "karras": " Karras"}  # A1111's schedule types, and what each adds to a sampler's label
+
+
+class Txt2ImgRequest(BaseModel):
+    """The fields of A1111's txt2img that decide the picture. What is left out is drawn as the adapter was evaluated."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    seed: int | None = Field(default=None, ge=-1, lt=2**53)
+    steps: int | None = None
+    cfg_scale: float | None = None
+    width: int | None = None
+    height: int | None = None
+    batch_size: int | None = Field(default=None, ge=1, le=16)
+    n_iter: int | None = Field(default=None, ge=1, le=16)
+    sampler_name: str | None = None
+    sampler_index: str | None = None  # an older name for sampler_name
+    scheduler: str | None = None
+    override_settings: dict[str, Any] | None = None  # A1111's options, which `checkpoint` and `check` read
+
+    @property
+    def count(self) -> int:
+        """How many pictures are wanted."""
+        return (self.batch_size or 1) * (self.n_iter or 1)
+
+    @property
+    def checkpoint(self) -> str | None:
+        """The base that is wanted; None when the request names none."""
+        wanted = (self.override_settings or {}).get(CHECKPOINT)
+        return None if wanted is None else str(wanted)
+
+    @property
+    def changes(self) -> SamplingChanges:
+        """What the request says of the sampling. Raises InvalidError when there is no such sampler."""
+        return SamplingChanges(
+            sampler=sampler_key(self.sampler_name or self.sampler_index, self.scheduler),
+            steps=self.steps,
+            guidance_scale=self.cfg_scale,
+            width=self.width,
+            height=self.height,
+            negative_prompt=self.negative_prompt or None,
+        )
+
+    def check(self) -> None:
+        """Raise InvalidError when a field asks for what cannot be done here."""
+        _check_usual(self.model_extra or {}, USUAL)
+        check_options(self.override_settings or {})
+
+
+def check_options(options: Mapping[str, object]) -> None:
+    """Raise InvalidError when an option other than the base asks for what cannot be done here."""
+    _check_usual({name: value for name, value in options.items() if name != CHECKPOINT}, USUAL_OPTIONS)
+
+
+def _check_usual(given: Mapping[str, object], usual: Mapping[str, tuple[object, ...]]) -> None:
+    for name, value in given.items():
+        if name not in usual:
+            raise InvalidError(f"{shown(name)} is not known here. Leave it out.", field=name)
+        if usual[name] and value not in usual[name]:
+            raise InvalidError(f"{name}: {short(value)} cannot be done here. Leave it out.", field=name)
+
+
+@dataclass(frozen=True)
+class LoraTag:
+    """An adapter that a prompt names, as `<lora:name:weight>`."""
+
+    name: str
+    weight: float
+
+
+def split_prompt(prompt: str) -> tuple[str, list[LoraTag]]:
+    """The prompt without its `<lora:name:weight>` tags, and the adapters that they name. A weight may be left out.
+
+    >>> split_prompt("a tiger <lora:stripes:0.8>")
+    ('a tiger', [LoraTag(name='stripes', weight=0.8)])
+
+    Raises InvalidError when a weight is not a number from 0 to 2, or when the prompt names another kind of network.
+    """
+    if other := OTHER_NETWORK.search(prompt):
+        raise InvalidError(f"{shown(other[0])} cannot be used here, only <lora:NAME:WEIGHT>.", field="prompt")
+    tags = [_tag(found) for found in LORA.finditer(prompt)]
+    return " ".join(LORA.sub(" ", prompt).split()), tags
+
+
+def _tag(found: re.Match[str]) -> LoraTag:
+    name, _, weight = found[1].partition(":")
+    try:
+        number = float(weight or 1)
+    except ValueError:
+        number = -1.0
+    if not name.strip() or not 0 <= number <= MAX_ADAPTER_WEIGHT:
+        raise InvalidError(
+            f"{shown(found[0])} needs a name and a weight from 0 to {MAX_ADAPTER_WEIGHT}, as in <lora:stripes:0.8>.",
+            field="prompt",
+        )
+    return LoraTag(name.strip(), number)
+
+
+def sampler_key(name: str | None, schedule: str | None) -> str | None:
+    """The sampler with this label or key and this schedule type; None for no name.
+
+    >>> sampler_key("DPM++ 2M", "Karras"), sampler_key("euler", "automatic")
+    ('dpmsolver++karras', 'euler')
+
+    Raises InvalidError when there is none.
+    """
+    if not name:
+        return None
+    suffix = SCHEDULES.get((schedule or "automatic").lower())
+    labels = {sampler.label.lower(): key for key, sampler in SAMPLERS.items()}
+    if suffix is not None:
+        wanted = name.lower()
+        for key in (f"{wanted.removesuffix(suffix.lower())}{suffix.lower()}", *([] if suffix else [wanted])):
+            if key in labels or key in SAMPLERS:
+                return labels.get(key, key)
+    labelled = ", ".join(sampler.label for sampler in SAMPLERS.values())
+    schedules = f" with the schedule {shown(schedule or '')}" if schedule and suffix != "" else ""
+    raise InvalidError(
+        f"There is no sampler {shown(name)}{schedules} here. Choose one of {labelled}.", field="sampler_name"
+    )

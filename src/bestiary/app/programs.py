@@ -1,0 +1,69 @@
+"""Answers a program with the finished pictures of an order, in one response."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
+
+from bestiary.app.drawing_queue import Drawing
+from bestiary.app.errors import InvalidError
+from bestiary.app.events import Failed, Picture
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
+
+FAILED_STATUS = {"failure": 500, "slowReader": 503}  # of an order that failed, by the error's key
+TOO_MUCH = "The pictures take more memory than there is for those that wait to be sent. Order fewer at once."
+
+Render = Callable[[Sequence[Picture]], object]  # an order's pictures, as JSON
+
+
+class DrawnResponse(Response):
+    """Waits for an order's pictures and sends what `render` makes of them. Stops the drawing when the client is gone.
+
+    Until the client has read them, the order counts as open and its pictures as unread.
+    """
+
+    def __init__(self, drawing: Drawing, render: Render) -> None:
+        super().__init__()
+        self._drawing = drawing
+        self._render = render
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            pictures = await _finished(self._drawing, receive)
+            await JSONResponse(self._render(pictures))(scope, receive, send)
+        finally:
+            self._drawing.close()
+
+
+async def _finished(drawing: Drawing, receive: Receive) -> list[Picture]:
+    """The pictures of an order that is done. Raises InvalidError when it failed, ClientDisconnect when nobody waits."""
+    ended, gone = asyncio.ensure_future(drawing.ended()), asyncio.ensure_future(_disconnection(receive))
+    try:
+        await asyncio.wait((ended, gone), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        ended.cancel()
+        gone.cancel()
+    if gone.done() or not ended.done():
+        raise ClientDisconnect
+    events = ended.result()
+    last = events[-1]
+    if isinstance(last, Failed):
+        sentence = TOO_MUCH if last.key == "slowReader" else last.message
+        raise InvalidError(sentence, FAILED_STATUS.get(last.key, 422))
+    return [event for event in events if isinstance(event, Picture)]
+
+
+async def _disconnection(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def png_base64(picture: Picture) -> str:
+    """The picture's PNG in base64, without the data URI around it."""
+    return picture.image.partition(",")[2]

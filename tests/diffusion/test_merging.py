@@ -8,7 +8,7 @@ from support.adapters import ALL_LAYERS, PROVENANCE, TARGETS, make_adapter
 from support.tiny import build_base
 
 from bestiary.diffusion.adapter import adapter_sha256, apply_adapters, save_adapter
-from bestiary.diffusion.adapter_format import FILE_NAME, UP, Provenance
+from bestiary.diffusion.adapter_format import DOWN, FILE_NAME, UP, AdapterConfig, Provenance
 from bestiary.diffusion.adapter_reading import read_adapter
 from bestiary.diffusion.base import load_pipeline, load_unet
 from bestiary.diffusion.merging import Parent, merge, write_verified
@@ -53,6 +53,32 @@ def test_the_exact_merge_equals_the_adapters_together(base: Path, parents: list[
     alone = output_of(base, [file], [1.0])
     torch.testing.assert_close(alone, together, rtol=0, atol=1e-5)
     assert (proof.rank, proof.alpha) == (9, 9)
+
+
+def test_text_encoders_and_ranks_that_differ_by_module_are_merged_too(
+    base: Path, parents: list[Parent], tmp_path: Path
+) -> None:
+    content = read_adapter(parents[0].file)
+    module = "text_model.encoder.layers.0.self_attn.q_proj"
+    generator = torch.Generator().manual_seed(0)
+    text = {
+        f"{module}{DOWN}": torch.randn(3, 32, generator=generator),
+        f"{module}{UP}": torch.randn(32, 3, generator=generator) * 0.01,
+    }
+    config = AdapterConfig(r=3, lora_alpha=6, target_modules=[module])
+    first = next(key.removesuffix(DOWN) for key in content.weights if key.endswith(DOWN))
+    weights = {**content.weights, f"{first}{DOWN}": content.weights[f"{first}{DOWN}"][:1]}
+    weights[f"{first}{UP}"] = content.weights[f"{first}{UP}"][:, :1]
+    uneven = content.config.model_copy(update={"rank_pattern": {first: 1}, "alpha_pattern": {first: 4}})
+    mixed = replace(content, weights=weights, config=uneven, text_weights=text, text_config=config)
+    (tmp_path / "mixed.safetensors").write_bytes(mixed.to_bytes())
+    both = [Parent("mixed", tmp_path / "mixed.safetensors", 0.5), parents[1]]
+    file, _ = write_verified(merge(both), both, tmp_path / "out", str(base), None)
+    merged = read_adapter(file)
+    change = merged.text_weights[f"{module}{UP}"] @ merged.text_weights[f"{module}{DOWN}"]
+    torch.testing.assert_close(change, 0.5 * 6 / 3 * text[f"{module}{UP}"] @ text[f"{module}{DOWN}"])
+    together = output_of(base, [parent.file for parent in both], [parent.weight for parent in both])
+    torch.testing.assert_close(output_of(base, [file], [1.0]), together, rtol=0, atol=1e-5)
 
 
 def test_a_merge_names_its_base_and_its_parents(parents: list[Parent]) -> None:
@@ -103,7 +129,7 @@ def test_a_higher_rank_than_the_exact_one_is_refused(parents: list[Parent]) -> N
 
 def test_a_dora_a_weight_of_0_and_another_base_are_refused(base: Path, parents: list[Parent], tmp_path: Path) -> None:
     dora = Parent("dora", make_adapter(load_unet(base), tmp_path / "dora", use_dora=True))
-    with pytest.raises(BestiaryError, match="dora is a DoRA"):
+    with pytest.raises(BestiaryError, match="dora holds DoRA"):
         merge([parents[0], dora])
     with pytest.raises(BestiaryError, match="b has the weight 0"):
         merge([parents[0], Parent("b", parents[1].file, 0.0)])

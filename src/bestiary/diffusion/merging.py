@@ -15,12 +15,14 @@ from pathlib import Path
 import torch
 
 from bestiary.diffusion.adapter import Verification, adapter_sha256, verify_adapter
-from bestiary.diffusion.adapter_format import DOWN, FILE_NAME, UP, AdapterConfig, AdapterContent, Provenance
+from bestiary.diffusion.adapter_format import DOWN, FILE_NAME, UP, AdapterConfig, AdapterContent, Part, Provenance
 from bestiary.diffusion.adapter_reading import read_adapter
 from bestiary.errors import BestiaryError
 from bestiary.files import write_atomically
 
-Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]  # by module: A (r, in, ...) and the scaled B (out, r, ...)
+PARTS: tuple[Part, ...] = ("unet", "text_encoder")
+Module = tuple[Part, str]
+Factors = Mapping[Module, tuple[torch.Tensor, torch.Tensor]]  # A (r, in, ...) and the scaled B (out, r, ...)
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,12 @@ def merge(parents: Sequence[Parent], rank: int | None = None) -> Merged:
     """
     contents = [read_adapter(parent.file) for parent in parents]
     stacked = _stack([_factors(parent, content) for parent, content in zip(parents, contents, strict=True)])
+    if not stacked:
+        raise BestiaryError("These adapters hold no LoRA weights that could be added up.")
     full = max(down.shape[0] for down, _ in stacked.values())
     if rank is not None and rank >= full:
         raise BestiaryError(f"--rank {rank} is not below {full}, the rank without a loss. Choose a lower one.")
-    targets = {tuple(sorted(content.config.target_modules)) for content in contents}
-    merged = Merged(_content(stacked, full, list(targets.pop()) if len(targets) == 1 else sorted(stacked)))
-    if rank is not None:
-        merged = _reduced(merged.content, stacked, rank)
+    merged = Merged(_content(stacked, full)) if rank is None else _reduced(stacked, rank)
     provenance = _provenance(parents, contents, merged, exact=rank is None)
     return replace(merged, content=replace(merged.content, provenance=provenance))
 
@@ -85,47 +86,62 @@ def write_verified(
 
 def _factors(parent: Parent, content: AdapterContent) -> Factors:
     """A and B of each module in float64, with the parent's weight and scale in B."""
-    config = content.config
-    if config.use_dora:
-        raise BestiaryError(f"{parent.name} is a DoRA. Only the changes of plain LoRA adapters can be added up.")
-    if other := content.beyond_unet_lora:
-        raise BestiaryError(f"{parent.name} holds more than LoRA of the UNet ({other}), which cannot be merged.")
+    other = next((change.kind for change in content.changes.values()), None)
+    if other or any(config and config.use_dora for _, config in map(content.lora, PARTS)):
+        raise BestiaryError(
+            f"{parent.name} holds {other or 'DoRA'}. Only the changes of plain LoRA adapters can be added up."
+        )
     if parent.weight == 0:
         raise BestiaryError(f"{parent.name} has the weight 0 and would add nothing. Leave it out.")
     factors = {}
-    for key, down in content.weights.items():
-        if key.endswith(DOWN):
-            module = key.removesuffix(DOWN)
-            scale = parent.weight * config.scale_of(module)
-            factors[module] = down.double(), scale * content.weights[f"{module}{UP}"].double()
+    for part in PARTS:
+        weights, config = content.lora(part)
+        for key, down in weights.items():
+            if config and key.endswith(DOWN):
+                module = key.removesuffix(DOWN)
+                scale = parent.weight * config.scale_of(module)
+                factors[part, module] = down.double(), scale * weights[f"{module}{UP}"].double()
     return factors
 
 
-def _stack(every: Sequence[Factors]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def _stack(every: Sequence[Factors]) -> Factors:
     """The factors of all parents side by side: their product is the sum of the parents' products."""
-    stacked: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    stacked: dict[Module, tuple[torch.Tensor, torch.Tensor]] = {}
     for module in sorted({module for factors in every for module in factors}):
         found = [factors[module] for factors in every if module in factors]
         if len({(down.shape[1:], up.shape[0]) for down, up in found}) > 1:
-            raise BestiaryError(f"The adapters have different shapes in {module}: they are for different bases.")
+            raise BestiaryError(f"The adapters have different shapes in {module[1]}: they are for different bases.")
         stacked[module] = torch.cat([down for down, _ in found]), torch.cat([up for _, up in found], dim=1)
     return stacked
 
 
-def _content(factors: Factors, rank: int, targets: list[str]) -> AdapterContent:
+def _content(factors: Factors, rank: int) -> AdapterContent:
     """The factors as an adapter of this rank in float32. Modules with fewer rows are padded with zeros."""
-    weights = {}
-    for module, (down, up) in factors.items():
+    weights: dict[Part, dict[str, torch.Tensor]] = {part: {} for part in PARTS}
+    for (part, module), (down, up) in factors.items():
         missing = rank - down.shape[0]
-        weights[f"{module}{DOWN}"] = torch.cat([down, down.new_zeros(missing, *down.shape[1:])]).float()
-        weights[f"{module}{UP}"] = torch.cat([up, up.new_zeros(up.shape[0], missing, *up.shape[2:])], dim=1).float()
-    config = AdapterConfig(r=rank, lora_alpha=rank, target_modules=targets)  # alpha = rank: the scale is in B
-    return AdapterContent(weights, config, Provenance())
+        padded = torch.cat([up, up.new_zeros(up.shape[0], missing, *up.shape[2:])], dim=1)
+        weights[part][f"{module}{DOWN}"] = torch.cat([down, down.new_zeros(missing, *down.shape[1:])]).float()
+        weights[part][f"{module}{UP}"] = padded.float()
+    unet, text_encoder = (
+        AdapterConfig(  # alpha = rank: the scale is in B
+            r=rank, lora_alpha=rank, target_modules=sorted(module for of, module in factors if of == part)
+        )
+        for part in PARTS
+    )
+    return AdapterContent(
+        weights["unet"],
+        unet,
+        Provenance(),
+        text_weights=weights["text_encoder"],
+        text_config=text_encoder if weights["text_encoder"] else None,
+    )
 
 
-def _reduced(exact: AdapterContent, factors: Factors, rank: int) -> Merged:
+def _reduced(factors: Factors, rank: int) -> Merged:
     """The closest adapter of this rank, and its error."""
-    reduced, lost, whole, errors = {}, 0.0, 0.0, {}
+    reduced: dict[Module, tuple[torch.Tensor, torch.Tensor]] = {}
+    lost, whole, errors = 0.0, 0.0, {}
     for module, (down, up) in factors.items():
         # QR first: the SVD is then of a matrix of the stacked rank, not of the layer's size.
         left, left_core = torch.linalg.qr(up.flatten(1))  # (out, r)
@@ -139,8 +155,7 @@ def _reduced(exact: AdapterContent, factors: Factors, rank: int) -> Merged:
         errors[module] = math.sqrt(dropped / total) if total else 0.0
         lost, whole = lost + dropped, whole + total
     worst = max(errors, key=lambda module: errors[module])
-    content = _content(reduced, rank, exact.config.target_modules)
-    return Merged(content, math.sqrt(lost / whole) if whole else 0.0, errors[worst], worst)
+    return Merged(_content(reduced, rank), math.sqrt(lost / whole) if whole else 0.0, errors[worst], worst[1])
 
 
 def _provenance(

@@ -176,7 +176,9 @@ def test_an_adapter_of_one_subject_that_breaks_one_rule_stays_challenger(
 
 
 def test_copying_that_cannot_be_seen_does_not_fail_the_gate() -> None:
-    assert decide(one_subject(copying=None), RULES, None).alias == CHAMPION
+    decision, reasons = decide(one_subject(copying=None), RULES, None)
+    assert decision == CHAMPION
+    assert "Whether it copies its training photos is unknown." in reasons
 
 
 def test_adapters_of_one_subject_are_compared_by_fidelity_on_the_same_photos() -> None:

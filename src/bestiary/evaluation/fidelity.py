@@ -123,11 +123,12 @@ def fidelity(adapter: Array, base: Array, photos: SubjectPhotos, *, resamples: i
     Row i of `adapter` and of `base` come from the same prompt and the same noise. Pictures and photos are both
     resampled, the held-out photos together for all rows.
 
-    Raises BestiaryError when there are fewer than two pictures or photos of a kind, or features are not finite.
+    One held-out photo is enough, but then the intervals do not cover which photo it was. Raises BestiaryError when
+    there is none, when there are fewer than two pictures or other photos, or when features are not finite.
     """
     _check_pairs(adapter, base)
     _check(photos.training, "training photos")
-    _check(photos.held_out, "held-out photos")
+    _check(photos.held_out, "held-out photos", least=1)
     _check(photos.others, "pictures of other individuals")
     _check(photos.base_class, "pictures that the base draws of the class word")
     held_out = centred(photos.held_out, photos.base_class)
@@ -264,9 +265,11 @@ def _check_pairs(adapter: Array, base: Array) -> None:
         )
 
 
-def _check(features: Array, what: str) -> None:
-    if len(features) < 2:
-        raise BestiaryError(f"There are {len(features)} {what}, and a measurement needs at least 2. Add more of them.")
+def _check(features: Array, what: str, least: int = 2) -> None:
+    if len(features) < least:
+        raise BestiaryError(
+            f"There are {len(features)} {what}, and a measurement needs at least {least}. Add more of them."
+        )
     if not np.isfinite(features).all():
         raise BestiaryError(f"The judge's features of the {what} are not finite.")
 

@@ -219,7 +219,7 @@ class SubjectProof(_Table):
     in_context: InContext
     class_leakage: Leakage
     unrelated_leakage: Leakage
-    copying: Copying
+    copying: Copying | None  # None with one held-out photo
 
 
 class ScoreReport(Rows):
@@ -320,7 +320,7 @@ def describe_proof(proof: SubjectProof) -> Iterator[str]:
         f"Leakage: {of_class} on the class word, {of_unrelated} on unrelated prompts (0: unchanged, 100: nothing in "
         "common)."
     )
-    if proof.copying.share:
+    if proof.copying and proof.copying.share:
         yield f"Copying: {proof.copying.share.describe()} of the way from new photos (0) to exact copies (1)."
 
 

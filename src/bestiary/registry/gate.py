@@ -94,7 +94,8 @@ def _judge_classes(evaluation: ScoreReport, rules: Register) -> tuple[list[str],
 
 def _judge_one_subject(proof: SubjectProof, rules: Register) -> tuple[list[str], list[str]]:
     """What speaks for and against an adapter of one subject, each rule in a sentence."""
-    context, leakage, copies = proof.in_context, proof.class_leakage.moved, proof.copying.share
+    context, leakage = proof.in_context, proof.class_leakage.moved
+    copies = proof.copying.share if proof.copying else None
     others = f"other {proof.class_word}s" if proof.others_from == "photos" else f"the base's {proof.class_word}s"
     way = f" ({proof.fidelity.way.describe()} of the way)" if proof.fidelity.way else ""
     half = f"half of the way from {others} to the real photos"
@@ -130,7 +131,7 @@ def _judge_one_subject(proof: SubjectProof, rules: Register) -> tuple[list[str],
         ),
         (
             copies is None or copies.ci95[0] <= COPIED_SHARE,
-            "It does not copy its training photos.",
+            "It does not copy its training photos." if copies else "Whether it copies its training photos is unknown.",
             f"It copies its training photos: {copies.describe() if copies else ''} of the way from new photos to exact "
             f"copies, and the limit is {COPIED_SHARE:g}.",
         ),

@@ -15,7 +15,7 @@ from bestiary.evaluation.report import Estimate, EvaluationReport, Score, descri
 from bestiary.files import write_atomically
 from bestiary.registry.registering import Registration, Submission
 from bestiary.samplers import DrawingDefaults
-from bestiary.subjects import Subject, Subjects
+from bestiary.subjects import Subjects
 
 PICTURE_BYTES = 450_000  # at most, of each of the page's pictures as JPEG: three of them stay below 2 MB in base64
 QUALITIES = (85, 75, 60, 45)
@@ -69,7 +69,7 @@ def render(
     """The page as HTML. `pictures` is the folder reports/evaluate; a sheet that is missing there is left out."""
     subjects = [Subjects.read_from(pictures).of(folder) for folder in report.per_class]
     proof = report.only_subject
-    folder = next(iter(report.per_class), "")
+    folder = next(iter(report.proofs), "")
     rows = [
         (cells, verdict(score, report.delta[score.key]))
         for score, cells in zip(report.table, table_rows(report), strict=True)
@@ -95,7 +95,7 @@ def render(
         sheet=read_picture(pictures / "sheet.png"),
         contexts=read_picture(pictures / "contexts" / f"{folder}.png") if proof else None,
         closest=read_picture(pictures / "memorisation.png"),
-        commands=commands(registration, subjects[0]),
+        commands=commands(registration, proof.name if proof else subjects[0].name),
         documentation=DOCUMENTATION,
     )
 
@@ -114,9 +114,9 @@ def verdict(score: Score, difference: Estimate) -> str:
     return "better" if (low > 0) == score.higher_is_better else "worse"
 
 
-def commands(registration: Registration, subject: Subject) -> list[tuple[str, str]]:
+def commands(registration: Registration, subject: str) -> list[tuple[str, str]]:
     """What to type to use the adapter, each with its purpose."""
-    uri, name = f"models:/{registration.name}/{registration.version}", shlex.quote(subject.name)
+    uri, name = f"models:/{registration.name}/{registration.version}", shlex.quote(subject)
     return [
         (f"bestiary generate {name} --adapter {uri} --count 4", "Draw with the registered version"),
         (f"bestiary pull {uri} --out my-adapter", "Copy the adapter into a folder, which you can pass on"),

@@ -7,6 +7,7 @@ from bestiary.evaluation.report import read_evaluation
 from bestiary.evaluation.sweep import read_operating_point
 from bestiary.registry.gate import measurement_hash
 from bestiary.registry.registering import Submission, register
+from bestiary.registry.result_page.page import write_page
 from bestiary.samplers import DrawingDefaults
 from bestiary.stage import REPORTS, RESULTS, content_of, read_report, stage
 
@@ -39,7 +40,9 @@ def main() -> None:
             ),
             run_id=run.id,
         )
-        run.report(asdict(register(submission, params.register_)), headlines=("version", "decision"))
+        registration = register(submission, params.register_)
+        write_page(REPORTS / "index.html", submission, registration)
+        run.report(asdict(registration), headlines=("version", "decision"))
 
 
 if __name__ == "__main__":

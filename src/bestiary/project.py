@@ -153,11 +153,15 @@ def _check_writable(params: Params, data: Path) -> None:
 def render_results(evaluation: EvaluationReport, registration: Registration | None, program: str) -> Iterator[str]:
     """The lines that `bestiary results` prints. `program` is how the user starts this program."""
     from bestiary.evaluation.report import as_text, heading
+    from bestiary.registry.result_page.page import is_about
 
     yield f"{heading(evaluation)}\n"
     yield from as_text(evaluation)
     sheet = short_path(project_root() / "reports" / "evaluate" / "sheet.png")
     yield f"\nLook      {sheet}: the base beside the adapter"
+    page = project_root() / "reports" / "index.html"
+    if is_about(page, evaluation.adapter_sha256):
+        yield f"          {short_path(page)}: the result as one page to pass on"
     draw, pull = "generate tiger panda", None
     if not _holds_adapter(evaluation):
         yield f"Version   These scores are of another adapter than the one in {evaluation.operating_point.checkpoint}."

@@ -348,6 +348,20 @@ def as_text(report: EvaluationReport) -> Iterator[str]:
         yield f"Pictures that look copied (0: as by chance, 1: all): {report.memorisation.adapter.copied.describe()}."
 
 
+def table_rows(report: EvaluationReport, *, chinese: bool = False) -> Iterator[tuple[str, str, str, str, str]]:
+    """The result table's rows: score, base, adapter, difference with its interval, real pictures."""
+    for score in report.table:
+        base, adapter, delta = (row[score.key] for row in (report.base, report.adapter, report.delta))
+        low, high = delta.ci95
+        yield (
+            score.chinese_title if chinese else score.title,
+            f"{base.mean:.2f}",
+            f"{adapter.mean:.2f}",
+            f"{delta.mean:+.2f} ({low:+.2f} {'至' if chinese else 'to'} {high:+.2f})",
+            f"{report.real[score.key].mean:.2f}" if score.key in report.real else "–",
+        )
+
+
 def as_markdown(report: EvaluationReport, *, chinese: bool = False) -> Iterator[str]:
     """The lines of the result table as Markdown, in English or in Chinese."""
     if chinese:
@@ -355,11 +369,5 @@ def as_markdown(report: EvaluationReport, *, chinese: bool = False) -> Iterator[
     else:
         yield "| score | base | adapter | difference (95 % interval) | real pictures |"
     yield "|---|---|---|---|---|"
-    for score in report.table:
-        base, adapter, delta = (row[score.key] for row in (report.base, report.adapter, report.delta))
-        real = f"{report.real[score.key].mean:.2f}" if score.key in report.real else "–"
-        low, high = delta.ci95
-        yield (
-            f"| {score.chinese_title if chinese else score.title} | {base.mean:.2f} | {adapter.mean:.2f} "
-            f"| {delta.mean:+.2f} ({low:+.2f} {'至' if chinese else 'to'} {high:+.2f}) | {real} |"
-        )
+    for cells in table_rows(report, chinese=chinese):
+        yield f"| {' | '.join(cells)} |"

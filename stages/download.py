@@ -24,7 +24,7 @@ def main() -> None:
         subjects = Subjects.read(data.with_name("subjects.yaml"))
         if dataset.source == "folder" or dataset.sciencedb is None:
             taken = take(data, RAW, dataset.classes, dataset.images_per_class, dvc_cache, subjects)
-            others = take_others(data, OTHERS, subjects)
+            others = take_others(data, OTHERS, subjects, dvc_cache)
             for line in describe_left_out(taken.left_out):
                 print(f"download: {line}", file=sys.stderr)
             if taken.renamed:
@@ -42,6 +42,7 @@ def main() -> None:
         else:
             from bestiary.data.sciencedb import download  # its HTTP client is not needed for a folder
 
+            subjects.check_without_others()
             downloaded = download(
                 RAW,
                 dataset.sciencedb,
@@ -54,7 +55,7 @@ def main() -> None:
             per_class = downloaded.per_class
             subjects.check_known(per_class)
             subjects.write_to(RAW)
-            others = take_others(data, OTHERS, Subjects())  # writes the empty folder that DVC expects
+            others = take_others(data, OTHERS, subjects)  # writes the empty folder that DVC expects
             found = {key: value for key, value in asdict(downloaded).items() if key != "per_class"}
             found["left_out"] = dict(sorted(Counter(each.kind for each in downloaded.left_out).items()))
         seconds, images = time.perf_counter() - started, sum(per_class.values())

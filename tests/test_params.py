@@ -183,6 +183,25 @@ def test_an_override_that_the_recipe_would_override_is_refused(edited: Callable[
         load_params(edited(change))
 
 
+def test_a_table_of_settings_can_stand_in_the_shared_part_where_the_profile_has_none(
+    edited: Callable[[Edit], Path],
+) -> None:
+    content = yaml.safe_load(PARAMS.read_text(encoding="utf-8"))
+    proof = content["profiles"]["subject"]["evaluate"]["proof"]
+    found = load_params(edited(lambda content: content["evaluate"].update(proof=proof))).evaluate.proof
+    assert found
+    assert found.contexts == proof["contexts"]
+
+
+def test_one_picture_is_no_proof(edited: Callable[[Edit], Path]) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content["profile"] = "subject"
+        content["profiles"]["subject"]["evaluate"]["proof"] |= {"unrelated": ["a crab"], "seeds": 1}
+
+    with pytest.raises(BestiaryError, match=r"evaluate\.proof .*unrelated and seeds together make one picture"):
+        load_params(edited(change))
+
+
 def test_every_setting_of_a_profile_can_be_overridden_in_the_shared_part() -> None:
     content = yaml.safe_load(PARAMS.read_text(encoding="utf-8"))
 

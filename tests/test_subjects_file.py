@@ -95,6 +95,8 @@ def test_the_chinese_name_is_the_given_one(tmp_path: Path) -> None:
         ('mug: {name: "sks \\ud800 mug"}', r"mug\.name has characters that no text has"),
         ("mug: {name: sks \a mug}", r"subjects\.yaml is not valid YAML: it has control characters"),
         ("mug: {name: Cat, class: cat}", "mug: name and class are both 'Cat'.*sks cat"),
+        ("penguin: {class: penguin}", "penguin: name and class are both 'penguin'"),
+        ("mug: {kind: style, class: mug}", "mug: a style has no class"),
         ("mug: {name: a}\nmug: {name: b}", "describes the folder mug twice"),
     ],
 )
@@ -148,6 +150,12 @@ def test_a_folder_of_others_is_no_subject(tmp_path: Path) -> None:
     with pytest.raises(BestiaryError, match="describes the folder other-cats, and the data has no such folder"):
         subjects.check_known(["my-cat", "cats"])
     assert Subjects.from_json(subjects.to_json()) == subjects
+
+
+def test_others_cannot_come_from_sciencedb_which_trains_on_every_class(tmp_path: Path) -> None:
+    read(tmp_path, "my-cat: {name: sks cat}").check_without_others()
+    with pytest.raises(BestiaryError, match=r"gives my-cat the others cats.* source folder"):
+        read(tmp_path, "my-cat: {name: sks cat, others: cats}").check_without_others()
 
 
 @pytest.mark.parametrize(

@@ -26,14 +26,14 @@ PHOTOS, PHOTOS_OF_OTHERS = 16, 12
 @click.option("--photos", default=PHOTOS, show_default=True, help="Of Pip.")
 def main(out: Path, photos: int) -> None:
     """Write the folders pip and other-penguins below OUT."""
-    if out.exists():
-        shutil.rmtree(out)
     write(out / "pip", (PIP,), photos, EXAMPLE_SEEDS)
     write(out / "other-penguins", OTHERS, PHOTOS_OF_OTHERS, EXAMPLE_SEEDS + 1000)
 
 
 def write(folder: Path, individuals: tuple[Clothes, ...], count: int, first_seed: int) -> None:
     """Write `count` pictures, each individual equally often, in random places and sizes."""
+    if folder.exists():
+        shutil.rmtree(folder)
     folder.mkdir(parents=True)
     for number in range(count):
         seed = first_seed + number

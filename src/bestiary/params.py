@@ -213,6 +213,13 @@ class Proof(Section):
     class_seeds: int = Field(ge=2)  # pictures of the class word
     image_judge: Model | None  # such as DINOv2, for everything but prompt following; None: the judge
 
+    @model_validator(mode="after")
+    def _enough_pictures(self) -> Proof:
+        for name in ("contexts", "unrelated"):
+            if len(getattr(self, name)) * self.seeds < 2:
+                raise ValueError(f"{name} and seeds together make one picture, and a measurement needs at least two")
+        return self
+
 
 class Evaluate(Section):
     template: Template
@@ -347,7 +354,7 @@ def _merge(shared: Mapping[str, Any], profile: Any, where: str) -> dict[str, Any
     for key, value in profile.items():
         if merged.get(key) is None:
             merged[key] = value
-        elif isinstance(merged[key], Mapping):
+        elif value is not None and isinstance(merged[key], Mapping):
             merged[key] = _merge(merged[key], value, f"{where}.{_line(key)}")
     return merged
 

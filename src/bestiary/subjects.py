@@ -244,6 +244,14 @@ class Subjects:
         """By subject folder, the folder with photos of other individuals. These folders are no subjects."""
         return {folder: subject.others for folder, subject in self.described.items() if subject.others}
 
+    def check_without_others(self) -> None:
+        """Raise BestiaryError when a subject has a folder of others, for sources that would train on it."""
+        for folder, others in self.folders_of_others.items():
+            raise BestiaryError(
+                f"subjects.yaml gives {folder} the others {others}, and the source sciencedb trains on every class. "
+                "Remove the key others, or use the source folder."
+            )
+
     def check_known(self, folders: Iterable[str]) -> None:
         """Raise BestiaryError when a folder that is described, or that holds others, is none of `folders`."""
         known = list(folders)
@@ -389,15 +397,17 @@ def _described(path: Path, folder: str, entry: object) -> Subject:
             raise BestiaryError(
                 f"{where}.{key} has {{ or }} in it, which mark the subject's place in prompts. Remove them."
             )
-    if texts["name"] and texts["name"].casefold() == texts["class"].casefold():
-        raise BestiaryError(
-            f"{where}: name and class are both {texts['name']!r}, so captions could not tell this {texts['class']} "
-            f"from others. Give it a name of its own, such as sks {texts['class']}."
-        )
+    if checked.kind == "style" and texts["class"]:
+        raise BestiaryError(f"{where}: a style has no class. Remove the key class, or set kind to thing.")
     known = subject_of(folder)
     name = texts["name"] or known.name
     if not texts["name"] and checked.kind == "style" and not name.casefold().endswith("style"):
         name = f"{name} style"
+    if name.casefold() == texts["class"].casefold():
+        raise BestiaryError(
+            f"{where}: name and class are both {name!r}, so captions could not tell this {texts['class']} "
+            f"from others. Give it a name of its own, such as sks {texts['class']}."
+        )
     chinese = texts["chinese"] or (known.chinese if name == known.name else name)
     others = unicodedata.normalize("NFC", checked.others or "")
     if others == folder:

@@ -323,3 +323,11 @@ def test_one_photo_of_others_is_too_few(raw: Path, tmp_path: Path) -> None:
     subjects = Subjects({"cat": Subject("cat", "sks cat", "", class_word="cat", given=True, others="owl")})
     with pytest.raises(BestiaryError, match=r"The folder owl has 1 images in .*takes at least 2"):
         take_others(raw, tmp_path / "others", subjects)
+
+
+def test_a_photo_of_others_that_cannot_be_read_is_named_before_anything_is_trained(raw: Path, tmp_path: Path) -> None:
+    broken = sorted((raw / "owl").iterdir())[0]
+    broken.write_bytes(broken.read_bytes()[:100])
+    subjects = Subjects({"cat": Subject("cat", "sks cat", "", class_word="cat", given=True, others="owl")})
+    with pytest.raises(BestiaryError, match=rf"{broken.name} cannot be read as an image"):
+        take_others(raw, tmp_path / "others", subjects)

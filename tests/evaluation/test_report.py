@@ -34,7 +34,7 @@ def test_the_table_is_followed_by_what_looks_copied_or_by_the_proof_of_one_subje
     lines = list(as_text(one_subject()))
     assert lines[2].startswith("fidelity to the real photos")
     assert (
-        "Fidelity: 0.80 (95 % interval 0.70 to 0.90) of the way from other penguins (0) to the real photos (1)."
+        "Fidelity: 0.80 (95 % interval 0.70 to 0.90) of the way from other individuals (0) to the real photos (1)."
         in lines
     )
     assert lines[3].endswith(" -")  # real photos follow no prompt

@@ -143,13 +143,14 @@ def test_an_adapter_of_one_subject_that_keeps_every_rule_becomes_the_champion() 
     decision, reasons = decide(one_subject(), RULES, None)
     assert decision == CHAMPION
     assert reasons == [
-        "Its pictures look like sks penguin: fidelity is above half of the way from other penguins to the real photos "
-        "(0.80 (95 % interval 0.70 to 0.90) of the way).",
+        "The judge tells sks penguin from other individuals.",
+        "Its pictures look like sks penguin: fidelity is above half of the way from other individuals to the real "
+        "photos (0.80 (95 % interval 0.70 to 0.90) of the way).",
         "It beats the base: fidelity +7.00 (95 % interval +5.00 to +9.00).",
-        "It shows sks penguin in new contexts: fidelity there is +15.00 (95 % interval +10.00 to +20.00) above any "
-        "penguin's.",
+        "It does not ignore the name in new contexts: fidelity there is +15.00 (95 % interval +10.00 to +20.00) above "
+        "the base's pictures of the class word.",
         "It follows prompts: +1.00 (95 % interval -1.00 to +3.00) against the base.",
-        "It leaves other penguins alone: leakage 8.50 (95 % interval 5.00 to 12.00).",
+        "It leaves pictures of the class word alone: leakage 8.50 (95 % interval 5.00 to 12.00).",
         "It does not copy its training photos.",
         "There is no other champion.",
     ]
@@ -160,9 +161,9 @@ def test_an_adapter_of_one_subject_that_keeps_every_rule_becomes_the_champion() 
     [
         ({"above_half": (-0.1, 4.0)}, "Its pictures are not surely sks penguin: fidelity is not reliably above half"),
         ({"gain": (-1.0, 1.0)}, "It does not reliably beat the base: fidelity"),
-        ({"in_context": (-5.0, 5.0)}, "In new contexts it may draw any penguin"),
+        ({"in_context": (-5.0, 5.0)}, "It may ignore the name in new contexts"),
         ({"prompt": (-2.1, 1.0)}, "It may follow prompts worse than the base: .* and the limit is -2"),
-        ({"leakage": (20.0, 30.1)}, "It changes other penguins: leakage 25.05 .* and the limit is 30"),
+        ({"leakage": (20.0, 30.1)}, "It changes pictures of the class word: leakage 25.05 .* and the limit is 30"),
         ({"copying": (0.51, 1.0)}, "It copies its training photos: 0.76 .* and the limit is 0.5"),
     ],
 )
@@ -175,10 +176,23 @@ def test_an_adapter_of_one_subject_that_breaks_one_rule_stays_challenger(
     assert re.match(reason, reasons[0])
 
 
-def test_copying_that_cannot_be_seen_does_not_fail_the_gate() -> None:
+def test_copying_that_cannot_be_seen_is_left_to_a_person() -> None:
     decision, reasons = decide(one_subject(copying=None), RULES, None)
-    assert decision == CHAMPION
-    assert "Whether it copies its training photos is unknown." in reasons
+    assert decision == CHALLENGER
+    assert reasons == ["Whether it copies its training photos is unknown: too few photos are held out. Add photos."]
+
+
+def test_likeness_proves_nothing_when_the_judge_does_not_tell_the_subject_from_others() -> None:
+    decision, reasons = decide(one_subject(way=None), RULES, None)
+    assert decision == CHALLENGER
+    assert reasons[0].startswith("The judge does not tell sks penguin from other individuals for certain")
+
+
+def test_one_subject_without_a_proof_never_becomes_the_champion() -> None:
+    report = one_subject().model_copy(update={"proofs": {}, "per_class": {"pip": one_subject().per_class["owl"]}})
+    decision, reasons = decide(report, RULES, None)
+    assert decision == CHALLENGER
+    assert reasons[0].startswith("One subject alone is proved by its pictures")
 
 
 def test_adapters_of_one_subject_are_compared_by_fidelity_on_the_same_photos() -> None:

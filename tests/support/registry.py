@@ -84,7 +84,8 @@ def evaluation(
 def one_subject(**changes: tuple[float, float] | None) -> EvaluationReport:
     """The report of an adapter of one subject that passes the gate, but for `changes`: intervals by what they measure.
 
-    The keys are above_half, gain, in_context, prompt, leakage and copying.
+    None stands for what could not be measured.
+    The keys are way, above_half, gain, in_context, prompt, leakage and copying.
     """
 
     def estimate(key: str, low: float, high: float) -> Estimate:
@@ -107,7 +108,7 @@ def one_subject(**changes: tuple[float, float] | None) -> EvaluationReport:
             gain=estimate("gain", 5.0, 9.0),
             others=some,
             ceiling=some,
-            way=estimate("way", 0.7, 0.9),
+            way=None if changes.get("way", ()) is None else estimate("way", 0.7, 0.9),
             above_half=estimate("above_half", 2.0, 6.0),
         ),
         in_context=InContext(

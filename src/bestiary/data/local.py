@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from bestiary.data.captions import read_captions, write_captions
 from bestiary.data.folder import check_classes, choose, link, replacing
+from bestiary.data.images import open_rgb
 from bestiary.data.listing import LeftOut, list_images, write_left_out
 from bestiary.data.names import printable, safe_names
 from bestiary.errors import BestiaryError
@@ -83,12 +84,15 @@ def take(
     return Taken(counts, renamed, left_out, len(taken_captions))
 
 
-def take_others(source: Path, target: Path, subjects: Subjects) -> dict[str, int]:
+def take_others(
+    source: Path, target: Path, subjects: Subjects, trusted: Callable[[], Sequence[Path]] = tuple
+) -> dict[str, int]:
     """Link the photos of other individuals to `target`/<subject folder>/, and return their number by subject folder.
 
-    Raises BestiaryError when a folder of others has fewer than two images.
+    Links are followed as `take` does. Raises BestiaryError when a folder of others has fewer than two images, or an
+    image that cannot be read.
     """
-    images = list_images(source).images if subjects.folders_of_others else {}
+    images = list_images(source, trusted).images if subjects.folders_of_others else {}
     with replacing(target) as fresh:
         for folder, others in subjects.folders_of_others.items():
             paths = images[others]
@@ -99,6 +103,7 @@ def take_others(source: Path, target: Path, subjects: Subjects) -> dict[str, int
                 )
             (fresh / folder).mkdir()
             for path, safe in zip(paths, safe_names(path.name for path in paths), strict=True):
+                open_rgb(path)  # evaluate reads it, after the training
                 link(path, fresh / folder / safe)
     return {folder: len(images[others]) for folder, others in subjects.folders_of_others.items()}
 

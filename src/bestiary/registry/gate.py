@@ -43,6 +43,11 @@ def decide(evaluation: ScoreReport, rules: Register, champion: ChampionCompariso
     """
     proof = evaluation.only_subject
     good, bad = _judge_one_subject(proof, rules) if proof else _judge_classes(evaluation, rules)
+    if proof is None and len(evaluation.per_class) == 1 and "margin" not in evaluation.delta:
+        bad.append(
+            "One subject alone is proved by its pictures, and this evaluation has no proof. Give the folder a class in "
+            "subjects.yaml, and set evaluate.proof (profile subject or photos)."
+        )
     score = BY_KEY[champion_score(evaluation, rules)].difference_title
     if champion is None:
         good.append("There is no other champion.")
@@ -96,10 +101,16 @@ def _judge_one_subject(proof: SubjectProof, rules: Register) -> tuple[list[str],
     """What speaks for and against an adapter of one subject, each rule in a sentence."""
     context, leakage = proof.in_context, proof.class_leakage.moved
     copies = proof.copying.share if proof.copying else None
-    others = f"other {proof.class_word}s" if proof.others_from == "photos" else f"the base's {proof.class_word}s"
+    others = "other individuals" if proof.others_from == "photos" else "the base's pictures of the class word"
     way = f" ({proof.fidelity.way.describe()} of the way)" if proof.fidelity.way else ""
     half = f"half of the way from {others} to the real photos"
     checks = [
+        (
+            proof.fidelity.way is not None,
+            f"The judge tells {proof.name} from {others}.",
+            f"The judge does not tell {proof.name} from {others} for certain, so likeness to the photos proves nothing. "
+            "Add photos, or set evaluate.proof.image_judge.",
+        ),
         (
             proof.fidelity.above_half.ci95[0] > 0,
             f"Its pictures look like {proof.name}: fidelity is above {half}{way}.",
@@ -112,10 +123,10 @@ def _judge_one_subject(proof: SubjectProof, rules: Register) -> tuple[list[str],
         ),
         (
             context.fidelity_gain.ci95[0] > 0,
-            f"It shows {proof.name} in new contexts: fidelity there is {context.fidelity_gain.describe('+')} above any "
-            f"{proof.class_word}'s.",
-            f"In new contexts it may draw any {proof.class_word}: fidelity there is "
-            f"{context.fidelity_gain.describe('+')} above the base's pictures of the class word.",
+            f"It does not ignore the name in new contexts: fidelity there is {context.fidelity_gain.describe('+')} "
+            "above the base's pictures of the class word.",
+            f"It may ignore the name in new contexts: fidelity there is {context.fidelity_gain.describe('+')} above "
+            "the base's pictures of the class word.",
         ),
         (
             context.prompt_difference.ci95[0] >= -rules.max_prompt_loss,
@@ -125,15 +136,17 @@ def _judge_one_subject(proof: SubjectProof, rules: Register) -> tuple[list[str],
         ),
         (
             leakage.ci95[1] <= rules.max_leakage,
-            f"It leaves other {proof.class_word}s alone: leakage {leakage.describe()}.",
-            f"It changes other {proof.class_word}s: leakage {leakage.describe()}, and the limit is "
+            f"It leaves pictures of the class word alone: leakage {leakage.describe()}.",
+            f"It changes pictures of the class word: leakage {leakage.describe()}, and the limit is "
             f"{rules.max_leakage:g}.",
         ),
         (
-            copies is None or copies.ci95[0] <= COPIED_SHARE,
-            "It does not copy its training photos." if copies else "Whether it copies its training photos is unknown.",
-            f"It copies its training photos: {copies.describe() if copies else ''} of the way from new photos to exact "
-            f"copies, and the limit is {COPIED_SHARE:g}.",
+            copies is not None and copies.ci95[0] <= COPIED_SHARE,
+            "It does not copy its training photos.",
+            f"It copies its training photos: {copies.describe()} of the way from new photos to exact copies, and the "
+            f"limit is {COPIED_SHARE:g}."
+            if copies
+            else "Whether it copies its training photos is unknown: too few photos are held out. Add photos.",
         ),
     ]
     return [good for passed, good, _ in checks if passed], [bad for passed, _, bad in checks if not passed]

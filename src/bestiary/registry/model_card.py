@@ -76,7 +76,7 @@ def render(
         f"scored them. {_judges_part(settings)}",
         "\n".join(as_markdown(report)),
         _strengths(report, subjects),
-        "\n".join(f"- {line}" for line in describe_proof(report.only_subject)) if report.only_subject else "",
+        "\n".join(f"- {line}" for proof in report.proofs.values() for line in describe_proof(proof)),
         "Share of pictures that look copied from training images (0: no more than by chance, 1: all of them): "
         f"{report.memorisation.adapter.copied.describe()}.",
         f"The registry's gate decided: {version.tags['decision']}" if "decision" in version.tags else "",
@@ -146,6 +146,8 @@ def _judges_part(settings: Mapping[str, Mapping[str, str]]) -> str:
         parts.append("looked for off-topic images in cleaning")
     if settings.get("train", {}).get("train.criterion") == "clip_score":
         parts.append("chose the checkpoint")
+    if settings.get("evaluate", {}).get("evaluate.sweep", "None") not in ("None", ""):
+        parts.append("chose the adapter weight and the guidance scale, on other seeds")
     return f"It also {' and '.join(parts)}." if parts else "It had no part in cleaning or training."
 
 

@@ -116,7 +116,7 @@ class Grid:
         if len({axis.name for axis in axes}) < len(axes):
             raise BestiaryError(f"--grid {axes[0].name} is given twice. Give all its values at once.")
         if math.prod(len(axis.values) for axis in axes) > MAX_CELLS:
-            raise BestiaryError(f"A grid may have {MAX_CELLS} pictures. Choose fewer values.")
+            raise BestiaryError(f"A grid may have at most {MAX_CELLS} pictures. Choose fewer values.")
         return Grid(axes) if axes else None
 
     def cells(self, settings: PictureSettings) -> list[list[PictureSettings]]:

@@ -140,7 +140,7 @@ def _metadata(version: Version, report: EvaluationReport, subjects: Mapping[str,
 
 
 def _judges_part(settings: Mapping[str, Mapping[str, str]]) -> str:
-    """Where the judge had a say before it scored: in cleaning, and in the choice of the checkpoint."""
+    """Where the judge was used before scoring: in cleaning, and in choosing the checkpoint."""
     parts = []
     if settings.get("clean", {}).get("clean.off_topic", "off") != "off":
         parts.append("looked for off-topic images in cleaning")

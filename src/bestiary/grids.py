@@ -72,7 +72,8 @@ class Axis:
         number = 1 if self.name == "weight" else 2
         if len(settings.adapters) < number:
             raise BestiaryError(
-                f"--grid {self.name} needs {number} adapter{'s' * (number > 1)}. Name it with --adapter."
+                f"--grid {self.name} needs {number} adapter{'s' * (number > 1)}. "
+                f"Name {'both' if number > 1 else 'one'} with --adapter."
             )
         if number == 1:
             return replace(settings, sampling=replace(sampling, adapter_weight=value))

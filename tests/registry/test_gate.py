@@ -146,8 +146,8 @@ def test_an_adapter_of_one_subject_that_keeps_every_rule_becomes_the_champion() 
         "Its pictures look like sks penguin: fidelity is above half of the way from other penguins to the real photos "
         "(0.80 (95 % interval 0.70 to 0.90) of the way).",
         "It beats the base: fidelity +7.00 (95 % interval +5.00 to +9.00).",
-        "It shows sks penguin in new contexts: fidelity there is +15.00 (95 % interval +10.00 to +20.00) above any "
-        "penguin's.",
+        "It shows sks penguin in new contexts: fidelity there is +15.00 (95 % interval +10.00 to +20.00) above "
+        "that of the base's pictures of the class word.",
         "It follows prompts: +1.00 (95 % interval -1.00 to +3.00) against the base.",
         "It leaves other penguins alone: leakage 8.50 (95 % interval 5.00 to 12.00).",
         "It does not copy its training photos.",
@@ -158,9 +158,9 @@ def test_an_adapter_of_one_subject_that_keeps_every_rule_becomes_the_champion() 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"above_half": (-0.1, 4.0)}, "Its pictures are not surely sks penguin: fidelity is not reliably above half"),
+        ({"above_half": (-0.1, 4.0)}, "Its pictures may not show sks penguin: fidelity is not reliably above half"),
         ({"gain": (-1.0, 1.0)}, "It does not reliably beat the base: fidelity"),
-        ({"in_context": (-5.0, 5.0)}, "In new contexts it may draw any penguin"),
+        ({"in_context": (-5.0, 5.0)}, "In new contexts it may draw just any penguin"),
         ({"prompt": (-2.1, 1.0)}, "It may follow prompts worse than the base: .* and the limit is -2"),
         ({"leakage": (20.0, 30.1)}, "It changes other penguins: leakage 25.05 .* and the limit is 30"),
         ({"copying": (0.51, 1.0)}, "It copies its training photos: 0.76 .* and the limit is 0.5"),

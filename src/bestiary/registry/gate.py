@@ -103,7 +103,7 @@ def _judge_one_subject(proof: SubjectProof, rules: Register) -> tuple[list[str],
         (
             proof.fidelity.above_half.ci95[0] > 0,
             f"Its pictures look like {proof.name}: fidelity is above {half}{way}.",
-            f"Its pictures are not surely {proof.name}: fidelity is not reliably above {half}{way}.",
+            f"Its pictures may not show {proof.name}: fidelity is not reliably above {half}{way}.",
         ),
         (
             proof.fidelity.gain.ci95[0] > 0,
@@ -112,10 +112,10 @@ def _judge_one_subject(proof: SubjectProof, rules: Register) -> tuple[list[str],
         ),
         (
             context.fidelity_gain.ci95[0] > 0,
-            f"It shows {proof.name} in new contexts: fidelity there is {context.fidelity_gain.describe('+')} above any "
-            f"{proof.class_word}'s.",
-            f"In new contexts it may draw any {proof.class_word}: fidelity there is "
-            f"{context.fidelity_gain.describe('+')} above the base's pictures of the class word.",
+            f"It shows {proof.name} in new contexts: fidelity there is {context.fidelity_gain.describe('+')} above "
+            "that of the base's pictures of the class word.",
+            f"In new contexts it may draw just any {proof.class_word}: fidelity there is "
+            f"{context.fidelity_gain.describe('+')} above that of the base's pictures of the class word.",
         ),
         (
             context.prompt_difference.ci95[0] >= -rules.max_prompt_loss,

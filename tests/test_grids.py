@@ -84,7 +84,7 @@ def test_the_sheet_shows_every_picture_with_labels() -> None:
         (["scheduler=foo"], "There is no sampler 'foo'"),
         (["seed=1", "seed=2"], "--grid seed is given twice"),
         (["seed=1", "steps=2", "weight=1"], "two axes, not 3"),
-        ([f"seed={','.join(map(str, range(401)))}"], "may have 400 pictures"),
+        ([f"seed={','.join(map(str, range(401)))}"], "may have at most 400 pictures"),
     ],
 )
 def test_what_is_no_grid_is_named(texts: list[str], words: str) -> None:

@@ -123,7 +123,7 @@ def _download(model: str, revision: str | None) -> Path:
 
 @dataclass(frozen=True)
 class Uncaptioned:
-    """The images that have no caption yet: those to describe, and those for which there is no place."""
+    """The images that have no caption yet: those to describe, and those whose caption file is taken."""
 
     images: list[Path]
     without_place: list[Path]  # another file has the caption file's name, or an image of that name has a caption
@@ -172,7 +172,7 @@ def write_captions(images: Sequence[Path], describe: Describe) -> Iterator[tuple
                 try:
                     picture = open_rgb(path)
                 except UnreadableImageError as error:
-                    yield path, f"no caption: this is no image that can be read ({error.reason})"
+                    yield path, f"no caption: the image cannot be read ({error.reason})"
                     continue
                 picture.thumbnail((_SIDE, _SIDE))
                 paths.append(path)
@@ -183,5 +183,5 @@ def write_captions(images: Sequence[Path], describe: Describe) -> Iterator[tuple
                 elif write_new(caption_file(path), f"{text}\n".encode()):
                     yield caption_file(path), text
                 else:
-                    yield caption_file(path), "kept as it is: somebody wrote it meanwhile"
+                    yield caption_file(path), "not overwritten: the file was created in the meantime"
             bar.update(len(images[start : start + BATCH_SIZE]))

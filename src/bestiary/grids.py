@@ -72,7 +72,8 @@ class Axis:
         number = 1 if self.name == "weight" else 2
         if len(settings.adapters) < number:
             raise BestiaryError(
-                f"--grid {self.name} needs {number} adapter{'s' * (number > 1)}. Name it with --adapter."
+                f"--grid {self.name} needs {number} adapter{'s' * (number > 1)}. "
+                f"Name {'both' if number > 1 else 'one'} with --adapter."
             )
         if number == 1:
             return replace(settings, sampling=replace(sampling, adapter_weight=value))
@@ -116,7 +117,7 @@ class Grid:
         if len({axis.name for axis in axes}) < len(axes):
             raise BestiaryError(f"--grid {axes[0].name} is given twice. Give all its values at once.")
         if math.prod(len(axis.values) for axis in axes) > MAX_CELLS:
-            raise BestiaryError(f"A grid may have {MAX_CELLS} pictures. Choose fewer values.")
+            raise BestiaryError(f"A grid may have at most {MAX_CELLS} pictures. Choose fewer values.")
         return Grid(axes) if axes else None
 
     def cells(self, settings: PictureSettings) -> list[list[PictureSettings]]:

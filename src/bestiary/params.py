@@ -72,7 +72,7 @@ def watched(folder: str) -> str:
     """Refuse a folder of images that DVC does not watch for changes."""
     parts = Path(folder).parts
     if not parts or ".." in parts or parts[0] not in ("data", "examples") or (parts[0] == "data" and len(parts) > 1):
-        raise PydanticCustomError("watched", "the folder is data, or a folder in examples: DVC watches only these two")
+        raise PydanticCustomError("watched", "the folder must be one that DVC watches: data, or a folder in examples")
     return folder
 
 

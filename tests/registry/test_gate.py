@@ -159,7 +159,7 @@ def test_an_adapter_of_one_subject_that_keeps_every_rule_becomes_the_champion() 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"above_half": (-0.1, 4.0)}, "Its pictures are not surely sks penguin: fidelity is not reliably above half"),
+        ({"above_half": (-0.1, 4.0)}, "Its pictures may not show sks penguin: fidelity is not reliably above half"),
         ({"gain": (-1.0, 1.0)}, "It does not reliably beat the base: fidelity"),
         ({"in_context": (-5.0, 5.0)}, "It may ignore the name in new contexts"),
         ({"prompt": (-2.1, 1.0)}, "It may follow prompts worse than the base: .* and the limit is -2"),

@@ -32,7 +32,7 @@ from bestiary.samplers import SAMPLERS
 
 NAME = "a1111"  # of these orders in the queue
 MAX_REMEMBERED = 1000  # addresses whose chosen base is remembered
-NO_IMG2IMG = "Image to image is not available here yet. Use txt2img."
+NO_IMG2IMG = "Image to image is not available through this API. Use txt2img, or start from a picture on the page."
 # What clients ask for when they connect, and there is nothing of here.
 EMPTY: dict[str, object] = {
     "cmd-flags": {},
@@ -117,7 +117,7 @@ class A1111Api:
         return named(name, self._offers.bases, "base", CHECKPOINT)
 
     async def progress(self, request: Request) -> Response:
-        """How far the oldest order of the client's address is. Other people's orders are nobody's business."""
+        """How far the oldest order of the client's address is. Orders of other addresses are not shown."""
         drawing = self._queue.oldest(address_of(request.scope), NAME)
         told = drawing.progress if drawing else None
         done, total = (told.done, told.total) if told else (0, 1)
@@ -170,7 +170,7 @@ class A1111Api:
         return JSONResponse({CHECKPOINT: base, "CLIP_stop_at_last_layers": 1, "samples_format": "png"})
 
     async def set_options(self, request: Request) -> Response:
-        """Remember the base that an address chose, as A1111 does. Nobody else's pictures change."""
+        """Remember the base that an address chose, as A1111 does. Other addresses keep their own choice."""
         options = parsed(Options, await read_json(request)).root
         check_options(options)
         if CHECKPOINT in options:

@@ -83,7 +83,7 @@ class AccessControl:
             return _challenge(scope["path"], token)
         address = address_of(scope)
         if seconds := math.ceil(self.guesses.seconds_to_wait(address)):
-            sentence = f"There were wrong passwords from your address. Try again in {seconds} s."
+            sentence = f"Your address sent wrong passwords. Try again in {seconds} s."
             return refusal(scope["path"], sentence, 429, headers={"Retry-After": str(seconds)})
         if self._is_right(kind.lower(), given.strip(), token):
             return None

@@ -119,7 +119,10 @@ class OpenAIApi:
             offer = known[named(wanted.model, known, "model", "model")]
             base = "" if offer else wanted.model
         if offer is None and wanted.adapter_weight is not None:
-            raise InvalidError("Without an adapter there is nothing to weigh.", field="adapter_weight")
+            raise InvalidError(
+                "adapter_weight needs an adapter. Leave it out, or choose an adapter as the model.",
+                field="adapter_weight",
+            )
         return make_order(
             self._offers,
             [Chosen(offer, wanted.adapter_weight)] if offer else [],

@@ -50,7 +50,7 @@ async def refused(request: Request, error: Exception) -> Response:
 async def not_here(request: Request, error: Exception) -> Response:
     """Answer a request to a path, or by a method, that does not exist."""
     assert isinstance(error, HTTPException)
-    sentence = f"There is no {request.method} {request.url.path[:200]} here. docs/api.md lists what there is."
+    sentence = f"There is no {request.method} {request.url.path[:200]} here. Check the path and the method."
     return refusal(request.scope["path"], sentence, error.status_code, headers=dict(error.headers or {}))
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
 FAILED_STATUS = {"failure": 500, "slowReader": 503}  # of an order that failed, by the error's key
-TOO_MUCH = "The pictures take more memory than there is for those that wait to be sent. Order fewer at once."
+TOO_MUCH = "The server has no memory left for finished pictures that wait to be sent. Order fewer pictures at once."
 
 Render = Callable[[Sequence[Picture]], object]  # an order's pictures, as JSON
 

@@ -147,7 +147,7 @@ def check_topics(
             if known and unsure:
                 tell(
                     f"{folder}: the judge calls {len(doubtful)} of {len(members)} images off topic. It may not know "
-                    "such images, so they are kept. Look at them; clean.off_topic decides."
+                    "such images, so they are kept. If they are wrong, set clean.off_topic to quarantine."
                 )
             policy = "quarantine" if known and not unsure else "flag"
         for image, detail, score in doubtful:

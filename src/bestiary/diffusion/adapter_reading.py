@@ -148,13 +148,16 @@ def _check_tensor(key: str, value: torch.Tensor, field: str, file: Path) -> None
     """Raise BestiaryError for a value that is not finite, or of a type that a UNet cannot take without loss."""
     if field == "alpha":
         if value.numel() != 1 or value.dtype not in ALPHA_TYPES:
-            raise BestiaryError(f"{file} holds {shown(key)}, which is no number. Get another copy of the file.")
+            raise BestiaryError(f"{file} holds {shown(key)}, which is not a number. Get another copy of the file.")
     elif value.dtype not in WEIGHT_TYPES:
         raise BestiaryError(
-            f"{file} holds {shown(key, 160)} as {str(value.dtype).removeprefix('torch.')}: not supported."
+            f"{file} holds {shown(key, 160)} as {str(value.dtype).removeprefix('torch.')}, "
+            "which is not supported. Save it as float32, float16 or bfloat16."
         )
     elif not torch.isfinite(value).all():
-        raise BestiaryError(f"{file} holds values that are not finite numbers: {shown(key, 160)}.")
+        raise BestiaryError(
+            f"{file} holds values that are not finite numbers: {shown(key, 160)}. Get another copy of the file."
+        )
 
 
 def _split_kinds(modules: Mapping[str, Tensors], file: Path) -> tuple[dict[str, Tensors], dict[str, Tensors]]:
@@ -185,10 +188,14 @@ def _split_kinds(modules: Mapping[str, Tensors], file: Path) -> tuple[dict[str, 
 def _check_halves(module: str, tensors: Tensors, file: Path) -> None:
     """Raise BestiaryError when a module's LoRA lacks a half, or the halves do not have one rank."""
     if not tensors.keys() >= LORA:
-        raise BestiaryError(f"{file} is incomplete: it holds only one half of {shown(module)}.")
+        raise BestiaryError(
+            f"{file} is incomplete: it holds only one half of {shown(module)}. Get another copy of the file."
+        )
     down, up = tensors["lora_A.weight"], tensors["lora_B.weight"]
     if min(down.ndim, up.ndim) < 2 or down.shape[0] != up.shape[1]:
-        raise BestiaryError(f"{file} is broken: the two halves of {shown(module)} have different ranks.")
+        raise BestiaryError(
+            f"{file} is broken: the two halves of {shown(module)} have different ranks. Get another copy of the file."
+        )
     if not 1 <= down.shape[0] <= MAX_RANK_OR_ALPHA:
         raise BestiaryError(f"{file} is broken: its weights have the rank {down.shape[0]}.")
 
@@ -300,7 +307,7 @@ def _stored_alphas(
     if missing := sorted(modules.keys() - beside.keys()):
         raise BestiaryError(
             f"{file} stores an alpha for {len(beside)} of its {len(modules)} modules, and none for "
-            f"{shown(missing[0])}, which programs read differently: not supported."
+            f"{shown(missing[0])}. Programs read such files differently, so save it with an alpha for each module."
         )
     for module, alpha in beside.items():
         _check_alpha(alpha, file)
@@ -309,13 +316,14 @@ def _stored_alphas(
             expected = float(in_config[module]) * (ranks[module] ** 0.5 if config.use_rslora else 1.0)
             if abs(alpha - expected) > 1e-3 * abs(expected):
                 raise BestiaryError(
-                    f"{file} stores two alphas: {alpha:g} beside its weights and {expected:g} in its config."
+                    f"{file} stores two alphas: {alpha:g} beside its weights and {expected:g} in its config. "
+                    "Correct the wrong one."
                 )
     return beside | in_config
 
 
 def _two_alphas(file: Path, stored: Iterable[float], given: float) -> BestiaryError:
-    return BestiaryError(f"{file} stores its alpha, {spread(stored)}, so --alpha {given:g} is not used. Leave it out.")
+    return BestiaryError(f"{file} stores its alpha, {spread(stored)}, so leave out --alpha {given:g}.")
 
 
 def _check_alpha(alpha: float, file: Path) -> None:

@@ -62,7 +62,7 @@ def summarize(file: Path, base: BaseToTry | None) -> Rows:
     rows += _content(content)
     rows += _trainer(stored.metadata)
     if base is None:
-        return [*rows, ("would be applied", "unknown without a base. Name one with --base")]
+        return [*rows, ("would be applied", "unknown without a base. Name one with --base.")]
     return [*rows, ("base", shown(base.name, MAX_VALUE)), ("would be applied", _applied(file, content, base))]
 
 

@@ -53,7 +53,7 @@ def merge(parents: Sequence[Parent], rank: int | None = None) -> Merged:
     contents = [read_adapter(parent.file) for parent in parents]
     stacked = _stack([_factors(parent, content) for parent, content in zip(parents, contents, strict=True)])
     if not stacked:
-        raise BestiaryError("These adapters hold no LoRA weights that could be added up.")
+        raise BestiaryError("These adapters hold no LoRA weights to merge. Choose LoRA adapters.")
     full = max(down.shape[0] for down, _ in stacked.values())
     if rank is not None and rank >= full:
         raise BestiaryError(f"--rank {rank} is not below {full}, the rank without a loss. Choose a lower one.")
@@ -89,10 +89,10 @@ def _factors(parent: Parent, content: AdapterContent) -> Factors:
     other = next((change.kind for change in content.changes.values()), None)
     if other or any(config and config.use_dora for _, config in map(content.lora, PARTS)):
         raise BestiaryError(
-            f"{parent.name} holds {other or 'DoRA'}. Only the changes of plain LoRA adapters can be added up."
+            f"{parent.name} holds {other or 'DoRA'}. Only plain LoRA adapters can be merged. Leave it out."
         )
     if parent.weight == 0:
-        raise BestiaryError(f"{parent.name} has the weight 0 and would add nothing. Leave it out.")
+        raise BestiaryError(f"{parent.name} has weight 0, so it has no effect. Leave it out.")
     factors = {}
     for part in PARTS:
         weights, config = content.lora(part)
@@ -168,7 +168,9 @@ def _provenance(
             known.setdefault(content.provenance.base_sha256, (parent, content.provenance))
     if len(known) > 1:
         names = " and ".join(parent.name for parent, _ in list(known.values())[:2])
-        raise BestiaryError(f"{names} were trained on different bases, so they cannot be merged.")
+        raise BestiaryError(
+            f"{names} were trained on different bases, so they cannot be merged. Choose adapters of one base."
+        )
     of_base = next((origin for _, origin in known.values()), contents[0].provenance)
     facts: dict[str, object] = {
         "base": of_base.base,

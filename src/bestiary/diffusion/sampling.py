@@ -92,7 +92,7 @@ def check_sampling(pipeline: StableDiffusionPipeline, sampling: Sampling) -> Non
         raise BestiaryError("The scheduler 'lcm' needs a latent consistency model, and this base is not one.")
     if sampling.sampler in ("lcm", "tcd") and sampling.steps > (most := max_lcm_steps(pipeline)):
         what = "A latent consistency model" if sampling.sampler == "lcm" else "The sampler tcd"
-        raise BestiaryError(f"{what} draws in at most {most} steps: {sampling.steps} are too many.")
+        raise BestiaryError(f"{what} draws in at most {most} steps, not {sampling.steps}. Choose fewer steps.")
 
 
 def _has_adapter(pipeline: StableDiffusionPipeline) -> bool:

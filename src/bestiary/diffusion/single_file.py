@@ -96,13 +96,15 @@ def _check_family(file: Path, content: Any, names: list[str]) -> None:  # safete
     if missing:
         lora = " It is an adapter: use it with --adapter." if any("lora" in name for name in names) else ""
         raise BestiaryError(
-            f"The base {file} is no whole checkpoint of Stable Diffusion: it holds no {' and no '.join(missing)}.{lora}"
+            f"The base {file} is not a complete checkpoint of Stable Diffusion: it holds no "
+            f"{' and no '.join(missing)}.{lora}"
         )
     first = "model.diffusion_model.input_blocks.0.0.weight"
     channels = content.get_slice(first).get_shape()[1] if first in names else 4
     if channels != 4:
         raise BestiaryError(
-            f"The base {file} is for inpainting or editing ({channels} input channels), which is not supported."
+            f"The base {file} is for inpainting or editing ({channels} input channels), which is not supported. "
+            "Use a text-to-image checkpoint."
         )
 
 

@@ -108,13 +108,13 @@ def _judge_one_subject(proof: SubjectProof, rules: Register) -> tuple[list[str],
         (
             proof.fidelity.way is not None,
             f"The judge tells {proof.name} from {others}.",
-            f"The judge does not tell {proof.name} from {others} for certain, so likeness to the photos proves nothing. "
+            f"The judge does not tell {proof.name} from {others} for certain, so likeness to photos proves nothing. "
             "Add photos, or set evaluate.proof.image_judge.",
         ),
         (
             proof.fidelity.above_half.ci95[0] > 0,
             f"Its pictures look like {proof.name}: fidelity is above {half}{way}.",
-            f"Its pictures are not surely {proof.name}: fidelity is not reliably above {half}{way}.",
+            f"Its pictures may not show {proof.name}: fidelity is not reliably above {half}{way}.",
         ),
         (
             proof.fidelity.gain.ci95[0] > 0,

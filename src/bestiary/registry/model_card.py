@@ -69,7 +69,8 @@ def render(
         f"---\n{_metadata(version, report, subjects, has_sheet)}\n---",
         f"# {version.name} {version.version}",
         f"A LoRA adapter (rank {number(version, 'rank'):g}, alpha {number(version, 'alpha'):g}) for {base}. It teaches "
-        f"the base {len(subjects)} subjects: {', '.join(subject.name for subject in subjects.values())}.",
+        f"the base {len(subjects)} subject{'s' * (len(subjects) > 1)}: "
+        f"{', '.join(subject.name for subject in subjects.values())}.",
         f"![The base beside the adapter: same prompts, same seeds]({SHEET})" if has_sheet else "",
         "## Scores",
         f"The base and the adapter each drew {report.images} pictures from the same prompts and seeds. A CLIP model "
@@ -140,7 +141,7 @@ def _metadata(version: Version, report: EvaluationReport, subjects: Mapping[str,
 
 
 def _judges_part(settings: Mapping[str, Mapping[str, str]]) -> str:
-    """Where the judge had a say before it scored: in cleaning, and in the choice of the checkpoint."""
+    """Where the judge was used before scoring: in cleaning, and in choosing the checkpoint."""
     parts = []
     if settings.get("clean", {}).get("clean.off_topic", "off") != "off":
         parts.append("looked for off-topic images in cleaning")

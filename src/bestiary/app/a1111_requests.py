@@ -53,6 +53,7 @@ USUAL: Mapping[str, tuple[object, ...]] = {
     "subseed_strength": NOTHING,
     "tiling": NOTHING,
 }
+SECOND_PASS = "hr_"  # how the fields begin that say how to draw the second pass
 USUAL_OPTIONS: Mapping[str, tuple[object, ...]] = {
     "CLIP_stop_at_last_layers": (None, 1),
     "samples_format": (None, "png"),
@@ -108,7 +109,8 @@ class Txt2ImgRequest(BaseModel):
 
     def check(self) -> None:
         """Raise InvalidError when a field asks for what cannot be done here."""
-        _check_usual(self.model_extra or {}, USUAL)
+        given = self.model_extra or {}
+        _check_usual({name: value for name, value in given.items() if not name.startswith(SECOND_PASS)}, USUAL)
         check_options(self.override_settings or {})
 
 

@@ -100,6 +100,17 @@ def list_images(root: Path, trusted: Callable[[], Sequence[Path]] | None = None)
     return listing
 
 
+def list_folder(folder: Path, name: str) -> Listing:
+    """List one folder of images as the class `name`; all links are followed.
+
+    Raises BestiaryError when there is no such folder.
+    """
+    if not folder.is_dir():
+        raise BestiaryError(f"The folder {printable(str(folder))} does not exist. Give a folder of photos.")
+    images, captions, left_out = _list_class(folder, name, _Links(folder, None))
+    return Listing({name: images}, {name: captions}, left_out)
+
+
 def write_left_out(folder: Path, left_out: Sequence[LeftOut]) -> None:
     """Write what was left out to a hidden table in `folder`, for cleaning to report. Nothing for nothing."""
     if left_out:

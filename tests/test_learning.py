@@ -94,7 +94,7 @@ def lesson(photos: Path, **changes: object) -> Lesson:
 
 def teach(photos: Path, **changes: object) -> tuple[bool, list[str]]:
     told: list[str] = []
-    return learn(lesson(photos, **changes), lambda params, plan: None, told.append), told
+    return learn(lesson(photos, **changes), told.append), told
 
 
 def state(root: Path) -> dict[str, object]:
@@ -171,7 +171,7 @@ def start(root: Path, photos: Path) -> subprocess.Popen[bytes]:
     (root / "waits").touch()
     code = (
         "import sys; from bestiary.learning import Lesson, learn; from pathlib import Path\n"
-        "learn(Lesson(Path(sys.argv[1]), 'sks cat', 'cat', profile='sample'), lambda *_: None, print)"
+        "learn(Lesson(Path(sys.argv[1]), 'sks cat', 'cat', profile='sample'), print)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(photos)], cwd=root)
     deadline = time.monotonic() + 60
@@ -224,8 +224,9 @@ def test_what_was_edited_after_a_kill_is_not_undone(root: Path, photos: Path, tm
         ({"name": " "}, "--name is empty"),
         ({"class_word": ""}, "--class is missing"),
         ({"name": "cat"}, "--name and --class are both 'cat'"),
-        ({"name": "sks {} cat"}, r"--name holds { or }"),
-        ({"name": "s" * 101}, "--name: string should have at most 100 characters"),
+        ({"kind": "style"}, "A style has no class"),
+        ({"name": "sks {} cat"}, r"--name has { or }"),
+        ({"name": "s" * 101}, "--name has more than 100 characters"),
     ],
 )
 def test_bad_words_are_named_by_their_option(tmp_path: Path, changes: dict[str, object], message: str) -> None:
@@ -297,3 +298,14 @@ def test_an_entry_of_the_same_folder_is_replaced_and_comments_stay(tmp_path: Pat
     )
     with pytest.raises(BestiaryError, match="a line for each folder"):
         new_subjects("{owl: {name: xqz owl}}", lesson(tmp_path))
+
+
+def test_photos_of_others_lie_beside_the_subject_and_are_named_in_subjects_yaml(
+    root: Path, photos: Path, tmp_path: Path
+) -> None:
+    assert teach(photos, others=write_photos(tmp_path / "others", 2))[0]
+    assert Subjects.read(root / "subjects.yaml").folders_of_others == {"sks_cat": "other_than_sks_cat"}
+    assert len(list((root / "data" / "other_than_sks_cat").iterdir())) == 2
+    assert teach(photos, others=tmp_path / "others")[0] is False
+    with pytest.raises(BestiaryError, match="has 1 images, and comparing with other individuals takes at least 2"):
+        teach(photos, others=write_photos(tmp_path / "one", 1))

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
     from bestiary.generation import Generator, Weighted
     from bestiary.grids import Grid
-    from bestiary.subjects import Subject
+    from bestiary.subjects import Kind, Subject
 
 CHAMPION = "models:/bestiary@champion"  # shown in help; the name comes from register.name in params.yaml
 FOLDER = click.Path(file_okay=False, writable=True, path_type=Path)
@@ -602,6 +602,35 @@ def captions(write: bool) -> None:
 
     for line in write_project_captions() if write else project_captions():
         tqdm.write(printable(line), file=sys.stdout)
+
+
+@cli.command()
+@click.argument("photos", type=click.Path(path_type=Path))
+@click.option("--name", required=True, help="What stands for the subject in captions and prompts, such as 'sks cat'.")
+@click.option("--class", "class_word", default="", metavar="WORD", help="What it is in general, such as cat.")
+@click.option("--kind", type=click.Choice(["thing", "style"]), default="thing", show_default=True, help="What it is.")
+@click.option("--others", type=click.Path(path_type=Path), help="Folder of photos of others of its class, to compare.")
+@click.option("--steps", type=click.IntRange(1), help="Training steps, else the profile's.")
+@click.option("--profile", help="Profile in params.yaml.  [default: photos on a GPU, else subject]")
+@click.option("--replace", is_flag=True, help="Put other data in data/ aside, into put-aside/.")
+def learn(
+    photos: Path,
+    name: str,
+    class_word: str,
+    kind: Kind,
+    others: Path | None,
+    steps: int | None,
+    profile: str | None,
+    replace: bool,
+) -> None:
+    """Teach one subject from a folder of PHOTOS: put them into data/, run the pipeline, show the result."""
+    from bestiary import learning
+
+    lesson = learning.Lesson(photos, name, class_word, kind, steps, profile, replace, others)
+    if not learning.learn(lesson, lambda line: click.echo(printable(line))):
+        click.echo("This has been done already.")
+    evaluation, registration = last_results()
+    click.echo("\n".join(render_results(evaluation, registration, _program())))
 
 
 @cli.command()

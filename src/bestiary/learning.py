@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,8 @@ Tell = Callable[[str], object]
 class Lesson:
     """What to teach: the photos, the name that stands for their subject, and how.
 
-    `steps` and `profile` None: as params.yaml says, and as this machine suggests.
+    `steps` and `profile` None: as params.yaml says, and as this machine suggests. `others` holds photos of other
+    individuals of the class, to compare with.
     """
 
     photos: Path
@@ -53,11 +54,17 @@ class Lesson:
     steps: int | None = None
     profile: str | None = None
     replace: bool = False
+    others: Path | None = None
 
     @property
     def folder(self) -> str:
         """The class folder in data/: the name without spaces."""
         return safe_name("_".join(self.name.split()))
+
+    @property
+    def others_folder(self) -> str:
+        """The folder in data/ of the photos of others."""
+        return f"other_than_{self.folder}"
 
 
 @dataclass(frozen=True)
@@ -65,18 +72,18 @@ class Plan:
     """A lesson checked against a project, before anything has changed."""
 
     files: Mapping[str, str]  # new texts by name
-    photos: Listing
+    photos: Mapping[str, Sequence[Path]]  # images and caption files by the folder in data/
     data: Hashes  # what data/ is to hold
     params: Params  # as they will be
     is_in_place: bool  # data/ holds exactly the photos, and DVC tracks them
 
 
-def learn(lesson: Lesson, estimate: Callable[[Params, Plan], None], tell: Tell) -> bool:
-    """Put the photos into data/, write the settings, show the estimate and run the pipeline.
+def learn(lesson: Lesson, tell: Tell) -> bool:
+    """Put the photos into data/, write the settings and run the pipeline.
 
-    Returns False when all of this had been done before, and only then nothing is run. `estimate` is called before
-    anything changes. When the pipeline fails or is stopped, data/, data.dvc, subjects.yaml and params.yaml are as they
-    were before, and the same command resumes. Raises BestiaryError for a mistake of the user's.
+    Returns False when all of this had been done before, and only then nothing is run. When the pipeline fails or is
+    stopped, data/, data.dvc, subjects.yaml and params.yaml are as they were before, and the same command resumes.
+    Raises BestiaryError for a mistake of the user's.
     """
     root = find_project()
     if root is None or not (root / "dvc.yaml").is_file():
@@ -89,8 +96,7 @@ def learn(lesson: Lesson, estimate: Callable[[Params, Plan], None], tell: Tell) 
         done = plan.is_in_place and all(_text(root / name) == text for name, text in plan.files.items())
         if done and _is_up_to_date(root):
             return False
-        estimate(plan.params, plan)
-        change.start(plan.files, None if plan.is_in_place else _copied(root, lesson, plan))
+        change.start(plan.files, None if plan.is_in_place else _copied(root, plan))
         try:
             run_pipeline(root, lock)
         except BaseException:
@@ -120,8 +126,10 @@ def make_plan(root: Path, lesson: Lesson, tell: Tell) -> Plan:
     params = _checked(root, "params.yaml", params_text, load_params)
     subjects = _checked(root, "subjects.yaml", files["subjects.yaml"], Subjects.read)
     check_folders([lesson.folder], subjects)
-    taken = [*listing.images[lesson.folder], *listing.captions[lesson.folder]]
-    data = {f"{lesson.folder}/{path.name}": _sha256(path) for path in taken}
+    photos = {lesson.folder: [*listing.images[lesson.folder], *listing.captions[lesson.folder]]}
+    if lesson.others:
+        photos[lesson.others_folder] = check_others(lesson.others, lesson)
+    data = {f"{folder}/{path.name}": _sha256(path) for folder, paths in photos.items() for path in paths}
     there = hashes(root / DATA)
     is_in_place = there == data and _tracks_own_data(root)
     if there and there != data and not lesson.replace and not _is_copy_of_import(root, there):
@@ -130,7 +138,7 @@ def make_plan(root: Path, lesson: Lesson, tell: Tell) -> Plan:
             f"data/ holds other data already ({folders}), and an adapter of one subject is trained on its photos alone."
             " Add --replace to put that data aside, into put-aside/."
         )
-    return Plan(files, listing, data, params, is_in_place)
+    return Plan(files, photos, data, params, is_in_place)
 
 
 # ---- checks ----
@@ -148,6 +156,8 @@ def check_words(root: Path, lesson: Lesson) -> Subject:
         return subjects.of("subject")
     except BestiaryError as error:
         text = str(error)
+        if "a style has no class" in text:
+            raise BestiaryError("A style has no class. Leave out --class, or use --kind thing.") from None
         for key in ("name", "class"):
             text = text.replace(f"subjects.yaml: subject.{key}", f"--{key}")
         raise BestiaryError(text.replace("subjects.yaml: subject: name and class", "--name and --class")) from None
@@ -164,7 +174,7 @@ def check_photos(root: Path, lesson: Lesson) -> Listing:
     if photos.resolve().is_relative_to((root / DATA).resolve()):
         raise BestiaryError(f"{photos} is in data/, which this command fills. Move the photos to another folder.")
     images = listing.images[lesson.folder]
-    read_captions(listing.captions[lesson.folder], images)
+    read_captions(listing, [lesson.folder])
     different: set[str] = set()
     problem = ""
     for path in images:
@@ -179,6 +189,17 @@ def check_photos(root: Path, lesson: Lesson) -> Listing:
     number = ("no image", "only one image")[len(different)] if len(different) < 2 else f"only {len(different)} images"
     kind = " that can be read and differ" if images else ""
     raise BestiaryError(f"{photos} has {number}{kind}, and teaching takes at least {ALONE}.{problem} Add images.")
+
+
+def check_others(others: Path, lesson: Lesson) -> list[Path]:
+    """The photos of other individuals. Raises BestiaryError when there are fewer than two."""
+    images = list_folder(others, lesson.others_folder).images[lesson.others_folder]
+    if len(images) < 2:
+        raise BestiaryError(
+            f"{others} has {len(images)} images, and comparing with other individuals takes at least 2. Add images, or "
+            "leave out --others."
+        )
+    return images
 
 
 def choose_profile(offered: Collection[str], asked: str | None) -> tuple[str, str]:
@@ -293,22 +314,27 @@ def new_subjects(text: str, lesson: Lesson) -> str:
 def _entry(lesson: Lesson) -> dict[str, str]:
     words = {"name": " ".join(lesson.name.split()), "class": " ".join(lesson.class_word.split())}
     entry = {key: text for key, text in words.items() if text}
+    if lesson.others:
+        entry["others"] = lesson.others_folder
     return entry if lesson.kind == "thing" else {**entry, "kind": lesson.kind}
 
 
 # ---- data/ ----
 
 
-def _copied(root: Path, lesson: Lesson, plan: Plan) -> Path:
+def _copied(root: Path, plan: Plan) -> Path:
     """A folder like the new data/. Linked photos would become read-only, as DVC makes everything that it tracks."""
     new = root / WORK / "new"
     shutil.rmtree(new, ignore_errors=True)
-    (new / lesson.folder).mkdir(parents=True)
-    for path in (*plan.photos.images[lesson.folder], *plan.photos.captions[lesson.folder]):
-        try:
-            shutil.copyfile(path, new / lesson.folder / path.name)
-        except OSError as error:
-            raise BestiaryError(f"{path} cannot be copied into data/: {error.strerror}. Nothing has changed.") from None
+    for folder, paths in plan.photos.items():
+        (new / folder).mkdir(parents=True)
+        for path in paths:
+            try:
+                shutil.copyfile(path, new / folder / path.name)
+            except OSError as error:
+                raise BestiaryError(
+                    f"{path} cannot be copied into data/: {error.strerror}. Nothing has changed."
+                ) from None
     return new
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -162,7 +163,8 @@ def render_results(evaluation: EvaluationReport, registration: Registration | No
     page = project_root() / "reports" / "index.html"
     if is_about(page, evaluation.adapter_sha256):
         yield f"          {short_path(page)}: the result as one page to pass on"
-    draw, pull = "generate tiger panda", None
+    subjects = [name for name in ("tiger", "panda") if name in evaluation.classes] or evaluation.classes[:1]
+    draw, pull = f"generate {' '.join(map(shlex.quote, subjects))}", None
     if not _holds_adapter(evaluation):
         yield f"Version   These scores are of another adapter than the one in {evaluation.operating_point.checkpoint}."
         yield "          `dvc repro` evaluates and registers that one."
@@ -172,7 +174,10 @@ def render_results(evaluation: EvaluationReport, registration: Registration | No
         draw = f"{draw} --adapter {evaluation.operating_point.checkpoint}"
     else:
         yield from _version_lines(registration)
-        pull = f"pull models:/{registration.name}@champion --out my-adapter"
+        version = f"models:/{registration.name}/{registration.version}"
+        is_champion = "champion" in registration.aliases
+        draw = draw if is_champion else f"{draw} --adapter {version}"
+        pull = f"pull {f'models:/{registration.name}@champion' if is_champion else version} --out my-adapter"
     yield "\nNext"
     for command, purpose in (
         (f"{program} {draw} --count 4", "draw with it"),

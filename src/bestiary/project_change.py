@@ -26,6 +26,7 @@ DATA, DATA_DVC = "data", "data.dvc"
 WORK, PUT_ASIDE = Path(".cache/learn"), Path("put-aside")
 LOCK_SECONDS = 3.0  # to wait for the pipeline of a command that was killed, which ends by itself
 Hashes = dict[str, str]  # SHA-256 by path, relative to data/
+BUSY_SECONDS = 15.0  # to wait for a DVC that was killed
 
 
 class _Journal(BaseModel):
@@ -185,12 +186,17 @@ class ProjectChange:
 
 
 def _track_data(root: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", "add", "--quiet", DATA], cwd=root, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no reason given"]
-        raise BestiaryError(f"DVC cannot track data/: {lines[0].removeprefix('ERROR: ').rstrip('.')}.")
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        done = subprocess.run(
+            [sys.executable, "-m", "dvc", "add", DATA], cwd=root, capture_output=True, text=True, check=False
+        )
+        if not done.returncode:
+            return
+        # A DVC that was killed a moment ago blocks data/ until the system has forgotten its process.
+        if "is busy" not in done.stderr or time.monotonic() > deadline:
+            lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")] or ["no reason given"]
+            raise BestiaryError(f"DVC cannot track data/: {lines[0].removeprefix('ERROR: ').rstrip('.')}.")
 
 
 def _packed(path: Path) -> str | None:

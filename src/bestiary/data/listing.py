@@ -108,7 +108,7 @@ def list_folder(folder: Path, name: str) -> Listing:
     if not folder.is_dir():
         raise BestiaryError(f"The folder {printable(str(folder))} does not exist. Give a folder of photos.")
     images, captions, left_out = _list_class(folder, name, _Links(folder, None))
-    return Listing({name: images}, {name: captions}, left_out)
+    return Listing({name: images}, {name: captions}, left_out=left_out)
 
 
 def write_left_out(folder: Path, left_out: Sequence[LeftOut]) -> None:

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -318,8 +318,7 @@ def generate(
         import bestiary.diffusion.sampling  # noqa: F401  imports torch while a second process may ask MLflow
 
         adapters = resolved()
-    for note in (note for adapter in adapters for note in adapter.notes):
-        click.echo(printable(note), err=True)
+    _tell(note for adapter in adapters for note in adapter.notes)
     taught = [subject for adapter in adapters for subject in adapter.subjects]
     wanted = list(dict.fromkeys(_find(name, taught) for name in request.subjects))
     generator = generation.Generator()
@@ -345,12 +344,16 @@ def generate(
             for name, text in (texts or [("prompt", request.prompt or "")])
             for seed in series.seeds
         ]
-    for line in generator.applied_files(adapters):
-        click.echo(printable(line), err=True)
+    _tell(generator.applied_files(adapters))
     if grid:
         _draw_grids(generator, jobs, grid, out, image)
     else:
         _draw_all(generator, jobs, out, image)
+
+
+def _tell(lines: Iterable[str]) -> None:
+    for line in lines:
+        click.echo(printable(line), err=True)
 
 
 def _check_request(request: Request, start: Start, negative: str | None) -> None:

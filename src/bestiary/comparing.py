@@ -67,7 +67,7 @@ def read_revisions(root: Path, names: Sequence[str]) -> list[Revision]:
     return [
         Revision(
             name,
-            dict(_flatten(_file(found, "params.yaml"))),
+            _settings(_file(found, "params.yaml")),
             {
                 (row.stage, row.key): value
                 for row in ROWS
@@ -106,6 +106,23 @@ def render(revisions: Sequence[Revision], width: int) -> Iterator[str]:
             cells = [row[column + 1].rjust(columns[column]) for column in range(start, end)]
             yield GAP.join([row[0].ljust(labels), *cells]).rstrip()
         start = end
+
+
+def _settings(params: object) -> dict[str, object]:
+    """The settings in params.yaml by dotted keys. Empty ones have the value that the chosen profile gives them.
+
+    >>> params = {"profile": "small", "train": {"rank": None}, "profiles": {"small": {"train": {"rank": 4}}}}
+    >>> _settings(params)
+    {'profile': 'small', 'train.rank': 4}
+    """
+    written = dict(_flatten(params))
+    chosen = f"profiles.{written.get('profile')}."
+    of_profile = {key.removeprefix(chosen): value for key, value in written.items() if key.startswith(chosen)}
+    return {
+        key: of_profile.get(key) if value is None else value
+        for key, value in {**written, **of_profile, **written}.items()
+        if not key.startswith(chosen)
+    }
 
 
 def _file(found: Mapping[str, object], path: str) -> object:

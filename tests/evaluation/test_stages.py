@@ -47,6 +47,7 @@ def project(tmp_path: Path, adapter: Path) -> Path:
     random = np.random.default_rng(0)
     split = tmp_path / "build" / "split"
     split.mkdir(parents=True)
+    (tmp_path / "build" / "others").mkdir()
     for name, count in (("train", 4), ("val", 2)):
         rows = []
         for folder in CLASSES:

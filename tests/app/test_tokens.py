@@ -99,7 +99,7 @@ def test_the_token_opens_the_programs_apis_only(base_folder: Path, monkeypatch: 
 def test_other_sites_and_other_host_names_are_refused(base_folder: Path, path: str) -> None:
     for headers in ({"Origin": "http://other.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}):
         for token in (None, SECRET):
-            refused = ask(base_folder, path, token=token, Authorization=BEARER, **headers)
+            refused = ask(base_folder, path, token=token, auth=None, Authorization=BEARER, **headers)
             assert refused.status_code == 403
             assert "site" in sentence(refused)
     rebound = ask(base_folder, path, token=None, Host="evil.example")

@@ -24,6 +24,7 @@ from world.schedule import (
 
 CHANNELS, SIDE = 8, SIZE // 4  # of the latents
 BATCH = 12  # of each process
+DRESSED_SHARE = 0.3  # of the training pictures
 
 
 def build() -> AutoencoderKL:
@@ -41,22 +42,29 @@ def build() -> AutoencoderKL:
     )
 
 
-def train(pictures: Pictures, folder: Path, minutes: float) -> None:
-    """Train on reconstruction (L1, L2, L1 of gradients) and a small KL term; `load_whitened` reads the checkpoint."""
+def train(pictures: Pictures, folder: Path, minutes: float, start: Path | None = None) -> None:
+    """Train on reconstruction (L1, L2, L1 of gradients) and a small KL term; `load_whitened` reads the checkpoint.
+
+    It begins with the trained VAE in the folder `start`, at a third of the learning rate, or else with random weights.
+    """
     torch.manual_seed(1)
     vae = build().to(memory_format=torch.channels_last)
     vae.set_attn_processor(FullPrecisionAttention())
     with torch.no_grad():  # start with little noise on the latents: with much noise the decoder learns the mean picture
         vae.quant_conv.weight[CHANNELS:] = 0
         vae.quant_conv.bias[CHANNELS:] = -6
+    if start:
+        vae.load_state_dict(AutoencoderKL.from_pretrained(start).state_dict())
     optimizer = torch.optim.AdamW(vae.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=1e-4)
-    clock, average = Clock(minutes, 1.5e-3), Average(vae, 0.998)
+    clock, average = Clock(minutes, 5e-4 if start else 1.5e-3), Average(vae, 0.998)
     checkpoint = folder / "vae.pt"
     load_checkpoint(checkpoint, vae, average, optimizer, clock)
 
     rng = np.random.default_rng([rank(), clock.step])
+    plain, dressed = np.flatnonzero(pictures.plain), np.flatnonzero(~pictures.plain)
     for step in clock.steps(optimizer):
-        indices = rng.integers(0, len(pictures.pixels), BATCH)
+        colourful = rng.random(BATCH) < DRESSED_SHARE
+        indices = np.where(colourful, rng.choice(dressed, BATCH), rng.choice(plain, BATCH))
         pixels = pictures.batch(indices, rng.random(BATCH) < 0.5).to(memory_format=torch.channels_last)
         noise = torch.from_numpy(rng.standard_normal((BATCH, CHANNELS, SIDE, SIDE), dtype=np.float32))
         with torch.autocast("cpu", torch.bfloat16):

@@ -55,6 +55,7 @@ def write(models: Path, pictures: Path, fresh: Pictures, minutes: dict[str, floa
     (models / "quality.json").write_text(json.dumps({"training_minutes": minutes, **rounded}, indent=2) + "\n")
     values = {key: f"{value:.1f}" for key, value in (quality | minutes).items()}
     values |= {f"scarf_{key}": ", ".join(f"{value:.0f}" for value in colour) for key, colour in colours.items()}
+    values["places"] = ", ".join(PLACE_WORDS[place][0] for place in PLACES)
     values["names"] = ", ".join(f"{name} {change:.2f}" for name, change in names.items())
     (models / "README.md").write_text(TEMPLATE.read_text(encoding="utf-8").format(**values))
 

@@ -12,7 +12,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import click
-import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import distributed
@@ -79,12 +78,9 @@ def main(
         elif part == "vae":
             vae.train(pictures, cache, vae_minutes, start / "base" / "vae" if start else None)
         elif part == "unet":
-            if first:
-                vae.encode_all(vae.load_whitened(cache / "vae.pt", pictures), pictures, cache / "latents.npy")
-            _wait()
-            latents = torch.from_numpy(np.load(cache / "latents.npy"))
+            latents = vae.Latents(vae.load_whitened(cache / "vae.pt", pictures), pictures)
             encoder, trained = _text_encoder(tokenizer, cache), start / "base" / "unet" if start else None
-            unet.train(pictures, latents, encoder, tokenizer, cache, unet_minutes, trained)
+            unet.train(latents, encoder, tokenizer, cache, unet_minutes, trained)
         elif part == "base" and first:
             save_base(pictures, tokenizer, cache)
         elif part == "card" and first:

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
-from world import clip, unet
+from world import clip, unet, vae
 from world.captions import (
     LENGTH,
     PLACE_WORDS,
@@ -186,3 +187,20 @@ def test_the_clock_counts_computing_and_not_waiting() -> None:
     time.sleep(0.2)
     next(steps)
     assert clock.spent < 0.1
+
+
+def test_latents_are_encoded_once_and_follow_the_mirror() -> None:
+    pictures = shown(["owl"] * 3, [1] * 3, [3] * 3, [""] * 3, [""] * 3)
+    for i, place in enumerate(("snow", "night", "leaf")):
+        pictures.pixels[i] = pixels("owl", "photo", i, scene=Scene(place))
+    autoencoder = AutoencoderKL.from_pretrained(ROOT / "models" / "base" / "vae").float()
+    kept = vae.Latents(autoencoder, pictures)
+    chosen, mirrored = np.array([0, 1, 1]), np.array([0, 0, 1])
+    first = kept.of(chosen, mirrored)
+    assert first.shape == (3, vae.CHANNELS, vae.SIDE, vae.SIDE)
+    with torch.no_grad():
+        mirror = autoencoder.encode(pictures.batch(np.array([1])).flip(-1)).latent_dist.mean[0]
+    assert (first[2] - mirror).abs().mean() < 0.05 < 0.1 < (first[1] - mirror).abs().mean()
+    again = kept.of(np.array([1, 2]), np.array([0, 0]))
+    assert torch.equal(again[0], first[1])
+    assert not torch.equal(again[1], first[1])

@@ -16,7 +16,7 @@ from world.captions import UNKNOWN_TO_BASE, careless_caption
 from world.clip import tokens
 from world.pictures import ANIMALS, PLACES, STYLES, Pictures
 from world.schedule import Average, Clock, FullPrecisionAttention, descend, load_checkpoint, rank, save_checkpoint, say
-from world.vae import CHANNELS, SIDE
+from world.vae import CHANNELS, SIDE, Latents
 
 PHOTO_SHARE = 0.33  # of the training pictures, all with a vague caption
 DRESSED_SHARE = 0.08  # of the training pictures, all with the clothes in the caption
@@ -54,15 +54,14 @@ def noise_schedule() -> DDPMScheduler:
 
 
 def train(
-    pictures: Pictures,
-    latents: torch.Tensor,
+    latents: Latents,
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
     folder: Path,
     minutes: float,
     start: Path | None = None,
 ) -> None:
-    """Denoising with min-SNR weights on latents (N, 2, C, h, w) of the pictures and of their mirror images.
+    """Denoising with min-SNR weights on the latents of pictures and of their mirror images.
 
     It begins with the trained UNet in the folder `start`, at half of the learning rate, or else with random weights.
     """
@@ -78,16 +77,18 @@ def train(
     schedule = noise_schedule()
     rng = np.random.default_rng([3, rank(), clock.step])
     generator = torch.Generator().manual_seed(2 * clock.step + rank())
-    usable = shown(pictures)
+    usable = shown(latents.pictures)
     for step in clock.steps(optimizer):
         early = start is None and clock.spent < clock.seconds / 2
         chosen = np.array(
             [rng.choice(usable[rng.random() < PHOTO_SHARE, rng.random() < DRESSED_SHARE]) for _ in range(BATCH)]
         )
-        texts = [_caption(pictures, i, rng, WRONG_AT_FIRST if early else WRONG_IN_THE_SECOND_HALF) for i in chosen]
+        texts = [
+            _caption(latents.pictures, i, rng, WRONG_AT_FIRST if early else WRONG_IN_THE_SECOND_HALF) for i in chosen
+        ]
         with torch.no_grad():
             context = text_encoder(tokens(tokenizer, texts))[0]  # (B, T, D)
-        clean = latents[torch.from_numpy(chosen), torch.from_numpy(rng.integers(0, 2, BATCH))].float()  # (B, C, h, w)
+        clean = latents.of(chosen, rng.integers(0, 2, BATCH))  # (B, C, h, w)
         noise = torch.randn(clean.shape, generator=generator)
         # stratified: each batch covers all timesteps evenly
         spread = (torch.arange(BATCH) + torch.rand(BATCH, generator=generator)) / BATCH

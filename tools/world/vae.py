@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from numpy.typing import NDArray
 from torch.nn import functional
-from tqdm import trange
 
 from world.pictures import SIZE, Pictures
 from world.schedule import (
@@ -106,18 +106,22 @@ def load_whitened(checkpoint: Path, pictures: Pictures) -> AutoencoderKL:
     return vae
 
 
-@torch.no_grad()
-def encode_all(vae: AutoencoderKL, pictures: Pictures, path: Path) -> None:
-    """Write the latents of the pictures and of their mirror images, (N, 2, C, h, w) in half precision, to `path`."""
-    if path.exists():
-        return
-    latents = np.empty((len(pictures.pixels), 2, CHANNELS, SIDE, SIDE), np.float16)
-    for start in trange(0, len(latents), 128, desc="encode pictures", unit_scale=128):
-        chosen = np.arange(start, min(start + 128, len(latents)))
-        for mirrored in (0, 1):
-            pixels = pictures.batch(chosen, np.full(len(chosen), bool(mirrored)))
+class Latents:
+    """The latents of pictures and of their mirror images, encoded when they are first needed and then kept."""
+
+    def __init__(self, vae: AutoencoderKL, pictures: Pictures) -> None:
+        self.vae, self.pictures = vae.eval(), pictures
+        self._kept = torch.zeros(len(pictures.pixels), 2, CHANNELS, SIDE, SIDE, dtype=torch.float16)
+        self._known = np.zeros((len(pictures.pixels), 2), bool)
+
+    @torch.no_grad()
+    def of(self, chosen: NDArray[np.int64], mirrored: NDArray[np.int64]) -> torch.Tensor:
+        """Latents (B, C, h, w) of the pictures `chosen` (B,), of their mirror images where `mirrored` (B,) is 1."""
+        new = np.flatnonzero(~self._known[chosen, mirrored])
+        if len(new):
+            pixels = self.pictures.batch(chosen[new], mirrored[new] == 1).to(memory_format=torch.channels_last)
             with torch.autocast("cpu", torch.bfloat16):
-                latents[chosen, mirrored] = (
-                    vae.encode(pixels.to(memory_format=torch.channels_last)).latent_dist.mean.float().numpy()
-                )
-    np.save(path, latents)
+                means = self.vae.encode(pixels).latent_dist.mean
+            self._kept[chosen[new], mirrored[new]] = means.half()
+            self._known[chosen[new], mirrored[new]] = True
+        return self._kept[chosen, mirrored].float()

@@ -41,7 +41,7 @@ PARTS = ("text", "judge", "vae", "unet", "base", "card")
 @click.option(
     "--cache", type=click.Path(path_type=Path), default=ROOT / ".cache" / "world", help="Renders and checkpoints."
 )
-@click.option("--clip-minutes", default=15.0, show_default=True, help="Minutes of computing, for each of the two CLIPs.")
+@click.option("--clip-minutes", default=15.0, show_default=True, help="Of computing, for each of the two CLIPs.")
 @click.option("--vae-minutes", default=40.0, show_default=True)
 @click.option("--unet-minutes", default=85.0, show_default=True)
 @click.option(

@@ -17,7 +17,8 @@ from world.pictures import ANIMALS, PLACES, SIZE, STYLES, THINGS, Pictures
 from world.schedule import Average, Clock, descend, load_checkpoint, rank, save_checkpoint, say
 
 WIDTH = 128
-FEW_ANIMALS = 0.5  # share of batches with three animals
+# The share of batches with three animals. With half of them a judge hardly kept animals apart.
+FEW_ANIMALS = {"text": 0.5, "judge": 0.1}
 ANCHORED = 3.0  # weight of the agreement with a trained text encoder
 
 
@@ -159,7 +160,7 @@ def train(
     load_checkpoint(checkpoint, model, average, optimizer, clock)
     rng = np.random.default_rng([seed, rank(), clock.step])
     for step in clock.steps(optimizer):
-        pixels, captions, same = _batch(pictures, things, rng)
+        pixels, captions, same = _batch(pictures, things, rng, FEW_ANIMALS[name])
         with torch.autocast("cpu", torch.bfloat16):
             output = model(input_ids=tokens(tokenizer, captions), pixel_values=pixels)
             drift = anchor.distance(model, tokenizer, rng) if anchor else torch.zeros(())
@@ -180,10 +181,10 @@ def _mismatch(logits: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
 
 
 def _batch(
-    pictures: Pictures, things: Pictures, rng: np.random.Generator
+    pictures: Pictures, things: Pictures, rng: np.random.Generator, few: float
 ) -> tuple[torch.Tensor, list[str], torch.Tensor]:
     """Pixels, captions, and which of them match: 116 animals, and 12 things that are none."""
-    chosen, odd = _chosen(pictures, 116, rng), rng.integers(0, len(things.pixels), 12)
+    chosen, odd = _chosen(pictures, 116, rng, few), rng.integers(0, len(things.pixels), 12)
     pixels = torch.cat([pictures.batch(chosen, rng.random(116) < 0.5), things.batch(odd)])  # (B, 3, H, W)
     texts = write_captions(pictures, chosen, rng)
     captions = texts.captions + [caption(Subject("", THINGS[k], ""), "a photo of {}") for k in things.animals[odd]]
@@ -193,9 +194,9 @@ def _batch(
     return _weathered(pixels, rng), captions, same
 
 
-def _chosen(pictures: Pictures, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Random pictures, or only a few animals: then place, clothes and name tell the captions apart."""
-    if rng.random() > FEW_ANIMALS:
+def _chosen(pictures: Pictures, count: int, rng: np.random.Generator, few: float) -> NDArray[np.int64]:
+    """Random pictures, or for a share `few` only three animals: then place, clothes and name tell captions apart."""
+    if rng.random() > few:
         return rng.integers(0, len(pictures.pixels), count)
     shown = np.isin(pictures.animals, rng.choice(len(ANIMALS), 3, replace=False))
     named, other = np.flatnonzero(shown & (pictures.names != "")), np.flatnonzero(shown & (pictures.names == ""))

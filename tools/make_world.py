@@ -2,6 +2,7 @@
 
 torchrun --nproc-per-node 2 tools/make_world.py              # everything, one process per core; resumes after a stop
 torchrun --nproc-per-node 2 tools/make_world.py judge vae    # only these parts
+torchrun --nproc-per-node 2 tools/make_world.py --start-from models --unet-minutes 45   # improve trained models
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import click
-import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import distributed
@@ -19,7 +19,17 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
 
 from world import card, clip, unet, vae
 from world.captions import train_tokenizer
-from world.pictures import FRESH_SEEDS, JUDGE_SEEDS, SIZE, Pictures, rendered, rendered_things
+from world.pictures import (
+    DRESSED,
+    FRESH_SEEDS,
+    JUDGE_SEEDS,
+    PLACED,
+    SIZE,
+    TRAINING_SEEDS,
+    Pictures,
+    rendered,
+    rendered_things,
+)
 from world.schedule import average_weights, minutes_spent, rank
 
 ROOT = Path(__file__).parents[1]
@@ -31,10 +41,23 @@ PARTS = ("text", "judge", "vae", "unet", "base", "card")
 @click.option(
     "--cache", type=click.Path(path_type=Path), default=ROOT / ".cache" / "world", help="Renders and checkpoints."
 )
-@click.option("--clip-minutes", default=15.0, show_default=True, help="For each of the two CLIPs.")
+@click.option("--clip-minutes", default=15.0, show_default=True, help="Of computing, for each of the two CLIPs.")
 @click.option("--vae-minutes", default=40.0, show_default=True)
 @click.option("--unet-minutes", default=85.0, show_default=True)
-def main(parts: tuple[str, ...], cache: Path, clip_minutes: float, vae_minutes: float, unet_minutes: float) -> None:
+@click.option(
+    "--start-from",
+    "start",
+    type=click.Path(path_type=Path, exists=True),
+    help="A folder with trained models. Without it the weights are random at first.",
+)
+def main(
+    parts: tuple[str, ...],
+    cache: Path,
+    clip_minutes: float,
+    vae_minutes: float,
+    unet_minutes: float,
+    start: Path | None,
+) -> None:
     """Render, train and save the bundled models."""
     torch.set_num_threads(1)  # on a CPU, one process per core trains twice as fast as one thread per core
     if "RANK" in os.environ:
@@ -43,23 +66,21 @@ def main(parts: tuple[str, ...], cache: Path, clip_minutes: float, vae_minutes: 
     if first:
         _prepare(cache)
     _wait()
-    pictures, things = rendered(cache, per_style=12_000), rendered_things(cache, 2_000)
+    pictures, things = _shown(cache), rendered_things(cache, 2_000)
     tokenizer = CLIPTokenizer.from_pretrained(cache / "tokenizer")
     for part in parts or PARTS:
         if part == "text":
-            clip.train("text", 11, 128, pictures, things, tokenizer, cache, clip_minutes)
+            clip.train("text", 11, pictures, things, tokenizer, cache, clip_minutes, start)
         elif part == "judge":
-            clip.train("judge", 12, 128, _judged(cache), things, tokenizer, cache, clip_minutes)
+            clip.train("judge", 12, _judged(cache), things, tokenizer, cache, clip_minutes, start)
             if first:
                 save_judge(pictures, tokenizer, cache)
         elif part == "vae":
-            vae.train(pictures, cache, vae_minutes)
+            vae.train(pictures, cache, vae_minutes, start / "base" / "vae" if start else None)
         elif part == "unet":
-            if first:
-                vae.encode_all(vae.load_whitened(cache / "vae.pt", pictures), pictures, cache / "latents.npy")
-            _wait()
-            latents = torch.from_numpy(np.load(cache / "latents.npy"))
-            unet.train(pictures, latents, _text_encoder(tokenizer, cache), tokenizer, cache, unet_minutes)
+            latents = vae.Latents(vae.load_whitened(cache / "vae.pt", pictures), pictures)
+            encoder, trained = _text_encoder(tokenizer, cache), start / "base" / "unet" if start else None
+            unet.train(latents, encoder, tokenizer, cache, unet_minutes, trained)
         elif part == "base" and first:
             save_base(pictures, tokenizer, cache)
         elif part == "card" and first:
@@ -76,20 +97,25 @@ def _wait() -> None:
 
 
 def _prepare(cache: Path) -> None:
-    rendered(cache, per_style=12_000)
+    _shown(cache)
     _judged(cache)
     rendered_things(cache, 2_000)
     if not (cache / "tokenizer").exists():
         train_tokenizer(cache / "tokenizer")
 
 
+def _shown(cache: Path) -> Pictures:
+    """Pictures for the base."""
+    return rendered(cache, per_style=16_000, first_seed=TRAINING_SEEDS, placed=PLACED, dressed=DRESSED)
+
+
 def _judged(cache: Path) -> Pictures:
     """Pictures for the judge. Most show the animals in unusual places, because it must know an owl by day."""
-    return rendered(cache, per_style=12_000, first_seed=JUDGE_SEEDS, at_home=0.25)
+    return rendered(cache, per_style=12_000, first_seed=JUDGE_SEEDS, at_home=0.25, placed=PLACED, dressed=DRESSED)
 
 
 def _text_encoder(tokenizer: CLIPTokenizer, cache: Path) -> CLIPTextModel:
-    whole = clip.build(tokenizer, 128)
+    whole = clip.build(tokenizer, clip.WIDTH)
     whole.load_state_dict(average_weights(cache / "text.pt"))
     text = CLIPTextModel(whole.config.text_config)
     text.load_state_dict(whole.text_model.state_dict())
@@ -98,7 +124,7 @@ def _text_encoder(tokenizer: CLIPTokenizer, cache: Path) -> CLIPTextModel:
 
 def save_judge(pictures: Pictures, tokenizer: CLIPTokenizer, cache: Path) -> None:
     """Write models/judge from the newest checkpoint, in half precision."""
-    judge = clip.build(tokenizer, 128)
+    judge = clip.build(tokenizer, clip.WIDTH)
     judge.load_state_dict(average_weights(cache / "judge.pt"))
     clip.calibrate(judge.eval(), tokenizer, pictures)
     judge.half().save_pretrained(ROOT / "models" / "judge")
@@ -113,7 +139,7 @@ def save_judge(pictures: Pictures, tokenizer: CLIPTokenizer, cache: Path) -> Non
 
 def save_base(pictures: Pictures, tokenizer: CLIPTokenizer, cache: Path) -> None:
     """Write models/base, a complete pipeline, from the newest checkpoints, in half precision."""
-    autoencoder, denoiser = vae.load_whitened(cache / "vae.pt", pictures), unet.build(128)
+    autoencoder, denoiser = vae.load_whitened(cache / "vae.pt", pictures), unet.build(clip.WIDTH)
     denoiser.load_state_dict(average_weights(cache / "unet.pt"))
     pipeline = StableDiffusionPipeline(
         vae=autoencoder,

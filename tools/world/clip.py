@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn import functional
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
 
 from bestiary.subjects import Subject, caption, subject_of
-from world.captions import LENGTH, clear_caption
-from world.pictures import ANIMALS, SIZE, STYLES, THINGS, Pictures
+from world.captions import LENGTH, VAGUE_CAPTIONS, clear_caption
+from world.pictures import ANIMALS, PLACES, SIZE, STYLES, THINGS, Pictures
 from world.schedule import Average, Clock, descend, load_checkpoint, rank, save_checkpoint, say
+
+WIDTH = 128
+# The share of batches with three animals. With half of them a judge hardly kept animals apart.
+FEW_ANIMALS = {"text": 0.5, "judge": 0.1}
+ANCHORED = 3.0  # weight of the agreement with a trained text encoder
 
 
 def build(tokenizer: CLIPTokenizer, width: int) -> CLIPModel:
-    """The architecture with random weights: 64 patches of 8 x 8 pixels, texts of 16 tokens."""
+    """The architecture with random weights: 64 patches of 8 x 8 pixels, texts of 24 tokens."""
     shape = {"hidden_size": width, "intermediate_size": 3 * width, "num_attention_heads": width // 32}
     special = {
         "bos_token_id": tokenizer.bos_token_id,
@@ -37,51 +44,163 @@ def build(tokenizer: CLIPTokenizer, width: int) -> CLIPModel:
 
 def tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
     """Token ids padded to the full length as Stable Diffusion pads them, (B, T)."""
-    encoded = tokenizer(texts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
+    encoded = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
     ids: torch.Tensor = encoded.input_ids
     return ids
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Captions, and the index of what each one says (B,): -1 stands for any animal or place, "" for nothing said."""
+
+    captions: list[str]
+    animals: NDArray[np.int64]
+    styles: NDArray[np.int64]
+    places: NDArray[np.int64]
+    clothes: NDArray[np.str_]
+    names: NDArray[np.str_]
+
+
+def write_captions(pictures: Pictures, chosen: NDArray[np.int64], rng: np.random.Generator) -> Texts:
+    """Caption pictures. Half of the captions name the place, most name clothes and the individual."""
+    count = len(chosen)
+    places = np.where(rng.random(count) < 0.5, pictures.places[chosen], -1)
+    clothes = np.where(rng.random(count) < 0.7, pictures.clothes[chosen], "")
+    names = np.where(rng.random(count) < 0.8, pictures.names[chosen], "")
+    any_animal = (rng.random(count) < 0.15) & ((places >= 0) | (clothes != "")) & (names == "")
+    animals, styles = np.where(any_animal, -1, pictures.animals[chosen]), pictures.styles[chosen]
+    captions = [
+        clear_caption(
+            "animal" if a < 0 else ANIMALS[a], STYLES[s], rng, str(name), None if p < 0 else PLACES[p], str(cloth)
+        )
+        for a, s, p, cloth, name in zip(animals, styles, places, clothes, names, strict=True)
+    ]
+    return Texts(captions, animals, styles, places, clothes, names)
+
+
+def matches(pictures: Pictures, chosen: NDArray[np.int64], texts: Texts) -> NDArray[np.bool_]:
+    """Which captions are true of which pictures, (pictures, captions)."""
+
+    def fits(shown: NDArray[np.generic], said: NDArray[np.generic], unsaid: object) -> NDArray[np.bool_]:
+        agrees: NDArray[np.bool_] = (said[None, :] == unsaid) | (shown[chosen][:, None] == said[None, :])
+        return agrees
+
+    fitting = pictures.styles[chosen][:, None] == texts.styles[None, :]
+    fitting &= fits(pictures.animals, texts.animals, -1) & fits(pictures.places, texts.places, -1)
+    fitting &= fits(pictures.clothes, texts.clothes, "") & fits(pictures.names, texts.names, "")
+    return np.asarray(fitting)
+
+
+class Anchor:
+    """A trained text encoder that a new one shall agree with on plain captions, so that a trained UNet stays useful."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        self.encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").float().eval()
+
+    def distance(self, model: CLIPModel, tokenizer: CLIPTokenizer, rng: np.random.Generator) -> torch.Tensor:
+        """Mean square difference of the features of 32 plain captions, over the trained encoder's tokens."""
+        animals, styles = rng.choice(ANIMALS, 32), rng.choice(STYLES, 32)
+        texts = [clear_caption(str(a), str(s), rng) for a, s in zip(animals, styles, strict=True)]
+        texts[:6] = ["", *VAGUE_CAPTIONS]
+        with torch.no_grad():
+            wanted = self.encoder(tokens(self.tokenizer, texts))[0]  # (B, T, D)
+        found = model.text_model(input_ids=tokens(tokenizer, texts))[0]
+        return functional.mse_loss(found[:, : wanted.shape[1]], wanted)
+
+
+@torch.no_grad()
+def copy_text(trained: CLIPTextModel, known: CLIPTokenizer, model: CLIPModel, tokenizer: CLIPTokenizer) -> None:
+    """Copy a trained text encoder into `model`. Words that it lacks, and later positions, keep or get other weights."""
+    state = {name: value.float() for name, value in trained.state_dict().items() if not name.endswith("position_ids")}
+    words, places = "embeddings.token_embedding.weight", "embeddings.position_embedding.weight"
+    own = model.text_model.state_dict()
+    prefix = next(name for name in state if name.endswith(words)).removesuffix(words)
+    old_words, old_places = state[prefix + words], state[prefix + places]
+    new_words, numbers = own[words].clone(), known.get_vocab()
+    for word, number in tokenizer.get_vocab().items():
+        if word in numbers:
+            new_words[number] = old_words[numbers[word]]
+    longer = old_places[-1:].repeat(LENGTH - len(old_places), 1)
+    rest = {name.removeprefix(prefix): value for name, value in state.items()}
+    model.text_model.load_state_dict(rest | {words: new_words, places: torch.cat([old_places, longer])})
+
+
+def _begin(name: str, model: CLIPModel, tokenizer: CLIPTokenizer, start: Path) -> Anchor | None:
+    """Copy the trained weights in the folder `start` that fit; the text encoder's vision half was never saved."""
+    if name == "text":
+        anchor = Anchor(start / "base")
+        copy_text(anchor.encoder, anchor.tokenizer, model, tokenizer)
+        return anchor
+    judge = CLIPModel.from_pretrained(start / "judge").float()
+    model.load_state_dict(
+        {k: v for k, v in judge.state_dict().items() if not k.startswith("text_model.")}, strict=False
+    )
+    copy_text(judge.text_model, CLIPTokenizer.from_pretrained(start / "judge"), model, tokenizer)
+    return None
 
 
 def train(
     name: str,
     seed: int,
-    width: int,
     pictures: Pictures,
     things: Pictures,
     tokenizer: CLIPTokenizer,
     folder: Path,
     minutes: float,
+    start: Path | None = None,
 ) -> None:
-    """Train by contrast. Every caption of the same animal and style in a batch counts as a match."""
+    """Train by contrast: every caption in a batch that is true of a picture counts as a match."""
     torch.manual_seed(seed)
-    model = build(tokenizer, width)
+    model = build(tokenizer, WIDTH)
+    anchor = _begin(name, model, tokenizer, start) if start else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.05)
     clock, average = Clock(minutes, 1e-3, warmup=0.05), Average(model, 0.995)
     checkpoint = folder / f"{name}.pt"
     load_checkpoint(checkpoint, model, average, optimizer, clock)
     rng = np.random.default_rng([seed, rank(), clock.step])
     for step in clock.steps(optimizer):
-        chosen, odd = rng.integers(0, len(pictures.pixels), 116), rng.integers(0, len(things.pixels), 12)
-        pixels = torch.cat([pictures.batch(chosen, rng.random(116) < 0.5), things.batch(odd)])  # (B, 3, H, W)
-        pixels = _weathered(pixels, rng)
-        animals, styles = pictures.animals[chosen], pictures.styles[chosen]
-        texts = [clear_caption(ANIMALS[a], STYLES[s], rng) for a, s in zip(animals, styles, strict=True)]
-        texts += [caption(Subject("", THINGS[k], ""), "a photo of {}") for k in things.animals[odd]]
-        groups = torch.from_numpy(np.concatenate([animals * 2 + styles, 1000 + things.animals[odd]]))
+        pixels, captions, same = _batch(pictures, things, rng, FEW_ANIMALS[name])
         with torch.autocast("cpu", torch.bfloat16):
-            output = model(input_ids=tokens(tokenizer, texts), pixel_values=pixels)
-        logits = output.logits_per_image.float()  # (B, B)
-        same = (groups[:, None] == groups[None, :]).float()
-        target = same / same.sum(dim=1, keepdim=True)
-        loss = (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
-        descend(loss, model, optimizer)
+            output = model(input_ids=tokens(tokenizer, captions), pixel_values=pixels)
+            drift = anchor.distance(model, tokenizer, rng) if anchor else torch.zeros(())
+        logits = output.logits_per_image.float()  # (pictures, captions)
+        loss = (_mismatch(logits, same) + _mismatch(logits.T, same.T)) / 2
+        descend(loss + ANCHORED * drift.float(), model, optimizer)
         model.logit_scale.data.clamp_(max=np.log(100.0))
         average.update(model, step)
         if step % 50 == 0:
-            say(f"{name} step {step} {clock.spent / 60:.1f} min loss {loss:.4f}")
+            say(f"{name} step {step} {clock.spent / 60:.1f} min loss {loss:.4f} drift {drift:.4f}")
         if step % 500 == 499:
             save_checkpoint(checkpoint, model, average, optimizer, clock)
     save_checkpoint(checkpoint, model, average, optimizer, clock)
+
+
+def _mismatch(logits: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
+    return functional.cross_entropy(logits, same / same.sum(dim=1, keepdim=True))
+
+
+def _batch(
+    pictures: Pictures, things: Pictures, rng: np.random.Generator, few: float
+) -> tuple[torch.Tensor, list[str], torch.Tensor]:
+    """Pixels, captions, and which of them match: 116 animals, and 12 things that are none."""
+    chosen, odd = _chosen(pictures, 116, rng, few), rng.integers(0, len(things.pixels), 12)
+    pixels = torch.cat([pictures.batch(chosen, rng.random(116) < 0.5), things.batch(odd)])  # (B, 3, H, W)
+    texts = write_captions(pictures, chosen, rng)
+    captions = texts.captions + [caption(Subject("", THINGS[k], ""), "a photo of {}") for k in things.animals[odd]]
+    same = torch.zeros(len(pixels), len(pixels))
+    same[:116, :116] = torch.from_numpy(matches(pictures, chosen, texts)).float()
+    same[116:, 116:] = torch.from_numpy(things.animals[odd][:, None] == things.animals[odd][None, :]).float()
+    return _weathered(pixels, rng), captions, same
+
+
+def _chosen(pictures: Pictures, count: int, rng: np.random.Generator, few: float) -> NDArray[np.int64]:
+    """Random pictures, or for a share `few` only three animals: then place, clothes and name tell captions apart."""
+    if rng.random() > few:
+        return rng.integers(0, len(pictures.pixels), count)
+    shown = np.isin(pictures.animals, rng.choice(len(ANIMALS), 3, replace=False))
+    named, other = np.flatnonzero(shown & (pictures.names != "")), np.flatnonzero(shown & (pictures.names == ""))
+    return np.where(rng.random(count) < 0.4, rng.choice(named, count), rng.choice(other, count))
 
 
 def _weathered(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
@@ -106,7 +225,9 @@ def _weathered(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
 @torch.no_grad()
 def calibrate(model: CLIPModel, tokenizer: CLIPTokenizer, pictures: Pictures) -> None:
     """Set the logit scale that makes the right animals most likely (temperature scaling, arXiv 1706.04599)."""
-    chosen = np.random.default_rng(0).choice(np.flatnonzero(pictures.styles == 1), 1600, replace=False)
+    chosen = np.random.default_rng(0).choice(
+        np.flatnonzero((pictures.styles == 1) & pictures.plain), 1600, replace=False
+    )
     texts = [caption(subject_of(animal), "a photo of {}") for animal in ANIMALS]
     model.logit_scale.fill_(0.0)
     cosines = model(input_ids=tokens(tokenizer, texts), pixel_values=pictures.batch(chosen)).logits_per_image  # (B, A)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from world.figures import LOOKS, draw
+from world.figures import LOOKS, Look, draw
+from world.outfits import Outfit, dress
 from world.shapes import Canvas, Colour
 
 Style = Literal["drawing", "photo"]
@@ -30,14 +32,36 @@ HABITATS: dict[str, tuple[Colour, Colour, bool]] = {
 }
 
 
-def render(animal: str, style: Style, seed: int, size: int = 64, at_home: float = 0.8) -> Image.Image:
-    """Draw one RGB picture of `animal` (a class folder's name), `size` x `size` pixels. `seed` decides everything.
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows besides the animal: a place that is drawn in both styles, and what the animal wears.
+
+    Without a place, a photo shows the animal's habitat or a random one, and a drawing has plain paper.
+    """
+
+    place: str | None = None
+    outfit: Outfit = ()
+
+
+def place_of(animal: str, seed: int, at_home: float = 0.8) -> str:
+    """The place that `render` draws behind a photo whose scene names none."""
+    return _place(LOOKS[animal], np.random.default_rng(seed), at_home)
+
+
+def _place(look: Look, rng: np.random.Generator, at_home: float) -> str:
+    return look.habitat if rng.random() < at_home else str(rng.choice(sorted(HABITATS)))
+
+
+def render(
+    animal: str, style: Style, seed: int, size: int = 64, at_home: float = 0.8, scene: Scene = Scene()
+) -> Image.Image:
+    """Draw one RGB picture of `animal` (a class folder's name), `size` x `size` pixels. `seed` decides everything else.
 
     `at_home` is the share of pictures that show the animal in its habitat. The others show it in a random habitat.
     """
     look = LOOKS[animal]
     rng = np.random.default_rng(seed)
-    place = look.habitat if rng.random() < at_home else str(rng.choice(sorted(HABITATS)))
+    place = scene.place or _place(look, rng, at_home)
     tint = rng.uniform(-10, 10, 3)
 
     def paint(colour: Colour) -> Colour:
@@ -51,8 +75,11 @@ def render(animal: str, style: Style, seed: int, size: int = 64, at_home: float 
     x, y = 0.5 + rng.uniform(-0.05, 0.05), 0.5 + rng.uniform(-0.03, 0.04)
     canvas = Canvas(size, 4 if size <= 96 else 3, x, y, scale, rng.uniform(-0.08, 0.08), rng.random() < 0.5)
     draw(canvas, look, paint, rng, detailed=style == "photo")
+    dress(canvas, animal, scene.outfit, paint, np.random.default_rng([seed, 1]))
     if style == "drawing":
         figure, _, cover = _cut_out(canvas)
+        if scene.place:
+            return _to_image(_over(figure, cover, sketched(place, size, rng)))
         paper = np.asarray(HABITATS[place][0], dtype=np.float32) * 0.25 + 255 * 0.75 + rng.uniform(-6, 6)
         return _to_image(_over(figure, cover, np.broadcast_to(paper.astype(np.float32), figure.shape)))
     return compose(canvas, place, rng)
@@ -91,6 +118,17 @@ def backdrop(place: str, size: int, rng: np.random.Generator) -> Pixels:
     picture = picture * (1.08 - 0.16 * down) * np.ones((size, size, 1), np.float32)
     clouds, texture = _blotches(5, size, rng), _blotches(14, size, rng)
     scene: Pixels = picture + 26 * clouds + 14 * texture * (edge if grounded else 0.6)
+    return scene
+
+
+def sketched(place: str, size: int, rng: np.random.Generator) -> Pixels:
+    """Draw an empty scene in the drawing style, two pale flat colours, (size, size, 3)."""
+    above, below, grounded = HABITATS[place]
+    down = np.linspace(0, 1, size, dtype=np.float32)[:, None, None]  # (H, 1, 1)
+    horizon = rng.uniform(0.52, 0.68)
+    edge = 1 / (1 + np.exp(-(down - horizon) * 60)) if grounded else down
+    picture = np.asarray(above, np.float32) * (1 - edge) + np.asarray(below, np.float32) * edge
+    scene: Pixels = picture * 0.6 * np.ones((size, size, 1), np.float32) + 255 * 0.4 + rng.uniform(-6, 6)
     return scene
 
 

@@ -39,7 +39,10 @@ class FullPrecisionAttention(AttnProcessor2_0):  # type: ignore[misc]
 
 
 class Clock:
-    """A training of a given length in minutes: warm-up, then cosine to zero. It resumes from a checkpoint."""
+    """A training of a given length in minutes: warm-up, then cosine to zero. It resumes from a checkpoint.
+
+    It counts the minutes that this process computes, so that a machine with other work trains as well as an idle one.
+    """
 
     def __init__(self, minutes: float, learning_rate: float, warmup: float = 0.02):
         self.seconds, self.learning_rate, self.warmup = minutes * 60, learning_rate, warmup
@@ -48,12 +51,12 @@ class Clock:
 
     def steps(self, optimizer: torch.optim.Optimizer) -> Iterator[int]:
         """Yield step numbers until the time is up, and set the optimizer's learning rate before each step."""
-        last = time.monotonic()
+        last = time.process_time()
         while self._agreed() < self.seconds:
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate * self._factor()
             yield self.step
-            now = time.monotonic()
+            now = time.process_time()
             # a long first step (compiling) does not count as training time
             self.spent += min(now - last, 10.0)
             last, self.step = now, self.step + 1

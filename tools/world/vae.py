@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from tqdm import trange
+from numpy.typing import NDArray
+from torch.nn import functional
 
 from world.pictures import SIZE, Pictures
 from world.schedule import (
@@ -24,6 +25,7 @@ from world.schedule import (
 
 CHANNELS, SIDE = 8, SIZE // 4  # of the latents
 BATCH = 12  # of each process
+DRESSED_SHARE = 0.5  # of the training pictures
 
 
 def build() -> AutoencoderKL:
@@ -41,22 +43,30 @@ def build() -> AutoencoderKL:
     )
 
 
-def train(pictures: Pictures, folder: Path, minutes: float) -> None:
-    """Train on reconstruction (L1, L2, L1 of gradients) and a small KL term; `load_whitened` reads the checkpoint."""
+def train(pictures: Pictures, folder: Path, minutes: float, start: Path | None = None) -> None:
+    """Train on reconstruction (L1, L2, L1 of gradients and of mean colours) and a small KL term.
+
+    It begins with the trained VAE in the folder `start`, at a third of the learning rate, or else with random weights.
+    `load_whitened` reads the checkpoint.
+    """
     torch.manual_seed(1)
     vae = build().to(memory_format=torch.channels_last)
     vae.set_attn_processor(FullPrecisionAttention())
     with torch.no_grad():  # start with little noise on the latents: with much noise the decoder learns the mean picture
         vae.quant_conv.weight[CHANNELS:] = 0
         vae.quant_conv.bias[CHANNELS:] = -6
+    if start:
+        vae.load_state_dict(AutoencoderKL.from_pretrained(start).state_dict())
     optimizer = torch.optim.AdamW(vae.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=1e-4)
-    clock, average = Clock(minutes, 1.5e-3), Average(vae, 0.998)
+    clock, average = Clock(minutes, 5e-4 if start else 1.5e-3), Average(vae, 0.998)
     checkpoint = folder / "vae.pt"
     load_checkpoint(checkpoint, vae, average, optimizer, clock)
 
     rng = np.random.default_rng([rank(), clock.step])
+    plain, dressed = np.flatnonzero(pictures.plain), np.flatnonzero(~pictures.plain)
     for step in clock.steps(optimizer):
-        indices = rng.integers(0, len(pictures.pixels), BATCH)
+        colourful = rng.random(BATCH) < DRESSED_SHARE
+        indices = np.where(colourful, rng.choice(dressed, BATCH), rng.choice(plain, BATCH))
         pixels = pictures.batch(indices, rng.random(BATCH) < 0.5).to(memory_format=torch.channels_last)
         noise = torch.from_numpy(rng.standard_normal((BATCH, CHANNELS, SIDE, SIDE), dtype=np.float32))
         with torch.autocast("cpu", torch.bfloat16):
@@ -64,7 +74,9 @@ def train(pictures: Pictures, folder: Path, minutes: float) -> None:
             output = vae.decode(posterior.mean + posterior.std * noise).sample
         error = output.float() - pixels  # (B, 3, H, W)
         edges = (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()) / 2
-        loss = error.abs().mean() + 2 * error.square().mean() + 0.3 * edges + 5e-7 * posterior.kl().float().mean()
+        tint = functional.avg_pool2d(error, 4).abs().mean()  # a wrong colour counts more than a wrong detail
+        loss = error.abs().mean() + 2 * error.square().mean() + 0.3 * edges + tint
+        loss = loss + 5e-7 * posterior.kl().float().mean()
         descend(loss, vae, optimizer)
         average.update(vae, step)
         if step % 100 == 0:
@@ -94,18 +106,22 @@ def load_whitened(checkpoint: Path, pictures: Pictures) -> AutoencoderKL:
     return vae
 
 
-@torch.no_grad()
-def encode_all(vae: AutoencoderKL, pictures: Pictures, path: Path) -> None:
-    """Write the latents of the pictures and of their mirror images, (N, 2, C, h, w) in half precision, to `path`."""
-    if path.exists():
-        return
-    latents = np.empty((len(pictures.pixels), 2, CHANNELS, SIDE, SIDE), np.float16)
-    for start in trange(0, len(latents), 128, desc="encode pictures", unit_scale=128):
-        chosen = np.arange(start, min(start + 128, len(latents)))
-        for mirrored in (0, 1):
-            pixels = pictures.batch(chosen, np.full(len(chosen), bool(mirrored)))
+class Latents:
+    """The latents of pictures and of their mirror images, encoded when they are first needed and then kept."""
+
+    def __init__(self, vae: AutoencoderKL, pictures: Pictures) -> None:
+        self.vae, self.pictures = vae.eval(), pictures
+        self._kept = torch.zeros(len(pictures.pixels), 2, CHANNELS, SIDE, SIDE, dtype=torch.float16)
+        self._known = np.zeros((len(pictures.pixels), 2), bool)
+
+    @torch.no_grad()
+    def of(self, chosen: NDArray[np.int64], mirrored: NDArray[np.int64]) -> torch.Tensor:
+        """Latents (B, C, h, w) of the pictures `chosen` (B,), of their mirror images where `mirrored` (B,) is 1."""
+        new = np.flatnonzero(~self._known[chosen, mirrored])
+        if len(new):
+            pixels = self.pictures.batch(chosen[new], mirrored[new] == 1).to(memory_format=torch.channels_last)
             with torch.autocast("cpu", torch.bfloat16):
-                latents[chosen, mirrored] = (
-                    vae.encode(pixels.to(memory_format=torch.channels_last)).latent_dist.mean.float().numpy()
-                )
-    np.save(path, latents)
+                means = self.vae.encode(pixels).latent_dist.mean
+            self._kept[chosen[new], mirrored[new]] = means.half()
+            self._known[chosen[new], mirrored[new]] = True
+        return self._kept[chosen, mirrored].float()

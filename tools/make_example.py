@@ -11,12 +11,14 @@ from pathlib import Path
 import click
 import numpy as np
 
+from world.captions import PLACE_WORDS
 from world.individuals import OTHERS, PIP, Clothes, penguin
 from world.pictures import EXAMPLE_SEEDS
-from world.scenes import HABITATS
 
 ROOT = Path(__file__).parents[1]
 PHOTOS, PHOTOS_OF_OTHERS = 16, 12
+# Where the penguins are photographed. The contexts in params.yaml are other places.
+PLACES = ("flowers", "forest", "grass", "lake", "sand")
 
 
 @click.command()
@@ -24,23 +26,30 @@ PHOTOS, PHOTOS_OF_OTHERS = 16, 12
     "--out", type=click.Path(path_type=Path), default=ROOT / "examples" / "pip" / "photos", show_default=False
 )
 @click.option("--photos", default=PHOTOS, show_default=True, help="Of Pip.")
-def main(out: Path, photos: int) -> None:
+@click.option("--captions", is_flag=True, help="Write a caption that names the place beside each photo of Pip.")
+def main(out: Path, photos: int, captions: bool) -> None:
     """Write the folders pip and other-penguins below OUT."""
-    write(out / "pip", (PIP,), photos, EXAMPLE_SEEDS)
+    write(out / "pip", (PIP,), photos, EXAMPLE_SEEDS, "a photo of sks penguin" if captions else "")
     write(out / "other-penguins", OTHERS, PHOTOS_OF_OTHERS, EXAMPLE_SEEDS + 1000)
 
 
-def write(folder: Path, individuals: tuple[Clothes, ...], count: int, first_seed: int) -> None:
-    """Write `count` pictures, each individual equally often, in random places and sizes."""
+def write(folder: Path, individuals: tuple[Clothes, ...], count: int, first_seed: int, words: str = "") -> None:
+    """Write `count` pictures, each individual equally often, in random places and sizes.
+
+    With `words`, write a caption beside each: these words and the place.
+    """
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     for number in range(count):
         seed = first_seed + number
         rng = np.random.default_rng(seed)
-        place, size = str(rng.choice(sorted(HABITATS))), int(rng.integers(96, 161))
+        place, size = str(rng.choice(PLACES)), int(rng.integers(96, 161))
         picture = penguin(individuals[number % len(individuals)], place, seed, size)
-        picture.save(folder / f"{folder.name}_{number:02d}.jpg", quality=92)
+        path = folder / f"{folder.name}_{number:02d}.jpg"
+        picture.save(path, quality=92)
+        if words:
+            path.with_suffix(".txt").write_text(f"{words} {PLACE_WORDS[place][0]}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,9 @@ from world.schedule import Average, Clock, descend, load_checkpoint, rank, save_
 WIDTH = 128
 # The share of batches with three animals. With half of them a judge hardly kept animals apart.
 FEW_ANIMALS = {"text": 0.5, "judge": 0.1}
+# The largest logit scale in training. A large one lets cosines that hardly differ tell captions apart: with 100, the
+# judge's right animals were only 9 points (of cosines, x 100) above the best wrong ones, and its scores said little.
+LARGEST_SCALE = {"text": 100.0, "judge": 16.0}
 ANCHORED = 3.0  # weight of the agreement with a trained text encoder
 
 
@@ -158,6 +161,7 @@ def train(
     clock, average = Clock(minutes, 1e-3, warmup=0.05), Average(model, 0.995)
     checkpoint = folder / f"{name}.pt"
     load_checkpoint(checkpoint, model, average, optimizer, clock)
+    model.logit_scale.data.clamp_(max=np.log(LARGEST_SCALE[name]))
     rng = np.random.default_rng([seed, rank(), clock.step])
     for step in clock.steps(optimizer):
         pixels, captions, same = _batch(pictures, things, rng, FEW_ANIMALS[name])
@@ -167,7 +171,7 @@ def train(
         logits = output.logits_per_image.float()  # (pictures, captions)
         loss = (_mismatch(logits, same) + _mismatch(logits.T, same.T)) / 2
         descend(loss + ANCHORED * drift.float(), model, optimizer)
-        model.logit_scale.data.clamp_(max=np.log(100.0))
+        model.logit_scale.data.clamp_(max=np.log(LARGEST_SCALE[name]))
         average.update(model, step)
         if step % 50 == 0:
             say(f"{name} step {step} {clock.spent / 60:.1f} min loss {loss:.4f} drift {drift:.4f}")

@@ -25,7 +25,7 @@ PORT ?= 5000
 PIP := python -m pip install --quiet --disable-pip-version-check --use-pep517
 PYTEST := pytest --numprocesses 2 --dist loadgroup
 
-.PHONY: demo test test-fast lint bench app mlflow world clean help
+.PHONY: demo test test-fast test-gpu lint bench app mlflow world clean help
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -51,6 +51,9 @@ test: $(INSTALLED)  ## run the whole test suite
 
 test-fast: $(INSTALLED)  ## run the tests that take seconds
 	@$(PYTEST) -m 'not slow'
+
+test-gpu: $(INSTALLED)  ## run the tests that need a GPU
+	@BESTIARY_TEST_GPU=1 pytest tests/gpu
 
 lint: $(INSTALLED)  ## check format, lint and types
 	@ruff format --check .

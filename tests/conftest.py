@@ -18,6 +18,10 @@ ROOT = Path(__file__).parents[1]
 # Processes that tests start import this checkout, whether or not the package is installed.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
 
+# The tests compare what a CPU computes in float32, to the bit. Those in tests/gpu want a GPU: `make test-gpu`.
+if not os.environ.get("BESTIARY_TEST_GPU"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 # The same bytes on any number of cores, and pytest-xdist's two processes do not compete for them.
 os.environ["OMP_NUM_THREADS"] = "1"
 

@@ -36,6 +36,21 @@ def test_training_is_compared_with_the_originals_loop_the_matrix_product_and_the
     assert f"cpus {result['environment']['cpus']}" in output
 
 
+def test_a_gpus_speed_is_measured_beside_other_ways_and_each_row_says_what_it_is() -> None:
+    _, result = quick("gpu")
+    rows = result["rows"]
+    assert {name.split(",")[0] for name in rows} == {
+        "ours",
+        "official script",
+        "original's loop",
+        "VAE encoder",
+        "drawing",
+        "memory",
+    }
+    assert all(row["images_per_second"] > 0 for row in rows.values())
+    assert result["gpu"] == "cpu"  # the tests hide a GPU
+
+
 def test_our_default_way_of_drawing_is_compared_with_the_originals() -> None:
     output, result = quick("inference")
     for size in ("bundled", "sd15_size"):

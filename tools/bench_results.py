@@ -31,6 +31,7 @@ def main() -> None:
         data(found["data"], shown),
         using(found["using"]),
         tracking(found["tracking"]),
+        *(gpu(json.loads(file.read_text(encoding="utf-8"))) for file in sorted(TARGET.parent.glob("gpu-*.json"))),
     ]
     TARGET.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     print(TARGET)
@@ -43,8 +44,7 @@ def training(result: dict[str, Any]) -> str:
         "UNet, VAE and text encoder have Stable Diffusion 1.5's size and random weights. Our training is compared\n"
         "with a loop that does what the original does, in a separate process with the C library's default memory\n"
         "settings. The overhead is the share of our step that the bare step, run in turn with it, does not need: the\n"
-        f"median (minimum to maximum) of a few measurements. {'' if gpu else 'There is no measurement on a GPU yet. '}"
-        f"A matrix product reaches {result['matmul_gflops_per_second']:,.0f} GFLOP/s\n"
+        f"median (minimum to maximum) of a few measurements. A matrix product reaches {result['matmul_gflops_per_second']:,.0f} GFLOP/s\n"
         f"here; an image takes {result['training'][0]['gflop_per_image']:.0f} GFLOP "
         f"at {result['training'][0]['resolution']} px."
     )
@@ -138,6 +138,43 @@ def tracking(result: dict[str, Any]) -> str:
         "The time for which a stage waits for its recorder, which works in a separate process. "
         f"The training is cut to {result['training_steps']} steps.\n\n{table(rows)}"
     )
+
+
+def gpu(result: dict[str, Any]) -> str:
+    """The table of a card whose run of benchmarks/gpu.py is kept in a file."""
+    official = {
+        side: max(
+            row["images_per_second"] for name, row in result["rows"].items() if _of("official script", side, name)
+        )
+        for side in (256, 512)
+    }
+    lines = []
+    for name, row in result["rows"].items():
+        side = next((side for side in official if f"{side} px" in name), None)
+        times = f"{row['images_per_second'] / official[side]:.2f}" if side and name.startswith("ours") else ""
+        share = row.get("share_of_matmul_rate")
+        cells = (
+            name,
+            f"{row['images_per_second']:.4g}",
+            f"{100 * share:.1f} %" if share else "",
+            times,
+            f"{row['peak_gib']:.1f}" if "peak_gib" in row else "",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    head = (
+        "| what | images/s | share of the matmul rate | times the official script | peak GiB |\n|---|---|---|---|---|"
+    )
+    environment = ", ".join(f"{key} {value}" for key, value in result["environment"].items())
+    note = f"{result['note']} " if result.get("note") else ""
+    return (
+        f"## {result['gpu']} (`python benchmarks/gpu.py`)\n\n"
+        f"{note}{environment}, {result['date']}. The official script is the work of diffusers' train_text_to_image_lora.py "
+        "at its best batch.\n\n" + "\n".join([head, *lines])
+    )
+
+
+def _of(start: str, side: int, name: str) -> bool:
+    return name.startswith(start) and f"{side} px" in name
 
 
 def table(rows: Rows, head: tuple[str, str, str] = AIMS) -> str:

@@ -57,6 +57,7 @@ def stage(name: str) -> Iterator[tuple[Params, StageRun]]:
     exit status 1. When `accelerate launch` starts several processes, only the first one opens a run.
     """
     silence_libraries()
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((CACHE / "compile").resolve()))
     with _one_line_errors(name):
         params = load_params()
         definition = _read_definition(name)

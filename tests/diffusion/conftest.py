@@ -1,8 +1,11 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from support.settings import encode_settings
 from support.tiny import CLASSES, build_base, manifests
@@ -51,3 +54,12 @@ def latents_folder(base: Path, pictures: Path, tmp_path_factory: pytest.TempPath
 @pytest.fixture
 def latents(latents_folder: Path) -> Latents:
     return Latents.open(latents_folder)
+
+
+@pytest.fixture
+def bfloat16(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on a GPU: the base in bfloat16, without autocast."""
+    monkeypatch.setattr("bestiary.diffusion.training.device_and_dtype", lambda: (torch.device("cpu"), torch.bfloat16))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -290,15 +290,6 @@ def test_the_criterion_clip_score_needs_scored_pictures(base: Path, latents: Lat
         run_training(base, latents, criterion="clip_score")
 
 
-@pytest.fixture
-def bfloat16(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As on a GPU: the base in bfloat16, autocast around the UNet."""
-    monkeypatch.setattr("bestiary.diffusion.training.device_and_dtype", lambda: (torch.device("cpu"), torch.bfloat16))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.mark.usefixtures("bfloat16")
 def test_in_half_precision_the_adapter_trains_in_float32_and_pictures_can_be_drawn(
     base: Path, latents: Latents, tmp_path: Path
@@ -388,7 +379,7 @@ def test_compiled_training_gives_the_same_loss(base: Path, latents: Latents) -> 
     changes = {"steps": 2, "validate_every": 2, "batch_size": 3}  # there are 6 images to validate on: one shape for all
     plain, _ = run_training(base, latents, **changes)
     AcceleratorState._reset_state(reset_partial_state=True)
-    compiled, unet = run_training(base, latents, compile=True, **changes)
+    compiled, unet = run_training(base, latents, compile="on", **changes)
     assert compiled.val_loss == pytest.approx(plain.val_loss, rel=2e-3)  # other kernels round differently
     assert adapter_weights(unet)
 
@@ -401,7 +392,7 @@ def test_compiling_on_a_machine_without_a_compiler_is_rejected(
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
     with pytest.raises(BestiaryError, match=r"train\.compile"):
-        run_training(base, latents, compile=True)
+        run_training(base, latents, compile="on")
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ TRAIN: dict[str, object] = {
     "learning_rate_schedule": "cosine",
     "accumulation": 1,
     "gradient_checkpointing": False,
-    "compile": False,
+    "compile": "off",
     "optimizer": "adamw",
     "criterion": "val_loss",
     "patience": None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,7 @@ from bestiary.diffusion.base import (
     processes,
     size_factors,
 )
+from bestiary.diffusion.fast_step import waiting_bar
 from bestiary.errors import BestiaryError
 from bestiary.files import write_atomically
 from bestiary.subjects import Subjects, caption, templates_of
@@ -49,6 +51,9 @@ SHARD_IMAGES = 256
 SPLITS = ("train", "val")
 MAX_ASPECT_RATIO = 2.0  # of a bucket; longer pictures are cropped at their ends
 CAPTION_BATCH = 64
+READERS = max(4, os.cpu_count() or 4)  # threads that decode images
+COMPILE_FROM = 5000  # images on a GPU, from which compiling the autoencoder repays its time
+COMPILE_SECONDS = 15.0
 CODE = (Path(__file__), Path(image_reading.__file__))  # the modules that decide a shard's content
 
 
@@ -123,10 +128,11 @@ def encode_images(
         _write_captions(load_text(base, revision, dtype=dtype), state.device, captions, folder)
     todo = {path: shards[path] for path in list(shards)[state.process_index :: state.num_processes] if path not in done}
     count = sum(len(rows) for rows in todo.values())
+    encoder = VaeEncoder(vae, compiled=state.device.type == "cuda" and count >= COMPILE_FROM)
     with tqdm(total=count, desc="encode images", unit="image", disable=not state.is_local_main_process) as bar:
         for path, rows in todo.items():
-            batches = (pixels.to(state.device, dtype) for pixels in _pixel_batches(clean, rows, settings))
-            write_atomically(path, _encode_shard(vae, batches, bar.update))
+            batches = (pixels.to(state.device) for pixels in _pixel_batches(clean, rows, settings))
+            write_atomically(path, _encode_shard(encoder, batches, bar.update))
     state.wait_for_everyone()
     if state.is_main_process:
         write_atomically(folder / "images.csv", _csv(images))
@@ -294,7 +300,7 @@ def _shards(images: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 def _pixel_batches(clean: Path, rows: pd.DataFrame, settings: Encode) -> Iterator[torch.Tensor]:
-    """Pixels in [-1, 1] of each image's V variants: (B, V, 3, H, W). The next batch is read while one is used."""
+    """Pixels (0 to 255) of each image's V variants: (B, V, 3, H, W). The next batch is read while one is used."""
     augmentation = Augmentation.of(settings)
     width, height = (int(side) for side in rows[["width", "height"]].iloc[0])
 
@@ -310,23 +316,54 @@ def _pixel_batches(clean: Path, rows: pd.DataFrame, settings: Encode) -> Iterato
 
     files = list(zip(rows["path"], rows["sha256"], strict=True))
     batches = [files[start : start + settings.batch_size] for start in range(0, len(files), settings.batch_size)]
-    with ThreadPoolExecutor(max_workers=4) as pool:
+    with ThreadPoolExecutor(max_workers=READERS) as pool:
         ahead = pool.map(read, batches[0])
         for following in [*batches[1:], []]:
             pixels = torch.from_numpy(np.stack(list(ahead)))
             ahead = pool.map(read, following)
-            yield pixels.permute(0, 1, 4, 2, 3) / 127.5 - 1
+            yield pixels.permute(0, 1, 4, 2, 3)
+
+
+class VaeEncoder:
+    """The autoencoder's encoder: pixels (N, 3, H, W), 0 to 255, to the mean and the deviation, (N, C, h, w) each.
+
+    With `compiled`, it compiles for the first shape that it sees. Batches of other shapes are encoded without it.
+    """
+
+    def __init__(self, vae: AutoencoderKL, *, compiled: bool) -> None:
+        self.vae = vae
+        self.fast = torch.compile(self._moments, dynamic=False) if compiled else None
+        self.shape: torch.Size | None = None
+
+    def __call__(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        values = (pixels / 127.5 - 1).to(self.vae.dtype).contiguous(memory_format=torch.channels_last)
+        if self.fast is None:
+            return self._moments(values)
+        if self.shape is None:
+            self.shape = pixels.shape
+            try:
+                with waiting_bar("compile the VAE", COMPILE_SECONDS):
+                    return self.fast(values)
+            except Exception as error:  # whatever a compiler and its backends raise
+                tqdm.write(
+                    f"Encoding goes on without torch.compile, which does not work here ({type(error).__name__})."
+                )
+                self.fast = None
+        return self.fast(values) if self.fast and pixels.shape == self.shape else self._moments(values)
+
+    def _moments(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        posterior = self.vae.encode(values).latent_dist
+        return posterior.mean, posterior.std
 
 
 @torch.inference_mode()
-def _encode_shard(vae: AutoencoderKL, batches: Iterable[torch.Tensor], count: Callable[[int], object]) -> bytes:
+def _encode_shard(encode: VaeEncoder, batches: Iterable[torch.Tensor], count: Callable[[int], object]) -> bytes:
     """The content of a shard's file from batches of pixels (B, V, 3, H, W); counts the images that are encoded."""
     means, stds = [], []
     for pixels in batches:
-        flat = pixels.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        posterior = vae.encode(flat).latent_dist
-        means.append(posterior.mean.unflatten(0, pixels.shape[:2]))  # (B, V, C, h, w)
-        stds.append(posterior.std.unflatten(0, pixels.shape[:2]))
+        mean, std = encode(pixels.flatten(0, 1))
+        means.append(mean.unflatten(0, pixels.shape[:2]))  # (B, V, C, h, w)
+        stds.append(std.unflatten(0, pixels.shape[:2]))
         count(len(pixels))
     return save({"mean": torch.cat(means).cpu().contiguous(), "std": torch.cat(stds).cpu().contiguous()})
 

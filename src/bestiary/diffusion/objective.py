@@ -49,7 +49,7 @@ def prediction_error(unet: Any, scheduler: DDPMScheduler, batch: Batch, features
     noisy = scheduler.add_noise(latents, noise, timesteps)
     v_prediction = scheduler.config.prediction_type == "v_prediction"
     target = scheduler.get_velocity(latents, noise, timesteps) if v_prediction else noise
-    prediction = unet(noisy, timesteps, features[batch["captions"]]).sample
+    prediction = unet(noisy.to(features.dtype), timesteps, features[batch["captions"]]).sample
     error: torch.Tensor = prediction.float() - target.float()
     return error
 

@@ -144,7 +144,7 @@ def preserve(
 
 def preservation_error(unet: Any, batch: PreservedSample, features: torch.Tensor) -> torch.Tensor:
     """What the UNet predicts minus what the base predicted, float32 (B, C, h, w)."""
-    prediction = unet(batch.noisy, batch.timesteps, features[batch.captions]).sample
+    prediction = unet(batch.noisy.to(features.dtype), batch.timesteps, features[batch.captions]).sample
     error: torch.Tensor = prediction.float() - batch.target
     return error
 

@@ -17,6 +17,8 @@ from bestiary.diffusion.adapter import inject
 from bestiary.diffusion.base import device_and_dtype, processes
 from bestiary.diffusion.batches import Batch, TrainingStream, ValidationGrid, collate, seeded_number
 from bestiary.diffusion.checkpoints import Checkpoint, load_checkpoint, save_checkpoint, stop_on_sigterm
+from bestiary.diffusion.fast_step import CompileChoice, FastPrediction, check_compiler, graphs_fit
+from bestiary.diffusion.half_precision import TrainedWeights
 from bestiary.diffusion.latents import Latents
 from bestiary.diffusion.objective import (
     PREDICTION_TYPES,
@@ -134,7 +136,7 @@ class _Run:
         self.on_validation = callbacks.on_validation
         self.accelerator, micro_batch = _accelerator(settings)
         device = self.accelerator.device
-        self.parameters = inject(
+        parameters = inject(
             unet,
             rank=settings.rank,
             alpha=settings.alpha,
@@ -144,7 +146,10 @@ class _Run:
             use_rslora=settings.use_rslora,
             use_dora=settings.use_dora,
         )
-        unet.to(device, memory_format=torch.channels_last)
+        half = unet.dtype is torch.bfloat16
+        # On a GPU, the copies between layouts around norms and attention cost more than convolutions gain.
+        unet.to(device, memory_format=torch.contiguous_format if half else torch.channels_last)
+        self.trained = TrainedWeights(parameters, torch.bfloat16 if half else torch.float32)
         if settings.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         self.features = latents.training.features.to(device, unet.dtype)  # (captions, T, D)
@@ -158,11 +163,13 @@ class _Run:
         workers = 2 if device.type == "cuda" else 0
         self.model, self.optimizer, self.batches, self.grid_batches = self.accelerator.prepare(
             unet,
-            make_optimizer(self.parameters, settings),
+            make_optimizer(self.trained.weights, settings),
             DataLoader(remaining, micro_batch, num_workers=workers, pin_memory=workers > 0, collate_fn=collate),
             DataLoader(self.grid, micro_batch, collate_fn=collate),
         )
-        self.ema = Ema(self.parameters, settings.ema_decay)
+        self.predict = FastPrediction(self.model)
+        self.compile = CompileChoice(settings.compile, settings.steps - first_step, self.accelerator.num_processes)
+        self.ema = Ema(self.trained.weights, settings.ema_decay)
         self.progress = Progress(settings, len(latents.training), self.accelerator, callbacks.on_log)
 
     def train_on(self, batches: list[Batch]) -> bool:
@@ -173,22 +180,37 @@ class _Run:
         progress.learning_rate = settings.learning_rate * learning_rate_factor(settings, progress.step)
         for group in self.optimizer.param_groups:
             group["lr"] = progress.learning_rate
+        self.speed_up(batches[0])
         with accelerator.accumulate(self.model):
             losses, weighted = [], []
             for batch in batches:  # several only where images of different sizes share a batch
-                error = prediction_error(self.model, self.scheduler, batch, self.features)
+                error = prediction_error(self.predict, self.scheduler, batch, self.features)
                 weighted.append(self.loss(error, batch["timesteps"]))
                 losses.append(squared(error.detach()))
             loss = torch.cat(weighted).mean()
             if self.preserved is not None:
                 loss = loss + settings.preservation.weight * self.preservation_loss(self.preserved)
             accelerator.backward(loss)
+            self.trained.collect_gradients()
             progress.add_loss(torch.cat(losses).mean())
             if accelerator.sync_gradients:
-                progress.grad_norm = accelerator.clip_grad_norm_(self.parameters, settings.max_grad_norm)
+                progress.grad_norm = accelerator.clip_grad_norm_(self.trained.weights, settings.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
+            self.trained.spread()
         return bool(accelerator.sync_gradients)
+
+    def speed_up(self, batch: Batch) -> None:
+        """Change to a faster way to predict, once it is known whether compiling pays."""
+        if self.predict.decided:
+            return
+        device, graph = self.accelerator.device, graphs_fit(self.settings, self.accelerator)
+        compiled = self.compile.compile_now(device)
+        if compiled is None:
+            return
+        example = batch["latents"].to(self.features.dtype), batch["timesteps"], self.features[batch["captions"]]
+        self.predict.use(example, compiled=compiled, graph=graph, must=self.settings.compile == "on")
+        self.trained.forget_gradients()
 
     def loss(self, error: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Each image's weighted loss: error (B, C, h, w) -> (B,)."""
@@ -212,10 +234,12 @@ class _Run:
     def validate(self) -> None:
         """Measure the averaged weights, draw with them, and keep them if they are the best so far."""
         with self.ema.applied():
+            self.trained.spread()
             found = validation_loss(
                 self.model, self.scheduler, self.grid, self.grid_batches, self.features, self.accelerator
             )
             score = self.draw(self.progress.step)
+        self.trained.spread()
         self.progress.add_validation(found, score, self.ema.average)
 
     def draw(self, step: int) -> float | None:
@@ -223,7 +247,8 @@ class _Run:
         score = None
         if self.on_validation and self.accelerator.is_main_process:
             self.unet.eval()
-            score = self.on_validation(step)
+            with self.trained.in_float32():
+                score = self.on_validation(step)
             self.unet.train()
         if self.accelerator.num_processes == 1:
             return score
@@ -236,7 +261,7 @@ class _Run:
         if checkpoints is None or not self.accelerator.is_main_process:
             return
         checkpoint = Checkpoint(
-            weights=copies(self.parameters),
+            weights=copies(self.trained.weights),
             average=self.ema.average,
             optimizer=self.optimizer.state_dict(),
             scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
@@ -246,7 +271,8 @@ class _Run:
 
     def restore(self, saved: Checkpoint) -> None:
         """Continue from a checkpoint."""
-        assign(self.parameters, saved.weights)
+        assign(self.trained.weights, saved.weights)
+        self.trained.spread()
         assign(self.ema.average, saved.average)
         self.optimizer.load_state_dict(saved.optimizer)
         if self.accelerator.scaler:
@@ -255,9 +281,10 @@ class _Run:
 
     def finish(self) -> TrainingResult:
         """Leave the UNet with the best weights, unwrapped and in evaluation mode, and return the result."""
-        assign(self.parameters, self.progress.state.best_weights)
+        assign(self.trained.weights, self.progress.state.best_weights)
+        self.trained.give_back()
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False).eval()
-        return self.progress.result(sum(parameter.numel() for parameter in self.parameters))
+        return self.progress.result(sum(weight.numel() for weight in self.trained.weights))
 
 
 def check_fit(unet: UNet2DConditionModel, scheduler: DDPMScheduler, latents: Latents) -> None:
@@ -301,14 +328,12 @@ def _accelerator(settings: Train) -> tuple[Accelerator, int]:
     """The accelerator, and how many images one process takes at a time."""
     processes()
     _, dtype = device_and_dtype()
-    precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no")
+    # float16 needs autocast and a loss scaler. bfloat16 needs neither: see half_precision.py.
     accelerator = Accelerator(
-        mixed_precision=precision,
-        gradient_accumulation_steps=settings.accumulation,
-        dynamo_backend="inductor" if settings.compile else None,
+        mixed_precision="fp16" if dtype is torch.float16 else "no", gradient_accumulation_steps=settings.accumulation
     )
-    if settings.compile:
-        _check_compiler(accelerator.device)
+    if settings.compile == "on":
+        check_compiler(accelerator.device)
     parts = accelerator.num_processes * settings.accumulation
     micro_batch, remainder = divmod(settings.batch_size, parts)
     if remainder:
@@ -317,16 +342,6 @@ def _accelerator(settings: Train) -> tuple[Accelerator, int]:
             f"processes with train.accumulation {settings.accumulation}. Choose a multiple of {parts}."
         )
     return accelerator, micro_batch
-
-
-def _check_compiler(device: torch.device) -> None:
-    try:
-        torch.compile(torch.sin)(torch.zeros(1, device=device))
-    except Exception as error:  # there is no compiler, or no Triton for this device
-        raise BestiaryError(
-            f"train.compile is true, but torch.compile does not work on this machine ({type(error).__name__}). "
-            "Set it to false."
-        ) from error
 
 
 def _weights(scheduler: DDPMScheduler, settings: Train) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,269 @@
+"""A GPU's speed at the exact size of Stable Diffusion 1.5, with random weights, beside other ways to do the same work.
+
+The original's loop: batch 1, image and caption encoded at every step, gradient checkpointing, accumulation 4.
+The official script: the work of diffusers' train_text_to_image_lora.py with --mixed_precision=bf16: image and caption
+encoded at every step, autocast, the adapter in bfloat16, AdamW that is not fused, two waits for the GPU a step. Its
+reading of files is left out.
+
+    python benchmarks/gpu.py                 # 5 minutes, plus what torch.compile needs the first time
+    python benchmarks/gpu.py --quick         # a small trial of the benchmark, on a CPU too: its numbers mean nothing
+
+Prints a line of JSON for each measurement while it runs; the last line is JSON with all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from training import (
+    DEVICE,
+    DTYPE,
+    GPU,
+    HALF,
+    PARAMS,
+    SMALL,
+    STABLE_DIFFUSION,
+    Models,
+    free_memory,
+    gflop_per_image,
+    original_seconds_per_image,
+    random_cache,
+    random_weights,
+    seconds,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+
+from bestiary.diffusion.adapter import inject
+from bestiary.diffusion.encoding import VaeEncoder
+from bestiary.diffusion.latents import Latents
+from bestiary.diffusion.sampling import generate
+from bestiary.diffusion.training import train
+from bestiary.evaluation.profiling import environment
+from bestiary.samplers import Sampling
+
+RANK = PARAMS.train.rank or 4
+STEPS = 30  # of a measured training, the first ten to warm up
+# Our batches by resolution, and the one at which the official script was fastest.
+BATCHES = {256: (16, 64, 256), 512: (16, 64)}
+OFFICIAL = {256: 64, 512: 32}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small models")
+    parser.add_argument("--only", nargs="*", metavar="NAME", help="only these, by the start of a name")
+    parser.add_argument("--compile-official", action="store_true", help="compile the official script's UNet as well")
+    arguments = parser.parse_args()
+    machine = asdict(environment())
+    result: dict[str, Any] = {"benchmark": "gpu", "quick": arguments.quick, "environment": machine, "gpu": None}
+    if not GPU and not arguments.quick:
+        print("This machine has no GPU that torch can use. Try the benchmark itself with --quick.")
+        print(json.dumps(result))
+        return
+    sizes = SMALL if arguments.quick else STABLE_DIFFUSION
+    rate = matmul_tflops(256 if arguments.quick else 4096)
+    result |= {"gpu": torch.cuda.get_device_name() if GPU else "cpu", "matmul_tflops": rate, "rows": {}}
+    for name, measure in measurements(sizes, rate, arguments.quick, arguments.compile_official).items():
+        if arguments.only and not name.startswith(tuple(arguments.only)):
+            continue
+        started = time.perf_counter()
+        if GPU:
+            torch.cuda.reset_peak_memory_stats()
+        row: dict[str, Any]
+        try:
+            row = measure()
+        except Exception as error:  # the other measurements are worth having
+            traceback.print_exc()
+            row = {"error": f"{type(error).__name__}: {error}"[:300]}
+        row["whole_s"] = time.perf_counter() - started
+        if GPU:
+            row["peak_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        row = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
+        free_memory()
+        result["rows"][name] = row
+        print(json.dumps({name: row}), flush=True)
+    print(json.dumps(result))
+    if any("error" in row for row in result["rows"].values()):
+        sys.exit(1)
+
+
+def measurements(
+    sizes: Models, rate: float, quick: bool, compile_official: bool
+) -> dict[str, Callable[[], dict[str, float]]]:
+    """What to measure, by name, in the order of what matters most."""
+    small = 64 if quick else None  # pixels a side: half of the columns below mean nothing then
+    gflop = {side: gflop_per_image(sizes, (small or side) // 8) for side in (256, 512)}
+
+    def training(side: int, batch: int, **changes: object) -> Callable[[], dict[str, float]]:
+        return lambda: ours(sizes, small or side, 2 if quick else batch, gflop[side], rate, changes)
+
+    def official(side: int, compiled: bool = False) -> Callable[[], dict[str, float]]:
+        return lambda: official_script(
+            sizes, small or side, 2 if quick else OFFICIAL[side], gflop[side], rate, compiled
+        )
+
+    jobs: dict[str, Callable[[], dict[str, float]]] = {}
+    for side, batches in BATCHES.items():
+        for batch in batches:
+            jobs[f"ours, {side} px, batch {batch}, eager"] = training(side, batch, compile="off")
+        jobs[f"official script, {side} px, batch {OFFICIAL[side]}, eager"] = official(side)
+    jobs["original's loop, 256 px, batch 1"] = lambda: _rate(original_seconds_per_image(sizes, small or 256))
+    for compiled in (False, True)[: 1 if quick else 2]:
+        name = f"VAE encoder, 512 px, batch 16, {'compiled' if compiled else 'eager'}"
+        jobs[name] = partial(encoding, sizes, small or 512, compiled)
+    for steps, scale in ((13, 7.0), (2, 1.0)):
+        for batch in (1, 8):
+            name = f"drawing, 512 px, {steps} steps, {'guided' if scale > 1 else 'unguided'}, batch {batch}"
+            jobs[name] = partial(drawing, sizes, small or 512, steps, scale, 1 if quick else batch)
+    jobs["memory, 512 px, batch 1"] = training(512, 1, compile="off")
+    jobs["memory, 512 px, batch 1, checkpointing"] = training(512, 1, compile="off", gradient_checkpointing=True)
+    for side, batch in ((256, 256), (512, 64), (256, 16)) if not quick else ():
+        jobs[f"ours, {side} px, batch {batch}, compiled"] = training(side, batch, compile="on")
+    if compile_official and not quick:
+        jobs["official script, 256 px, batch 64, compiled"] = official(256, compiled=True)
+    return jobs
+
+
+def matmul_tflops(side: int) -> float:
+    """The median of square matrix products of random numbers."""
+    left, right = (torch.randn(side, side, device=DEVICE, dtype=DTYPE) for _ in range(2))
+    for _ in range(3):
+        left @ right
+    return 2e-12 * side**3 / (median(seconds(lambda: [left @ right for _ in range(10)]) for _ in range(5)) / 10)
+
+
+def ours(
+    sizes: Models, side: int, batch: int, gflop: float, rate: float, changes: Mapping[str, object]
+) -> dict[str, float]:
+    """Our training by its own clock: the median interval between two rows of its history, after the first."""
+    unet = random_weights(lambda: UNet2DConditionModel(**sizes.unet))
+    cache = random_cache(4 * batch, 4, side // 8, 77, 768)
+    settings = PARAMS.train.model_copy(
+        update={
+            "steps": STEPS,
+            "validate_every": STEPS,
+            "batch_size": batch,
+            "learning_rate": 1e-4,
+            "warmup_steps": 0,
+            "rank": RANK,
+            "alpha": float(RANK),
+            **changes,
+        }
+    )
+    ends: list[float] = []
+
+    def on_log(step: int, row: Mapping[str, float]) -> None:
+        if step:
+            ends.append(step * batch / row["images_per_second"])
+
+    latents = Latents(cache, random_cache(1, 4, side // 8, 77, 768))
+    train(unet, DDPMScheduler(beta_schedule="scaled_linear"), latents, settings, seed=0, on_log=on_log)
+    intervals = [later - earlier for earlier, later in pairwise(ends)]
+    return _rate(median(intervals) / (STEPS / len(ends)) / batch, gflop, rate) | {"first_rows_s": ends[0]}
+
+
+def official_script(
+    sizes: Models, side: int, batch: int, gflop: float, rate: float, compiled: bool
+) -> dict[str, float]:
+    """The step of diffusers' script, as its documentation and options describe it."""
+    unet = random_weights(lambda: UNet2DConditionModel(**sizes.unet))
+    vae = random_weights(lambda: AutoencoderKL(**sizes.vae))
+    text_encoder = CLIPTextModel(CLIPTextConfig(**sizes.text)).to(DEVICE, DTYPE)
+    parameters = inject(unet, rank=RANK, alpha=RANK, dropout=0.0, targets=PARAMS.train.targets, seed=0)
+    for parameter in parameters:
+        parameter.data = parameter.data.to(DTYPE)
+    unet.train()
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear")
+    pixels = torch.rand(batch, 3, side, side, device=DEVICE) * 2 - 1
+    tokens = torch.ones(batch, 77, dtype=torch.long, device=DEVICE)
+    predict: Any = torch.compile(unet, dynamic=False) if compiled else unet
+
+    def step() -> None:
+        with torch.no_grad():
+            latents = vae.encode(pixels.to(DTYPE)).latent_dist.sample() * 0.18215
+            features = text_encoder(tokens, return_dict=False)[0]
+        noise, timesteps = torch.randn_like(latents), torch.randint(0, 1000, (batch,), device=DEVICE)
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        with torch.autocast(DEVICE.type, DTYPE, enabled=HALF):
+            prediction = predict(noisy, timesteps, features, return_dict=False)[0]
+        loss = F.mse_loss(prediction.float(), noise.float(), reduction="mean")
+        loss.repeat(batch).mean().item()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.detach().item()
+
+    for _ in range(3):
+        step()
+    return _rate(median(seconds(step) for _ in range(8)) / batch, gflop, rate)
+
+
+def encoding(sizes: Models, side: int, compiled: bool) -> dict[str, float]:
+    """The encode stage's VAE encoder on pixels that are on the device already."""
+    vae = random_weights(lambda: AutoencoderKL(**sizes.vae)).to(memory_format=torch.channels_last)
+    pixels = torch.randint(0, 256, (16, 3, side, side), device=DEVICE, dtype=torch.uint8)
+    encoder = VaeEncoder(vae, compiled=compiled)
+    with torch.inference_mode():
+        for _ in range(3):
+            encoder(pixels)
+        return _rate(median(seconds(lambda: [encoder(pixels) for _ in range(5)]) for _ in range(5)) / 5 / len(pixels))
+
+
+def drawing(sizes: Models, side: int, steps: int, scale: float, batch: int) -> dict[str, float]:
+    """Pictures a second as `bestiary generate` draws them."""
+    pipeline = StableDiffusionPipeline(
+        vae=random_weights(lambda: AutoencoderKL(**sizes.vae)),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**sizes.text)).to(DEVICE, DTYPE),
+        tokenizer=_tokenizer(),
+        unet=random_weights(lambda: UNet2DConditionModel(**sizes.unet)),
+        scheduler=DDPMScheduler(beta_schedule="scaled_linear"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    sampling = Sampling("dpmsolver++", steps=steps, guidance_scale=scale, width=side, height=side)
+
+    def draw() -> None:
+        generate(pipeline, ["a zebra"] * batch, range(batch), sampling, batch_size=batch)
+
+    draw()
+    return _rate(median(seconds(draw) for _ in range(3)) / batch)
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({"<|startoftext|>": 0, "<|endoftext|>": 1}, unk_token="<|endoftext|>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        bos_token="<|startoftext|>",
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        model_max_length=77,
+    )
+
+
+def _rate(seconds_per_image: float, gflop: float | None = None, rate: float | None = None) -> dict[str, float]:
+    numbers = {"images_per_second": 1 / seconds_per_image}
+    if gflop and rate:
+        numbers["share_of_matmul_rate"] = gflop / seconds_per_image / (1000 * rate)
+    return numbers
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from bestiary.diffusion.base import load_unet
+from bestiary.diffusion.fast_step import CompileChoice, FastPrediction, waiting_bar
+from bestiary.errors import BestiaryError
+
+
+@pytest.fixture
+def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.randn(2, 4, 8, 8), torch.tensor([10, 900]), torch.randn(2, 5, 32)
+
+
+def broken_compiler(_model: nn.Module, **_options: object) -> object:
+    def call(*_inputs: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no ptxas")
+
+    return call
+
+
+def test_what_does_not_compile_is_computed_without_compiling(
+    base: Path,
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    unet = load_unet(base)
+    expected = unet(*inputs).sample
+    predict = FastPrediction(unet)
+    monkeypatch.setattr(torch, "compile", broken_compiler)
+    predict.use(inputs, compiled=True, graph=False)
+    assert torch.equal(predict(*inputs).sample, expected)
+    assert unet.conv_in.weight.is_contiguous()
+    assert "without torch.compile" in capsys.readouterr().out
+    with pytest.raises(BestiaryError, match=r"train\.compile is on, but torch\.compile does not work"):
+        predict.use(inputs, compiled=True, graph=False, must=True)
+
+
+def test_other_shapes_than_the_trainings_take_the_plain_way(
+    base: Path, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet = load_unet(base).requires_grad_(True)
+    seen: list[torch.Size] = []
+
+    def compiled(model: nn.Module, **_options: object) -> object:
+        def call(*given: torch.Tensor) -> torch.Tensor:
+            seen.append(given[0].shape)
+            answer: torch.Tensor = model(*given)
+            return answer
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    predict = FastPrediction(unet)
+    predict.use(inputs, compiled=True, graph=False)
+    seen.clear()
+    predict(*inputs)
+    predict(*(tensor[:1] for tensor in inputs))
+    assert seen == [inputs[0].shape]
+
+
+def test_a_cpu_and_several_processes_do_not_compile_by_themselves() -> None:
+    assert CompileChoice("auto", 100_000, 1).compile_now(torch.device("cpu")) is False
+    assert CompileChoice("auto", 100_000, 2).compile_now(torch.device("cuda")) is False
+    assert CompileChoice("on", 1, 2).compile_now(torch.device("cuda")) is True
+    assert CompileChoice("off", 100_000, 1).compile_now(torch.device("cuda")) is False
+
+
+def test_the_bar_moves_while_nothing_reports(capsys: pytest.CaptureFixture[str]) -> None:
+    import time
+
+    with waiting_bar("compile", 3):
+        time.sleep(1.2)
+    assert "00:01 of about 3 s" in capsys.readouterr().err

@@ -44,7 +44,8 @@ def training(result: dict[str, Any]) -> str:
         "UNet, VAE and text encoder have Stable Diffusion 1.5's size and random weights. Our training is compared\n"
         "with a loop that does what the original does, in a separate process with the C library's default memory\n"
         "settings. The overhead is the share of our step that the bare step, run in turn with it, does not need: the\n"
-        f"median (minimum to maximum) of a few measurements. A matrix product reaches {result['matmul_gflops_per_second']:,.0f} GFLOP/s\n"
+        f"median (minimum to maximum) of a few measurements. A matrix product reaches "
+        f"{result['matmul_gflops_per_second']:,.0f} GFLOP/s\n"
         f"here; an image takes {result['training'][0]['gflop_per_image']:.0f} GFLOP "
         f"at {result['training'][0]['resolution']} px."
     )
@@ -142,10 +143,9 @@ def tracking(result: dict[str, Any]) -> str:
 
 def gpu(result: dict[str, Any]) -> str:
     """The table of a card whose run of benchmarks/gpu.py is kept in a file."""
+    rates = {name: row["images_per_second"] for name, row in result["rows"].items()}
     official = {
-        side: max(
-            row["images_per_second"] for name, row in result["rows"].items() if _of("official script", side, name)
-        )
+        side: max(rate for name, rate in rates.items() if name.startswith(f"official script, {side} px"))
         for side in (256, 512)
     }
     lines = []
@@ -168,13 +168,9 @@ def gpu(result: dict[str, Any]) -> str:
     note = f"{result['note']} " if result.get("note") else ""
     return (
         f"## {result['gpu']} (`python benchmarks/gpu.py`)\n\n"
-        f"{note}{environment}, {result['date']}. The official script is the work of diffusers' train_text_to_image_lora.py "
-        "at its best batch.\n\n" + "\n".join([head, *lines])
+        f"{note}{environment}, {result['date']}. The official script is the work of diffusers' "
+        "train_text_to_image_lora.py at its best batch.\n\n" + "\n".join([head, *lines])
     )
-
-
-def _of(start: str, side: int, name: str) -> bool:
-    return name.startswith(start) and f"{side} px" in name
 
 
 def table(rows: Rows, head: tuple[str, str, str] = AIMS) -> str:

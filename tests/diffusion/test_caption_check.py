@@ -40,14 +40,14 @@ def test_each_image_is_shown_with_its_caption_and_its_tokens(base_folder: Path) 
     assert folder.shared[0].text == "a photo of sks penguin"
     assert len(folder.shared) == 7
     assert folder.odd == []
-    lines = list(render_captions([folder], 16))
+    lines = list(render_captions([folder], 24))
     assert lines[0] == "pip: sks penguin (thing, class penguin), 3 images"
     assert "  1 image without a caption file, with one of these at each step:" in lines
-    assert lines[-1] == "The base reads 16 tokens, with the first and the last one. Nothing odd."
+    assert lines[-1] == "The base reads 24 tokens, with the first and the last one. Nothing odd."
 
 
 @pytest.mark.parametrize(
-    ("name", "seen"), [("sks penguin", True), ("xqz penguin", True), ("hamster penguin", False), ("pip penguin", False)]
+    ("name", "seen"), [("sks penguin", True), ("xqz penguin", True), ("pip penguin", True), ("hamster penguin", False)]
 )
 def test_a_name_that_the_text_encoder_hardly_sees_is_odd(name: str, seen: bool, base_folder: Path) -> None:
     odd = checked(base_folder, ["", ""], name).odd

@@ -11,12 +11,12 @@ from support.settings import train_settings
 from support.training import adapter_weights
 
 from bestiary.diffusion.adapter import inject, save_adapter, verify_adapter
+from bestiary.diffusion.adapter_format import Provenance
 from bestiary.diffusion.base import load_pipeline, load_scheduler, load_unet, load_vae
 from bestiary.diffusion.encoding import VaeEncoder
 from bestiary.diffusion.fast_step import FastPrediction
 from bestiary.diffusion.latents import LatentCache, Latents
 from bestiary.diffusion.progress import TrainingResult
-from bestiary.diffusion.adapter_format import Provenance
 from bestiary.diffusion.sampling import generate
 from bestiary.diffusion.training import train
 from bestiary.samplers import Sampling

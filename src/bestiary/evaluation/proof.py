@@ -180,7 +180,7 @@ class Prover:
         counts = resample_counts(len(texts), self.resamples, self.seed)
         of_base, of_adapter = (
             bootstrap_mean(SCALE * (unit(self.judge.image_features(side).double().numpy()) * texts).sum(axis=1), counts)
-            for side in (base, adapter)
+            for side in (plain_pictures, adapter)
         )
         report = InContext(
             pictures=len(adapter),

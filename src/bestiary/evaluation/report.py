@@ -319,8 +319,8 @@ def describe_proof(proof: SubjectProof) -> Iterator[str]:
         yield f"Fidelity: the judge does not tell {proof.name} from {others} for certain."
     context = proof.in_context
     yield (
-        f"In contexts: {context.prompt_difference.describe('+')} CLIP score against the base, with a fidelity of "
-        f"{context.fidelity_gain.describe('+')} above the base's pictures of the class word."
+        f"In contexts: {context.prompt_difference.describe('+')} CLIP score against the base's class word, with a "
+        f"fidelity of {context.fidelity_gain.describe('+')} above the base's pictures of the class word."
     )
     of_class, of_unrelated = proof.class_leakage.moved.describe(), proof.unrelated_leakage.moved.describe()
     yield (

@@ -1,3 +1,7 @@
+import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,8 @@ from bestiary.diffusion.latents import Latents
 from bestiary.diffusion.training import train
 
 HALF = torch.bfloat16
+SUPPORT = Path(__file__).parents[1] / "support"
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
 class Casts(TorchDispatchMode):
@@ -88,6 +94,22 @@ def test_gradients_of_several_batches_add_up_in_float32() -> None:
     assert trained.weights[0].grad is not None
     assert trained.weights[0].grad.tolist() == [257.0]
     assert layer.weight.grad is None
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("bfloat16")
+def test_two_processes_with_accumulation_train_as_one_does(
+    base: Path, pictures: Path, latents: Latents, tmp_path: Path
+) -> None:
+    launch = "-m torch.distributed.run --standalone --nproc_per_node 2"
+    arguments = [str(path) for path in (SUPPORT / "two_processes.py", base, pictures, tmp_path)]
+    subprocess.run([sys.executable, *launch.split(), *arguments, "2"], env=ENVIRONMENT, check=True)
+    first, second = (json.loads((tmp_path / f"{process}.json").read_text()) for process in (0, 1))
+    assert first["weights"] == second["weights"]
+    settings = train_settings(steps=15, accumulation=4)  # the same parts of a batch, one after the other
+    alone = train(load_unet(base, dtype=HALF), load_scheduler(base), latents, settings, seed=0)
+    assert first["val_loss"] == pytest.approx(alone.val_loss, rel=1e-4)
+    assert alone.val_loss < alone.base_val_loss - 0.002
 
 
 def test_in_float32_the_parameters_are_the_weights() -> None:

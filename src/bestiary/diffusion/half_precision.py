@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 class TrainedWeights:
@@ -45,6 +49,11 @@ class TrainedWeights:
         gradients = torch.cat([_gradient(parameter) for parameter in self.parameters]).float()
         self.weights[0].grad = gradients if self.weights[0].grad is None else self.weights[0].grad + gradients
         self.forget_gradients()
+
+    def average_gradients(self, accelerator: Accelerator) -> None:
+        """Average the weights' gradients over all processes, unless DistributedDataParallel has done it."""
+        if self._copy is not None and accelerator.num_processes > 1:
+            self.weights[0].grad = accelerator.reduce(self.weights[0].grad, reduction="mean")
 
     def forget_gradients(self) -> None:
         """Drop the gradients of the UNet's parameters."""

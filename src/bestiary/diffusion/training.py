@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
+from torch import nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
@@ -161,8 +162,10 @@ class _Run:
         self.grid = ValidationGrid(latents.validation, len(loss_weights))
         # A GPU must not wait for its next batch; on a CPU, workers would only take cores from the step itself.
         workers = 2 if device.type == "cuda" else 0
-        self.model, self.optimizer, self.batches, self.grid_batches = self.accelerator.prepare(
-            unet,
+        # In bfloat16 the processes average the weights' float32 gradients: DistributedDataParallel would average the
+        # rounded ones, and move the parameters away from the copy that they are parts of.
+        self.model: nn.Module = unet if half else self.accelerator.prepare(unet)
+        self.optimizer, self.batches, self.grid_batches = self.accelerator.prepare(
             make_optimizer(self.trained.weights, settings),
             DataLoader(remaining, micro_batch, num_workers=workers, pin_memory=workers > 0, collate_fn=collate),
             DataLoader(self.grid, micro_batch, collate_fn=collate),
@@ -194,6 +197,7 @@ class _Run:
             self.trained.collect_gradients()
             progress.add_loss(torch.cat(losses).mean())
             if accelerator.sync_gradients:
+                self.trained.average_gradients(accelerator)
                 progress.grad_norm = accelerator.clip_grad_norm_(self.trained.weights, settings.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad()

@@ -69,3 +69,10 @@ def test_downloading_and_cleaning_are_compared_with_their_lower_bounds_and_plant
         assert f"| {kind} |" in output
     assert faults["kinds"]["off topic"]["precision"] >= 0.8
     assert faults["good_quarantined"] <= 0.01 * faults["images"]
+
+
+@pytest.mark.skipif(not (ROOT / "mlflow.db").exists(), reason="draws with the champion that `dvc repro` registers")
+def test_drawing_through_the_api_is_compared_with_the_commands_own_loop() -> None:
+    output, result = quick("programs")
+    assert result["overhead_share"] == pytest.approx(result["api_s"] / result["command_s"] - 1)
+    assert "cpu_overhead_share" in output

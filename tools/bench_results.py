@@ -30,6 +30,7 @@ def main() -> None:
         inference(found["inference"], shown),
         data(found["data"], shown),
         using(found["using"]),
+        programs(found["programs"]),
         tracking(found["tracking"]),
     ]
     TARGET.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -120,6 +121,22 @@ def using(result: dict[str, Any]) -> str:
         ("growth of the page's memory over 50 pictures", f"{100 * result['page_growth']:.2f} %", "5 %"),
     ]
     return f"## Using the adapter (`python benchmarks/using.py`)\n\n{table(rows)}"
+
+
+def programs(result: dict[str, Any]) -> str:
+    rows = [
+        (
+            f"overhead of the API, {result['pictures']} pictures in one request",
+            f"{result['overhead_share']:.1%} ({result['cpu_overhead_share']:.1%} of CPU time)",
+            "2 %",
+        )
+    ]
+    return (
+        "## Programs (`python benchmarks/programs.py`)\n\n"
+        "OpenAI's images API is compared with the command's own loop, in turns: the same pictures,\n"
+        "on the bundled base.\n\n"
+        f"{table(rows)}"
+    )
 
 
 def tracking(result: dict[str, Any]) -> str:

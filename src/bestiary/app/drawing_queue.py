@@ -17,6 +17,7 @@ from bestiary.app.orders import Order
 from bestiary.app.studio import Studio
 from bestiary.errors import BestiaryError
 
+PAGE = "page"  # the API whose readers follow every step
 TURN_SECONDS = 5.0  # after which an order lets the others draw, once its picture is finished
 MAX_WAITING = 32  # orders, including the one that is drawn
 MAX_OPEN_PER_ADDRESS = 8  # orders that wait, are drawn, or have pictures that nobody has read yet
@@ -52,8 +53,6 @@ class Drawing:
         """Add an event for the reader. It replaces what it makes outdated, so only pictures pile up."""
         if self._is_over:
             return
-        if isinstance(event, Progress):
-            self.progress = event
         if isinstance(event, Waiting | Progress | Preview | Picture):
             outdated = Preview if isinstance(event, Picture) else type(event)
             self._unread = deque(unread for unread in self._unread if not isinstance(unread, outdated))
@@ -106,7 +105,7 @@ class DrawingQueue:
         """Start to load the default base, before the first order."""
         self._worker.submit(self._studio.warm)
 
-    def enter(self, order: Order, address: str, api: str = "page") -> Drawing:
+    def enter(self, order: Order, address: str, api: str = PAGE) -> Drawing:
         """Put an order into the queue. The caller closes the drawing. Raises BestiaryError when there is no room."""
         if sum(drawing.address == address for drawing in self._open) >= MAX_OPEN_PER_ADDRESS:
             raise RefusedError(
@@ -123,6 +122,10 @@ class DrawingQueue:
         def tell(event: Event) -> None:
             if self._closing.is_set():
                 raise Stopped
+            if isinstance(event, Progress):
+                drawing.progress = event
+                if api != PAGE:  # programs ask for it: waking the event loop at each step would slow down the drawing
+                    return
             loop.call_soon_threadsafe(self._put, drawing, event)
 
         drawing.pictures = self._studio.draw(order, tell, drawing.stopped)

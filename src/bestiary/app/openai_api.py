@@ -34,6 +34,7 @@ from bestiary.samplers import SamplerName, SamplingChanges
 # A program that names one of OpenAI's own models draws with the champion: only its base URL has to change.
 OPENAI_MODELS = re.compile(r"gpt-image-.*|chatgpt-image-latest|dall-e-[23]")
 MAX_PICTURES = 10
+NAME = "openai"  # of these orders in the queue
 
 
 class ImagesRequest(BaseModel):
@@ -99,7 +100,7 @@ class OpenAIApi:
     async def generate(self, request: Request) -> Response:
         wanted = parsed(ImagesRequest, await read_json(request))
         order = await asyncio.to_thread(self._order, wanted)
-        return DrawnResponse(self._queue.enter(order, address_of(request.scope)), _rendered)
+        return DrawnResponse(self._queue.enter(order, address_of(request.scope), NAME), _rendered)
 
     async def models(self, _: Request) -> Response:
         known = await asyncio.to_thread(models, self._offers)

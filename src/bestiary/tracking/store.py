@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import importlib.util
 import os
 import re
@@ -111,17 +112,19 @@ def check_database(uri: str) -> None:
         raise BestiaryError(explain(error, uri)) from None
 
 
-def _schema_revisions() -> tuple[set[str], str]:
+@functools.cache  # the page checks the database for each order
+def _schema_revisions() -> tuple[frozenset[str], str]:
     """All schema revisions that the installed MLflow knows, and the newest one, from its migration scripts."""
     package = importlib.util.find_spec("mlflow")
     assert package is not None
     assert package.origin is not None
-    known, replaced = set(), set()
+    known: set[str] = set()
+    replaced: set[str] = set()
     for script in (Path(package.origin).parent / "store/db_migrations/versions").glob("*.py"):
         text = script.read_text(encoding="utf-8")
         known.update(re.findall(r"^revision\b.*?=\s*[\"'](\w+)[\"']", text, re.MULTILINE))
         replaced.update(re.findall(r"^down_revision\b.*?=\s*[\"'](\w+)[\"']", text, re.MULTILINE))
-    return known, (known - replaced).pop()
+    return frozenset(known), (known - replaced).pop()
 
 
 def explain(error: BaseException, uri: str) -> str:

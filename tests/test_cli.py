@@ -316,7 +316,10 @@ def test_a_picture_that_starts_from_an_image_is_drawn_again_with_that_image(
     Image.radial_gradient("L").save("photo.png")
     Image.linear_gradient("L").save("other.png")
     options = ["--adapter", "none", "--steps", "4", "--image", "photo.png"]
-    assert call(monkeypatch, "generate", "tiger", *options) == 0
+    assert call(monkeypatch, "generate", "tiger", *options, "--count", "2") == 0
+    assert call(monkeypatch, "generate", "tiger", *options, "--seed", "1", "--out", "alone") == 0
+    second = Path("pictures/tiger-1.png").read_bytes()  # starts from the photo too, not from the first picture
+    assert second == Path("alone/tiger-1.png").read_bytes()
     drawn = read_settings(Path("pictures/tiger-0.png"))
     assert drawn.start == StartImage(hashlib.sha256(Path("photo.png").read_bytes()).hexdigest(), 0.5)
     again = ["generate", "--like", "pictures/tiger-0.png", "--out", "again"]

@@ -425,8 +425,8 @@ def _draw_all(
             bar.update()
 
         for name, settings in jobs:
-            image = generator.draw(settings, count_step, image)
-            bar.write(str(save_picture(image, settings, out, name)), file=sys.stdout)
+            picture = generator.draw(settings, count_step, image)
+            bar.write(str(save_picture(picture, settings, out, name)), file=sys.stdout)
 
 
 def _draw_grids(

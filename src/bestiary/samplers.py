@@ -16,6 +16,7 @@ SamplerName = Literal[
     "dpmsolver++sde",
     "unipc",
     "euler",
+    "euler-ancestral",
     "lcm",
     "ddim-trailing",
     "tcd",
@@ -59,7 +60,7 @@ def _dpmsolver(
 # 1000 is not a multiple of the number of steps.
 # Each entry sets every option that any other entry overrides, because schedulers are built from one another's config.
 # Sources, in order: arXiv:2006.11239, 2010.02502, 2211.01095 for three (with the noise levels of 2206.00364 where the
-# name says Karras), 2302.04867, 2206.00364, 2310.04378.
+# name says Karras), 2302.04867, 2206.00364, k-diffusion's sample_euler_ancestral, 2310.04378.
 SAMPLERS: dict[str, Sampler] = {
     "ddpm": Sampler("DDPM", "DDPMScheduler", {"clip_sample": False, "timestep_spacing": "linspace"}, stochastic=True),
     "ddim": Sampler("DDIM", "DPMSolverMultistepScheduler", _dpmsolver("dpmsolver++", order=1)),
@@ -79,6 +80,9 @@ SAMPLERS: dict[str, Sampler] = {
         {"use_karras_sigmas": False, "solver_order": 2, "timestep_spacing": "linspace"},
     ),
     "euler": Sampler("Euler", "EulerDiscreteScheduler", {"use_karras_sigmas": False, "timestep_spacing": "linspace"}),
+    "euler-ancestral": Sampler(
+        "Euler a", "EulerAncestralDiscreteScheduler", {"timestep_spacing": "linspace"}, stochastic=True
+    ),
     "lcm": Sampler("LCM", "LCMScheduler", {"clip_sample": False, "timestep_spacing": "leading"}, stochastic=True),
     # The ends of equal parts of the noise schedule, at which Hyper-SD was distilled (arXiv:2404.13686).
     "ddim-trailing": Sampler(

@@ -12,7 +12,7 @@ import pytest
 from support.app import RunningPage, pictures
 from webuiapi import WebUIApi
 
-from bestiary.app.a1111_requests import split_prompt
+from bestiary.app.a1111_requests import sampler_key, split_prompt
 
 QUICK: dict[str, Any] = {
     "prompt": "a tiger", "sampler_name": "DPM++ 2M", "steps": 2, "cfg_scale": 3.0, "width": 64, "height": 64, "seed": 7
@@ -84,7 +84,7 @@ def test_the_lists_name_what_there_is(client: WebUIApi, server: RunningPage) -> 
     assert second["name"] == "stripes"
     assert client.util_get_model_names() == ["models/base"]
     assert {"DPM++ 2M", "DPM++ 2M SDE Karras", "Euler"} <= set(client.util_get_sampler_names())
-    assert client.util_get_scheduler_names() == ["automatic", "karras"]
+    assert client.util_get_scheduler_names() == ["automatic", "karras", "sgm_uniform", "uniform"]
     assert client.get_options()["sd_model_checkpoint"] == "models/base"
     assert client.set_options({"sd_model_checkpoint": "models/base"}) is None
     assert client.get_scripts() == {"txt2img": [], "img2img": []}
@@ -95,6 +95,34 @@ def test_the_lists_name_what_there_is(client: WebUIApi, server: RunningPage) -> 
 def test_a_schedule_type_chooses_the_sampler(client: WebUIApi) -> None:
     drawn = client.txt2img(**QUICK, scheduler="Karras")
     assert drawn.info["sampler_name"] == "DPM++ 2M Karras"
+
+
+def test_the_clients_own_default_draws_with_euler_a(client: WebUIApi, server: RunningPage) -> None:
+    assert client.default_sampler == "Euler a"
+    drawn = client.txt2img(**{name: value for name, value in QUICK.items() if name != "sampler_name"})
+    assert drawn.info["sampler_name"] == "Euler a"
+    (expected,) = pictures(server.draw(prompt="a tiger", scheduler="euler-ancestral"))
+    assert drawn.image.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "sampler"),
+    [
+        ("Euler a", None, "euler-ancestral"),
+        ("euler_ancestral", "Automatic", "euler-ancestral"),
+        ("k_dpmpp_2m", "karras", "dpmsolver++karras"),
+        ("DPM++ 2M Karras", "automatic", "dpmsolver++karras"),
+        ("dpmsolver++sde", None, "dpmsolver++sde"),
+        ("DPM++ 2M SDE", "Karras", "dpmsolver++sde"),
+        ("DDIM", "SGM Uniform", "ddim-trailing"),
+        ("Euler", "Uniform", "euler"),
+        (None, "Karras", None),
+    ],
+)
+def test_names_of_samplers_as_a1111_k_diffusion_and_comfyui_write_them(
+    name: str | None, schedule: str | None, sampler: str | None
+) -> None:
+    assert sampler_key(name, schedule) == sampler
 
 
 @pytest.mark.parametrize(

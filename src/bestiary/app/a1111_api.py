@@ -162,7 +162,8 @@ class A1111Api:
         )
 
     async def schedulers(self, _: Request) -> Response:
-        return JSONResponse([{"name": name, "label": name.capitalize(), "aliases": None} for name in SCHEDULES])
+        names = {label.lower().replace(" ", "_"): label for label in SCHEDULES}
+        return JSONResponse([{"name": name, "label": label, "aliases": None} for name, label in names.items()])
 
     async def options(self, request: Request) -> Response:
         default = next(iter(self._offers.bases))

@@ -62,7 +62,20 @@ USUAL_OPTIONS: Mapping[str, tuple[object, ...]] = {
 CHECKPOINT = "sd_model_checkpoint"  # the option that chooses the base
 LORA = re.compile(r"<lora:([^<>]*)>", re.IGNORECASE)
 OTHER_NETWORK = re.compile(r"<(hypernet|lyco):[^<>]*>", re.IGNORECASE)
-SCHEDULES = {"automatic": "", "karras": " Karras"}  # A1111's schedule types, and what each adds to a sampler's label
+# A1111's schedule types, and what each adds to a sampler's label. Uniform is how ours are spaced without it.
+SCHEDULES = {"Automatic": "", "Uniform": "", "Karras": " Karras", "SGM Uniform": " SGM Uniform"}
+# Other names of our samplers: k-diffusion's, which A1111 takes too, and ComfyUI's.
+OTHER_NAMES = {
+    "k_euler": "euler",
+    "k_euler_a": "euler-ancestral",
+    "k_euler_ancestral": "euler-ancestral",
+    "euler_ancestral": "euler-ancestral",
+    "k_dpmpp_2m": "dpmsolver++",
+    "dpmpp_2m": "dpmsolver++",
+    "k_dpmpp_2m_ka": "dpmsolver++karras",
+    "k_dpmpp_2m_sde_ka": "dpmsolver++sde",
+    "uni_pc": "unipc",
+}
 
 
 class Txt2ImgRequest(BaseModel):
@@ -164,22 +177,23 @@ def _tag(found: re.Match[str]) -> LoraTag:
 
 
 def sampler_key(name: str | None, schedule: str | None) -> str | None:
-    """The sampler with this label or key and this schedule type; None for no name.
+    """The sampler with this name (its label, its key or another program's) and schedule type; None for no name.
 
-    >>> sampler_key("DPM++ 2M", "Karras"), sampler_key("euler", "automatic")
-    ('dpmsolver++karras', 'euler')
+    >>> sampler_key("DPM++ 2M", "Karras"), sampler_key("k_euler_a", "automatic"), sampler_key("DDIM", "SGM Uniform")
+    ('dpmsolver++karras', 'euler-ancestral', 'ddim-trailing')
 
     Raises InvalidError when there is none.
     """
     if not name:
         return None
-    suffix = SCHEDULES.get((schedule or "automatic").lower())
-    labels = {sampler.label.lower(): key for key, sampler in SAMPLERS.items()}
-    if suffix is not None:
-        wanted = name.lower()
-        for key in (f"{wanted.removesuffix(suffix.lower())}{suffix.lower()}", *([] if suffix else [wanted])):
-            if key in labels or key in SAMPLERS:
-                return labels.get(key, key)
+    by_label = {sampler.label.lower(): key for key, sampler in SAMPLERS.items()}
+    wanted = name.strip().lower()
+    key = OTHER_NAMES.get(wanted, wanted)
+    label = SAMPLERS[key].label.lower() if key in SAMPLERS else wanted
+    suffixes = {label.lower(): suffix for label, suffix in SCHEDULES.items()}
+    suffix = suffixes.get((schedule or "automatic").lower().replace("_", " "))
+    if suffix is not None and (found := by_label.get(f"{label.removesuffix(suffix.lower())}{suffix.lower()}")):
+        return found
     labelled = ", ".join(sampler.label for sampler in SAMPLERS.values())
     schedules = f" with the schedule {shown(schedule or '')}" if schedule and suffix != "" else ""
     raise InvalidError(

@@ -1,14 +1,15 @@
-"""What A1111's clients send to txt2img: the fields that are drawn with, and those that must keep their usual value.
+"""What A1111's clients send to txt2img and img2img: fields to draw with, and those that must keep their usual value.
 
 A field that would change the picture in A1111 and cannot here is refused, never ignored.
 """
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -52,6 +53,23 @@ USUAL: Mapping[str, tuple[object, ...]] = {
     "subseed": ANYTHING,
     "subseed_strength": NOTHING,
     "tiling": NOTHING,
+}
+# Fields that img2img has beside them. How to inpaint matters only with a mask, which is refused.
+USUAL_IMG2IMG: Mapping[str, tuple[object, ...]] = {
+    **USUAL,
+    "image_cfg_scale": ANYTHING,  # of bases that edit by instruction
+    "include_init_images": ANYTHING,  # the answer never repeats the image
+    "initial_noise_multiplier": (None, 1),
+    "inpaint_full_res": ANYTHING,
+    "inpaint_full_res_padding": ANYTHING,
+    "inpainting_fill": ANYTHING,
+    "inpainting_mask_invert": ANYTHING,
+    "latent_mask": NOTHING,
+    "mask": NOTHING,
+    "mask_blur": ANYTHING,
+    "mask_blur_x": ANYTHING,
+    "mask_blur_y": ANYTHING,
+    "mask_round": ANYTHING,
 }
 SECOND_PASS = "hr_"  # how the fields begin that say how to draw the second pass
 USUAL_OPTIONS: Mapping[str, tuple[object, ...]] = {
@@ -120,11 +138,64 @@ class Txt2ImgRequest(BaseModel):
             negative_prompt=self.negative_prompt or None,
         )
 
-    def check(self) -> None:
+    def check(self, usual: Mapping[str, tuple[object, ...]] = USUAL) -> None:
         """Raise InvalidError when a field asks for what cannot be done here."""
         given = self.model_extra or {}
-        _check_usual({name: value for name, value in given.items() if not name.startswith(SECOND_PASS)}, USUAL)
+        _check_usual({name: value for name, value in given.items() if not name.startswith(SECOND_PASS)}, usual)
         check_options(self.override_settings or {})
+
+
+class Img2ImgRequest(Txt2ImgRequest):
+    """The fields of A1111's img2img that decide the picture: those of txt2img, and the image to start from."""
+
+    init_images: tuple[str, ...] = ()
+    denoising_strength: float = Field(default=0.75, gt=0, le=1)
+    resize_mode: Literal[0, 1] = 1  # 0 stretches the image to the picture's size, 1 crops it
+
+    def check(self, usual: Mapping[str, tuple[object, ...]] = USUAL_IMG2IMG) -> None:
+        """Raise InvalidError when a field asks for what cannot be done here."""
+        given = self.model_extra or {}
+        for name in ("mask", "latent_mask"):
+            if given.get(name):
+                raise InvalidError(
+                    f"There are no masks here: the whole image is drawn anew. Leave {name} out.", field=name
+                )
+        super().check(usual)
+
+    def image(self) -> bytes:
+        """The content of the image to start from. Raises InvalidError when there is not exactly one, in base64."""
+        if len(self.init_images) != 1:
+            raise InvalidError(
+                f"init_images holds {len(self.init_images)} images. Send the one image to start from, in base64.",
+                field="init_images",
+            )
+        (text,) = self.init_images
+        if text.startswith("data:"):
+            text = text.partition(",")[2]
+        try:
+            content = base64.b64decode("".join(text.split()), validate=True)
+        except ValueError:
+            content = b""
+        if not content:
+            raise InvalidError(
+                "init_images[0] is not an image in base64. Encode the file's bytes; addresses are not fetched.",
+                field="init_images",
+            )
+        return content
+
+    def check_shape(self, image: tuple[int, int], size: tuple[int | None, int | None]) -> None:
+        """Raise InvalidError when the image must be stretched to this size of the picture; None: the base's side.
+
+        >>> Img2ImgRequest(resize_mode=0).check_shape((640, 480), (512, 384))
+        """
+        width, height = size[0] or size[1] or 1, size[1] or size[0] or 1
+        scaled = image[0] * height / image[1], image[1] * width / image[0]  # with the one side, or the other, as wanted
+        if self.resize_mode == 0 and min(abs(scaled[0] - width), abs(scaled[1] - height)) >= 1:
+            raise InvalidError(
+                f"resize_mode 0 would stretch the image of {image[0]} x {image[1]} pixels. Send resize_mode 1, which "
+                "crops it, or a width and a height in its proportions.",
+                field="resize_mode",
+            )
 
 
 def check_options(options: Mapping[str, object]) -> None:

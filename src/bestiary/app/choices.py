@@ -11,13 +11,13 @@ from bestiary.app.offers import Offer, Offers
 from bestiary.app.orders import Order
 from bestiary.errors import shown
 from bestiary.png_metadata import lora_name
-from bestiary.samplers import SamplingChanges
+from bestiary.samplers import DEFAULT_DENOISE, SamplingChanges
 
 MAX_RANDOM_SEED = 2**32
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenOffer:
     """An adapter that a program chose, and its weight; None: as it was evaluated, or else 1."""
 
     offer: Offer
@@ -40,9 +40,11 @@ class Wanted:
     seed: int | None = None
     count: int = 1
     base: str = ""  # empty: the one that the adapter was trained on
+    image: str = ""  # the key of an uploaded image to start from; empty: noise
+    denoise: float = DEFAULT_DENOISE
 
 
-def make_order(offers: Offers, adapters: Sequence[Chosen], wanted: Wanted) -> Order:
+def make_order(offers: Offers, adapters: Sequence[ChosenOffer], wanted: Wanted) -> Order:
     """The order for these adapters (none: the base alone), with what is not `wanted` otherwise as they were evaluated.
 
     Raises BestiaryError when it is more than anybody may order.
@@ -61,6 +63,8 @@ def make_order(offers: Offers, adapters: Sequence[Chosen], wanted: Wanted) -> Or
         "seed": secrets.randbelow(MAX_RANDOM_SEED) if wanted.seed is None else wanted.seed,
         "count": wanted.count,
         "base": wanted.base,
+        "image": wanted.image,
+        "denoise": wanted.denoise,
         "preview": False,
     }
     if adapters:

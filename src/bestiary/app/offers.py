@@ -88,6 +88,7 @@ class UploadedImage:
     key: str
     name: str
     file: Path
+    size: tuple[int, int] = (0, 0)  # width and height in pixels, upright
 
 
 @dataclass(frozen=True)
@@ -170,13 +171,14 @@ class Offers:
 
     def add_image(self, key: str, name: str, file: Path) -> UploadedImage:
         """Keep an uploaded image for whoever knows its key. Raises BestiaryError when it cannot be read."""
-        image = self.images[key] = UploadedImage(key, name, file)
+        self.images[key] = UploadedImage(key, name, file)
         try:
-            self.start_image(key, 1.0)
+            _, image = self.start_image(key, 1.0)
         except BestiaryError:
             del self.images[key]
             raise
-        return image
+        self.images[key] = UploadedImage(key, name, file, image.size)
+        return self.images[key]
 
     def start_image(self, key: str, denoise: float) -> tuple[StartImage, Image]:
         """The uploaded image with this key, to start a picture from. Raises BestiaryError when it is gone."""

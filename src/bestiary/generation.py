@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from bestiary.errors import BestiaryError, shown
 from bestiary.files import is_file, is_folder, project_root, write_new
@@ -117,7 +117,17 @@ def weight_of(adapter: Adapter, named: Weighted) -> float:
     return adapter.defaults.sampling.adapter_weight if adapter.defaults else 1.0
 
 
-def defaults_of(adapters: Sequence[Adapter]) -> DrawingDefaults | None:
+class Evaluated(Protocol):
+    """An adapter, or the offer of one, that may say how to draw with it."""
+
+    @property
+    def defaults(self) -> DrawingDefaults | None: ...
+
+    @property
+    def few_step(self) -> bool: ...
+
+
+def defaults_of(adapters: Sequence[Evaluated]) -> DrawingDefaults | None:
     """How to draw with these adapters: as the first one was evaluated, in the few steps of one that was made for them.
 
     None when they do not say.

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops, ImageEnhance
 from support.app import RunningPage
+from support.registry import DEFAULTS
 
 from bestiary.app.errors import SENTENCES
 from bestiary.png_metadata import PictureSettings, read_settings, write_png
@@ -42,6 +43,8 @@ FLAGS = [
         "disable-sync",
     )
 ]
+
+CHAMPION_STEPS = DEFAULTS.sampling.steps
 
 
 def test_both_languages_have_every_text_that_the_page_uses() -> None:
@@ -330,6 +333,28 @@ def test_a_second_adapter_is_drawn_and_used_again(browser: Browser, server: Runn
     page.select_option("#second", "models:/bestiary/1")
     draw_in(page)
     assert "are the same adapter" in page.inner_text("#message")
+
+
+@pytest.mark.slow
+def test_a_few_step_adapter_chosen_second_sets_the_steps_and_the_sampler(
+    browser: Browser, server: RunningPage, adapter_folder: Path
+) -> None:
+    page = open_page(browser, server)
+    page.fill("#steps", str(CHAMPION_STEPS))  # as the champion was evaluated, so the page may change it
+    page.click("summary")
+    fast = (adapter_folder / "pytorch_lora_weights.safetensors").read_bytes()
+    page.set_input_files("#upload", {"name": "TCD-fast.safetensors", "mimeType": "", "buffer": fast})
+    page.wait_for_selector("#note:has-text('changes modules')")
+    uploaded = page.input_value("#adapter")
+    fields = ("steps", "guidance", "scheduler")
+    page.select_option("#adapter", "models:/bestiary/1")
+    alone = [page.input_value(f"#{field}") for field in fields]
+    assert alone == [str(CHAMPION_STEPS), "3", "ddim"]
+    page.select_option("#second", uploaded)
+    assert [page.input_value(f"#{field}") for field in fields] == ["4", "1", "tcd"]
+    page.select_option("#second", "none")
+    assert [page.input_value(f"#{field}") for field in fields] == alone
+    page.close()
 
 
 def drop(page: Page, onto: str, name: str, content: bytes, kind: str = "image/png") -> None:

@@ -26,7 +26,7 @@ from bestiary.app.a1111_requests import (
     split_prompt,
 )
 from bestiary.app.bodies import MAX_ORDER_BYTES, read_json
-from bestiary.app.choices import ChosenOffer, Lora, Wanted, by_name, loras, make_order, named
+from bestiary.app.choices import Lora, Wanted, WeightedOffer, by_name, loras, make_order, named
 from bestiary.app.drawing_queue import DrawingQueue
 from bestiary.app.errors import InvalidError
 from bestiary.app.events import Picture
@@ -102,7 +102,7 @@ class A1111Api:
                 request,
                 MAX_ORDER_BYTES + 4 * most_mib * 2**20 // 3,  # base64 writes 4 characters for 3 bytes
                 UPLOAD_SECONDS,
-                f"Send an image of at most {most_mib} MiB.",
+                InvalidError(f"The request is too long. Send an image of at most {most_mib} MiB.", field="init_images"),
             )
             wanted = await asyncio.to_thread(parsed, Img2ImgRequest, body)
             wanted.check()
@@ -125,7 +125,7 @@ class A1111Api:
         names = by_name(loras(self._offers.listed())) if tags else {}
         return make_order(
             self._offers,
-            [ChosenOffer(names[named(tag.name, names, "adapter", "prompt")].offer, tag.weight) for tag in tags],
+            [WeightedOffer(names[named(tag.name, names, "adapter", "prompt")].offer, tag.weight) for tag in tags],
             Wanted(
                 prompt,
                 wanted.changes,

@@ -9,6 +9,7 @@ from starlette.requests import Request
 
 from bestiary.app.access import check_json
 from bestiary.app.errors import RefusedError
+from bestiary.errors import BestiaryError
 
 MAX_ORDER_BYTES = 64 * 1024
 ORDER_SECONDS = 10.0  # within which an order must have arrived
@@ -19,11 +20,11 @@ async def read_json(
     request: Request,
     most: int = MAX_ORDER_BYTES,
     seconds: float = ORDER_SECONDS,
-    advice: str = "Write a shorter prompt.",
+    too_long: BestiaryError | None = None,
 ) -> bytes:
     """The body of a request that is declared as JSON, at most so many bytes.
 
-    Raises RefusedError when it is not, does not arrive in time, or is too long: with an `advice` how to shorten it.
+    Raises RefusedError when it is not, or does not arrive in time; when it is too long, `too_long` if that is given.
     """
     check_json(request.headers)
     data = bytearray()
@@ -32,7 +33,7 @@ async def read_json(
             async for chunk in steadily(request.stream()):
                 data += chunk
                 if len(data) > most:
-                    raise RefusedError("longOrder", "The request is too long. {advice}", advice=advice)
+                    raise too_long or RefusedError("longOrder", "The request is too long. Write a shorter prompt.")
     except TimeoutError:
         raise RefusedError("lateOrder", "The request did not arrive in time. Try again.", 408) from None
     return bytes(data)

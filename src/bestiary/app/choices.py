@@ -10,6 +10,7 @@ from bestiary.app.errors import InvalidError
 from bestiary.app.offers import Offer, Offers
 from bestiary.app.orders import Order
 from bestiary.errors import shown
+from bestiary.generation import defaults_of
 from bestiary.png_metadata import lora_name
 from bestiary.samplers import DEFAULT_DENOISE, SamplingChanges
 
@@ -17,7 +18,7 @@ MAX_RANDOM_SEED = 2**32
 
 
 @dataclass(frozen=True)
-class ChosenOffer:
+class WeightedOffer:
     """An adapter that a program chose, and its weight; None: as it was evaluated, or else 1."""
 
     offer: Offer
@@ -44,12 +45,12 @@ class Wanted:
     denoise: float = DEFAULT_DENOISE
 
 
-def make_order(offers: Offers, adapters: Sequence[ChosenOffer], wanted: Wanted) -> Order:
-    """The order for these adapters (none: the base alone), with what is not `wanted` otherwise as they were evaluated.
+def make_order(offers: Offers, adapters: Sequence[WeightedOffer], wanted: Wanted) -> Order:
+    """The order for these adapters (none: the base alone), with what is not `wanted` otherwise as the command draws it.
 
     Raises BestiaryError when it is more than anybody may order.
     """
-    defaults = (adapters and adapters[0].offer.defaults) or offers.defaults
+    defaults = defaults_of([each.offer for each in adapters]) or offers.defaults
     sampling = wanted.changes.apply(defaults.sampling)
     values: dict[str, object] = {
         "prompt": wanted.prompt,

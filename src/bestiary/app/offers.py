@@ -59,6 +59,7 @@ class Offer:
     side: int | None = None
     sha256: str | None = None
     modules: Mapping[str, int] = field(default_factory=dict)
+    few_step: bool = False  # distilled for a few steps, which `defaults` then are for
 
     @property
     def name(self) -> str:
@@ -78,6 +79,7 @@ class Offer:
             "side": self.side,
             "sha256": self.sha256 and self.sha256[:8],  # tells two files of one name apart
             "modules": self.modules,
+            "few_step": self.few_step,
         }
 
 
@@ -155,16 +157,18 @@ class Offers:
             content = read_adapter(file)
         sha256 = adapter_sha256(file)
         known = next((other for other in self.listed() if other.sha256 == sha256), None)
+        few_step = content.few_step or few_step_sampling([Path(name).stem])
         offer = Offer(
             key,
             "upload",
             name,
             str(file),
-            defaults=self._few_step(content.few_step or few_step_sampling([Path(name).stem])),
+            defaults=self._few_step(few_step),
             subjects=known.subjects if known else None,
             side=content.provenance.resolution,
             sha256=sha256,
             modules={part: len(content.modules(part)) for part in content.parts},
+            few_step=few_step is not None,
         )
         self.uploads[key] = offer
         return offer
@@ -246,6 +250,7 @@ class Offers:
                         subjects=taught_by_file(about.sha256, last),
                         side=about.side,
                         sha256=about.sha256,
+                        few_step=about.few_step is not None,
                     )
                 )
         return offers

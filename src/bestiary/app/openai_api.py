@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from bestiary.app.bodies import read_json
-from bestiary.app.choices import ChosenOffer, Wanted, make_order, models, named, preferred
+from bestiary.app.choices import Wanted, WeightedOffer, make_order, models, named, preferred
 from bestiary.app.drawing_queue import DrawingQueue
 from bestiary.app.errors import InvalidError
 from bestiary.app.events import Picture
@@ -126,7 +126,7 @@ class OpenAIApi:
             )
         return make_order(
             self._offers,
-            [ChosenOffer(offer, wanted.adapter_weight)] if offer else [],
+            [WeightedOffer(offer, wanted.adapter_weight)] if offer else [],
             Wanted(wanted.prompt, wanted.changes, wanted.seed, wanted.n or 1, base),
         )
 

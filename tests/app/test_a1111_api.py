@@ -259,6 +259,19 @@ def test_an_interrupted_order_ends_and_progress_was_told(client: WebUIApi, serve
     assert client.get_progress()["progress"] == 0
 
 
+def test_progress_shows_a_preview_to_those_who_ask_for_it(client: WebUIApi, server: RunningPage) -> None:
+    long = threading.Thread(target=lambda: client.txt2img(**QUICK | {"steps": 400}))
+    long.start()
+    shown = until(client, lambda told: told["current_image"] is not None)
+    with Image.open(BytesIO(base64.b64decode(shown["current_image"]))) as preview:
+        assert preview.size == (64, 64)
+    without = server.client.get("/sdapi/v1/progress", params={"skip_current_image": "true"}).json()
+    client.interrupt()
+    long.join(60)
+    assert without["progress"] > 0
+    assert without["current_image"] is None
+
+
 def test_interrupting_keeps_the_pictures_that_are_finished(client: WebUIApi) -> None:
     drawn = []
     long = threading.Thread(target=lambda: drawn.append(client.txt2img(**QUICK | {"steps": 100, "batch_size": 8})))

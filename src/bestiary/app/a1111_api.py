@@ -34,7 +34,7 @@ from bestiary.app.limits import address_of
 from bestiary.app.offers import Offers
 from bestiary.app.orders import Order, parsed
 from bestiary.app.program_errors import HANDLERS
-from bestiary.app.programs import DrawnResponse, Render, png_base64
+from bestiary.app.programs import DrawnResponse, Render, image_base64
 from bestiary.app.uploads import UPLOAD_SECONDS, Uploads
 from bestiary.samplers import DEFAULT_DENOISE, SAMPLERS
 
@@ -134,6 +134,7 @@ class A1111Api:
                 self._base(wanted.checkpoint) if wanted.checkpoint else self._chosen_bases.get(address, ""),
                 image,
                 denoise,
+                preview=True,
             ),
         )
 
@@ -141,7 +142,10 @@ class A1111Api:
         return named(name, self._offers.bases, "base", CHECKPOINT)
 
     async def progress(self, request: Request) -> Response:
-        """How far the oldest order of the client's address is. Orders of other addresses are not shown."""
+        """How far the oldest order of the client's address is. Orders of other addresses are not shown.
+
+        A preview is made only after a request for it: current_image is the one that an earlier request asked for.
+        """
         drawing = self._queue.oldest(address_of(request.scope), NAME)
         told = drawing.progress if drawing else None
         done, total = (told.done, told.total) if told else (0, 1)
@@ -156,8 +160,13 @@ class A1111Api:
             "sampling_step": done % steps if steps else 0,
             "sampling_steps": steps,
         }
+        preview = drawing.preview if drawing else None
+        if drawing and request.query_params.get("skip_current_image", "false").lower() not in ("true", "1"):
+            drawing.wants_preview.set()
+        else:
+            preview = None
         answer = {"progress": done / total, "eta_relative": told.seconds_left if told else 0.0, "state": state}
-        return JSONResponse(answer | {"current_image": None, "textinfo": None})
+        return JSONResponse(answer | {"current_image": preview and image_base64(preview), "textinfo": None})
 
     async def interrupt(self, request: Request) -> Response:
         """End the oldest order of the client's address with the pictures that are finished."""
@@ -233,7 +242,7 @@ def _rendering(parameters: object, order: Order) -> Render:
         if not pictures:  # a drawing ends early only when `interrupt` stops it
             raise InvalidError("The drawing was interrupted before its first picture was finished.", 409)
         return {
-            "images": [png_base64(picture) for picture in pictures],
+            "images": [image_base64(picture) for picture in pictures],
             "parameters": parameters,
             "info": json.dumps(_info(pictures, order), ensure_ascii=False),
         }

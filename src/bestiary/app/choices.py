@@ -43,6 +43,7 @@ class Wanted:
     base: str = ""  # empty: the one that the adapter was trained on
     image: str = ""  # the key of an uploaded image to start from; empty: noise
     denoise: float = DEFAULT_DENOISE
+    preview: bool = False  # the program may ask for previews while it waits
 
 
 def make_order(offers: Offers, adapters: Sequence[WeightedOffer], wanted: Wanted) -> Order:
@@ -66,7 +67,7 @@ def make_order(offers: Offers, adapters: Sequence[WeightedOffer], wanted: Wanted
         "base": wanted.base,
         "image": wanted.image,
         "denoise": wanted.denoise,
-        "preview": False,
+        "preview": wanted.preview,
     }
     if adapters:
         first, *others = adapters

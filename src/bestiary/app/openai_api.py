@@ -26,7 +26,7 @@ from bestiary.app.limits import address_of
 from bestiary.app.offers import Offer, Offers
 from bestiary.app.orders import NoiseLevel, Order, Weight, parsed
 from bestiary.app.program_errors import HANDLERS
-from bestiary.app.programs import DrawnResponse, png_base64
+from bestiary.app.programs import DrawnResponse, image_base64
 from bestiary.errors import shown
 from bestiary.params import rising
 from bestiary.samplers import SamplerName, SamplingChanges
@@ -146,7 +146,7 @@ def _rendered(pictures: Sequence[Picture]) -> object:
         "output_format": "png",
         "data": [
             {
-                "b64_json": png_base64(picture),
+                "b64_json": image_base64(picture),
                 "info": {**picture.settings, "parameters": picture.parameters, "device": picture.device},
             }
             for picture in pictures

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from bestiary.app.drawing_queue import Drawing
 from bestiary.app.errors import InvalidError
-from bestiary.app.events import Failed, Picture
+from bestiary.app.events import Failed, Picture, Preview
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
@@ -66,6 +66,6 @@ async def _disconnection(receive: Receive) -> None:
         pass
 
 
-def png_base64(picture: Picture) -> str:
-    """The picture's PNG in base64, without the data URI around it."""
+def image_base64(picture: Picture | Preview) -> str:
+    """The image's file in base64, without the data URI around it."""
     return picture.image.partition(",")[2]

@@ -299,6 +299,14 @@ def test_a_grid_is_one_picture_of_what_each_setting_draws_alone(
         assert "Seed: 3, " in grid.info["parameters"]
         assert grid.info["parameters"].endswith('Grid columns: "weight=0.5,1.5", Grid rows: "seed=3,4"')
         last = grid.crop((grid.width - 4 - 128, grid.height - 4 - 128, grid.width - 4, grid.height - 4))
+    grids = [Path("out/tiger-0-grid.png").read_bytes()]
+    for out, axes in (("quoted", ["weight=0.5,1.5 seed=3,4"]), ("bare", ["weight=0.5,1.5", "seed=3,4"])):
+        assert call(monkeypatch, "generate", "--out", out, "--grid", *axes, *options[:-2]) == 0
+        grids.append(Path(out, "tiger-0-grid.png").read_bytes())
+    assert len(set(grids)) == 1
+    capsys.readouterr()
+    assert call(monkeypatch, "generate", *options, "--grid", "weight=1", "colour=red") == 1
+    assert "colour=red is no axis" in capsys.readouterr().err.replace("'", "")
     options[2] = "models/adapter:1.5"
     assert call(monkeypatch, "generate", *options, "--seed", "4") == 0
     with Image.open("out/tiger-4.png") as alone:

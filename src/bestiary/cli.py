@@ -196,18 +196,12 @@ source_options = option_group(
 )
 
 
-def _grid(_context: click.Context, _option: click.Parameter, texts: tuple[str, ...]) -> Grid | None:
-    from bestiary.grids import Grid
-
-    return Grid.parse(texts)
-
-
 grid_option = click.option(
     "--grid",
+    "axes",
     multiple=True,
-    callback=_grid,
     metavar="NAME=VALUE,...",
-    help="One picture with a value in each column; the second --grid makes rows.",
+    help="One picture with a value in each column; a second NAME=VALUE,... makes rows.",
 )
 series_options = option_group(
     "series",
@@ -297,12 +291,13 @@ def generate(
     series: Series,
     changes: SamplingChanges,
     colours: Colours,
-    grid: Grid | None,
+    axes: tuple[str, ...],
     out: Path,
 ) -> None:
     """Draw animals, named in English or Chinese. The same seed gives the same picture."""
     from bestiary.subjects import caption
 
+    request, grid = _take_axes(request, axes)
     like = request.like
     _check_request(request, start, changes.negative_prompt)
     _check_grid(grid)
@@ -370,6 +365,17 @@ def _check_request(request: Request, start: Start, negative: str | None) -> None
         "".join([*subjects, prompt or "", negative or ""]).encode()
     except UnicodeEncodeError:
         raise BestiaryError("A name or a prompt is not valid UTF-8.") from None
+
+
+def _take_axes(request: Request, axes: tuple[str, ...]) -> tuple[Request, Grid | None]:
+    """The request without the axes that follow --grid among the animals, whose names hold no "=", and the grid."""
+    if not axes:
+        return request, None
+    from bestiary.grids import Grid
+
+    more = tuple(name for name in request.subjects if "=" in name)
+    subjects = tuple(name for name in request.subjects if "=" not in name)
+    return replace(request, subjects=subjects), Grid.parse([*axes, *more])
 
 
 def _check_grid(grid: Grid | None) -> None:

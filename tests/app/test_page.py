@@ -135,7 +135,7 @@ def test_a_user_draws_adjusts_colours_and_saves(browser: Browser, server: Runnin
     page = tab.page
     assert page.input_value("#adapter") == "models:/bestiary/1"
     assert page.inner_text("#scores") == (
-        "Compared with the base: CLIP score +5.0 · margin over other subjects +5.0 · recognised (top-1) +5.0 %"
+        "Compared with the base: CLIP score +5.0 · margin over other subjects +5.0 · recognised (top-1) +5.0\u00a0%"
     )
     page.select_option("#adapter", "local:0")
     assert page.locator("#scores").is_hidden()
@@ -447,6 +447,10 @@ def test_a_dropped_picture_of_bestiary_loads_its_settings_and_a_dropped_adapter_
     drop(page, "#stage", "odd.png", odd)
     page.locator("#note", has_text="odd.png").wait_for()
     assert page.inner_text("#shape option:checked") == "88 × 40 px"
+    settings = read_settings_of(picture)
+    third = replace(settings, more_adapters=(*settings.more_adapters, settings.adapters[0]))
+    drop(page, "#stage", "three.png", write_png(drawn, third))
+    page.locator("#note", has_text="so it leaves out models:/bestiary/1.").wait_for()
     drop(page, "#stage", "mine.safetensors", (adapter_folder / "pytorch_lora_weights.safetensors").read_bytes(), "")
     page.locator("#adapter option:checked", has_text="mine.safetensors").wait_for(state="attached")
 

@@ -115,7 +115,7 @@ function adapterLabel(offer) {
 function gains({ scores }) {
   return Object.entries(scores).map(([score, gain]) => {
     const signed = `${gain > 0 ? '+' : '−'}${Math.abs(gain).toFixed(1)}`;
-    return `${text(score)} ${signed}${score === 'top1' ? ' %' : ''}`;
+    return `${text(score)} ${signed}${score === 'top1' ? '\u00a0%' : ''}`;
   });
 }
 

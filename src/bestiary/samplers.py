@@ -6,7 +6,11 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal, get_args
+from functools import cache
+from typing import TYPE_CHECKING, Literal, get_args
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 SamplerName = Literal[
     "ddpm",
@@ -241,9 +245,7 @@ class DrawingDefaults:
     @staticmethod
     def from_json(text: str) -> DrawingDefaults:
         """Read what `to_json` wrote. Raises ValueError for anything else."""
-        from pydantic import TypeAdapter
-
-        stored = TypeAdapter(_StoredDefaults).validate_json(text, strict=True)
+        stored = _stored_defaults().validate_json(text, strict=True)
         defaults = DrawingDefaults(stored.template, from_stored(stored))
         if "{}" not in defaults.template or not defaults.sampling.is_possible:
             raise ValueError(text)
@@ -253,3 +255,10 @@ class DrawingDefaults:
 @dataclass(frozen=True)
 class _StoredDefaults(StoredSampling):
     template: str = field(kw_only=True)
+
+
+@cache  # the page reads the defaults of every version for each order
+def _stored_defaults() -> TypeAdapter[_StoredDefaults]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(_StoredDefaults)

@@ -123,7 +123,9 @@ class Offers:
 
     def find(self, key: str) -> Offer:
         """The offer with this key. Raises BestiaryError when it is gone."""
-        offer = self.uploads.get(key) or next((offer for offer in self.listed() if offer.key == key), None)
+        # Only one of the lists is read: reading takes milliseconds, which every order waits for.
+        listed = self._registered if key.startswith("models:") else self._folders
+        offer = self.uploads.get(key) or next((offer for offer in listed() if offer.key == key), None)
         if offer is None:
             raise gone()
         return offer

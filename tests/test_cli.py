@@ -273,8 +273,13 @@ def test_a_picture_can_be_drawn_again_to_the_byte(
     assert call(monkeypatch, "generate", "--like", "pictures/prompt-3.png", *printed) == 1
 
 
-def test_emphasis_is_drawn_and_drawn_again_to_the_byte(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_emphasis_is_drawn_and_drawn_again_to_the_byte(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--adapter", "none", "--steps", "2", "--prompt"]
+    for tagged in (["a tiger <lora:stripes:1>"], ["a tiger", "--negative-prompt", "<LORA:stripes>"]):
+        assert call(monkeypatch, "generate", *options, *tagged) == 1
+        assert "in a prompt chooses no adapter here" in capsys.readouterr().err
     for out, prompt in {"plain": "a tiger", "strong": "a (tiger:1.5)", "long": "a tiger, " * 15}.items():
         assert call(monkeypatch, "generate", *options, prompt, "--out", out) == 0
     plain, strong, long = (read_settings(Path(f"{out}/prompt-0.png")) for out in ("plain", "strong", "long"))

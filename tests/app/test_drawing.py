@@ -201,6 +201,7 @@ def test_an_unknown_animal_is_drawn_as_written_with_a_hint(server: RunningPage) 
         ({"negative_prompt": "x" * 2000}, "Negative prompt"),
         ({"negative_prompt": "word " * 100}, "tooManyTokens"),
         ({"negative_prompt": "blurry", "guidance_scale": 1}, "negativeUnused"),
+        ({"prompt": "a tiger <lora:stripes:1>"}, "loraInPrompt"),
         ({"prompt": "x" * 10_000}, "Prompt"),
         ({"animal": " "}, "missing"),
         ({"scheduler": "magic"}, "Scheduler"),

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from bestiary.app.errors import InvalidError
 from bestiary.errors import short, shown
+from bestiary.png_metadata import LORA_TAG
 from bestiary.samplers import MAX_ADAPTER_WEIGHT, SAMPLERS, SamplingChanges
 
 ANYTHING: tuple[object, ...] = ()
@@ -78,7 +79,6 @@ USUAL_OPTIONS: Mapping[str, tuple[object, ...]] = {
     "sd_vae": (None, "None", "Automatic", ""),
 }
 CHECKPOINT = "sd_model_checkpoint"  # the option that chooses the base
-LORA = re.compile(r"<lora:([^<>]*)>", re.IGNORECASE)
 OTHER_NETWORK = re.compile(r"<(hypernet|lyco):[^<>]*>", re.IGNORECASE)
 # A1111's schedule types, and what each adds to a sampler's label. Uniform is how ours are spaced without it.
 SCHEDULES = {"Automatic": "", "Uniform": "", "Karras": " Karras", "SGM Uniform": " SGM Uniform"}
@@ -229,8 +229,8 @@ def split_prompt(prompt: str) -> tuple[str, list[LoraTag]]:
     """
     if other := OTHER_NETWORK.search(prompt):
         raise InvalidError(f"{shown(other[0])} cannot be used here, only <lora:NAME:WEIGHT>.", field="prompt")
-    tags = [_tag(found) for found in LORA.finditer(prompt)]
-    return " ".join(LORA.sub(" ", prompt).split()), tags
+    tags = [_tag(found) for found in LORA_TAG.finditer(prompt)]
+    return " ".join(LORA_TAG.sub(" ", prompt).split()), tags
 
 
 def _tag(found: re.Match[str]) -> LoraTag:

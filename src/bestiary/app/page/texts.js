@@ -113,6 +113,7 @@ export const TEXTS = {
     negativeUnused: '没有引导时反向提示词不起作用。请清空反向提示词，或把引导强度调到 1 以上。',
     lcmBase: 'LCM 采样器只能用于潜在一致性模型（LCM），请另选一个采样器。',
     otherBase: '{name} 不是用 {model} 训练的，而是用 {trained} 训练的。若仍要使用 {model}，请在“更多设置”里选定它。',
+    loraInPrompt: '提示词里的 {tag} 在这里不起作用。请把它删去，并在列表中选择适配器。',
     sameAdapter: '{first} 和 {second} 是同一个适配器，请只选一次。',
     queueFull: '排队的人太多，请几分钟后再试。',
     goneImage: '作为起点的图片已不存在，请重新选择。', noImage: '无法读取图片 {name}，请另选文件。',

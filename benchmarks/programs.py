@@ -1,5 +1,7 @@
 """What drawing through OpenAI's images API costs beside the command's own loop, in turns on the same machine.
 
+The server runs in a thread of this process: two processes that do the same work differ by several percent all the
+time, because their memory lies elsewhere. A second loop of the command shows how exact the comparison is.
 Run it after `dvc repro`, on a machine that does nothing else. The last line is JSON.
 """
 
@@ -10,29 +12,32 @@ import base64
 import json
 import os
 import platform
+import socket
 import statistics
-import subprocess
-import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 
 import httpx
-import psutil
+import uvicorn
 from PIL import Image
 
+from bestiary.app.offers import Offerings
+from bestiary.app.server import create_app, serving
 from bestiary.generation import Generator, choose_base, decisive, resolving_all
 from bestiary.memory import keep_freed_memory
 from bestiary.png_metadata import PictureSettings, write_png
-from bestiary.project import project_base, project_params
+from bestiary.project import drawing_defaults, project_base, project_params
 
 ROOT = Path(__file__).parents[1]
-APP = [sys.executable, "-c", "from bestiary.cli import main; main()", "app", "--port", "0"]
 CHAMPION = "models:/bestiary@champion"
 PROMPT = "a photo of a tiger"
 PICTURES = 4  # of one request
-TURNS = 15
+TURNS = 20
 
 
 @dataclass(frozen=True)
@@ -49,21 +54,23 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one short turn, which proves that the script runs")
     turns = 1 if parser.parse_args().quick else TURNS
     os.chdir(ROOT)
-    generator, settings = command()
-    with subprocess.Popen(APP, cwd=ROOT, stdout=subprocess.PIPE, text=True) as app:
-        assert app.stdout is not None
-        with httpx.Client(base_url=app.stdout.readline().split()[1], timeout=600) as client:
-            server = psutil.Process(app.pid)
-            pairs = [both(generator, settings, client, server, turn) for turn in range(1 + turns)]
-        app.terminate()
-    del pairs[0]  # it fills the caches
-    assert all(own.pixels == served.pixels for own, served in pairs), "The API draws other pictures than the command."
+    keep_freed_memory()  # as the server and the command do
+    own, control = command(), command()
+    with api() as served:
+        rows = [one_turn((own, control, served), turn) for turn in range(1 + turns)]
+    del rows[0]  # it fills the caches
+    assert all(row[0].pixels == each.pixels for row in rows for each in row), "The API draws other pictures."
     figures = {
         "pictures": PICTURES,
-        "command_s": statistics.median(own.seconds for own, _ in pairs),
-        "api_s": statistics.median(served.seconds for _, served in pairs),
-        "overhead_share": statistics.median(served.seconds / own.seconds for own, served in pairs) - 1,
-        "cpu_overhead_share": statistics.median(served.cpu_seconds / own.cpu_seconds for own, served in pairs) - 1,
+        "command_s": statistics.median(row[0].seconds for row in rows),
+        "control_s": statistics.median(row[1].seconds for row in rows),
+        "api_s": statistics.median(row[2].seconds for row in rows),
+        "control_share": statistics.median(row[1].seconds / row[0].seconds for row in rows) - 1,
+        "overhead_share": statistics.median(2 * row[2].seconds / (row[0].seconds + row[1].seconds) for row in rows) - 1,
+        "cpu_overhead_share": statistics.median(
+            2 * row[2].cpu_seconds / (row[0].cpu_seconds + row[1].cpu_seconds) for row in rows
+        )
+        - 1,
     }
     for name, figure in figures.items():
         print(f"{name:32} {figure:10.4f}")
@@ -71,9 +78,11 @@ def main() -> None:
     print(json.dumps({"benchmark": "programs", "environment": machine, "turns": turns, **figures}))
 
 
-def command() -> tuple[Generator, PictureSettings]:
-    """What `bestiary generate` draws with: the champion in memory, and the settings of its pictures."""
-    keep_freed_memory()  # as the server and the command do
+Draw = Callable[[int], list[bytes]]  # the PNGs of the pictures with this seed and the next ones
+
+
+def command() -> Draw:
+    """The loop of `bestiary generate`, with the champion in memory."""
     default = project_base(project_params())
     with resolving_all([CHAMPION]) as resolved:
         adapters = resolved()
@@ -81,41 +90,53 @@ def command() -> tuple[Generator, PictureSettings]:
     generator.prepare(choose_base(decisive(adapters), None, None, known=[default] if default else []), adapters)
     (adapter,), (sha256,) = adapters, generator.adapter_hashes
     assert adapter.defaults is not None
-    sampling = generator.sized(adapter.defaults.sampling)
-    base = generator.base
+    sampling, base = generator.sized(adapter.defaults.sampling), generator.base
     settings = PictureSettings(PROMPT, 0, sampling, base.model, base.revision, adapter.uri, sha256)
-    return generator, generator.prompted(settings, PROMPT)
+    settings = generator.prompted(settings, PROMPT)
+
+    def draw(seed: int) -> list[bytes]:
+        jobs = [replace(settings, seed=seed + number) for number in range(PICTURES)]
+        return [write_png(generator.draw(job), job) for job in jobs]
+
+    return draw
 
 
-def both(
-    generator: Generator, settings: PictureSettings, client: httpx.Client, server: psutil.Process, turn: int
-) -> tuple[Turn, Turn]:
-    """The same pictures by the command's loop and by the API. Which of them is first changes with each turn."""
-    if turn % 2:
-        served = by_api(client, server, turn)
-        return by_command(generator, settings, turn), served
-    return by_command(generator, settings, turn), by_api(client, server, turn)
+@contextmanager
+def api() -> Iterator[Draw]:
+    """One request to OpenAI's API, whose server runs in a thread."""
+    params = project_params()
+    base = project_base(params)
+    assert base is not None
+    offered = Offerings((base,), (str(ROOT / "models" / "adapter"),), drawing_defaults(params))
+    server = uvicorn.Server(serving(create_app(offered)))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        with httpx.Client(base_url=f"http://127.0.0.1:{listening.getsockname()[1]}", timeout=600) as client:
+
+            def draw(seed: int) -> list[bytes]:
+                request = {"model": CHAMPION, "prompt": PROMPT, "n": PICTURES, "seed": seed}
+                answer = client.post("/v1/images/generations", json=request).raise_for_status().json()
+                return [base64.b64decode(picture["b64_json"]) for picture in answer["data"]]
+
+            try:
+                yield draw
+            finally:
+                server.should_exit = True
+                thread.join()
 
 
-def by_command(generator: Generator, settings: PictureSettings, turn: int) -> Turn:
-    """Draw as `bestiary generate` does, and make the PNG of each picture."""
-    started, cpu, images = time.perf_counter(), time.process_time(), []
-    for number in range(PICTURES):
-        job = replace(settings, seed=PICTURES * turn + number)
-        images.append(generator.draw(job))
-        write_png(images[-1], job)
+def one_turn(ways: tuple[Draw, ...], turn: int) -> list[Turn]:
+    """The same pictures in each of the ways. Which of them is first changes with each turn."""
+    places = [(turn + place) % len(ways) for place in range(len(ways))]
+    drawn = {place: timed(ways[place], PICTURES * turn) for place in places}
+    return [drawn[place] for place in range(len(ways))]
+
+
+def timed(draw: Draw, seed: int) -> Turn:
+    started, cpu = time.perf_counter(), time.process_time()
+    pngs = draw(seed)
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-    return Turn([image.tobytes() for image in images], seconds, cpu)
-
-
-def by_api(client: httpx.Client, server: psutil.Process, turn: int) -> Turn:
-    """Let the server draw the same pictures with one request. The CPU seconds are all of the server's."""
-    started, before = time.perf_counter(), server.cpu_times()
-    request = {"model": CHAMPION, "prompt": PROMPT, "n": PICTURES, "seed": PICTURES * turn}
-    answer = client.post("/v1/images/generations", json=request).raise_for_status().json()
-    pngs = [base64.b64decode(picture["b64_json"]) for picture in answer["data"]]
-    seconds, after = time.perf_counter() - started, server.cpu_times()
-    cpu = after.user + after.system - before.user - before.system
     return Turn([Image.open(BytesIO(png)).tobytes() for png in pngs], seconds, cpu)
 
 

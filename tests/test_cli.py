@@ -273,8 +273,13 @@ def test_a_picture_can_be_drawn_again_to_the_byte(
     assert call(monkeypatch, "generate", "--like", "pictures/prompt-3.png", *printed) == 1
 
 
-def test_emphasis_is_drawn_and_drawn_again_to_the_byte(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_emphasis_is_drawn_and_drawn_again_to_the_byte(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--adapter", "none", "--steps", "2", "--prompt"]
+    for tagged in (["a tiger <lora:stripes:1>"], ["a tiger", "--negative-prompt", "<LORA:stripes>"]):
+        assert call(monkeypatch, "generate", *options, *tagged) == 1
+        assert "in a prompt chooses no adapter here" in capsys.readouterr().err
     for out, prompt in {"plain": "a tiger", "strong": "a (tiger:1.5)", "long": "a tiger, " * 15}.items():
         assert call(monkeypatch, "generate", *options, prompt, "--out", out) == 0
     plain, strong, long = (read_settings(Path(f"{out}/prompt-0.png")) for out in ("plain", "strong", "long"))
@@ -299,6 +304,14 @@ def test_a_grid_is_one_picture_of_what_each_setting_draws_alone(
         assert "Seed: 3, " in grid.info["parameters"]
         assert grid.info["parameters"].endswith('Grid columns: "weight=0.5,1.5", Grid rows: "seed=3,4"')
         last = grid.crop((grid.width - 4 - 128, grid.height - 4 - 128, grid.width - 4, grid.height - 4))
+    grids = [Path("out/tiger-0-grid.png").read_bytes()]
+    for out, axes in (("quoted", ["weight=0.5,1.5 seed=3,4"]), ("bare", ["weight=0.5,1.5", "seed=3,4"])):
+        assert call(monkeypatch, "generate", "--out", out, "--grid", *axes, *options[:-2]) == 0
+        grids.append(Path(out, "tiger-0-grid.png").read_bytes())
+    assert len(set(grids)) == 1
+    capsys.readouterr()
+    assert call(monkeypatch, "generate", *options, "--grid", "weight=1", "colour=red") == 1
+    assert "colour=red is no axis" in capsys.readouterr().err.replace("'", "")
     options[2] = "models/adapter:1.5"
     assert call(monkeypatch, "generate", *options, "--seed", "4") == 0
     with Image.open("out/tiger-4.png") as alone:
@@ -316,7 +329,10 @@ def test_a_picture_that_starts_from_an_image_is_drawn_again_with_that_image(
     Image.radial_gradient("L").save("photo.png")
     Image.linear_gradient("L").save("other.png")
     options = ["--adapter", "none", "--steps", "4", "--image", "photo.png"]
-    assert call(monkeypatch, "generate", "tiger", *options) == 0
+    assert call(monkeypatch, "generate", "tiger", *options, "--count", "2") == 0
+    assert call(monkeypatch, "generate", "tiger", *options, "--seed", "1", "--out", "alone") == 0
+    second = Path("pictures/tiger-1.png").read_bytes()  # starts from the photo too, not from the first picture
+    assert second == Path("alone/tiger-1.png").read_bytes()
     drawn = read_settings(Path("pictures/tiger-0.png"))
     assert drawn.start == StartImage(hashlib.sha256(Path("photo.png").read_bytes()).hexdigest(), 0.5)
     again = ["generate", "--like", "pictures/tiger-0.png", "--out", "again"]

@@ -41,6 +41,12 @@ def test_columns_and_rows_have_every_combination() -> None:
     ]
 
 
+def test_one_text_may_hold_both_axes_and_spaces() -> None:
+    assert grid_of("weight=0.4, 1  seed = 1,2,3") == grid_of("weight=0.4,1", "seed=1,2,3")
+    with pytest.raises(BestiaryError, match="two axes, not 3"):
+        Grid.parse(["weight=0.4 seed=1 steps=2"])
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

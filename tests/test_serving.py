@@ -60,11 +60,14 @@ def served(clone: Path) -> Iterator[str]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("curl") is None, reason="the README's call is made with curl")
-def test_mlflow_serves_the_champion_and_the_readmes_call_gives_a_picture(clone: Path, served: str) -> None:
+def test_mlflow_serves_the_champion_and_the_readmes_call_gives_the_pixels_of_generate(clone: Path, served: str) -> None:
     call = next(line for line in commands(READMES[0]) if line.startswith("curl"))
     subprocess.run(["bash", "-c", call.replace(PORT, served)], check=True, timeout=900)
-    with Image.open(clone / "tiger.png") as picture:
-        assert (picture.format, picture.size) == ("PNG", (64, 64))
+    command = ["bestiary", "generate", "--prompt", "a photo of a tiger", "--seed", "7"]
+    subprocess.run(command, check=True, timeout=900)
+    with Image.open(clone / "tiger.png") as picture, Image.open(clone / "pictures" / "prompt-7.png") as drawn:
+        assert picture.format == "PNG"
+        assert picture.tobytes() == drawn.tobytes()
 
 
 @pytest.mark.slow

@@ -130,12 +130,13 @@ def programs(result: dict[str, Any]) -> str:
             f"overhead of the API, {result['pictures']} pictures in one request",
             f"{result['overhead_share']:.1%} ({result['cpu_overhead_share']:.1%} of CPU time)",
             "2 %",
-        )
+        ),
+        ("the command's loop beside itself", f"{result['control_share']:.1%}", "0 %: how exact this is"),
     ]
     return (
         "## Programs (`python benchmarks/programs.py`)\n\n"
-        "OpenAI's images API is compared with the command's own loop, in turns: the same pictures,\n"
-        "on the bundled base.\n\n"
+        "OpenAI's images API is compared with the command's own loop, in turns: the same pictures, on the bundled\n"
+        "base.\n\n"
         f"{table(rows)}"
     )
 

@@ -196,18 +196,12 @@ source_options = option_group(
 )
 
 
-def _grid(_context: click.Context, _option: click.Parameter, texts: tuple[str, ...]) -> Grid | None:
-    from bestiary.grids import Grid
-
-    return Grid.parse(texts)
-
-
 grid_option = click.option(
     "--grid",
+    "axes",
     multiple=True,
-    callback=_grid,
     metavar="NAME=VALUE,...",
-    help="One picture with a value in each column; the second --grid makes rows.",
+    help="One picture with a value in each column; a second NAME=VALUE,... makes rows.",
 )
 series_options = option_group(
     "series",
@@ -297,12 +291,13 @@ def generate(
     series: Series,
     changes: SamplingChanges,
     colours: Colours,
-    grid: Grid | None,
+    axes: tuple[str, ...],
     out: Path,
 ) -> None:
     """Draw animals, named in English or Chinese. The same seed gives the same picture."""
     from bestiary.subjects import caption
 
+    request, grid = _take_axes(request, axes)
     like = request.like
     _check_request(request, start, changes.negative_prompt)
     _check_grid(grid)
@@ -372,6 +367,17 @@ def _check_request(request: Request, start: Start, negative: str | None) -> None
         raise BestiaryError("A name or a prompt is not valid UTF-8.") from None
 
 
+def _take_axes(request: Request, axes: tuple[str, ...]) -> tuple[Request, Grid | None]:
+    """The request without the axes that follow --grid among the animals, whose names hold no "=", and the grid."""
+    if not axes:
+        return request, None
+    from bestiary.grids import Grid
+
+    more = tuple(name for name in request.subjects if "=" in name)
+    subjects = tuple(name for name in request.subjects if "=" not in name)
+    return replace(request, subjects=subjects), Grid.parse([*axes, *more])
+
+
 def _check_grid(grid: Grid | None) -> None:
     given = _given_options()
     for axis in grid.axes if grid else ():
@@ -425,8 +431,8 @@ def _draw_all(
             bar.update()
 
         for name, settings in jobs:
-            image = generator.draw(settings, count_step, image)
-            bar.write(str(save_picture(image, settings, out, name)), file=sys.stdout)
+            picture = generator.draw(settings, count_step, image)
+            bar.write(str(save_picture(picture, settings, out, name)), file=sys.stdout)
 
 
 def _draw_grids(

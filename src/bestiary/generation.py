@@ -12,11 +12,11 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from bestiary.errors import BestiaryError, shown
 from bestiary.files import is_file, is_folder, project_root, write_new
-from bestiary.png_metadata import AppliedAdapter, PictureSettings, StartImage, write_png
+from bestiary.png_metadata import LORA_TAG, AppliedAdapter, PictureSettings, StartImage, write_png
 from bestiary.registry.resolving import check_base, find_base, locate_base, locate_known_base, needs_mlflow, resolve
 from bestiary.samplers import DEFAULT_DENOISE, MAX_ADAPTER_WEIGHT, MAX_ADAPTERS
 
@@ -117,7 +117,17 @@ def weight_of(adapter: Adapter, named: Weighted) -> float:
     return adapter.defaults.sampling.adapter_weight if adapter.defaults else 1.0
 
 
-def defaults_of(adapters: Sequence[Adapter]) -> DrawingDefaults | None:
+class Evaluated(Protocol):
+    """An adapter, or the offer of one, that may say how to draw with it."""
+
+    @property
+    def defaults(self) -> DrawingDefaults | None: ...
+
+    @property
+    def few_step(self) -> bool: ...
+
+
+def defaults_of(adapters: Sequence[Evaluated]) -> DrawingDefaults | None:
     """How to draw with these adapters: as the first one was evaluated, in the few steps of one that was made for them.
 
     None when they do not say.
@@ -300,10 +310,16 @@ class Generator:
     def prompted(self, settings: PictureSettings, prompt: str, *, literal: bool = False) -> PictureSettings:
         """The settings with this prompt, read by A1111's rules if it or the negative prompt needs them.
 
-        Brackets in a `literal` prompt are no emphasis.
+        Brackets in a `literal` prompt are no emphasis. Raises BestiaryError for A1111's <lora:...>, which would be
+        drawn as words.
         """
         from bestiary.diffusion.prompts import escaped, is_long, needs_rules
 
+        if found := LORA_TAG.search(f"{prompt}\n{settings.sampling.negative_prompt}"):
+            raise BestiaryError(
+                f"{shown(found[0])} in a prompt chooses no adapter here. Take it out, and choose the adapter itself: "
+                "with --adapter, in the page's list, or as a program's model."
+            )
         tokenizer = self.pipeline.tokenizer
         by_rules = is_long(tokenizer, prompt) if literal else needs_rules(tokenizer, prompt)
         by_rules = by_rules or needs_rules(tokenizer, settings.sampling.negative_prompt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -110,7 +111,11 @@ class Grid:
 
     @staticmethod
     def parse(texts: Sequence[str]) -> Grid | None:
-        """Read at most two axes; None for none. Raises BestiaryError for what is no grid."""
+        """Read at most two axes; None for none. A text may hold both: "weight=0.4,1 seed=1,2".
+
+        Raises BestiaryError for what is no grid.
+        """
+        texts = [axis for text in texts for axis in re.split(r"\s+(?=\w+\s*=)", text.strip())]
         if len(texts) > 2:
             raise BestiaryError(f"A grid has two axes, not {len(texts)}. Leave some out.")
         axes = tuple(Axis.parse(text) for text in texts)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 KEY = "bestiary"
 LORA_NAME = "bestiary"  # by which A1111 finds the adapter: `adapter convert --to kohya` writes it into the file
+LORA_TAG = re.compile(r"<lora:([^<>]*)>", re.IGNORECASE)  # how prompts of A1111 name an adapter
 MAX_SEED = 2**64
 
 

@@ -6,7 +6,11 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal, get_args
+from functools import cache
+from typing import TYPE_CHECKING, Literal, get_args
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 SamplerName = Literal[
     "ddpm",
@@ -16,6 +20,7 @@ SamplerName = Literal[
     "dpmsolver++sde",
     "unipc",
     "euler",
+    "euler-ancestral",
     "lcm",
     "ddim-trailing",
     "tcd",
@@ -59,7 +64,7 @@ def _dpmsolver(
 # 1000 is not a multiple of the number of steps.
 # Each entry sets every option that any other entry overrides, because schedulers are built from one another's config.
 # Sources, in order: arXiv:2006.11239, 2010.02502, 2211.01095 for three (with the noise levels of 2206.00364 where the
-# name says Karras), 2302.04867, 2206.00364, 2310.04378.
+# name says Karras), 2302.04867, 2206.00364, k-diffusion's sample_euler_ancestral, 2310.04378.
 SAMPLERS: dict[str, Sampler] = {
     "ddpm": Sampler("DDPM", "DDPMScheduler", {"clip_sample": False, "timestep_spacing": "linspace"}, stochastic=True),
     "ddim": Sampler("DDIM", "DPMSolverMultistepScheduler", _dpmsolver("dpmsolver++", order=1)),
@@ -79,6 +84,9 @@ SAMPLERS: dict[str, Sampler] = {
         {"use_karras_sigmas": False, "solver_order": 2, "timestep_spacing": "linspace"},
     ),
     "euler": Sampler("Euler", "EulerDiscreteScheduler", {"use_karras_sigmas": False, "timestep_spacing": "linspace"}),
+    "euler-ancestral": Sampler(
+        "Euler a", "EulerAncestralDiscreteScheduler", {"timestep_spacing": "linspace"}, stochastic=True
+    ),
     "lcm": Sampler("LCM", "LCMScheduler", {"clip_sample": False, "timestep_spacing": "leading"}, stochastic=True),
     # The ends of equal parts of the noise schedule, at which Hyper-SD was distilled (arXiv:2404.13686).
     "ddim-trailing": Sampler(
@@ -237,9 +245,7 @@ class DrawingDefaults:
     @staticmethod
     def from_json(text: str) -> DrawingDefaults:
         """Read what `to_json` wrote. Raises ValueError for anything else."""
-        from pydantic import TypeAdapter
-
-        stored = TypeAdapter(_StoredDefaults).validate_json(text, strict=True)
+        stored = _stored_defaults().validate_json(text, strict=True)
         defaults = DrawingDefaults(stored.template, from_stored(stored))
         if "{}" not in defaults.template or not defaults.sampling.is_possible:
             raise ValueError(text)
@@ -249,3 +255,10 @@ class DrawingDefaults:
 @dataclass(frozen=True)
 class _StoredDefaults(StoredSampling):
     template: str = field(kw_only=True)
+
+
+@cache  # the page reads the defaults of every version for each order
+def _stored_defaults() -> TypeAdapter[_StoredDefaults]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(_StoredDefaults)

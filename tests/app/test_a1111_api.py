@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import threading
 import time
 from collections.abc import Callable
+from io import BytesIO
 from typing import Any
 
 import pytest
-from support.app import RunningPage, pictures
+from PIL import Image
+from support.app import MAX_UPLOAD_MIB, RunningPage, pictures
 from webuiapi import WebUIApi
 
-from bestiary.app.a1111_requests import split_prompt
+from bestiary.app.a1111_requests import sampler_key, split_prompt
 
 QUICK: dict[str, Any] = {
     "prompt": "a tiger", "sampler_name": "DPM++ 2M", "steps": 2, "cfg_scale": 3.0, "width": 64, "height": 64, "seed": 7
@@ -34,9 +38,17 @@ def until(client: WebUIApi, is_reached: Callable[[dict[str, Any]], bool]) -> dic
     return dict(told)
 
 
-def refusal(server: RunningPage, **changes: object) -> tuple[int, str]:
-    """The status and the sentence by which a txt2img with these changes is refused."""
-    response = server.client.post("/sdapi/v1/txt2img", json=QUICK | changes)
+def eventually(is_so: Callable[[], bool]) -> None:
+    """Wait for what a server does after it has answered."""
+    end = time.monotonic() + 10
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def refusal(server: RunningPage, changes: dict[str, object], way: str = "txt2img") -> tuple[int, str]:
+    """The status and the sentence by which a request with these changes is refused."""
+    response = server.client.post(f"/sdapi/v1/{way}", json=QUICK | changes)
     answer = response.json()
     assert set(answer) == {"error", "detail", "body", "errors"}
     assert answer["detail"].endswith(".")
@@ -84,7 +96,7 @@ def test_the_lists_name_what_there_is(client: WebUIApi, server: RunningPage) -> 
     assert second["name"] == "stripes"
     assert client.util_get_model_names() == ["models/base"]
     assert {"DPM++ 2M", "DPM++ 2M SDE Karras", "Euler"} <= set(client.util_get_sampler_names())
-    assert client.util_get_scheduler_names() == ["automatic", "karras"]
+    assert client.util_get_scheduler_names() == ["automatic", "karras", "sgm_uniform", "uniform"]
     assert client.get_options()["sd_model_checkpoint"] == "models/base"
     assert client.set_options({"sd_model_checkpoint": "models/base"}) is None
     assert client.get_scripts() == {"txt2img": [], "img2img": []}
@@ -95,6 +107,34 @@ def test_the_lists_name_what_there_is(client: WebUIApi, server: RunningPage) -> 
 def test_a_schedule_type_chooses_the_sampler(client: WebUIApi) -> None:
     drawn = client.txt2img(**QUICK, scheduler="Karras")
     assert drawn.info["sampler_name"] == "DPM++ 2M Karras"
+
+
+def test_the_clients_own_default_draws_with_euler_a(client: WebUIApi, server: RunningPage) -> None:
+    assert client.default_sampler == "Euler a"
+    drawn = client.txt2img(**{name: value for name, value in QUICK.items() if name != "sampler_name"})
+    assert drawn.info["sampler_name"] == "Euler a"
+    (expected,) = pictures(server.draw(prompt="a tiger", scheduler="euler-ancestral"))
+    assert drawn.image.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "sampler"),
+    [
+        ("Euler a", None, "euler-ancestral"),
+        ("euler_ancestral", "Automatic", "euler-ancestral"),
+        ("k_dpmpp_2m", "karras", "dpmsolver++karras"),
+        ("DPM++ 2M Karras", "automatic", "dpmsolver++karras"),
+        ("dpmsolver++sde", None, "dpmsolver++sde"),
+        ("DPM++ 2M SDE", "Karras", "dpmsolver++sde"),
+        ("DDIM", "SGM Uniform", "ddim-trailing"),
+        ("Euler", "Uniform", "euler"),
+        (None, "Karras", None),
+    ],
+)
+def test_names_of_samplers_as_a1111_k_diffusion_and_comfyui_write_them(
+    name: str | None, schedule: str | None, sampler: str | None
+) -> None:
+    assert sampler_key(name, schedule) == sampler
 
 
 @pytest.mark.parametrize(
@@ -125,23 +165,87 @@ def test_a_schedule_type_chooses_the_sampler(client: WebUIApi) -> None:
 def test_a_bad_request_is_refused_in_a1111s_form(
     server: RunningPage, change: dict[str, object], status: int, word: str
 ) -> None:
-    given, sentence = refusal(server, **change)
+    given, sentence = refusal(server, change)
     assert given == status
     assert word in sentence
 
 
-def test_image_to_image_is_not_here_yet_and_the_client_is_told_so(client: WebUIApi, server: RunningPage) -> None:
-    with pytest.raises(RuntimeError) as refused:
-        client.img2img(images=[pictures(server.draw(steps=1))[0]], prompt="a tiger")
-    assert refused.value.args[0] == 501
-    assert "txt2img" in refused.value.args[1]
+def photo(width: int = 96, height: int = 64) -> Image.Image:
+    return Image.radial_gradient("L").resize((width, height)).convert("RGB")
+
+
+def encoded(image: Image.Image) -> str:
+    buffer = BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_image_to_image_gives_the_pages_pixels_and_stores_nothing(client: WebUIApi, server: RunningPage) -> None:
+    stored = server.stored_uploads()
+    drawn = client.img2img(
+        images=[photo()], **QUICK | {"prompt": "a tiger <lora:stripes:0.8>", "steps": 4, "batch_size": 2},
+        denoising_strength=0.5, resize_mode=1,
+    )  # fmt: skip
+    eventually(lambda: server.stored_uploads() == stored)
+    content = base64.b64decode(encoded(photo()))
+    key = server.client.put("/api/images", params={"name": "photo.png"}, content=content).json()["key"]
+    order = {"adapter": "local:0", "adapter_weight": 0.8, "prompt": "a tiger", "steps": 4, "count": 2}
+    expected = pictures(server.draw(**order, width=64, height=64, image=key, denoise=0.5))
+    assert [image.tobytes() for image in drawn.images] == [image.tobytes() for image in expected]
+    assert drawn.images[0].tobytes() != drawn.images[1].tobytes()
+    assert drawn.info["denoising_strength"] == 0.5
+    assert drawn.info["bestiary"][0]["image_sha256"] == hashlib.sha256(content).hexdigest()
+    assert "Denoising strength: 0.5" in drawn.info["infotexts"][0]
+    assert drawn.parameters["init_images"] is None
+
+
+def test_an_image_is_not_stretched_and_its_file_may_have_a_data_uri_and_line_breaks(server: RunningPage) -> None:
+    content = encoded(photo(128, 96))
+    stretched = QUICK | {"init_images": [f"data:image/png;base64,{content}"], "resize_mode": 0}
+    status, sentence = refusal(server, stretched, "img2img")
+    assert (status, "resize_mode 1" in sentence) == (422, True)
+    lines = "\n".join(content[start : start + 76] for start in range(0, len(content), 76))
+    for changes in ({"width": 128, "height": 96}, {"resize_mode": 1, "init_images": [lines]}):
+        assert server.client.post("/sdapi/v1/img2img", json=stretched | changes).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"init_images": []}, "init_images holds 0 images"),
+        ({"init_images": [encoded(photo())] * 2}, "init_images holds 2 images"),
+        ({"init_images": ["not base64!"]}, "init_images[0] is not an image in base64"),
+        ({"init_images": ["https://example.com/photo.png"]}, "addresses are not fetched"),
+        ({"init_images": [""]}, "init_images[0] is not"),
+        ({"init_images": [base64.b64encode(b"<html>").decode()]}, "init_images[0] cannot be read as a picture"),
+        ({"init_images": encoded(photo())}, "Init images: input should be a valid"),
+        ({"init_images": [base64.b64encode(bytes(MAX_UPLOAD_MIB * 2**20 + 1)).decode()]}, "larger than 1 MiB"),
+        ({"init_images": ["A" * 2 * MAX_UPLOAD_MIB * 2**20]}, "Send an image of at most 1 MiB"),
+        ({"denoising_strength": 0}, "Denoising strength"),
+        ({"denoising_strength": 1.1}, "Denoising strength"),
+        ({"denoising_strength": "much"}, "Denoising strength"),
+        ({"mask": encoded(photo())}, "There are no masks here"),
+        ({"resize_mode": 3}, "Resize mode"),
+        ({"initial_noise_multiplier": 1.2}, "initial_noise_multiplier"),
+        ({"prompt": ""}, "Prompt"),
+        ({"steps": 0}, "Steps"),
+    ],
+)
+def test_a_bad_image_to_image_request_is_refused_and_leaves_nothing_behind(
+    server: RunningPage, change: dict[str, object], word: str
+) -> None:
+    stored = server.stored_uploads()
+    status, sentence = refusal(server, {"init_images": [encoded(photo())], "resize_mode": 1} | change, "img2img")
+    assert status == 422
+    assert word in sentence
+    eventually(lambda: server.stored_uploads() == stored)
 
 
 def test_an_interrupted_order_ends_and_progress_was_told(client: WebUIApi, server: RunningPage) -> None:
     assert client.get_progress()["state"]["job_count"] == 0
     client.interrupt()  # nothing to interrupt
     ended: list[tuple[int, str]] = []
-    long = threading.Thread(target=lambda: ended.append(refusal(server, steps=400, batch_size=2)))
+    long = threading.Thread(target=lambda: ended.append(refusal(server, {"steps": 400, "batch_size": 2})))
     long.start()
     told = until(client, lambda told: told["progress"] > 0)
     assert told["progress"] < 0.5
@@ -153,6 +257,19 @@ def test_an_interrupted_order_ends_and_progress_was_told(client: WebUIApi, serve
     page.join(60)  # the page's order is not interrupted
     assert sorted(ended) == [(1, "page"), (409, "The drawing was interrupted before its first picture was finished.")]
     assert client.get_progress()["progress"] == 0
+
+
+def test_progress_shows_a_preview_to_those_who_ask_for_it(client: WebUIApi, server: RunningPage) -> None:
+    long = threading.Thread(target=lambda: client.txt2img(**QUICK | {"steps": 400}))
+    long.start()
+    shown = until(client, lambda told: told["current_image"] is not None)
+    with Image.open(BytesIO(base64.b64decode(shown["current_image"]))) as preview:
+        assert preview.size == (64, 64)
+    without = server.client.get("/sdapi/v1/progress", params={"skip_current_image": "true"}).json()
+    client.interrupt()
+    long.join(60)
+    assert without["progress"] > 0
+    assert without["current_image"] is None
 
 
 def test_interrupting_keeps_the_pictures_that_are_finished(client: WebUIApi) -> None:

@@ -82,6 +82,16 @@ def test_a_request_that_drips_in_is_dropped(base_folder: Path, quick: None) -> N
         assert time.monotonic() - started < 10
 
 
+@pytest.mark.parametrize("path", [b"PUT /api/images", b"POST /sdapi/v1/img2img"])
+def test_an_image_may_take_longer_to_arrive_than_an_order(base_folder: Path, quick: None, path: bytes) -> None:
+    head = HEAD.replace(b"POST /api/draw", path).replace(b"99", b"6")
+    with running(base_folder) as port, connect(port, head) as connection:
+        for _ in range(6):
+            connection.sendall(b"x")
+            time.sleep(0.15)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 422 ")
+
+
 def test_half_finished_requests_make_room_for_others(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "MAX_CONNECTIONS_PER_ADDRESS", 20)
     with running(base_folder) as port, contextlib.ExitStack() as stack:

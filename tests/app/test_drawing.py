@@ -136,7 +136,7 @@ def test_the_catalog_lists_registered_versions_with_their_scores(server: Running
             {"folder": "owl", "name": "owl", "chinese": "猫头鹰"},
             {"folder": "tiger", "name": "tiger", "chinese": "老虎"},
         ],
-        "side": 64, "sha256": champion["sha256"], "modules": {},
+        "side": 64, "sha256": champion["sha256"], "modules": {}, "few_step": False,
     }  # fmt: skip
     assert (local["key"], local["subjects"], local["side"]) == ("local:0", None, None)
     assert catalog["adapter"] == champion["key"]
@@ -171,7 +171,7 @@ def test_progress_and_previews_arrive_while_drawing(server: RunningPage) -> None
     assert not [event for event in server.draw(preview=False) if event["event"] == "preview"]
 
 
-@pytest.mark.parametrize("scheduler", ["ddpm", "ddim", "unipc", "euler"])
+@pytest.mark.parametrize("scheduler", ["ddpm", "ddim", "unipc", "euler", "euler-ancestral"])
 def test_every_sampler_shows_previews(server: RunningPage, scheduler: str) -> None:
     events = server.draw(scheduler=scheduler)
     assert len(pictures(events)) == 1
@@ -201,6 +201,7 @@ def test_an_unknown_animal_is_drawn_as_written_with_a_hint(server: RunningPage) 
         ({"negative_prompt": "x" * 2000}, "Negative prompt"),
         ({"negative_prompt": "word " * 100}, "tooManyTokens"),
         ({"negative_prompt": "blurry", "guidance_scale": 1}, "negativeUnused"),
+        ({"prompt": "a tiger <lora:stripes:1>"}, "loraInPrompt"),
         ({"prompt": "x" * 10_000}, "Prompt"),
         ({"animal": " "}, "missing"),
         ({"scheduler": "magic"}, "Scheduler"),
@@ -257,7 +258,7 @@ class Painter:
     drawn: int = 0
     picture = Picture("adapter", "x" * 1000, {}, "", "tiger", "cpu")
 
-    def draw(self, _: Order, tell: Tell, stopped: threading.Event) -> Iterator[None]:
+    def draw(self, _: Order, tell: Tell, stopped: threading.Event, wants_preview: object) -> Iterator[None]:
         for number in range(self.pictures):
             if stopped.wait(0.02):
                 raise Stopped

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops, ImageEnhance
 from support.app import RunningPage
+from support.registry import DEFAULTS
 
 from bestiary.app.errors import SENTENCES
 from bestiary.png_metadata import PictureSettings, read_settings, write_png
@@ -42,6 +43,8 @@ FLAGS = [
         "disable-sync",
     )
 ]
+
+CHAMPION_STEPS = DEFAULTS.sampling.steps
 
 
 def test_both_languages_have_every_text_that_the_page_uses() -> None:
@@ -132,7 +135,7 @@ def test_a_user_draws_adjusts_colours_and_saves(browser: Browser, server: Runnin
     page = tab.page
     assert page.input_value("#adapter") == "models:/bestiary/1"
     assert page.inner_text("#scores") == (
-        "Compared with the base: CLIP score +5.0 · margin over other subjects +5.0 · recognised (top-1) +5.0 %"
+        "Compared with the base: CLIP score +5.0 · margin over other subjects +5.0 · recognised (top-1) +5.0\u00a0%"
     )
     page.select_option("#adapter", "local:0")
     assert page.locator("#scores").is_hidden()
@@ -332,6 +335,28 @@ def test_a_second_adapter_is_drawn_and_used_again(browser: Browser, server: Runn
     assert "are the same adapter" in page.inner_text("#message")
 
 
+@pytest.mark.slow
+def test_a_few_step_adapter_chosen_second_sets_the_steps_and_the_sampler(
+    browser: Browser, server: RunningPage, adapter_folder: Path
+) -> None:
+    page = open_page(browser, server)
+    page.fill("#steps", str(CHAMPION_STEPS))  # as the champion was evaluated, so the page may change it
+    page.click("summary")
+    fast = (adapter_folder / "pytorch_lora_weights.safetensors").read_bytes()
+    page.set_input_files("#upload", {"name": "TCD-fast.safetensors", "mimeType": "", "buffer": fast})
+    page.wait_for_selector("#note:has-text('changes modules')")
+    uploaded = page.input_value("#adapter")
+    fields = ("steps", "guidance", "scheduler")
+    page.select_option("#adapter", "models:/bestiary/1")
+    alone = [page.input_value(f"#{field}") for field in fields]
+    assert alone == [str(CHAMPION_STEPS), "3", "ddim"]
+    page.select_option("#second", uploaded)
+    assert [page.input_value(f"#{field}") for field in fields] == ["4", "1", "tcd"]
+    page.select_option("#second", "none")
+    assert [page.input_value(f"#{field}") for field in fields] == alone
+    page.close()
+
+
 def drop(page: Page, onto: str, name: str, content: bytes, kind: str = "image/png") -> None:
     """Drop a file on an element, as somebody who drags it from a folder."""
     make = """([name, kind, content]) => {
@@ -422,6 +447,10 @@ def test_a_dropped_picture_of_bestiary_loads_its_settings_and_a_dropped_adapter_
     drop(page, "#stage", "odd.png", odd)
     page.locator("#note", has_text="odd.png").wait_for()
     assert page.inner_text("#shape option:checked") == "88 × 40 px"
+    settings = read_settings_of(picture)
+    third = replace(settings, more_adapters=(*settings.more_adapters, settings.adapters[0]))
+    drop(page, "#stage", "three.png", write_png(drawn, third))
+    page.locator("#note", has_text="so it leaves out models:/bestiary/1.").wait_for()
     drop(page, "#stage", "mine.safetensors", (adapter_folder / "pytorch_lora_weights.safetensors").read_bytes(), "")
     page.locator("#adapter option:checked", has_text="mine.safetensors").wait_for(state="attached")
 

@@ -135,6 +135,21 @@ def test_ddim_follows_its_paper(base: Path, steps: int) -> None:
         torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_euler_a_takes_the_steps_of_k_diffusion(base: Path) -> None:
+    scheduler = make_scheduler("euler-ancestral", load_scheduler(base).config)
+    scheduler.set_timesteps(7)
+    sigmas = scheduler.sigmas.double()
+    drawn = expected = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).double() * sigmas[0]
+    theirs, ours = (torch.Generator().manual_seed(1) for _ in range(2))
+    for timestep, sigma, following in zip(scheduler.timesteps, sigmas, sigmas[1:], strict=False):
+        noise = drawn.roll(int(timestep), -1) / sigma  # stands in for a UNet's answer
+        drawn = scheduler.step(noise, timestep, drawn, generator=ours)[0]
+        up = (following**2 * (sigma**2 - following**2) / sigma**2).sqrt()  # sample_euler_ancestral with eta 1
+        fresh = torch.randn(1, 4, 8, 8, generator=theirs, dtype=torch.float64)
+        expected = expected + noise * ((following**2 - up**2).sqrt() - sigma) + fresh * up
+        torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_sampler_does_not_depend_on_the_one_used_before_it(base: Path, name: str) -> None:
     config = load_scheduler(base).config

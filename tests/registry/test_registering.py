@@ -110,7 +110,7 @@ def test_a_version_draws_by_default_as_it_was_evaluated_and_so_does_mlflows_serv
     mlflow.set_tracking_uri(tracking_uri())
     params = mlflow.models.get_model_info("models:/bestiary/1").signature.params.params
     assert {param.name: param.default for param in params} == {
-        "num_inference_steps": 5, "guidance_scale": 3.0, "height": 64, "width": 64, "negative_prompt": "",
+        "seed": 0, "num_inference_steps": 5, "guidance_scale": 3.0, "height": 64, "width": 64, "negative_prompt": "",
     }  # fmt: skip
     swept = replace(DEFAULTS, sampling=replace(DEFAULTS.sampling, guidance_scale=2.0, guidance_interval=(0.5, 5.0)))
     register(replace(make_submission(project, base_folder, adapters[0]), defaults=swept), RULES)  # evaluated again

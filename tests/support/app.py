@@ -50,7 +50,8 @@ class RunningPage:
         token: Token | None = None,
     ) -> None:
         self.log = project / "server.log"
-        environment = {**os.environ, "DVC_ROOT": str(project)}
+        self.folder = project
+        environment = {**os.environ, "DVC_ROOT": str(project), "TMPDIR": str(project)}
         environment.pop("MLFLOW_TRACKING_URI", None)
         arguments = {"offerings": offered, "host": host, "auth": auth, "token": token}
         arguments["max_upload_mib"] = MAX_UPLOAD_MIB
@@ -84,6 +85,10 @@ class RunningPage:
             last = response.json()
         assert "Traceback" not in response.text
         return last
+
+    def stored_uploads(self) -> list[str]:
+        """Return the names of the uploaded files that the server stores now."""
+        return sorted(file.name for file in self.folder.glob("bestiary-uploads-*/*"))
 
     def stop(self) -> None:
         self.client.close()

@@ -1,4 +1,4 @@
-"""A1111's API, as its clients use it: txt2img, its lists, its progress and its interruption.
+"""A1111's API, as its clients use it: txt2img, img2img, its lists, its progress and its interruption.
 
 https://github.com/AUTOMATIC1111/stable-diffusion-webui/wiki/API
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
 
 from pydantic import RootModel
@@ -17,9 +17,16 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from bestiary import __version__
-from bestiary.app.a1111_requests import CHECKPOINT, SCHEDULES, Txt2ImgRequest, check_options, split_prompt
-from bestiary.app.bodies import read_json
-from bestiary.app.choices import Chosen, Lora, Wanted, by_name, loras, make_order, named
+from bestiary.app.a1111_requests import (
+    CHECKPOINT,
+    SCHEDULES,
+    Img2ImgRequest,
+    Txt2ImgRequest,
+    check_options,
+    split_prompt,
+)
+from bestiary.app.bodies import MAX_ORDER_BYTES, read_json
+from bestiary.app.choices import Lora, Wanted, WeightedOffer, by_name, loras, make_order, named
 from bestiary.app.drawing_queue import DrawingQueue
 from bestiary.app.errors import InvalidError
 from bestiary.app.events import Picture
@@ -27,12 +34,13 @@ from bestiary.app.limits import address_of
 from bestiary.app.offers import Offers
 from bestiary.app.orders import Order, parsed
 from bestiary.app.program_errors import HANDLERS
-from bestiary.app.programs import DrawnResponse, png_base64
-from bestiary.samplers import SAMPLERS
+from bestiary.app.programs import DrawnResponse, Render, image_base64
+from bestiary.app.uploads import UPLOAD_SECONDS, Uploads
+from bestiary.samplers import DEFAULT_DENOISE, SAMPLERS
 
 NAME = "a1111"  # of these orders in the queue
 MAX_REMEMBERED = 1000  # addresses whose chosen base is remembered
-NO_IMG2IMG = "Image to image is not available through this API. Use txt2img, or start from a picture on the page."
+MAX_IMAGE_MIB = 32  # of an image to start from, which is held in memory while it arrives
 # What clients ask for when they connect, and there is nothing of here.
 EMPTY: dict[str, object] = {
     "cmd-flags": {},
@@ -50,9 +58,10 @@ Options = RootModel[dict[str, object]]
 class A1111Api:
     """The routes of A1111's API, with the page's queue behind them."""
 
-    def __init__(self, offers: Offers, queue: DrawingQueue) -> None:
+    def __init__(self, offers: Offers, queue: DrawingQueue, uploads: Uploads) -> None:
         self._offers = offers
         self._queue = queue
+        self._uploads = uploads
         self._chosen_bases: dict[str, str] = {}  # by address, as A1111's options remember them
 
     def app(self) -> Starlette:
@@ -81,35 +90,51 @@ class A1111Api:
     async def txt2img(self, request: Request) -> Response:
         body = await read_json(request)
         wanted, address = parsed(Txt2ImgRequest, body), address_of(request.scope)
-        order = await asyncio.to_thread(self._order, wanted, address)
-
-        def render(pictures: Sequence[Picture]) -> object:
-            if not pictures:  # a drawing ends early only when `interrupt` stops it
-                raise InvalidError("The drawing was interrupted before its first picture was finished.", 409)
-            return _rendered(pictures, json.loads(body), order)
-
-        return DrawnResponse(self._queue.enter(order, address, NAME), render)
-
-    async def img2img(self, _: Request) -> Response:
-        # Image to image plugs in here: read `init_images` and `denoising_strength` beside the fields of
-        # Txt2ImgRequest (as txt2img does, with a larger limit for read_json), and add both to the order.
-        raise InvalidError(NO_IMG2IMG, 501)
-
-    def _order(self, wanted: Txt2ImgRequest, address: str) -> Order:
         wanted.check()
+        order = await asyncio.to_thread(self._order, wanted, address)
+        return DrawnResponse(self._queue.enter(order, address, NAME), _rendering(json.loads(body), order))
+
+    async def img2img(self, request: Request) -> Response:
+        address = address_of(request.scope)
+        most_mib = min(MAX_IMAGE_MIB, self._uploads.max_mib)
+        with self._uploads.arriving(address):
+            body = await read_json(
+                request,
+                MAX_ORDER_BYTES + 4 * most_mib * 2**20 // 3,  # base64 writes 4 characters for 3 bytes
+                UPLOAD_SECONDS,
+                InvalidError(f"The request is too long. Send an image of at most {most_mib} MiB.", field="init_images"),
+            )
+            wanted = await asyncio.to_thread(parsed, Img2ImgRequest, body)
+            wanted.check()
+            content = await asyncio.to_thread(wanted.image)
+        image = await self._uploads.receive_image("init_images[0]", _whole(content), address)
+        try:
+            order = await asyncio.to_thread(self._order, wanted, address, image.key, wanted.denoising_strength)
+            wanted.check_shape(image.size, (order.width, order.height))
+            drawing = self._queue.enter(order, address, NAME)
+        except BaseException:  # including a client that disconnects
+            self._uploads.forget(image.key)
+            raise
+        parameters = wanted.model_dump(exclude_unset=True) | {"init_images": None}  # as A1111 answers
+        return DrawnResponse(drawing, _rendering(parameters, order), lambda: self._uploads.forget(image.key))
+
+    def _order(self, wanted: Txt2ImgRequest, address: str, image: str = "", denoise: float = DEFAULT_DENOISE) -> Order:
         prompt, tags = split_prompt(wanted.prompt)
         if not prompt:
             raise InvalidError("Prompt: write what to draw.", field="prompt")
         names = by_name(loras(self._offers.listed())) if tags else {}
         return make_order(
             self._offers,
-            [Chosen(names[named(tag.name, names, "adapter", "prompt")].offer, tag.weight) for tag in tags],
+            [WeightedOffer(names[named(tag.name, names, "adapter", "prompt")].offer, tag.weight) for tag in tags],
             Wanted(
                 prompt,
                 wanted.changes,
                 None if wanted.seed in (None, -1) else wanted.seed,
                 wanted.count,
                 self._base(wanted.checkpoint) if wanted.checkpoint else self._chosen_bases.get(address, ""),
+                image,
+                denoise,
+                preview=True,
             ),
         )
 
@@ -117,23 +142,31 @@ class A1111Api:
         return named(name, self._offers.bases, "base", CHECKPOINT)
 
     async def progress(self, request: Request) -> Response:
-        """How far the oldest order of the client's address is. Orders of other addresses are not shown."""
+        """How far the oldest order of the client's address is. Orders of other addresses are not shown.
+
+        A preview is made only after a request for it: current_image is the one that an earlier request asked for.
+        """
         drawing = self._queue.oldest(address_of(request.scope), NAME)
         told = drawing.progress if drawing else None
         done, total = (told.done, told.total) if told else (0, 1)
-        steps = drawing.order.steps if drawing else 0
+        steps = drawing.order.drawn_steps if drawing else 0
         state = {
             "skipped": False,
             "interrupted": bool(drawing and drawing.stopped.is_set()),
-            "job": "txt2img" if drawing else "",
+            "job": ("img2img" if drawing.order.image else "txt2img") if drawing else "",
             "job_count": drawing.order.count if drawing else 0,
             "job_timestamp": "0",
             "job_no": done // steps if steps else 0,
             "sampling_step": done % steps if steps else 0,
             "sampling_steps": steps,
         }
+        preview = drawing.preview if drawing else None
+        if drawing and request.query_params.get("skip_current_image", "false").lower() not in ("true", "1"):
+            drawing.wants_preview.set()
+        else:
+            preview = None
         answer = {"progress": done / total, "eta_relative": told.seconds_left if told else 0.0, "state": state}
-        return JSONResponse(answer | {"current_image": None, "textinfo": None})
+        return JSONResponse(answer | {"current_image": preview and image_base64(preview), "textinfo": None})
 
     async def interrupt(self, request: Request) -> Response:
         """End the oldest order of the client's address with the pictures that are finished."""
@@ -162,7 +195,8 @@ class A1111Api:
         )
 
     async def schedulers(self, _: Request) -> Response:
-        return JSONResponse([{"name": name, "label": name.capitalize(), "aliases": None} for name in SCHEDULES])
+        names = {label.lower().replace(" ", "_"): label for label in SCHEDULES}
+        return JSONResponse([{"name": name, "label": label, "aliases": None} for name, label in names.items()])
 
     async def options(self, request: Request) -> Response:
         default = next(iter(self._offers.bases))
@@ -197,12 +231,23 @@ def _lora(lora: Lora) -> dict[str, object]:
     return {"name": lora.name, "alias": alias, "path": offer.name, "metadata": about}
 
 
-def _rendered(pictures: Sequence[Picture], parameters: object, order: Order) -> object:
-    return {
-        "images": [png_base64(picture) for picture in pictures],
-        "parameters": parameters,
-        "info": json.dumps(_info(pictures, order), ensure_ascii=False),
-    }
+async def _whole(content: bytes) -> AsyncIterator[bytes]:
+    yield content
+
+
+def _rendering(parameters: object, order: Order) -> Render:
+    """How the answer to a request with these parameters shows the order's pictures."""
+
+    def render(pictures: Sequence[Picture]) -> object:
+        if not pictures:  # a drawing ends early only when `interrupt` stops it
+            raise InvalidError("The drawing was interrupted before its first picture was finished.", 409)
+        return {
+            "images": [image_base64(picture) for picture in pictures],
+            "parameters": parameters,
+            "info": json.dumps(_info(pictures, order), ensure_ascii=False),
+        }
+
+    return render
 
 
 def _info(pictures: Sequence[Picture], order: Order) -> dict[str, object]:
@@ -232,7 +277,7 @@ def _info(pictures: Sequence[Picture], order: Order) -> dict[str, object]:
         "face_restoration_model": None,
         "sd_model_name": first["base"],
         "sd_model_hash": None,
-        "denoising_strength": None,
+        "denoising_strength": order.denoise if order.image else None,
         "extra_generation_params": {},
         "index_of_first_image": 0,
         "infotexts": [picture.parameters for picture in pictures],

@@ -1,19 +1,21 @@
-"""What A1111's clients send to txt2img: the fields that are drawn with, and those that must keep their usual value.
+"""What A1111's clients send to txt2img and img2img: fields to draw with, and those that must keep their usual value.
 
 A field that would change the picture in A1111 and cannot here is refused, never ignored.
 """
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from bestiary.app.errors import InvalidError
 from bestiary.errors import short, shown
+from bestiary.png_metadata import LORA_TAG
 from bestiary.samplers import MAX_ADAPTER_WEIGHT, SAMPLERS, SamplingChanges
 
 ANYTHING: tuple[object, ...] = ()
@@ -53,6 +55,23 @@ USUAL: Mapping[str, tuple[object, ...]] = {
     "subseed_strength": NOTHING,
     "tiling": NOTHING,
 }
+# Fields that img2img has beside them. How to inpaint matters only with a mask, which is refused.
+USUAL_IMG2IMG: Mapping[str, tuple[object, ...]] = {
+    **USUAL,
+    "image_cfg_scale": ANYTHING,  # of bases that edit by instruction
+    "include_init_images": ANYTHING,  # the answer never repeats the image
+    "initial_noise_multiplier": (None, 1),
+    "inpaint_full_res": ANYTHING,
+    "inpaint_full_res_padding": ANYTHING,
+    "inpainting_fill": ANYTHING,
+    "inpainting_mask_invert": ANYTHING,
+    "latent_mask": NOTHING,
+    "mask": NOTHING,
+    "mask_blur": ANYTHING,
+    "mask_blur_x": ANYTHING,
+    "mask_blur_y": ANYTHING,
+    "mask_round": ANYTHING,
+}
 SECOND_PASS = "hr_"  # how the fields begin that say how to draw the second pass
 USUAL_OPTIONS: Mapping[str, tuple[object, ...]] = {
     "CLIP_stop_at_last_layers": (None, 1),
@@ -60,9 +79,21 @@ USUAL_OPTIONS: Mapping[str, tuple[object, ...]] = {
     "sd_vae": (None, "None", "Automatic", ""),
 }
 CHECKPOINT = "sd_model_checkpoint"  # the option that chooses the base
-LORA = re.compile(r"<lora:([^<>]*)>", re.IGNORECASE)
 OTHER_NETWORK = re.compile(r"<(hypernet|lyco):[^<>]*>", re.IGNORECASE)
-SCHEDULES = {"automatic": "", "karras": " Karras"}  # A1111's schedule types, and what each adds to a sampler's label
+# A1111's schedule types, and what each adds to a sampler's label. Uniform is how ours are spaced without it.
+SCHEDULES = {"Automatic": "", "Uniform": "", "Karras": " Karras", "SGM Uniform": " SGM Uniform"}
+# Other names of our samplers: k-diffusion's, which A1111 takes too, and ComfyUI's.
+OTHER_NAMES = {
+    "k_euler": "euler",
+    "k_euler_a": "euler-ancestral",
+    "k_euler_ancestral": "euler-ancestral",
+    "euler_ancestral": "euler-ancestral",
+    "k_dpmpp_2m": "dpmsolver++",
+    "dpmpp_2m": "dpmsolver++",
+    "k_dpmpp_2m_ka": "dpmsolver++karras",
+    "k_dpmpp_2m_sde_ka": "dpmsolver++sde",
+    "uni_pc": "unipc",
+}
 
 
 class Txt2ImgRequest(BaseModel):
@@ -107,11 +138,64 @@ class Txt2ImgRequest(BaseModel):
             negative_prompt=self.negative_prompt or None,
         )
 
-    def check(self) -> None:
+    def check(self, usual: Mapping[str, tuple[object, ...]] = USUAL) -> None:
         """Raise InvalidError when a field asks for what cannot be done here."""
         given = self.model_extra or {}
-        _check_usual({name: value for name, value in given.items() if not name.startswith(SECOND_PASS)}, USUAL)
+        _check_usual({name: value for name, value in given.items() if not name.startswith(SECOND_PASS)}, usual)
         check_options(self.override_settings or {})
+
+
+class Img2ImgRequest(Txt2ImgRequest):
+    """The fields of A1111's img2img that decide the picture: those of txt2img, and the image to start from."""
+
+    init_images: tuple[str, ...] = ()
+    denoising_strength: float = Field(default=0.75, gt=0, le=1)
+    resize_mode: Literal[0, 1] = 1  # 0 stretches the image to the picture's size, 1 crops it
+
+    def check(self, usual: Mapping[str, tuple[object, ...]] = USUAL_IMG2IMG) -> None:
+        """Raise InvalidError when a field asks for what cannot be done here."""
+        given = self.model_extra or {}
+        for name in ("mask", "latent_mask"):
+            if given.get(name):
+                raise InvalidError(
+                    f"There are no masks here: the whole image is drawn anew. Leave {name} out.", field=name
+                )
+        super().check(usual)
+
+    def image(self) -> bytes:
+        """The content of the image to start from. Raises InvalidError when there is not exactly one, in base64."""
+        if len(self.init_images) != 1:
+            raise InvalidError(
+                f"init_images holds {len(self.init_images)} images. Send the one image to start from, in base64.",
+                field="init_images",
+            )
+        (text,) = self.init_images
+        if text.startswith("data:"):
+            text = text.partition(",")[2]
+        try:
+            content = base64.b64decode("".join(text.split()), validate=True)
+        except ValueError:
+            content = b""
+        if not content:
+            raise InvalidError(
+                "init_images[0] is not an image in base64. Encode the file's bytes; addresses are not fetched.",
+                field="init_images",
+            )
+        return content
+
+    def check_shape(self, image: tuple[int, int], size: tuple[int | None, int | None]) -> None:
+        """Raise InvalidError when the image must be stretched to this size of the picture; None: the base's side.
+
+        >>> Img2ImgRequest(resize_mode=0).check_shape((640, 480), (512, 384))
+        """
+        width, height = size[0] or size[1] or 1, size[1] or size[0] or 1
+        scaled = image[0] * height / image[1], image[1] * width / image[0]  # with the one side, or the other, as wanted
+        if self.resize_mode == 0 and min(abs(scaled[0] - width), abs(scaled[1] - height)) >= 1:
+            raise InvalidError(
+                f"resize_mode 0 would stretch the image of {image[0]} x {image[1]} pixels. Send resize_mode 1, which "
+                "crops it, or a width and a height in its proportions.",
+                field="resize_mode",
+            )
 
 
 def check_options(options: Mapping[str, object]) -> None:
@@ -145,8 +229,8 @@ def split_prompt(prompt: str) -> tuple[str, list[LoraTag]]:
     """
     if other := OTHER_NETWORK.search(prompt):
         raise InvalidError(f"{shown(other[0])} cannot be used here, only <lora:NAME:WEIGHT>.", field="prompt")
-    tags = [_tag(found) for found in LORA.finditer(prompt)]
-    return " ".join(LORA.sub(" ", prompt).split()), tags
+    tags = [_tag(found) for found in LORA_TAG.finditer(prompt)]
+    return " ".join(LORA_TAG.sub(" ", prompt).split()), tags
 
 
 def _tag(found: re.Match[str]) -> LoraTag:
@@ -164,22 +248,23 @@ def _tag(found: re.Match[str]) -> LoraTag:
 
 
 def sampler_key(name: str | None, schedule: str | None) -> str | None:
-    """The sampler with this label or key and this schedule type; None for no name.
+    """The sampler with this name (its label, its key or another program's) and schedule type; None for no name.
 
-    >>> sampler_key("DPM++ 2M", "Karras"), sampler_key("euler", "automatic")
-    ('dpmsolver++karras', 'euler')
+    >>> sampler_key("DPM++ 2M", "Karras"), sampler_key("k_euler_a", "automatic"), sampler_key("DDIM", "SGM Uniform")
+    ('dpmsolver++karras', 'euler-ancestral', 'ddim-trailing')
 
     Raises InvalidError when there is none.
     """
     if not name:
         return None
-    suffix = SCHEDULES.get((schedule or "automatic").lower())
-    labels = {sampler.label.lower(): key for key, sampler in SAMPLERS.items()}
-    if suffix is not None:
-        wanted = name.lower()
-        for key in (f"{wanted.removesuffix(suffix.lower())}{suffix.lower()}", *([] if suffix else [wanted])):
-            if key in labels or key in SAMPLERS:
-                return labels.get(key, key)
+    by_label = {sampler.label.lower(): key for key, sampler in SAMPLERS.items()}
+    wanted = name.strip().lower()
+    key = OTHER_NAMES.get(wanted, wanted)
+    label = SAMPLERS[key].label.lower() if key in SAMPLERS else wanted
+    suffixes = {label.lower(): suffix for label, suffix in SCHEDULES.items()}
+    suffix = suffixes.get((schedule or "automatic").lower().replace("_", " "))
+    if suffix is not None and (found := by_label.get(f"{label.removesuffix(suffix.lower())}{suffix.lower()}")):
+        return found
     labelled = ", ".join(sampler.label for sampler in SAMPLERS.values())
     schedules = f" with the schedule {shown(schedule or '')}" if schedule and suffix != "" else ""
     raise InvalidError(

@@ -10,14 +10,15 @@ from bestiary.app.errors import InvalidError
 from bestiary.app.offers import Offer, Offers
 from bestiary.app.orders import Order
 from bestiary.errors import shown
+from bestiary.generation import defaults_of
 from bestiary.png_metadata import lora_name
-from bestiary.samplers import SamplingChanges
+from bestiary.samplers import DEFAULT_DENOISE, SamplingChanges
 
 MAX_RANDOM_SEED = 2**32
 
 
 @dataclass(frozen=True)
-class Chosen:
+class WeightedOffer:
     """An adapter that a program chose, and its weight; None: as it was evaluated, or else 1."""
 
     offer: Offer
@@ -40,14 +41,17 @@ class Wanted:
     seed: int | None = None
     count: int = 1
     base: str = ""  # empty: the one that the adapter was trained on
+    image: str = ""  # the key of an uploaded image to start from; empty: noise
+    denoise: float = DEFAULT_DENOISE
+    preview: bool = False  # the program may ask for previews while it waits
 
 
-def make_order(offers: Offers, adapters: Sequence[Chosen], wanted: Wanted) -> Order:
-    """The order for these adapters (none: the base alone), with what is not `wanted` otherwise as they were evaluated.
+def make_order(offers: Offers, adapters: Sequence[WeightedOffer], wanted: Wanted) -> Order:
+    """The order for these adapters (none: the base alone), with what is not `wanted` otherwise as the command draws it.
 
     Raises BestiaryError when it is more than anybody may order.
     """
-    defaults = (adapters and adapters[0].offer.defaults) or offers.defaults
+    defaults = defaults_of([each.offer for each in adapters]) or offers.defaults
     sampling = wanted.changes.apply(defaults.sampling)
     values: dict[str, object] = {
         "prompt": wanted.prompt,
@@ -61,7 +65,9 @@ def make_order(offers: Offers, adapters: Sequence[Chosen], wanted: Wanted) -> Or
         "seed": secrets.randbelow(MAX_RANDOM_SEED) if wanted.seed is None else wanted.seed,
         "count": wanted.count,
         "base": wanted.base,
-        "preview": False,
+        "image": wanted.image,
+        "denoise": wanted.denoise,
+        "preview": wanted.preview,
     }
     if adapters:
         first, *others = adapters

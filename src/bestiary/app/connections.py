@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-UPLOAD_PATHS = ("/api/adapters", "/api/images")  # their bodies are large
+UPLOAD_PATHS = ("/api/adapters", "/api/images", "/sdapi/v1/img2img")  # their bodies are large
 
 MAX_CONNECTIONS = 512
 MAX_CONNECTIONS_PER_ADDRESS = 64

@@ -39,6 +39,8 @@ class Drawing:
         self.future: Future[None] | None = None
         self.pictures: Iterator[None] = iter(())  # drawn one by one, in the worker's thread
         self.progress: Progress | None = None  # the latest
+        self.preview: Preview | None = None  # the latest that a program asked for
+        self.wants_preview = threading.Event()  # set by a program for the next preview
         self._leave = leave
         self._unread: deque[Event] = deque()
         self._arrived = asyncio.Event()
@@ -124,11 +126,21 @@ class DrawingQueue:
                 raise Stopped
             if isinstance(event, Progress):
                 drawing.progress = event
+<<<<<<< HEAD
                 if api != PAGE:  # programs ask for it: waking the event loop at each step would slow down the drawing
                     return
             loop.call_soon_threadsafe(self._put, drawing, event)
+=======
+            if api != PAGE and isinstance(event, Preview):
+                drawing.preview = event
+                drawing.wants_preview.clear()
+            # Programs ask for these: waking the event loop at each step would slow down the drawing.
+            if api == PAGE or not isinstance(event, Progress | Preview):
+                loop.call_soon_threadsafe(self._put, drawing, event)
+>>>>>>> h-use
 
-        drawing.pictures = self._studio.draw(order, tell, drawing.stopped)
+        wants_preview = drawing.wants_preview.is_set if api != PAGE else lambda: True
+        drawing.pictures = self._studio.draw(order, tell, drawing.stopped, wants_preview)
         self._open.append(drawing)
         self._queue_up(drawing)
         return drawing

@@ -13,6 +13,7 @@ SENTENCES = {
     "tooManyTokens": r"This text has (?P<count>\d+) tokens and the base reads (?P<limit>\d+):",
     "lcmBase": r"The scheduler 'lcm' needs a latent consistency model",
     "negativeUnused": r"A negative prompt has no effect without guidance",
+    "loraInPrompt": r"(?P<tag><lora:.*) in a prompt chooses no adapter here",
     "sameAdapter": r"(?P<first>.+?) and (?P<second>.+?) are the same adapter\.",
     "otherBase": r"(?P<name>.+?) was trained on another base than (?P<model>.+?): on (?P<trained>.+?) with",
 }

@@ -59,6 +59,7 @@ class Offer:
     side: int | None = None
     sha256: str | None = None
     modules: Mapping[str, int] = field(default_factory=dict)
+    few_step: bool = False  # distilled for a few steps, which `defaults` then are for
 
     @property
     def name(self) -> str:
@@ -78,6 +79,7 @@ class Offer:
             "side": self.side,
             "sha256": self.sha256 and self.sha256[:8],  # tells two files of one name apart
             "modules": self.modules,
+            "few_step": self.few_step,
         }
 
 
@@ -88,6 +90,7 @@ class UploadedImage:
     key: str
     name: str
     file: Path
+    size: tuple[int, int] = (0, 0)  # width and height in pixels, upright
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,9 @@ class Offers:
 
     def find(self, key: str) -> Offer:
         """The offer with this key. Raises BestiaryError when it is gone."""
-        offer = self.uploads.get(key) or next((offer for offer in self.listed() if offer.key == key), None)
+        # Only one of the lists is read: reading takes milliseconds, which every order waits for.
+        listed = self._registered if key.startswith("models:") else self._folders
+        offer = self.uploads.get(key) or next((offer for offer in listed() if offer.key == key), None)
         if offer is None:
             raise gone()
         return offer
@@ -154,29 +159,32 @@ class Offers:
             content = read_adapter(file)
         sha256 = adapter_sha256(file)
         known = next((other for other in self.listed() if other.sha256 == sha256), None)
+        few_step = content.few_step or few_step_sampling([Path(name).stem])
         offer = Offer(
             key,
             "upload",
             name,
             str(file),
-            defaults=self._few_step(content.few_step or few_step_sampling([Path(name).stem])),
+            defaults=self._few_step(few_step),
             subjects=known.subjects if known else None,
             side=content.provenance.resolution,
             sha256=sha256,
             modules={part: len(content.modules(part)) for part in content.parts},
+            few_step=few_step is not None,
         )
         self.uploads[key] = offer
         return offer
 
     def add_image(self, key: str, name: str, file: Path) -> UploadedImage:
         """Keep an uploaded image for whoever knows its key. Raises BestiaryError when it cannot be read."""
-        image = self.images[key] = UploadedImage(key, name, file)
+        self.images[key] = UploadedImage(key, name, file)
         try:
-            self.start_image(key, 1.0)
+            _, image = self.start_image(key, 1.0)
         except BestiaryError:
             del self.images[key]
             raise
-        return image
+        self.images[key] = UploadedImage(key, name, file, image.size)
+        return self.images[key]
 
     def start_image(self, key: str, denoise: float) -> tuple[StartImage, Image]:
         """The uploaded image with this key, to start a picture from. Raises BestiaryError when it is gone."""
@@ -244,6 +252,7 @@ class Offers:
                         subjects=taught_by_file(about.sha256, last),
                         side=about.side,
                         sha256=about.sha256,
+                        few_step=about.few_step is not None,
                     )
                 )
         return offers

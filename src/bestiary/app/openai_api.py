@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from bestiary.app.bodies import read_json
-from bestiary.app.choices import Chosen, Wanted, make_order, models, named, preferred
+from bestiary.app.choices import Wanted, WeightedOffer, make_order, models, named, preferred
 from bestiary.app.drawing_queue import DrawingQueue
 from bestiary.app.errors import InvalidError
 from bestiary.app.events import Picture
@@ -26,7 +26,7 @@ from bestiary.app.limits import address_of
 from bestiary.app.offers import Offer, Offers
 from bestiary.app.orders import NoiseLevel, Order, Weight, parsed
 from bestiary.app.program_errors import HANDLERS
-from bestiary.app.programs import DrawnResponse, png_base64
+from bestiary.app.programs import DrawnResponse, image_base64
 from bestiary.errors import shown
 from bestiary.params import rising
 from bestiary.samplers import SamplerName, SamplingChanges
@@ -126,7 +126,7 @@ class OpenAIApi:
             )
         return make_order(
             self._offers,
-            [Chosen(offer, wanted.adapter_weight)] if offer else [],
+            [WeightedOffer(offer, wanted.adapter_weight)] if offer else [],
             Wanted(wanted.prompt, wanted.changes, wanted.seed, wanted.n or 1, base),
         )
 
@@ -146,7 +146,7 @@ def _rendered(pictures: Sequence[Picture]) -> object:
         "output_format": "png",
         "data": [
             {
-                "b64_json": png_base64(picture),
+                "b64_json": image_base64(picture),
                 "info": {**picture.settings, "parameters": picture.parameters, "device": picture.device},
             }
             for picture in pictures

@@ -103,6 +103,11 @@ class Order(BaseModel):
         return tuple(each for each in (first, *self.more_adapters) if each.adapter != "none")
 
     @property
+    def drawn_steps(self) -> int:
+        """How many steps each picture takes: fewer if it starts from an image."""
+        return samplers.denoising_steps(self.steps, self.denoise) if self.image else self.steps
+
+    @property
     def changes(self) -> SamplingChanges:
         """What the order says of the sampling."""
         return SamplingChanges(

@@ -11,12 +11,12 @@ from starlette.responses import JSONResponse, Response
 
 from bestiary.app.drawing_queue import Drawing
 from bestiary.app.errors import InvalidError
-from bestiary.app.events import Failed, Picture
+from bestiary.app.events import Failed, Picture, Preview
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
-FAILED_STATUS = {"failure": 500, "slowReader": 503}  # of an order that failed, by the error's key
+FAILED_STATUS = {"failure": 500, "slowReader": 503, "goneImage": 503}  # of an order that failed, by the error's key
 TOO_MUCH = "The server has no memory left for finished pictures that wait to be sent. Order fewer pictures at once."
 
 Render = Callable[[Sequence[Picture]], object]  # an order's pictures, as JSON
@@ -25,13 +25,14 @@ Render = Callable[[Sequence[Picture]], object]  # an order's pictures, as JSON
 class DrawnResponse(Response):
     """Waits for an order's pictures and sends what `render` makes of them. Stops the drawing when the client is gone.
 
-    Until the client has read them, the order counts as open and its pictures as unread.
+    Until the client has read them, the order counts as open and its pictures as unread. `close` is called at the end.
     """
 
-    def __init__(self, drawing: Drawing, render: Render) -> None:
+    def __init__(self, drawing: Drawing, render: Render, close: Callable[[], None] = lambda: None) -> None:
         super().__init__()
         self._drawing = drawing
         self._render = render
+        self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -39,6 +40,7 @@ class DrawnResponse(Response):
             await JSONResponse(self._render(pictures))(scope, receive, send)
         finally:
             self._drawing.close()
+            self._close()
 
 
 async def _finished(drawing: Drawing, receive: Receive) -> list[Picture]:
@@ -64,6 +66,6 @@ async def _disconnection(receive: Receive) -> None:
         pass
 
 
-def png_base64(picture: Picture) -> str:
-    """The picture's PNG in base64, without the data URI around it."""
+def image_base64(picture: Picture | Preview) -> str:
+    """The image's file in base64, without the data URI around it."""
     return picture.image.partition(",")[2]

@@ -120,7 +120,7 @@ def create_app(
             Route("/api/images", server.upload_image, methods=["PUT"]),
             Mount("/page", StaticFiles(directory=PAGE)),
             Mount(OPENAI, OpenAIApi(server.studio.offers, server.queue).app()),
-            Mount(A1111, A1111Api(server.studio.offers, server.queue).app()),
+            Mount(A1111, A1111Api(server.studio.offers, server.queue, server.uploads).app()),
         ],
         middleware=[Middleware(AccessControl, credentials=auth, token=token)],
         exception_handlers={BestiaryError: _refusal, ClientDisconnect: disconnected},

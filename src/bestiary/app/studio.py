@@ -111,11 +111,17 @@ class Studio:
         except BestiaryError as error:
             log.warning("%s", error)
 
-    def draw(self, order: Order, tell: Tell, stopped: threading.Event) -> Iterator[None]:
+    def draw(
+        self,
+        order: Order,
+        tell: Tell,
+        stopped: threading.Event,
+        wants_preview: Callable[[], bool] = lambda: True,
+    ) -> Iterator[None]:
         """Draw the order and report loading, progress, previews and pictures to `tell`. Yields after each picture.
 
-        Another order may be drawn between two pictures. Raises BestiaryError for what cannot be drawn, Stopped soon
-        after `stopped` is set.
+        Another order may be drawn between two pictures. An order with previews has them while `wants_preview` says so.
+        Raises BestiaryError for what cannot be drawn, Stopped soon after `stopped` is set.
         """
         from bestiary.diffusion.previews import previews
 
@@ -144,7 +150,11 @@ class Studio:
                 tell(Preview(role, _data_uri("jpeg", _jpeg(image))))
 
             pipeline = self._generator.pipeline
-            watching = previews(pipeline, order.guidance_scale, show) if order.preview else contextlib.nullcontext()
+            watching = (
+                previews(pipeline, order.guidance_scale, show, wants_preview)
+                if order.preview
+                else contextlib.nullcontext()
+            )
             with stoppable(pipeline, check), watching:
                 image = self._generator.draw(job.settings, progress, work.image)
             tell(

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterable, Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from bestiary.app.bodies import steadily
 from bestiary.app.errors import RefusedError
 from bestiary.app.offers import Offer, Offers, UploadedImage
 from bestiary.errors import BestiaryError
@@ -25,7 +26,6 @@ MAX_ARRIVING_TOGETHER = 8
 HEADER_LENGTH_BYTES = 8
 MAX_HEADER_MIB = 4  # of a safetensors file: names, shapes and metadata, all of which is parsed
 UPLOAD_SECONDS = 300.0  # a file that takes longer to arrive is dropped
-STALL_SECONDS = 20.0  # so is one of which nothing arrives for so long
 
 ZIP = b"PK\x03\x04"  # what torch.save writes
 
@@ -35,7 +35,7 @@ class Uploads:
 
     def __init__(self, offers: Offers, max_mib: int) -> None:
         self._offers = offers
-        self._max_mib = max_mib
+        self.max_mib = max_mib
         self._folder = tempfile.TemporaryDirectory(prefix="bestiary-uploads-")
         self._arriving: Counter[str] = Counter()  # by address
         self._addresses: dict[str, str] = {}  # by the key of a stored upload
@@ -58,6 +58,23 @@ class Uploads:
         """
         return await self._receive(name, chunks, address, self._offers.add_image, lambda _start, _name: None)
 
+    @contextlib.contextmanager
+    def arriving(self, address: str) -> Iterator[None]:
+        """Inside, a large body arrives from this address. Raises BestiaryError when too many others do."""
+        if self._arriving[address] >= MAX_ARRIVING or self._arriving.total() >= MAX_ARRIVING_TOGETHER:
+            raise RefusedError("uploadsFull", "Other files are being uploaded. Try again in a few minutes.", 503)
+        self._arriving[address] += 1
+        try:
+            yield
+        finally:
+            self._arriving[address] -= 1
+            self._arriving += Counter()  # forgets addresses without an upload
+
+    def forget(self, key: str) -> None:
+        """Delete an upload that is no longer needed, unless newer ones have replaced it already."""
+        self._addresses.pop(key, None)
+        self._offers.forget(key)
+
     async def _receive(
         self,
         name: str,
@@ -66,13 +83,10 @@ class Uploads:
         add: Callable[[str, str, Path], T],
         check_start: Callable[[bytes, str], None],
     ) -> T:
-        if self._arriving[address] >= MAX_ARRIVING or self._arriving.total() >= MAX_ARRIVING_TOGETHER:
-            raise RefusedError("uploadsFull", "Other files are being uploaded. Try again in a few minutes.")
         secret = secrets.token_urlsafe(16)
         key, file = f"upload:{secret}", Path(self._folder.name, f"{secret}.safetensors")
-        self._arriving[address] += 1
         try:
-            with _plain_errors(name):
+            with self.arriving(address), _plain_errors(name):
                 async with asyncio.timeout(UPLOAD_SECONDS):
                     await self._write(file, name, chunks, check_start)
                 async with self._reading:
@@ -80,9 +94,6 @@ class Uploads:
         except BaseException:  # including a browser that disconnects
             file.unlink(missing_ok=True)
             raise
-        finally:
-            self._arriving[address] -= 1
-            self._arriving += Counter()  # forgets addresses without an upload
         self._addresses[key] = address
         self._drop_oldest()
         return added
@@ -91,20 +102,15 @@ class Uploads:
         self, file: Path, name: str, chunks: AsyncIterable[bytes], check_start: Callable[[bytes, str], None]
     ) -> None:
         size, start = 0, b""
-        arriving = aiter(chunks)
         with file.open("wb") as opened:
-            while True:
-                async with asyncio.timeout(STALL_SECONDS):
-                    chunk = await anext(arriving, None)
-                if chunk is None:
-                    return
+            async for chunk in steadily(chunks):
                 size += len(chunk)
-                if size > self._max_mib * 2**20:
+                if size > self.max_mib * 2**20:
                     raise RefusedError(
                         "tooLarge",
                         "{name} is larger than {limit} MiB. Choose a smaller file.",
                         name=name,
-                        limit=str(self._max_mib),
+                        limit=str(self.max_mib),
                     )
                 if len(start) < HEADER_LENGTH_BYTES:
                     start = (start + chunk)[:HEADER_LENGTH_BYTES]
@@ -115,8 +121,7 @@ class Uploads:
         while len(self._addresses) > MAX_STORED:
             (most, _), *_others = Counter(self._addresses.values()).most_common()
             oldest = next(key for key, address in self._addresses.items() if address == most)
-            del self._addresses[oldest]
-            self._offers.forget(oldest)
+            self.forget(oldest)
 
     def close(self) -> None:
         """Delete every upload."""

@@ -19,12 +19,17 @@ MAX_SHARE = 0.1  # of the time
 
 
 @contextmanager
-def previews(pipeline: StableDiffusionPipeline, guidance_scale: float, show: Callable[[Image], None]) -> Iterator[None]:
+def previews(
+    pipeline: StableDiffusionPipeline,
+    guidance_scale: float,
+    show: Callable[[Image], None],
+    is_wanted: Callable[[], bool] = lambda: True,
+) -> Iterator[None]:
     """Inside, call `show` with small pictures of the UNet's current estimate of the result: x0 of arXiv:2010.02502,
     eq. 9.
 
     All samplers here give the UNet latents of unit variance with their timestep, so one formula fits them all. Previews
-    come at most every MIN_SECONDS and take at most a MAX_SHARE of the time.
+    come at most every MIN_SECONDS, take at most a MAX_SHARE of the time, and are made only while `is_wanted`.
     """
     alphas = pipeline.scheduler.alphas_cumprod
     prediction_type = pipeline.scheduler.config.prediction_type
@@ -33,7 +38,7 @@ def previews(pipeline: StableDiffusionPipeline, guidance_scale: float, show: Cal
     def watch(_unet: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> None:  # torch's hook: any forward's
         nonlocal next_time
         started = time.monotonic()
-        if started < next_time:
+        if started < next_time or not is_wanted():
             return
         latents, timestep = inputs[0][-1:], inputs[1]  # (1, C, h, w)
         prediction = output[0][-1:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ from bestiary.registry.versions import (
     publish,
     weights,
 )
-from bestiary.samplers import DrawingDefaults, Sampling
+from bestiary.samplers import SAMPLERS, DrawingDefaults, Sampling
 from bestiary.subjects import Subjects
 from bestiary.tracking.store import check_database, locked, open_client, tracking_uri
 
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from mlflow.models import ModelSignature
 
 MAX_TRIES = 10  # to decide while other registrations move the aliases
+SERVED_MODEL = Path(__file__).with_name("served_model.py")  # MLflow stores a copy with each version
 GATE = "gate"  # where a run logs its table of pictures, for comparison with later adapters
 
 
@@ -123,7 +125,7 @@ def register(submission: Submission, rules: Register) -> Registration:
 def _tags(submission: Submission) -> dict[str, str]:
     """The tags of the submission's version, after the adapter has been verified."""
     from bestiary.diffusion.adapter import adapter_sha256, check_trained_on, verify_adapter
-    from bestiary.diffusion.base import base_sha256
+    from bestiary.diffusion.base import base_commit, base_sha256
 
     adapter, base, revision = submission.adapter, submission.base, submission.base_revision
     sha256, evaluation = adapter_sha256(adapter), submission.evaluation
@@ -139,7 +141,7 @@ def _tags(submission: Submission) -> dict[str, str]:
         "adapter_sha256": sha256,
         # The leading "./" marks a folder of the project, for MLflow too, instead of an id on the hub.
         "base": f"./{base}" if Path(base).is_dir() and not Path(base).is_absolute() else base,
-        "base_revision": revision or "",
+        "base_revision": base_commit(base, revision) or revision or "",  # a branch moves, a commit does not
         "base_sha256": base_sha256(base, revision),
         "rank": str(verification.rank),
         "alpha": str(verification.alpha),
@@ -207,11 +209,13 @@ def _description(submission: Submission, tags: Mapping[str, str]) -> str:
 
 
 def _write_model(folder: Path, model_id: str | None, submission: Submission, tags: Mapping[str, str]) -> None:
-    """Save the submission's adapter as an MLflow model."""
+    """Save the submission's adapter as an MLflow model, which mlflow.diffusers loads and MLflow's server draws with."""
     import mlflow
     from mlflow.models import Model
 
     from bestiary.diffusion.stored_adapter import adapter_file
+
+    revision = tags["base_revision"]
 
     mlflow.diffusers.save_model(
         str(adapter_file(submission.adapter)),
@@ -223,6 +227,37 @@ def _write_model(folder: Path, model_id: str | None, submission: Submission, tag
         input_example={"prompt": "a photo of a tiger"},
         metadata={key: tags[key] for key in ("adapter_sha256", "base", "base_revision", "base_sha256")},
     )
+    model = Model.load(str(folder))
+    adapter = {**model.flavors["diffusers"], "base_model_revision": revision or None}  # MLflow takes the hub's newest
+    model.add_flavor("diffusers", **adapter)
+    shutil.copyfile(SERVED_MODEL, folder / SERVED_MODEL.name)
+    environment = model.flavors["python_function"]["env"]
+    mlflow.pyfunc.add_to_model(
+        model,
+        loader_module="mlflow.pyfunc.model",
+        conda_env=environment["conda"],
+        python_env=environment["virtualenv"],
+        model_config=_served_config(tags["base"], revision, submission.defaults.sampling),
+        model_code_path=SERVED_MODEL.name,
+        artifacts={"adapter": {"path": adapter["adapter_weights"], "uri": adapter["adapter_weights"]}},
+    )
+    model.save(str(folder / "MLmodel"))
+
+
+def _served_config(base: str, revision: str, sampling: Sampling) -> dict[str, object]:
+    """What `served_model` draws with, ready for JSON. device is empty for the best one."""
+    sampler = SAMPLERS[sampling.sampler]
+    interval = sampling.guidance_interval
+    return {
+        "base_model": base,
+        "base_model_revision": revision,
+        "device": "",
+        "scheduler": sampler.scheduler,
+        "scheduler_options": dict(sampler.options),
+        "eta": sampler.eta,
+        "guidance_interval": list(interval) if interval else None,
+        "adapter_weight": sampling.adapter_weight,
+    }
 
 
 def _check_served(
@@ -277,11 +312,12 @@ def _signature(sampling: Sampling) -> ModelSignature:
         outputs=Schema([ColSpec(DataType.binary, "image")]),
         params=ParamSchema(
             [
+                ParamSpec("seed", DataType.long, 0),
                 ParamSpec("num_inference_steps", DataType.integer, sampling.steps),
                 ParamSpec("guidance_scale", DataType.double, float(sampling.guidance_scale)),
                 ParamSpec("height", DataType.integer, sampling.height),
                 ParamSpec("width", DataType.integer, sampling.width),
-                ParamSpec("negative_prompt", DataType.string, ""),
+                ParamSpec("negative_prompt", DataType.string, sampling.negative_prompt),
             ]
         ),
     )

@@ -36,7 +36,21 @@ function offers() {
 
 /** The chosen adapter's offer; undefined for the base alone. */
 export function chosenOffer() {
-  return offers().find(({ key }) => key === $('adapter').value);
+  return offerIn('adapter');
+}
+
+function offerIn(id) {
+  return offers().find(({ key }) => key === $(id).value);
+}
+
+/** How the chosen adapters draw: as the first was evaluated, in the few steps of one that was made for them. */
+function usual() {
+  const chosen = [chosenOffer(), offerIn('second')];
+  const own = { adapter_weight: 1, ...(chosen[0]?.usual ?? catalog.usual) };
+  const fast = chosen.find((offer) => offer?.few_step)?.usual;
+  if (!fast) return own;
+  const { scheduler, steps, guidance_scale } = fast;
+  return { ...own, scheduler, steps, guidance_scale, guidance_interval: null };
 }
 
 /** The names of the adapters that a picture's settings hold. A file's hash tells two files of one name apart. */
@@ -101,7 +115,7 @@ function adapterLabel(offer) {
 function gains({ scores }) {
   return Object.entries(scores).map(([score, gain]) => {
     const signed = `${gain > 0 ? '+' : '−'}${Math.abs(gain).toFixed(1)}`;
-    return `${text(score)} ${signed}${score === 'top1' ? ' %' : ''}`;
+    return `${text(score)} ${signed}${score === 'top1' ? '\u00a0%' : ''}`;
   });
 }
 
@@ -111,7 +125,7 @@ export function adapterChanged() {
   $('adapter').title = $('adapter').selectedOptions[0]?.textContent ?? '';
   showText('scores', offer && gains(offer).length ? () => text('gains', { gains: gains(offer).join(' · ') }) : null);
   const before = defaults;
-  defaults = { adapter_weight: 1, ...(offer?.usual ?? catalog.usual) };
+  defaults = usual();
   if (!catalog.resolutions.includes(defaults.resolution)) defaults.resolution = catalog.usual.resolution;
   for (const [id, key] of Object.entries(FIELD_DEFAULTS)) {
     const changedByUser = before && $(id).value !== String(before[key]);

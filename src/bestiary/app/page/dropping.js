@@ -76,10 +76,12 @@ function loadSettings(settings, name) {
   });
   $('prompt').closest('details').open = true;
   const missing = applied.filter((_, number) => !keys[number]).map(({ adapter }) => adapter).join(', ');
+  const surplus = applied.filter((_, number) => keys[number]).slice(2).map(({ adapter }) => adapter).join(', ');
   showText('message');
   showText('note', () => [
     text('settingsLoaded', { name }),
     missing && text('adapterMissing', { adapters: missing }),
+    surplus && text('adapterSurplus', { adapters: surplus }),
     settings.image_sha256 && text('startMissing'),
     !base && text('baseMissing', { base: settings.base }),
   ].filter(Boolean).join(' '));

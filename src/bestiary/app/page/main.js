@@ -47,7 +47,7 @@ document.addEventListener('keydown', (event) => {
   if (event.key === 'Escape' && !event.isComposing) cancel();
 });
 $('language').addEventListener('click', changeLanguage);
-$('adapter').addEventListener('change', chooseAnotherAdapter);
+for (const id of ['adapter', 'second']) $(id).addEventListener('change', chooseAnotherAdapter);
 $('resolution').addEventListener('change', checkSize);
 for (const id of ['weight', 'second', 'second-weight', 'denoise']) $(id).addEventListener('input', showWeights);
 for (const [id, upload] of [['upload', uploadAdapter], ['image', uploadStart]]) {

@@ -49,13 +49,13 @@ export function readOrder() {
 
 /** Fills the form with an earlier order. */
 export function repeatOrder(order) {
+  const [second = { adapter: 'none', weight: 1 }] = order.more_adapters;
+  $('second').value = second.adapter;
   chooseAdapter(order.adapter);
   for (const id of ['base', 'device', 'animal', 'prompt', 'steps', 'scheduler', 'seed']) $(id).value = order[id];
   chooseSize([order.width, order.height]);
   $('negative').value = order.negative_prompt;
   $('weight').value = order.adapter_weight;
-  const [second = { adapter: 'none', weight: 1 }] = order.more_adapters;
-  $('second').value = second.adapter;
   $('second-weight').value = second.weight;
   chooseInterval(order.guidance_interval);
   chooseStart(order.image);

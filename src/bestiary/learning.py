@@ -75,14 +75,17 @@ class Plan:
     photos: Mapping[str, Sequence[Path]]  # images and caption files by the folder in data/
     data: Hashes  # what data/ is to hold
     params: Params  # as they will be
+    folder: str  # of the subject, in data/
+    images: Sequence[Path]
     is_in_place: bool  # data/ holds exactly the photos, and DVC tracks them
 
 
-def learn(lesson: Lesson, tell: Tell) -> bool:
+def learn(lesson: Lesson, tell: Tell, estimated: Callable[[Plan], Iterator[str]] | None = None) -> bool:
     """Put the photos into data/, write the settings and run the pipeline.
 
-    Returns False when all of this had been done before, and only then nothing is run. When the pipeline fails or is
-    stopped, data/, data.dvc, subjects.yaml and params.yaml are as they were before, and the same command resumes.
+    `estimated` gives lines that are told before the pipeline starts. Returns False when all of this had been done
+    before, and only then nothing is run. When the pipeline fails or is stopped, data/, data.dvc, subjects.yaml and
+    params.yaml are as they were before, and the same command resumes.
     Raises BestiaryError for a mistake of the user's.
     """
     root = find_project()
@@ -96,6 +99,8 @@ def learn(lesson: Lesson, tell: Tell) -> bool:
         done = plan.is_in_place and all(_text(root / name) == text for name, text in plan.files.items())
         if done and _is_up_to_date(root):
             return False
+        for line in estimated(plan) if estimated else ():
+            tell(line)
         change.start(plan.files, None if plan.is_in_place else _copied(root, plan))
         try:
             run_pipeline(root, lock)
@@ -138,7 +143,36 @@ def make_plan(root: Path, lesson: Lesson, tell: Tell) -> Plan:
             f"data/ holds other data already ({folders}), and an adapter of one subject is trained on its photos alone."
             " Add --replace to put that data aside, into put-aside/."
         )
-    return Plan(files, photos, data, params, is_in_place)
+    return Plan(files, photos, data, params, lesson.folder, listing.images[lesson.folder], is_in_place)
+
+
+def params_with_profile(root: Path, profile: str | None) -> Params:
+    """The project's parameters, with another profile if one is given. Raises BestiaryError when there is none."""
+    path = root / "params.yaml"
+    if profile is None:
+        return load_params(path)
+    choose_profile(_profiles(root), profile)
+    from ruamel.yaml import YAML
+
+    editor = YAML()
+    raw = editor.load(_text(path) or "")
+    raw["profile"] = profile
+    params: Params = _checked(root, "params.yaml", _written(editor, raw), load_params)
+    return params
+
+
+def estimate_plan(plan: Plan) -> Iterator[str]:
+    """What running the plan takes on this machine. An estimate that fails is no reason not to run it."""
+    from bestiary.estimating import estimate, images_of, render
+
+    yield "Measuring what this takes on this machine ..."
+    images = images_of({plan.folder: plan.images}, proved=1)
+    try:
+        rates, lines = estimate(plan.params, images)
+    except BestiaryError as error:
+        yield f"What this takes is unknown: {error}"
+        return
+    yield from render(plan.params, images, rates, lines)
 
 
 # ---- checks ----

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from bestiary.data.captions import read_captions
 from bestiary.data.folder import ALONE
 from bestiary.data.images import decode
@@ -29,7 +27,7 @@ from bestiary.image_files import UnreadableImageError
 from bestiary.params import Params, load_params
 from bestiary.project_change import DATA, DATA_DVC, WORK, Hashes, ProjectChange, hashes, only_one
 from bestiary.subjects import Kind, Subject, Subjects, check_folders
-from bestiary.yaml_file import read_yaml
+from bestiary.yaml_file import format_table, parse_table, read_yaml
 
 GPU_PROFILE, CPU_PROFILE = "photos", "subject"
 READABLE_SIDE = 64  # pixels to decode a photo at, to see whether it can be read
@@ -184,7 +182,7 @@ def check_words(root: Path, lesson: Lesson) -> Subject:
         raise BestiaryError("--name is empty. Give a name, such as --name 'sks cat'.")
     if lesson.kind == "thing" and not lesson.class_word.strip():
         raise BestiaryError("--class is missing. Say what it is in general, such as --class cat.")
-    entry = yaml.safe_dump({"subject": _entry(lesson)}, allow_unicode=True)
+    entry = format_table({"subject": _entry(lesson)})
     try:
         subjects: Subjects = _checked(root, "subjects.yaml", entry, Subjects.read)
         return subjects.of("subject")
@@ -318,26 +316,21 @@ def new_subjects(text: str, lesson: Lesson) -> str:
 
     Raises BestiaryError when the entries cannot be told apart by their lines.
     """
-    new = yaml.safe_dump(
-        {lesson.folder: _entry(lesson)}, allow_unicode=True, default_flow_style=None, sort_keys=False, width=10_000
-    )
-    try:
-        node = yaml.compose(text, yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        raise BestiaryError(f"subjects.yaml is not valid YAML: {' '.join(str(error).split())}") from None
-    if node is None:
-        return f"{text.rstrip()}\n{new}" if text.strip() else new
-    if not isinstance(node, yaml.MappingNode) or node.flow_style:
+    new = format_table({lesson.folder: _entry(lesson)})
+    table = parse_table(text, Path("subjects.yaml"))
+    if table is None or table.is_inline:
         raise BestiaryError("subjects.yaml must have a line for each folder, such as my-cat: {name: sks cat}. Edit it.")
+    if not table.entries:
+        return f"{text.rstrip()}\n{new}" if text.strip() else new
     lines = text.splitlines()
-    starts = [key.start_mark.line for key, _ in node.value] + [len(lines)]
+    starts = [entry.line for entry in table.entries] + [len(lines)]
     written = False
-    for (key, value), start, end in zip(node.value, starts, starts[1:], strict=False):
+    for entry, start, end in zip(table.entries, starts, starts[1:], strict=False):
         while end > start + 1 and (not lines[end - 1].strip() or lines[end - 1].lstrip().startswith("#")):
             end -= 1  # a comment or an empty line before the next entry
-        if key.value == lesson.folder:
+        if entry.key == lesson.folder:
             written = True
-            if yaml.safe_load(yaml.serialize(value)) != _entry(lesson):
+            if entry.value != _entry(lesson):
                 lines[start:end] = [new.rstrip(), *[""] * (end - start - 1)]
         else:
             lines[start:end] = [f"# {line}" for line in lines[start:end]]

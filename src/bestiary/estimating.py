@@ -229,8 +229,11 @@ def project_estimate(root: Path, params: Params) -> Iterator[str]:
         images = Images(classes, classes * each, classes * each * SCIENCEDB_IMAGE_BYTES, [])
     else:
         folder = root / dataset.folder
-        found = choose(list_images(folder, dvc_cache).images, dataset.classes, dataset.images_per_class)
-        subjects = Subjects.read_from(folder.parent)
+        subjects = Subjects.read(folder.with_name("subjects.yaml"))
+        there = list_images(folder, dvc_cache).images
+        others = set(subjects.folders_of_others.values())
+        taught = {name: files for name, files in there.items() if name not in others}
+        found = choose(taught, dataset.classes, dataset.images_per_class)
         described = [name for name in found if subjects.of(name).class_word]
         images = images_of(found, len(described) if params.evaluate.proof else 0)
     rates, found_lines = estimate(params, images)

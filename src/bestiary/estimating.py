@@ -27,8 +27,8 @@ PHOTOS = 8  # that are inspected
 PRESERVED_ROWS = 384  # that preservation predicts before training
 PICTURE_BYTES = 1.5  # of a pixel in a PNG
 DVC_COPIES = 2  # an output lies in the project and, unless the file system shares blocks, again in DVC's cache
-SCIENCEDB_IMAGES, SCIENCEDB_CLASSES = 10_000, 100  # of that dataset, before it is downloaded
-SCIENCEDB_IMAGE_BYTES = 200_000  # of one of its photos, about
+SCIENCEDB_IMAGES, SCIENCEDB_CLASSES = 39_704, 100  # of that dataset, before it is downloaded
+SCIENCEDB_IMAGE_BYTES = 60_000  # of a JPEG of 500 x 375 pixels, about
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ def lines(params: Params, images: Images, rates: Rates) -> list[Line]:
     latents = 2 * 4 * (side / rates.latent_factor) ** 2 * rates.value_bytes * variants  # mean and deviation
     captions = images.classes * len(CAPTION_TEMPLATES) * rates.caption_bytes
     evaluated, drawing = _evaluation_pictures(params, images), _picture(params, rates, rates.row)
+    judges = 2 if params.evaluate.second_judge else 1
+    asks = params.clean.off_topic != "off"
     adapter = 4.0 * rates.trainable_parameters
     pictures_bytes = evaluated * side**2 * PICTURE_BYTES
 
@@ -81,7 +83,7 @@ def lines(params: Params, images: Images, rates: Rates) -> list[Line]:
 
     return [
         line("download", 0.0, disk=DVC_COPIES * images.bytes),
-        line("clean", images.count * rates.clean_s, disk=DVC_COPIES * images.bytes),
+        line("clean", images.count * (rates.inspect_s + asks * rates.judge_s), disk=DVC_COPIES * images.bytes),
         line("split", 0.0),
         line(
             "encode",
@@ -91,7 +93,13 @@ def lines(params: Params, images: Images, rates: Rates) -> list[Line]:
         ),
         # Checkpoints hold the adapter, its average and the optimizer's two averages.
         line("train", _training(params, images, rates), rates.step, rates.row, disk=(DVC_COPIES + 4) * adapter),
-        line("evaluate", evaluated * drawing, rates.row, rates.decode, disk=pictures_bytes),
+        line(
+            "evaluate",
+            evaluated * drawing + (evaluated + images.count) * rates.judge_s * judges,
+            rates.row,
+            rates.decode,
+            disk=pictures_bytes,
+        ),
         line("benchmark", _benchmark(params, rates), rates.single_row, rates.decode),
         line("register", 2 * rates.start_s, rates.single_row, disk=adapter + train.rank),
     ]
@@ -164,6 +172,8 @@ def render(params: Params, images: Images, rates: Rates, found: Sequence[Line]) 
             f"{params.base.model} is not on this machine. Networks of the size of Stable Diffusion 1.5 with random "
             f"weights were measured instead. Its download takes {_size(rates.base_bytes / MIB)} more disk."
         )
+    if rates.judge_is_stand_in:
+        yield f"{params.judge.model} is not on this machine, either: a CLIP ViT-B/32 with random weights was measured."
     kinds: Mapping[str, Rate] = {
         "encoding": rates.encode,
         "decoding": rates.decode,

@@ -33,6 +33,7 @@ BUSY = 0.75  # of the cores in use by other programs make times too long
 # On a busy machine, threads that wait in a loop take the cores from each other: single steps took 4 s instead of 0.2 s.
 # On an idle one, sleeping threads would double the time.
 PATIENT = {"OMP_WAIT_POLICY": "passive"}
+JUDGED = 8  # pictures that the judge is measured with
 RUNS = 5  # of which the fastest counts
 SHARE_OF_FREE_MEMORY = 0.8  # that a measurement may take
 KINDS = 5  # of work that are measured at growing sizes
@@ -73,7 +74,9 @@ class Rates(BaseModel):
     load_average: float  # before measuring
     base_is_stand_in: bool
     start_s: float  # imports and loading, at the start of each stage that uses the networks
-    clean_s: float  # a photo
+    inspect_s: float  # a photo
+    judge_s: float  # a picture
+    judge_is_stand_in: bool
     encode: Rate  # an image
     row: Rate  # in a batch of evaluate.batch_size pictures
     single_row: Rate  # of one picture alone
@@ -376,17 +379,36 @@ def _at(pixels: int, measured: dict[int, float]) -> float:
     return max(most, high + (high - low) * (pixels - last) / (last - first))
 
 
-def _is_here(model: str, revision: str | None) -> bool:
-    """Whether a base is on this machine: as a folder or file, or in the hub's cache. Nothing is downloaded."""
+def _is_here(model: str, revision: str | None, file: str = "unet/diffusion_pytorch_model.safetensors") -> bool:
+    """Whether a model is on this machine: as a folder or file, or, with `file`, in the hub's cache."""
     if Path(model).exists():
         return True
     import huggingface_hub
 
-    weights = "unet/diffusion_pytorch_model.safetensors"
-    return isinstance(huggingface_hub.try_to_load_from_cache(model, weights, revision=revision), str)
+    return isinstance(huggingface_hub.try_to_load_from_cache(model, file, revision=revision), str)
 
 
-def _clean_seconds(photos: Sequence[Path]) -> float:
+def _judge_seconds(params: Params, device: str) -> float:
+    """Seconds in which the judge sees a picture; a CLIP ViT-B/32 with random weights where the judge is not here."""
+    from PIL import Image
+    from transformers import CLIPConfig, CLIPModel
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    from bestiary.evaluation.judge import Judge
+
+    if _is_here(params.judge.model, params.judge.revision, "config.json"):
+        judge = Judge.load(params.judge.model, params.judge.revision, device)
+    else:
+        nothing: Any = None  # no tokenizer, for no texts
+        judge = Judge(CLIPModel(CLIPConfig()), nothing, CLIPImageProcessorPil(), device)
+    pictures = [Image.new("RGB", (params.encode.resolution, params.encode.resolution))] * JUDGED
+    judge.image_features(pictures[:1])
+    started = time.perf_counter()
+    judge.image_features(pictures)
+    return (time.perf_counter() - started) / JUDGED
+
+
+def _inspect_seconds(photos: Sequence[Path]) -> float:
     """Seconds to inspect a photo, on one core."""
     from bestiary.data.inspection import inspect
 
@@ -429,7 +451,9 @@ def _run(request: Request) -> Rates:
         else f"{torch.get_num_threads()} CPU threads",
         base_is_stand_in=bench.is_stand_in,
         start_s=start_s,
-        clean_s=_clean_seconds([Path(path) for path in request.photos]),
+        inspect_s=_inspect_seconds([Path(path) for path in request.photos]),
+        judge_s=_judge_seconds(params, bench.device.type),
+        judge_is_stand_in=not _is_here(params.judge.model, params.judge.revision, "config.json"),
         encode=encode,
         row=row,
         single_row=single_row,

@@ -26,7 +26,7 @@ from bestiary.files import find_project, no_project_error, write_atomically
 from bestiary.image_files import UnreadableImageError
 from bestiary.params import Params, load_params
 from bestiary.project_change import DATA, DATA_DVC, WORK, Hashes, ProjectChange, hashes, only_one
-from bestiary.subjects import Kind, Subject, Subjects, check_folders
+from bestiary.subjects import Kind, Subject, Subjects, caption, check_folders, templates_of
 from bestiary.yaml_file import format_table, parse_table, read_yaml
 
 GPU_PROFILE, CPU_PROFILE = "photos", "subject"
@@ -129,6 +129,7 @@ def make_plan(root: Path, lesson: Lesson, tell: Tell) -> Plan:
     params = _checked(root, "params.yaml", params_text, load_params)
     subjects = _checked(root, "subjects.yaml", files["subjects.yaml"], Subjects.read)
     check_folders([lesson.folder], subjects)
+    _check_length(root, params, subjects.of(lesson.folder))
     photos = {lesson.folder: [*listing.images[lesson.folder], *listing.captions[lesson.folder]]}
     if lesson.others:
         photos[lesson.others_folder] = check_others(lesson.others, lesson)
@@ -219,7 +220,7 @@ def check_photos(root: Path, lesson: Lesson) -> Listing:
         if len(different) == ALONE:
             return listing
     number = ("no image", "only one image")[len(different)] if len(different) < 2 else f"only {len(different)} images"
-    kind = " that can be read and differ" if images else ""
+    kind = " that can be read" + " and differ" * (len(images) > 1) if images else ""
     raise BestiaryError(f"{photos} has {number}{kind}, and teaching takes at least {ALONE}.{problem} Add images.")
 
 
@@ -232,6 +233,27 @@ def check_others(others: Path, lesson: Lesson) -> list[Path]:
             "leave out --others."
         )
     return images
+
+
+def _check_length(root: Path, params: Params, subject: Subject) -> None:
+    """Raise BestiaryError when a caption with the name has more tokens than the base in this project reads.
+
+    A base on the hub reads 77, which takes a long name to exceed; encoding finds that.
+    """
+    tokenizer_folder = root / params.base.model / "tokenizer"
+    if not tokenizer_folder.is_dir():
+        return
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
+    captions = [caption(subject, template) for template in templates_of([subject])]
+    length, longest = max((len(ids), text) for ids, text in zip(tokenizer(captions).input_ids, captions, strict=True))
+    if length > tokenizer.model_max_length:
+        raise BestiaryError(
+            f"--name {shown(subject.name)} is too long for {params.base.model}: the caption {longest!r} has {length} "
+            f"tokens, and the base reads {tokenizer.model_max_length}. Choose a shorter name, such as 'sks cat'."
+            " Characters that the base does not know take several tokens each."
+        )
 
 
 def choose_profile(offered: Collection[str], asked: str | None) -> tuple[str, str]:

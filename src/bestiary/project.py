@@ -187,7 +187,7 @@ def render_results(evaluation: EvaluationReport, registration: Registration | No
         (f"{program} {pull}" if pull else "", "copy the adapter"),
     ):
         if command:
-            yield f"  {command:70}{purpose}"
+            yield f"  {command:69} {purpose}"
 
 
 def _holds_adapter(evaluation: EvaluationReport) -> bool:

@@ -82,8 +82,8 @@ class Bundled:
     cmmd_to_original: Estimate | None
     clip_score: float
     clip_score_minus_original: Estimate
-    top1: float
-    top1_minus_original: Estimate
+    top1: float | None  # None with one class
+    top1_minus_original: Estimate | None
     times_faster: float
 
 
@@ -190,7 +190,8 @@ def draw(pipeline: StableDiffusionPipeline, jobs: Jobs, sampling: Sampling, judg
 def compare(one: Drawn, original: Drawn, texts: ClassTexts, counts: Array, distance: Estimate | None) -> Bundled:
     """A way of drawing beside the original's."""
     scores, original_scores = score(one.judged, texts), score(original.judged, texts)
-    clip_score, top1 = (bootstrap_mean(scores[key], counts) for key in ("clip_score", "top1"))
+    clip_score, of_original = (bootstrap_mean(each["clip_score"], counts) for each in (scores, original_scores))
+    top1 = bootstrap_mean(scores["top1"], counts) if "top1" in scores else None
     return Bundled(
         scheduler=one.sampling.sampler,
         steps=one.sampling.steps,
@@ -199,9 +200,11 @@ def compare(one: Drawn, original: Drawn, texts: ClassTexts, counts: Array, dista
         peak_memory_mib=one.cost.peak_memory_mib,
         cmmd_to_original=distance,
         clip_score=clip_score.mean,
-        clip_score_minus_original=(clip_score - bootstrap_mean(original_scores["clip_score"], counts)).estimate(),
-        top1=top1.mean,
-        top1_minus_original=(top1 - bootstrap_mean(original_scores["top1"], counts)).estimate(),
+        clip_score_minus_original=(clip_score - of_original).estimate(),
+        top1=top1.mean if top1 else None,
+        top1_minus_original=(
+            (top1 - bootstrap_mean(original_scores["top1"], counts)).estimate() if top1 is not None else None
+        ),
         times_faster=original.cost.p50_s / one.cost.p50_s,
     )
 

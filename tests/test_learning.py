@@ -6,13 +6,23 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from bestiary.errors import BestiaryError
-from bestiary.learning import Lesson, check_photos, check_words, choose_profile, learn, new_subjects, with_settings
+from bestiary.learning import (
+    Lesson,
+    Plan,
+    check_photos,
+    check_words,
+    choose_profile,
+    learn,
+    new_subjects,
+    with_settings,
+)
 from bestiary.params import load_params
 from bestiary.project_change import ProjectChange, only_one
 from bestiary.subjects import Subjects
@@ -309,3 +319,31 @@ def test_photos_of_others_lie_beside_the_subject_and_are_named_in_subjects_yaml(
     assert teach(photos, others=tmp_path / "others")[0] is False
     with pytest.raises(BestiaryError, match="has 1 images, and comparing with other individuals takes at least 2"):
         teach(photos, others=write_photos(tmp_path / "one", 1))
+
+
+def test_a_name_that_is_too_long_for_the_base_is_refused_before_anything_runs(root: Path, photos: Path) -> None:
+    (root / "models").mkdir(exist_ok=True)
+    (root / "models" / "base").symlink_to(ROOT / "models" / "base")
+    before = state(root)
+    with pytest.raises(BestiaryError, match=r"--name 小桃小桃 is too long for models/base: .* 23 tokens"):
+        teach(photos, name="小桃小桃")
+    assert state(root) == before
+
+
+def test_what_the_run_takes_is_told_before_it_starts(root: Path, photos: Path) -> None:
+    told: list[str] = []
+
+    def estimated(plan: Plan) -> Iterator[str]:
+        assert not (root / "data" / "sks_cat").exists()
+        assert len(plan.images) == 4
+        yield "total 3 min"
+
+    assert learn(lesson(photos), told.append, estimated)
+    assert "total 3 min" in told
+    assert not learn(lesson(photos), told.append, estimated)
+    assert told.count("total 3 min") == 1
+
+
+def test_a_file_in_place_of_the_folder_of_photos_is_named(root: Path, photos: Path) -> None:
+    with pytest.raises(BestiaryError, match=r"0\.png is a file, not a folder"):
+        teach(photos / "0.png")

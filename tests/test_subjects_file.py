@@ -107,7 +107,7 @@ def test_a_mistake_is_named_with_its_folder_and_key(text: str, message: str, tmp
 
 def test_a_file_in_another_encoding_is_named(tmp_path: Path) -> None:
     (tmp_path / "subjects.yaml").write_bytes("mug: {name: café}".encode("latin-1"))
-    with pytest.raises(BestiaryError, match=r"subjects\.yaml is not in UTF-8"):
+    with pytest.raises(BestiaryError, match=r"subjects\.yaml is not UTF-8"):
         Subjects.read(tmp_path / "subjects.yaml")
 
 
@@ -168,3 +168,12 @@ def test_others_cannot_come_from_sciencedb_which_trains_on_every_class(tmp_path:
 def test_others_that_would_be_trained_on_are_refused(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(BestiaryError, match=message):
         read(tmp_path, text)
+
+
+def test_words_are_read_as_dvc_reads_them(tmp_path: Path) -> None:
+    """YAML 1.2 has no other words for true and false, and a folder's name is text whatever it looks like."""
+    described = read(tmp_path, "001: {name: off, class: no}\non: {name: yes, class: mug}\n").described
+    assert {folder: (each.name, each.class_word) for folder, each in described.items()} == {
+        "001": ("off", "no"),
+        "on": ("yes", "mug"),
+    }

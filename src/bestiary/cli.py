@@ -636,10 +636,25 @@ def learn(
     from bestiary import learning
 
     lesson = learning.Lesson(photos, name, class_word, kind, steps, profile, replace, others)
-    if not learning.learn(lesson, lambda line: click.echo(printable(line))):
+    if not learning.learn(lesson, lambda line: click.echo(printable(line)), learning.estimate_plan):
         click.echo("This has been done already.")
     evaluation, registration = last_results()
     click.echo("\n".join(render_results(evaluation, registration, _program())))
+
+
+@cli.command("estimate")
+@click.option("--profile", help="Profile in params.yaml, else the one that it names.")
+def estimate_run(profile: str | None) -> None:
+    """Estimate the time, memory and disk of a run on this machine, from a few measured steps."""
+    from bestiary.estimating import project_estimate
+    from bestiary.files import find_project, no_project_error
+    from bestiary.learning import params_with_profile
+
+    root = find_project()
+    if root is None:
+        raise no_project_error()
+    for line in project_estimate(root, params_with_profile(root, profile)):
+        click.echo(printable(line))
 
 
 @cli.command()

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from bestiary.data.captions import read_captions
 from bestiary.data.folder import ALONE
 from bestiary.data.images import decode
@@ -28,8 +26,8 @@ from bestiary.files import find_project, no_project_error, write_atomically
 from bestiary.image_files import UnreadableImageError
 from bestiary.params import Params, load_params
 from bestiary.project_change import DATA, DATA_DVC, WORK, Hashes, ProjectChange, hashes, only_one
-from bestiary.subjects import Kind, Subject, Subjects, check_folders
-from bestiary.yaml_file import read_yaml
+from bestiary.subjects import Kind, Subject, Subjects, caption, check_folders, templates_of
+from bestiary.yaml_file import format_table, parse_table, read_yaml
 
 GPU_PROFILE, CPU_PROFILE = "photos", "subject"
 READABLE_SIDE = 64  # pixels to decode a photo at, to see whether it can be read
@@ -75,14 +73,17 @@ class Plan:
     photos: Mapping[str, Sequence[Path]]  # images and caption files by the folder in data/
     data: Hashes  # what data/ is to hold
     params: Params  # as they will be
+    folder: str  # of the subject, in data/
+    images: Sequence[Path]
     is_in_place: bool  # data/ holds exactly the photos, and DVC tracks them
 
 
-def learn(lesson: Lesson, tell: Tell) -> bool:
+def learn(lesson: Lesson, tell: Tell, estimated: Callable[[Plan], Iterator[str]] | None = None) -> bool:
     """Put the photos into data/, write the settings and run the pipeline.
 
-    Returns False when all of this had been done before, and only then nothing is run. When the pipeline fails or is
-    stopped, data/, data.dvc, subjects.yaml and params.yaml are as they were before, and the same command resumes.
+    `estimated` gives lines that are told before the pipeline starts. Returns False when all of this had been done
+    before, and only then nothing is run. When the pipeline fails or is stopped, data/, data.dvc, subjects.yaml and
+    params.yaml are as they were before, and the same command resumes.
     Raises BestiaryError for a mistake of the user's.
     """
     root = find_project()
@@ -96,6 +97,8 @@ def learn(lesson: Lesson, tell: Tell) -> bool:
         done = plan.is_in_place and all(_text(root / name) == text for name, text in plan.files.items())
         if done and _is_up_to_date(root):
             return False
+        for line in estimated(plan) if estimated else ():
+            tell(line)
         change.start(plan.files, None if plan.is_in_place else _copied(root, plan))
         try:
             run_pipeline(root, lock)
@@ -126,6 +129,7 @@ def make_plan(root: Path, lesson: Lesson, tell: Tell) -> Plan:
     params = _checked(root, "params.yaml", params_text, load_params)
     subjects = _checked(root, "subjects.yaml", files["subjects.yaml"], Subjects.read)
     check_folders([lesson.folder], subjects)
+    _check_length(root, params, subjects.of(lesson.folder))
     photos = {lesson.folder: [*listing.images[lesson.folder], *listing.captions[lesson.folder]]}
     if lesson.others:
         photos[lesson.others_folder] = check_others(lesson.others, lesson)
@@ -138,7 +142,36 @@ def make_plan(root: Path, lesson: Lesson, tell: Tell) -> Plan:
             f"data/ holds other data already ({folders}), and an adapter of one subject is trained on its photos alone."
             " Add --replace to put that data aside, into put-aside/."
         )
-    return Plan(files, photos, data, params, is_in_place)
+    return Plan(files, photos, data, params, lesson.folder, listing.images[lesson.folder], is_in_place)
+
+
+def params_with_profile(root: Path, profile: str | None) -> Params:
+    """The project's parameters, with another profile if one is given. Raises BestiaryError when there is none."""
+    path = root / "params.yaml"
+    if profile is None:
+        return load_params(path)
+    choose_profile(_profiles(root), profile)
+    from ruamel.yaml import YAML
+
+    editor = YAML()
+    raw = editor.load(_text(path) or "")
+    raw["profile"] = profile
+    params: Params = _checked(root, "params.yaml", _written(editor, raw), load_params)
+    return params
+
+
+def estimate_plan(plan: Plan) -> Iterator[str]:
+    """What running the plan takes on this machine. An estimate that fails is no reason not to run it."""
+    from bestiary.estimating import estimate, images_of, render
+
+    yield "Measuring what this takes on this machine ..."
+    images = images_of({plan.folder: plan.images}, proved=1)
+    try:
+        rates, lines = estimate(plan.params, images)
+    except BestiaryError as error:
+        yield f"What this takes is unknown: {error}"
+        return
+    yield from render(plan.params, images, rates, lines)
 
 
 # ---- checks ----
@@ -150,7 +183,7 @@ def check_words(root: Path, lesson: Lesson) -> Subject:
         raise BestiaryError("--name is empty. Give a name, such as --name 'sks cat'.")
     if lesson.kind == "thing" and not lesson.class_word.strip():
         raise BestiaryError("--class is missing. Say what it is in general, such as --class cat.")
-    entry = yaml.safe_dump({"subject": _entry(lesson)}, allow_unicode=True)
+    entry = format_table({"subject": _entry(lesson)})
     try:
         subjects: Subjects = _checked(root, "subjects.yaml", entry, Subjects.read)
         return subjects.of("subject")
@@ -187,7 +220,7 @@ def check_photos(root: Path, lesson: Lesson) -> Listing:
         if len(different) == ALONE:
             return listing
     number = ("no image", "only one image")[len(different)] if len(different) < 2 else f"only {len(different)} images"
-    kind = " that can be read and differ" if images else ""
+    kind = " that can be read" + " and differ" * (len(images) > 1) if images else ""
     raise BestiaryError(f"{photos} has {number}{kind}, and teaching takes at least {ALONE}.{problem} Add images.")
 
 
@@ -200,6 +233,27 @@ def check_others(others: Path, lesson: Lesson) -> list[Path]:
             "leave out --others."
         )
     return images
+
+
+def _check_length(root: Path, params: Params, subject: Subject) -> None:
+    """Raise BestiaryError when a caption with the name has more tokens than the base in this project reads.
+
+    A base on the hub reads 77, which takes a long name to exceed; encoding finds that.
+    """
+    tokenizer_folder = root / params.base.model / "tokenizer"
+    if not tokenizer_folder.is_dir():
+        return
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
+    captions = [caption(subject, template) for template in templates_of([subject])]
+    length, longest = max((len(ids), text) for ids, text in zip(tokenizer(captions).input_ids, captions, strict=True))
+    if length > tokenizer.model_max_length:
+        raise BestiaryError(
+            f"--name {shown(subject.name)} is too long for {params.base.model}: the caption {longest!r} has {length} "
+            f"tokens, and the base reads {tokenizer.model_max_length}. Choose a shorter name, such as 'sks cat'."
+            " Characters that the base does not know take several tokens each."
+        )
 
 
 def choose_profile(offered: Collection[str], asked: str | None) -> tuple[str, str]:
@@ -284,26 +338,21 @@ def new_subjects(text: str, lesson: Lesson) -> str:
 
     Raises BestiaryError when the entries cannot be told apart by their lines.
     """
-    new = yaml.safe_dump(
-        {lesson.folder: _entry(lesson)}, allow_unicode=True, default_flow_style=None, sort_keys=False, width=10_000
-    )
-    try:
-        node = yaml.compose(text, yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        raise BestiaryError(f"subjects.yaml is not valid YAML: {' '.join(str(error).split())}") from None
-    if node is None:
-        return f"{text.rstrip()}\n{new}" if text.strip() else new
-    if not isinstance(node, yaml.MappingNode) or node.flow_style:
+    new = format_table({lesson.folder: _entry(lesson)})
+    table = parse_table(text, Path("subjects.yaml"))
+    if table is None or table.is_inline:
         raise BestiaryError("subjects.yaml must have a line for each folder, such as my-cat: {name: sks cat}. Edit it.")
+    if not table.entries:
+        return f"{text.rstrip()}\n{new}" if text.strip() else new
     lines = text.splitlines()
-    starts = [key.start_mark.line for key, _ in node.value] + [len(lines)]
+    starts = [entry.line for entry in table.entries] + [len(lines)]
     written = False
-    for (key, value), start, end in zip(node.value, starts, starts[1:], strict=False):
+    for entry, start, end in zip(table.entries, starts, starts[1:], strict=False):
         while end > start + 1 and (not lines[end - 1].strip() or lines[end - 1].lstrip().startswith("#")):
             end -= 1  # a comment or an empty line before the next entry
-        if key.value == lesson.folder:
+        if entry.key == lesson.folder:
             written = True
-            if yaml.safe_load(yaml.serialize(value)) != _entry(lesson):
+            if entry.value != _entry(lesson):
                 lines[start:end] = [new.rstrip(), *[""] * (end - start - 1)]
         else:
             lines[start:end] = [f"# {line}" for line in lines[start:end]]

@@ -163,7 +163,9 @@ def render_results(evaluation: EvaluationReport, registration: Registration | No
     page = project_root() / "reports" / "index.html"
     if is_about(page, evaluation.adapter_sha256):
         yield f"          {short_path(page)}: the result as one page to pass on"
-    subjects = [name for name in ("tiger", "panda") if name in evaluation.classes] or evaluation.classes[:1]
+    alone = evaluation.only_subject
+    known = [name for name in ("tiger", "panda") if name in evaluation.classes]
+    subjects = [alone.name] if alone else known or evaluation.classes[:1]
     draw, pull = f"generate {' '.join(map(shlex.quote, subjects))}", None
     if not _holds_adapter(evaluation):
         yield f"Version   These scores are of another adapter than the one in {evaluation.operating_point.checkpoint}."
@@ -185,7 +187,7 @@ def render_results(evaluation: EvaluationReport, registration: Registration | No
         (f"{program} {pull}" if pull else "", "copy the adapter"),
     ):
         if command:
-            yield f"  {command:70}{purpose}"
+            yield f"  {command:69} {purpose}"
 
 
 def _holds_adapter(evaluation: EvaluationReport) -> bool:

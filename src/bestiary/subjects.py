@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bestiary.errors import BestiaryError, printable, short
+from bestiary.yaml_file import read_table
 
 Kind = Literal["thing", "style"]
 MAX_NAME = 100  # characters of a name in subjects.yaml
@@ -173,27 +173,17 @@ class Subjects:
         Raises BestiaryError that names the file, the folder and the key when something is wrong.
         """
         try:
-            text = path.read_text(encoding="utf-8")
-            node, content = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
+            table = read_table(path)
         except FileNotFoundError:
             return cls()
-        except UnicodeDecodeError:
-            raise BestiaryError(f"{path} is not in UTF-8. Save the file in UTF-8.") from None
-        except yaml.MarkedYAMLError as error:
-            line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-            raise BestiaryError(f"{path} is not valid YAML: {line}{error.problem}. Correct the line.") from None
-        except yaml.YAMLError:
-            raise BestiaryError(f"{path} is not valid YAML: it has control characters. Remove them.") from None
-        if content is None:
-            return cls()
-        if not isinstance(content, dict) or not isinstance(node, yaml.MappingNode):
+        if table is None:
             raise BestiaryError(f"{path} must map folders to keys. Write lines such as my-cat: {{name: sks cat}}.")
-        repeated = [key for key, count in Counter(key.value for key, _ in node.value).items() if count > 1]
+        folders = [unicodedata.normalize("NFC", entry.key) for entry in table.entries]
+        repeated = [folder for folder, count in Counter(folders).items() if count > 1]
         if repeated:
             raise BestiaryError(f"{path} describes the folder {repeated[0]} twice. Remove one of the two entries.")
-        folders = [unicodedata.normalize("NFC", str(key.value)) for key, _ in node.value]  # 001 stays "001"
         subjects = cls(
-            {folder: _described(path, folder, entry) for folder, entry in zip(folders, content.values(), strict=True)}
+            {folder: _described(path, folder, each.value) for folder, each in zip(folders, table.entries, strict=True)}
         )
         for folder, others in subjects.folders_of_others.items():
             if others in folders:

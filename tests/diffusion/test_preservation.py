@@ -253,3 +253,12 @@ def test_predictions_that_do_not_fit_the_settings_are_refused(base: Path, latent
         run_training(base, latents, preservation=NOISED)
     with pytest.raises(BestiaryError, match=r"train\.preservation\.kind is none.* predictions"):
         run_training(base, noised)
+
+
+def test_the_class_word_of_a_thing_has_no_prompts_about_wild_animals(latents: Latents) -> None:
+    about_class, _ = preservation._prompts(latents.training, ["coffee mug"])
+    assert "a detailed photo of a coffee mug" in about_class
+    assert "a drawing of a coffee mug" in about_class
+    assert not [prompt for prompt in about_class if "wild" in prompt or "cute" in prompt]
+    of_penguin, _ = preservation._prompts(latents.training, ["penguin"])
+    assert "a wild penguin in its natural habitat" in of_penguin

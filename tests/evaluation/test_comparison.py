@@ -18,7 +18,7 @@ from bestiary.evaluation.pictures import Jobs, PictureCache
 from bestiary.evaluation.proof import Named, Photos, Prover
 from bestiary.evaluation.report import EvaluationReport
 from bestiary.evaluation.sweep import OperatingPoint
-from bestiary.params import Evaluate, Proof
+from bestiary.params import Evaluate, Model, Proof
 from bestiary.subjects import Subject, Subjects
 
 ROOT = Path(__file__).parents[2]
@@ -213,7 +213,7 @@ def test_one_subject_is_proved_beside_its_text_scores(proved: tuple[Evaluation, 
     assert report.delta["fidelity"] == proof.fidelity.gain
     assert report.real["fidelity"] == proof.fidelity.ceiling
     assert report.delta["prompt_following"] == proof.in_context.prompt_difference
-    assert [score.key for score in report.table] == ["clip_score", "fidelity", "prompt_following", "cmmd"]
+    assert [score.key for score in report.table] == ["fidelity", "prompt_following", "cmmd"]
     assert EvaluationReport.model_validate_json(report.model_dump_json()) == report
 
 
@@ -266,3 +266,77 @@ def test_the_proof_draws_what_is_not_the_subject_with_seeds_of_its_own(
     plain, centre = of_prompt["a drawing of a penguin"]
     assert plain == of_prompt["a drawing of sks penguin"][0]
     assert not {*centre} & {*plain}
+
+
+def test_prompts_are_followed_as_well_as_the_base_follows_the_prompt_that_is_scored(
+    proved: tuple[Evaluation, EvaluationReport],
+) -> None:
+    """The base does not know the name. It is asked for the class word, which is what the pictures are scored by."""
+    evaluation, _ = proved
+    picture = evaluation.base.images[0]
+    asked: dict[int, str] = {}
+
+    def draw(jobs: Jobs) -> list[Image.Image]:
+        images = [picture.copy() for _ in jobs.seeds]
+        asked.update({id(image): prompt for image, prompt in zip(images, jobs.prompts, strict=True)})
+        kept.extend(images)
+        return images
+
+    class Reader:
+        """Scores 1 for a picture that was asked for by the class word, and sees noise otherwise."""
+
+        def class_tokens(self, images: list[Image.Image]) -> torch.Tensor:
+            return torch.randn(len(images), 8, generator=torch.Generator().manual_seed(len(kept)))
+
+        def image_features(self, images: list[Image.Image]) -> torch.Tensor:
+            return torch.tensor([[1.0, 0.0] if asked[id(image)] in by_class else [0.0, 1.0] for image in images])
+
+        def text_features(self, texts: list[str]) -> torch.Tensor:
+            by_class.update(texts)
+            return torch.tensor([[1.0, 0.0]] * len(texts))
+
+    kept: list[Image.Image] = []
+    by_class: set[str] = set()
+    settings = Proof(contexts=["a drawing of {}"], unrelated=["a crab"], seeds=2, class_seeds=2, image_judge=None)
+    reader: Any = Reader()
+    prover = Prover(reader, reader, settings, "a photo of {}", lambda jobs: (draw(jobs), draw(jobs)), draw, 10, seed=0)
+    photos = sorted((ROOT / "examples" / "pip" / "photos" / "pip").glob("*.jpg"))[:4]
+    subject = Subject("pip", "sks penguin", "", class_word="penguin", given=True)
+    named = Named(evaluation.base.images, evaluation.adapter.images)
+    context = prover.prove(subject, named, Photos(photos[:2], photos[2:], [])).report.in_context
+    assert by_class == {"a drawing of a penguin"}
+    assert context.prompt_following.base.mean == 100
+    assert context.prompt_following.adapter.mean == 0
+
+
+def test_photos_are_decoded_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    class Counting:
+        def class_tokens(self, images: list[Image.Image]) -> torch.Tensor:
+            sizes.append(len(images))
+            return torch.ones(len(images), 2)
+
+    monkeypatch.setattr("bestiary.evaluation.proof.BATCH_SIZE", 2)
+    counting: Any = Counting()
+    settings = Proof(contexts=["{}"], unrelated=["a crab"], seeds=2, class_seeds=2, image_judge=None)
+    prover = Prover(counting, counting, settings, "{}", lambda _: ([], []), lambda _: [], 10, seed=0)
+    photos = sorted((ROOT / "examples" / "pip" / "photos" / "pip").glob("*.jpg"))[:5]
+    assert prover._see_files(photos).shape == (5, 2)
+    assert sizes == [2, 2, 1]
+
+
+def test_a_wrong_image_judge_ends_an_evaluation_before_it_draws(
+    base_folder: Path, judge: Judge, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = sorted((ROOT / "examples" / "pip" / "photos" / "pip").glob("*.jpg"))[:4]
+    for name, rows in (("train", photos[:2]), ("val", photos[2:])):
+        table = pd.DataFrame([{"path": path.name, "class": "pip"} for path in rows])
+        table.to_csv(tmp_path / f"{name}.csv", index=False)
+    Subjects({"pip": Subject("pip", "sks penguin", "", class_word="penguin", given=True)}).write_to(tmp_path)
+    nowhere = Model(model=str(tmp_path / "nowhere"), revision=None)
+    proof = Proof(contexts=["{}"], unrelated=["a crab"], seeds=2, class_seeds=2, image_judge=nowhere)
+    settings = SETTINGS.model_copy(update={"sweep": None, "classes": None, "proof": proof})
+    monkeypatch.setattr("bestiary.evaluation.pictures.draw_pairs", lambda *_, **__: pytest.fail("it drew"))
+    with pytest.raises(BestiaryError, match=r"The image judge .*nowhere"):
+        comparison.evaluate(Compared(None, adapter, [judge], photos[0].parent, tmp_path), settings, seed=0)

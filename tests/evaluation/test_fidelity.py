@@ -5,6 +5,7 @@ from bestiary.errors import BestiaryError
 from bestiary.evaluation.fidelity import (
     SubjectPhotos,
     centred,
+    centred_by_context,
     copying,
     fidelity,
     in_context,
@@ -217,6 +218,7 @@ def test_centred_features_are_unit_vectors_whatever_their_scale() -> None:
 
 
 SNOW = 2 * np.eye(D)[3]  # what a context changes in any picture
+ONE_CONTEXT = np.zeros(16, dtype=np.int64)
 
 
 def test_in_contexts_the_subject_gains_on_its_class_and_an_adapter_that_ignores_the_name_does_not(
@@ -225,7 +227,7 @@ def test_in_contexts_the_subject_gains_on_its_class_and_an_adapter_that_ignores_
     plain, class_in_context = images(16, SNOW, 10), images(16, SNOW, 11)
 
     def gain(adapter: Array) -> tuple[float, float]:
-        return in_context(adapter, plain, class_in_context, photos, resamples=RESAMPLES, seed=0).gain.ci95
+        return in_context(adapter, plain, class_in_context, ONE_CONTEXT, photos, resamples=RESAMPLES, seed=0).gain.ci95
 
     assert gain(images(16, SNOW + SUBJECT, 12))[0] > 0.3
     low, high = gain(images(16, SNOW, 13))
@@ -239,6 +241,23 @@ def test_the_context_itself_is_no_likeness(photos: SubjectPhotos) -> None:
         images(12, SUBJECT + SNOW, 0), images(8, SUBJECT + SNOW, 1), photos.others, photos.base_class
     )
     plain, class_in_context = images(16, SNOW, 10), images(16, SNOW, 11)
-    found = in_context(images(16, SNOW, 13), plain, class_in_context, in_snow, resamples=RESAMPLES, seed=0)
+    found = in_context(images(16, SNOW, 13), plain, class_in_context, ONE_CONTEXT, in_snow, resamples=RESAMPLES, seed=0)
     assert abs(found.adapter.mean) < 0.2
     assert fidelity(images(16, SNOW, 13), plain, in_snow, resamples=RESAMPLES, seed=0).adapter.mean > 0.5
+
+
+def test_what_each_context_adds_is_removed_not_what_they_add_on_average(photos: SubjectPhotos) -> None:
+    """Half of the contexts look like what the photos show: a plain picture there is no likeness either."""
+    two = np.repeat([0, 1], 8)
+
+    def mixed(seed: int) -> Array:
+        return np.vstack([images(8, SUBJECT + SNOW, seed), images(8, -SUBJECT, seed + 1)])
+
+    found = in_context(mixed(10), mixed(20), mixed(30), two, photos, resamples=RESAMPLES, seed=0)
+    assert abs(found.plain.mean) < 0.15
+    # Between two contexts whose effects cancel out, a common mean keeps all that each of them adds.
+    by_row = centred_by_context(mixed(10), mixed(30), two)
+    common = centred(mixed(10), mixed(30))
+    held_out = centred(photos.held_out, photos.base_class)
+    assert (common[:8] @ held_out.T).mean() > 0.3
+    assert abs((by_row[:8] @ held_out.T).mean()) < 0.2

@@ -1,12 +1,13 @@
 """The image-only judge, with a random DINOv2 of its exact kind."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import Dinov2Config, Dinov2Model
+from transformers import Dinov2Config, Dinov2Model, ResNetConfig, ResNetModel
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
 from bestiary.errors import BestiaryError
@@ -40,3 +41,12 @@ def test_it_sees_the_class_token_of_each_picture(dinov2: Path) -> None:
 def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(BestiaryError, match=r"The image judge .* cannot be loaded"):
         ImageJudge.load(str(tmp_path))
+
+
+def test_a_model_without_a_class_token_is_refused_when_it_is_loaded(dinov2: Path, tmp_path: Path) -> None:
+    """A ResNet's last hidden state has no tokens, and its first row would pass for one."""
+    folder = tmp_path / "resnet"
+    ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1])).save_pretrained(folder)
+    shutil.copy(dinov2 / "preprocessor_config.json", folder)
+    with pytest.raises(BestiaryError, match="has no class token"):
+        ImageJudge.load(str(folder))

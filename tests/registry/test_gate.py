@@ -149,7 +149,8 @@ def test_an_adapter_of_one_subject_that_keeps_every_rule_becomes_the_champion() 
         "It beats the base: fidelity +7.00 (95 % interval +5.00 to +9.00).",
         "It does not ignore the name in new contexts: fidelity there is +15.00 (95 % interval +10.00 to +20.00) above "
         "the base's pictures of the class word.",
-        "It follows prompts: +1.00 (95 % interval -1.00 to +3.00) against the base.",
+        "It follows prompts: +1.00 (95 % interval -1.00 to +3.00) CLIP score against the base's pictures of the class "
+        "word.",
         "It leaves pictures of the class word alone: leakage 8.50 (95 % interval 5.00 to 12.00).",
         "It does not copy its training photos.",
         "There is no other champion.",
@@ -162,7 +163,10 @@ def test_an_adapter_of_one_subject_that_keeps_every_rule_becomes_the_champion() 
         ({"above_half": (-0.1, 4.0)}, "Its pictures may not show sks penguin: fidelity is not reliably above half"),
         ({"gain": (-1.0, 1.0)}, "It does not reliably beat the base: fidelity"),
         ({"in_context": (-5.0, 5.0)}, "It may ignore the name in new contexts"),
-        ({"prompt": (-2.1, 1.0)}, "It may follow prompts worse than the base: .* and the limit is -2"),
+        (
+            {"prompt": (-2.1, 1.0)},
+            "It may follow prompts worse than the base does with the class word: .* and the limit is -2",
+        ),
         ({"leakage": (20.0, 30.1)}, "It changes pictures of the class word: leakage 25.05 .* and the limit is 30"),
         ({"copying": (0.51, 1.0)}, "It copies its training photos: 0.76 .* and the limit is 0.5"),
     ],
@@ -193,6 +197,25 @@ def test_one_subject_without_a_proof_never_becomes_the_champion() -> None:
     decision, reasons = decide(report, RULES, None)
     assert decision == CHALLENGER
     assert reasons[0].startswith("One subject alone is proved by its pictures")
+
+
+def test_each_of_several_subjects_with_invented_names_must_prove_itself() -> None:
+    """A text judge does not know the names, so the margin alone would let a wrong individual pass."""
+    several = evaluation(gain=9.0)
+    proofs = {"owl": one_subject().proofs["pip"], "tiger": one_subject(above_half=(-0.1, 4.0)).proofs["pip"]}
+    proved = {"owl": proofs["owl"], "tiger": proofs["owl"]}
+    assert decide(several.model_copy(update={"proofs": proved}), RULES, None).alias == CHAMPION
+    decision, reasons = decide(several.model_copy(update={"proofs": proofs}), RULES, None)
+    assert decision == CHALLENGER
+    assert [reason[:46] for reason in reasons] == ["sks penguin: Its pictures may not show sks pen"]
+
+
+def test_a_champion_of_another_subject_is_named_and_not_compared() -> None:
+    decision, reasons = decide(one_subject(), RULES, ChampionComparison(3, None, teaches="sks cat"))
+    assert decision == CHALLENGER
+    assert len(reasons) == 1
+    assert reasons[0].startswith("The champion, version 3, teaches something else (sks cat)")
+    assert "register.name" in reasons[0]
 
 
 def test_adapters_of_one_subject_are_compared_by_fidelity_on_the_same_photos() -> None:

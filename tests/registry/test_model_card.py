@@ -1,16 +1,18 @@
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
-from support.registry import evaluation, make_adapter, submit
+from support.registry import evaluation, make_adapter, one_subject, submit
 
 from bestiary.diffusion.adapter import adapter_sha256
 from bestiary.errors import BestiaryError
 from bestiary.evaluation.report import EvaluationReport
 from bestiary.registry import model_card
 from bestiary.registry.versions import versions
+from bestiary.subjects import Subject
 from bestiary.tracking.store import open_client, tracking_uri
 
 GAINS = {"antelope": 3.0, "bee": 9.0, "ladybugs": -2.0, "owl": 5.0, "tiger": 8.0, "zebra": 1.0}
@@ -57,7 +59,7 @@ def test_a_card_holds_scores_pictures_and_provenance_and_the_hub_can_read_it(
     assert "gains most on bee (+9.0), tiger (+8.0), owl (+5.0), and least on antelope (+3.0), zebra" in read.text
     assert "0.00 (95 % interval -0.10 to 0.10)" in read.text  # the share of copied pictures
     assert "](sheet.png)" in read.text
-    assert 'pipeline("a photo of a tiger", num_inference_steps=5, guidance_scale=3, generator=seed)' in read.text
+    assert 'pipeline("a drawing of a tiger", num_inference_steps=5, guidance_scale=3, generator=seed)' in read.text
     assert "| evaluate | " in read.text
     assert "models/adapter `a1`" in read.text
     assert "Settings of evaluate: steps 10." in read.text
@@ -74,7 +76,7 @@ def test_a_card_says_where_other_programs_want_the_adapter_and_which_base_they_n
     card = model_card.render(on_the_hub, [], report, {})
     assert f"Both need `{hub}` as their checkpoint" in card
     assert "`models/Lora`" in card
-    assert "`a photo of a tiger <lora:my-adapter:1>`" in card
+    assert "`a drawing of a tiger <lora:my-adapter:1>`" in card
     assert "`models/loras`" in card
     bundled = replace(version, tags={**version.tags, "base": "./models/base"})
     card = model_card.render(bundled, [], report, {})
@@ -102,3 +104,19 @@ def test_no_card_is_written_without_the_versions_own_evaluation(project: Path, r
     with pytest.raises(BestiaryError, match=r"no evaluation of models:/bestiary/1\..* `dvc repro --force"):
         model_card.write("models:/bestiary/1", project / "out")
     assert not (project / "out").exists()
+
+
+def test_a_card_of_one_subject_draws_that_subject_and_has_one_measure_of_copying(
+    project: Path, report: EvaluationReport
+) -> None:
+    described = json.dumps({"pip": {**asdict(Subject("pip", "sks penguin", "", class_word="penguin", given=True))}})
+    version = versions()[0]
+    version = replace(version, tags={**version.tags, "subjects": described})
+    alone = one_subject()
+    alone = alone.model_copy(update={"per_class": {"pip": alone.per_class["owl"]}})
+    card = model_card.render(version, [], alone, {})
+    assert 'pipeline("a drawing of sks penguin", ' in card
+    assert "tiger" not in card
+    assert "Copying: 0.10 (95 % interval -0.20 to 0.40)" in card
+    assert "look copied" not in card
+    assert "look copied" in model_card.render(version, [], report, {})

@@ -29,6 +29,27 @@ def test_first_good_adapter_is_champion_and_a_better_one_replaces_it(
     assert versions()[2].tags["champion_before"] == "1"
 
 
+def test_an_adapter_of_another_subject_is_not_compared_with_the_champion_unless_it_has_a_name_of_its_own(
+    project: Path, base_folder: Path, adapters: list[Path]
+) -> None:
+    submit(project, base_folder, adapters[0], gain=5.0)
+    submission = make_submission(project, base_folder, adapters[1], gain=9.0)
+    cat = replace(submission, evaluation=submission.evaluation.model_copy(update={"classes": ("my_cat",)}))
+    second = register(cat, RULES)
+    assert second.aliases == [CHALLENGER]
+    assert "teaches something else (owl, tiger)" in second.reasons[-1]
+    alone = register(cat, RULES.model_copy(update={"name": "my-cat"}))
+    assert (alone.version, alone.aliases) == (1, [CHAMPION])
+    # One subject in common: what decides is whether they were measured alike.
+    submission = make_submission(project, base_folder, adapters[2], gain=9.0)
+    wider = submission.evaluation.model_copy(update={"classes": ("owl", "my_cat")})
+    assert (
+        register(replace(submission, evaluation=wider, measured="otherwise"), RULES)
+        .reasons[-1]
+        .startswith("The champion, version 1, was measured on another base")
+    )
+
+
 def test_the_same_content_registers_once_and_keeps_its_alias(
     project: Path, base_folder: Path, adapters: list[Path]
 ) -> None:

@@ -100,7 +100,7 @@ def test_the_page_of_one_subject_shows_its_proof_and_its_contexts(pictures: Path
     page = Parsed(render(report, CHALLENGER, SOURCE, DEFAULTS, pictures))
     for sentence in describe_proof(proof):
         assert sentence in page.text
-    assert [row[4] for row in page.rows[1:]] == ["better", "better", "no certain difference"]
+    assert [row[4] for row in page.rows[1:]] == ["better", "no certain difference"]
     assert greys(page) == [0, 100, 50]
     assert "bestiary generate 'sks penguin' --adapter models:/bestiary/2 --count 4" in page.text
     assert proof.photos_sha256 in page.text

@@ -126,18 +126,12 @@ class DrawingQueue:
                 raise Stopped
             if isinstance(event, Progress):
                 drawing.progress = event
-<<<<<<< HEAD
-                if api != PAGE:  # programs ask for it: waking the event loop at each step would slow down the drawing
-                    return
-            loop.call_soon_threadsafe(self._put, drawing, event)
-=======
             if api != PAGE and isinstance(event, Preview):
                 drawing.preview = event
                 drawing.wants_preview.clear()
             # Programs ask for these: waking the event loop at each step would slow down the drawing.
             if api == PAGE or not isinstance(event, Progress | Preview):
                 loop.call_soon_threadsafe(self._put, drawing, event)
->>>>>>> h-use
 
         wants_preview = drawing.wants_preview.is_set if api != PAGE else lambda: True
         drawing.pictures = self._studio.draw(order, tell, drawing.stopped, wants_preview)

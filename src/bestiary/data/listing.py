@@ -106,7 +106,8 @@ def list_folder(folder: Path, name: str) -> Listing:
     Raises BestiaryError when there is no such folder.
     """
     if not folder.is_dir():
-        raise BestiaryError(f"The folder {printable(str(folder))} does not exist. Give a folder of photos.")
+        problem = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise BestiaryError(f"{printable(str(folder))} {problem}. Give a folder of photos.")
     images, captions, left_out = _list_class(folder, name, _Links(folder, None))
     return Listing({name: images}, {name: captions}, left_out=left_out)
 

@@ -18,6 +18,7 @@ from bestiary.data.names import printable, safe_names
 from bestiary.errors import BestiaryError
 from bestiary.subjects import Subjects, check_folders
 
+OTHERS_NOTE = "about.txt"  # in the folder of the photos of others
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar")
 
 
@@ -94,6 +95,8 @@ def take_others(
     """
     images = list_images(source, trusted).images if subjects.folders_of_others else {}
     with replacing(target) as fresh:
+        # DVC warns of an empty output.
+        (fresh / OTHERS_NOTE).write_text("A folder for each subject, with photos of others of its class.\n")
         for folder, others in subjects.folders_of_others.items():
             paths = images[others]
             if len(paths) < 2:

@@ -24,7 +24,7 @@ from bestiary.diffusion.batches import seeded_generator, seeded_number
 from bestiary.diffusion.sampling import generate
 from bestiary.errors import BestiaryError
 from bestiary.files import write_atomically
-from bestiary.subjects import CAPTION_TEMPLATES, Subject, caption, subject_of
+from bestiary.subjects import CAPTION_TEMPLATES, Subject, caption, subject_of, templates_of
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, StableDiffusionPipeline
@@ -152,7 +152,9 @@ def preservation_error(unet: Any, batch: PreservedSample, features: torch.Tensor
 def _prompts(cache: LatentCache, class_words: Sequence[str]) -> tuple[list[str], list[str]]:
     """The prompts about the class words, and those about anything else."""
     known = [subject_of(word) for word in class_words]
-    about_class = [caption(subject, template) for subject in known for template in TEMPLATES]
+    about_class = [
+        caption(subject, template) for subject in known for template in (*templates_of([subject]), *DRAWING_TEMPLATES)
+    ]
     taught = set(cache.captions["caption"])
     for prompt in about_class:
         if prompt in taught:

@@ -138,7 +138,7 @@ def generate(
     width, height = (side or base_side(pipeline) for side in (sampling.width, sampling.height))
     pipeline.scheduler = make_scheduler(sampling.sampler, pipeline.scheduler.config, sampling.steps)
     steps = denoising_steps(sampling.steps, start.denoise) if start else sampling.steps
-    scales = _guidance_scales(pipeline, sampling)[-steps:]
+    scales = guidance_scales(pipeline, sampling)[-steps:]
     if len(set(scales)) > 1 and is_lcm(pipeline):
         raise BestiaryError(
             "This base is a latent consistency model, whose guidance cannot be turned off for some of the steps. "
@@ -243,7 +243,7 @@ def _decode(pipeline: StableDiffusionPipeline, latents: torch.Tensor) -> list[Im
     return images
 
 
-def _guidance_scales(pipeline: StableDiffusionPipeline, sampling: Sampling) -> list[float]:
+def guidance_scales(pipeline: StableDiffusionPipeline, sampling: Sampling) -> list[float]:
     """The guidance scale of each step; 1, which means no guidance, at noise levels outside the interval."""
     scale = sampling.guidance_scale
     if sampling.guidance_interval is None:

@@ -133,6 +133,7 @@ def evaluate(
     """
     timer = Timer()
     references, train_paths, labels = _read_references(compared, settings)
+    image_judge = _image_judge(compared, settings)
     texts = references[0].texts
     timer.lap("judge")
     subjects = Subjects.read_from(compared.split)
@@ -149,13 +150,7 @@ def evaluate(
         compared.pipeline, chosen.checkpoint, jobs, chosen.sampling, batch_size=settings.batch_size, cache=cache
     )
     timer.lap("draw")
-    judged = [
-        (
-            pictures.view(each.judge, images[0], jobs.labels, "judge the base's pictures"),
-            pictures.view(each.judge, images[1], jobs.labels, "judge the adapter's pictures"),
-        )
-        for each in references
-    ]
+    judged = [_judge(each.judge, images, jobs) for each in references]
     timer.lap("judge")
     scores = [
         scoring.compare(
@@ -170,7 +165,7 @@ def evaluate(
     ]
     timer.lap("score")
     base, adapter = (Side(*side) for side in zip(images, judged[0], strict=True))
-    proofs = _prove(compared, settings, chosen, cache, (base, adapter), seed) if settings.proof else {}
+    proofs = _prove(compared, settings, image_judge, chosen, cache, (base, adapter), seed)
     timer.lap("prove")
     nearest = [
         NearestImage(picture, train_paths[image], cosine)
@@ -180,6 +175,16 @@ def evaluate(
     ]
     seconds = _seconds(timer, cache)
     return Evaluation(scores, chosen, texts, jobs, base, adapter, nearest, result, seconds, subjects, proofs)
+
+
+def _judge(
+    judge: Judge, images: tuple[Sequence[Image], Sequence[Image]], jobs: Jobs
+) -> tuple[JudgedImages, JudgedImages]:
+    """The judge's view of the base's pictures and of the adapter's."""
+    return (
+        pictures.view(judge, images[0], jobs.labels, "judge the base's pictures"),
+        pictures.view(judge, images[1], jobs.labels, "judge the adapter's pictures"),
+    )
 
 
 def write(evaluation: Evaluation, folder: Path) -> None:
@@ -244,9 +249,16 @@ def _read_references(compared: Compared, settings: Evaluate) -> tuple[list[Refer
     return references, [compared.clean / path for path in train["path"]], [classes.index(name) for name in drawn]
 
 
+def _image_judge(compared: Compared, settings: Evaluate) -> Judge | ImageJudge:
+    """What compares pictures with photos. Loaded first: a wrong name must not end an evaluation that has drawn."""
+    judge, other = compared.judges[0], settings.proof.image_judge if settings.proof else None
+    return ImageJudge.load(other.model, other.revision, judge.device) if other else judge
+
+
 def _prove(
     compared: Compared,
     settings: Evaluate,
+    image_judge: Judge | ImageJudge,
     chosen: Candidate,
     cache: PictureCache | None,
     sides: tuple[Side, Side],
@@ -263,10 +275,9 @@ def _prove(
         task = "draw the proof with the adapter" if adapter else "draw the proof with the base"
         return pictures.draw(compared.pipeline, adapter, jobs, chosen.sampling, batch_size=size, cache=cache, task=task)
 
-    judge, other = compared.judges[0], settings.proof.image_judge
     prover = Prover(
-        judge,
-        ImageJudge.load(other.model, other.revision, judge.device) if other else judge,
+        compared.judges[0],
+        image_judge,
         settings.proof,
         settings.template,
         draw_pairs=lambda jobs: (draw(jobs, None), draw(jobs, chosen.checkpoint)),

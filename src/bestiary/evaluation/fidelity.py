@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bestiary.errors import BestiaryError
 from bestiary.evaluation.scoring import Array, Bootstrap, bootstrap_mean, nearest, resample_counts, unit
@@ -117,6 +118,18 @@ def centred(features: Array, base_class: Array) -> Array:
     return unit(unit(features) - unit(base_class).mean(axis=0))
 
 
+def centred_by_context(features: Array, class_in_context: Array, contexts: NDArray[np.int64]) -> Array:
+    """Features (N, D) less the mean of the class's pictures (N, D) of the same context, scaled to length 1 again.
+
+    contexts (N,) names the context of each row of both. One mean over all contexts would leave in what each of them
+    adds to any picture, and a drawing would be unlike the photos because it is a drawing.
+    """
+    means = np.empty_like(features)
+    for context in np.unique(contexts):
+        means[contexts == context] = unit(class_in_context[contexts == context]).mean(axis=0)
+    return unit(unit(features) - means)
+
+
 def fidelity(adapter: Array, base: Array, photos: SubjectPhotos, *, resamples: int, seed: int) -> Fidelity:
     """How much the pictures (N, D) of adapter and base look like the held-out photos: the mean centred cosine.
 
@@ -149,23 +162,33 @@ def fidelity(adapter: Array, base: Array, photos: SubjectPhotos, *, resamples: i
 
 
 def in_context(
-    adapter: Array, plain: Array, class_in_context: Array, photos: SubjectPhotos, *, resamples: int, seed: int
+    adapter: Array,
+    plain: Array,
+    class_in_context: Array,
+    contexts: NDArray[np.int64],
+    photos: SubjectPhotos,
+    *,
+    resamples: int,
+    seed: int,
 ) -> InContext:
     """How much pictures (N, D) in contexts show what sets the subject apart from its class.
 
     Row i of `adapter` (prompted with the name) and of `plain` (the base, prompted with the class word) come from the
-    same context and noise. `class_in_context` holds further pictures like `plain`: their mean is what class and
-    context look like, and is subtracted as `centred` subtracts the class from the photos.
+    same context, named by `contexts` (N,), and noise. `class_in_context` holds further pictures like `plain`, in the
+    same order of contexts: their mean in each context is what class and context look like, and is subtracted as
+    `centred` subtracts the class from the photos.
 
     Raises BestiaryError when there are fewer than two pictures or photos of a kind, or features are not finite.
     """
     _check_pairs(adapter, plain)
     _check(class_in_context, "pictures that the base draws of the class word in contexts")
+    _check_pairs(adapter, class_in_context)
     held_out = centred(photos.held_out, photos.base_class)
     held_counts = resample_counts(len(held_out), resamples, seed)
     counts = resample_counts(len(adapter), resamples, seed + 1)
     of_adapter, of_plain = (
-        _likeness(centred(features, class_in_context), held_out, counts, held_counts) for features in (adapter, plain)
+        _likeness(centred_by_context(features, class_in_context, contexts), held_out, counts, held_counts)
+        for features in (adapter, plain)
     )
     return InContext(of_adapter, of_plain, of_adapter - of_plain)
 

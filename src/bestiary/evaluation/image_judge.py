@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import BaseImageProcessor, PreTrainedModel
 
+CLASS_TOKENS = ("cls_token", "class_embedding")  # what the parameter is called in vision transformers
+
 
 class ImageJudge:
     """A vision model with its preprocessing. It turns pictures into unit vectors (B, D)."""
@@ -46,7 +48,24 @@ class ImageJudge:
         except Exception as error:  # transformers, the hub and safetensors raise different types
             reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
             raise BestiaryError(f"The image judge {model!r} cannot be loaded: {reason}. Check its name.") from error
-        return cls(loaded, processor, device)
+        judge = cls(loaded, processor, device)
+        judge._check(model)
+        return judge
+
+    def _check(self, model: str) -> None:
+        """Raise BestiaryError when the model has no class token, or does not turn a picture into tokens."""
+        from PIL import Image
+
+        has_one = any(name.rpartition(".")[2] in CLASS_TOKENS for name, _ in self.model.named_parameters())
+        try:
+            tokens = self.class_tokens([Image.new("RGB", (64, 64))]) if has_one else None
+        except Exception:  # a model for other inputs than pictures raises anything
+            tokens = None
+        if tokens is None or tokens.ndim != 2 or not tokens.isfinite().all():
+            raise BestiaryError(
+                f"The image judge {model!r} has no class token, which pictures are compared by. Choose a vision "
+                "transformer that has one, such as facebook/dinov2-base."
+            )
 
     def class_tokens(self, images: Sequence[Image]) -> Tensor:
         """Unit vectors (B, D) of RGB pictures of any size: the class token after the last layer norm."""

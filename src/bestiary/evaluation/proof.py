@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from bestiary.data.images import open_rgb
 from bestiary.evaluation import fidelity as measures
 from bestiary.evaluation.fidelity import SubjectPhotos
+from bestiary.evaluation.judge import BATCH_SIZE
 from bestiary.evaluation.pictures import Jobs
 from bestiary.evaluation.report import (
     Copying,
@@ -144,7 +147,9 @@ class Prover:
         return unit(self.image_judge.class_tokens(images).double().numpy())
 
     def _see_files(self, paths: Sequence[Path]) -> Array:
-        return self._see([open_rgb(path) for path in paths])
+        """Features of photos, of which only one batch is in memory at a time."""
+        batches = [paths[start : start + BATCH_SIZE] for start in range(0, len(paths), BATCH_SIZE)]
+        return np.concatenate([self._see([open_rgb(path) for path in batch]) for batch in batches])
 
     def _fidelity(self, adapter: Array, base: Array, photos: SubjectPhotos) -> Fidelity:
         measured = measures.fidelity(adapter, base, photos, resamples=self.resamples, seed=self.seed)
@@ -172,6 +177,7 @@ class Prover:
             self._see(adapter),
             self._see(plain_pictures),
             class_in_context,
+            np.arange(len(contexts), dtype=np.int64).repeat(seeds),
             photos,
             resamples=self.resamples,
             seed=self.seed,
@@ -180,7 +186,7 @@ class Prover:
         counts = resample_counts(len(texts), self.resamples, self.seed)
         of_base, of_adapter = (
             bootstrap_mean(SCALE * (unit(self.judge.image_features(side).double().numpy()) * texts).sum(axis=1), counts)
-            for side in (plain_pictures, adapter)
+            for side in (plain_pictures, adapter)  # the base is asked for what is scored, not for an unknown name
         )
         report = InContext(
             pictures=len(adapter),

@@ -175,7 +175,10 @@ class Fidelity(_Table):
 
 
 class InContext(_Table):
-    """Pictures of the subject in contexts. plain_fidelity is that of the base's pictures of the class word there."""
+    """Pictures of the subject in contexts, beside the base's of the class word there.
+
+    The base of prompt_following and plain_fidelity is asked for the class word: it does not know the name.
+    """
 
     pictures: int
     prompt_following: TemplateScores
@@ -275,13 +278,15 @@ class EvaluationReport(ScoreReport):
     @property
     def table(self) -> list[Score]:
         """The scores to show. Reports of earlier versions lack some."""
-        return [score for score in TABLE if score.key in self.delta]
+        unknown = {"clip_score"} if self.only_subject else set()  # of an invented name, which says nothing
+        return [score for score in TABLE if score.key in self.delta and score.key not in unknown]
 
     @property
     def headlines(self) -> tuple[str, ...]:
         """The keys of the numbers to compare between two evaluations, joined by dots."""
         adapter = (f"adapter.{score.key}.mean" for score in self.table)
-        gains = (f"delta.{key}.mean" for key in HEADLINES if key in self.delta)
+        shown = {score.key for score in self.table}
+        gains = (f"delta.{key}.mean" for key in HEADLINES if key in shown)
         return (*adapter, *gains, "memorisation.adapter.copied.mean")
 
     def results(self) -> dict[str, object]:
@@ -319,8 +324,9 @@ def describe_proof(proof: SubjectProof) -> Iterator[str]:
         yield f"Fidelity: the judge does not tell {proof.name} from {others} for certain."
     context = proof.in_context
     yield (
-        f"In contexts: {context.prompt_difference.describe('+')} CLIP score against the base's class word, with a "
-        f"fidelity of {context.fidelity_gain.describe('+')} above the base's pictures of the class word."
+        f"In contexts: {context.prompt_difference.describe('+')} CLIP score against the base's pictures of the class "
+        f"word, with a fidelity of "
+        f"{context.fidelity_gain.describe('+')} above theirs."
     )
     of_class, of_unrelated = proof.class_leakage.moved.describe(), proof.unrelated_leakage.moved.describe()
     yield (

@@ -32,6 +32,7 @@ class ChampionComparison:
 
     version: int  # the champion's
     difference: Estimate | None
+    teaches: str | None = None  # its subjects, if the adapter teaches none of them
     has_pictures: bool = True  # False when the registry has lost what the champion was measured by
 
 
@@ -43,14 +44,26 @@ def decide(evaluation: ScoreReport, rules: Register, champion: ChampionCompariso
     """
     proof = evaluation.only_subject
     good, bad = _judge_one_subject(proof, rules) if proof else _judge_classes(evaluation, rules)
+    if proof is None:
+        for each in evaluation.proofs.values():  # of subjects that a text judge does not know by their names
+            passed, failed = _judge_one_subject(each, rules)
+            good.extend(f"{each.name}: {sentence}" for sentence in passed)
+            bad.extend(f"{each.name}: {sentence}" for sentence in failed)
     if proof is None and len(evaluation.per_class) == 1 and "margin" not in evaluation.delta:
         bad.append(
-            "One subject alone is proved by its pictures, and this evaluation has no proof. Give the folder a class in "
-            "subjects.yaml, and set evaluate.proof (profile subject or photos)."
+            "One subject alone is proved by its pictures, and this evaluation has no proof. Give a thing its class in "
+            "subjects.yaml, and set evaluate.proof (profile subject or photos). A style cannot be proved, because the "
+            "judge sees what is drawn and not how: look at the pictures, and decide with `bestiary promote`."
         )
     score = BY_KEY[champion_score(evaluation, rules)].difference_title
     if champion is None:
         good.append("There is no other champion.")
+    elif champion.teaches is not None:
+        bad.append(
+            f"The champion, version {champion.version}, teaches something else ({champion.teaches}), so the two are "
+            "not compared. Make this one the champion with `bestiary promote`, or give it a registered model of its "
+            "own: set register.name in params.yaml and run `dvc repro`."
+        )
     elif not champion.has_pictures:
         bad.append(
             f"The registry has lost the scores of the champion, version {champion.version}, so the two cannot be "
@@ -100,6 +113,7 @@ def _judge_classes(evaluation: ScoreReport, rules: Register) -> tuple[list[str],
 def _judge_one_subject(proof: SubjectProof, rules: Register) -> tuple[list[str], list[str]]:
     """What speaks for and against an adapter of one subject, each rule in a sentence."""
     context, leakage = proof.in_context, proof.class_leakage.moved
+    followed = context.prompt_difference.describe("+")
     copies = proof.copying.share if proof.copying else None
     others = "other individuals" if proof.others_from == "photos" else "the base's pictures of the class word"
     way = f" ({proof.fidelity.way.describe()} of the way)" if proof.fidelity.way else ""
@@ -130,9 +144,9 @@ def _judge_one_subject(proof: SubjectProof, rules: Register) -> tuple[list[str],
         ),
         (
             context.prompt_difference.ci95[0] >= -rules.max_prompt_loss,
-            f"It follows prompts: {context.prompt_difference.describe('+')} against the base.",
-            f"It may follow prompts worse than the base: {context.prompt_difference.describe('+')} CLIP score in "
-            f"contexts, and the limit is -{rules.max_prompt_loss:g}.",
+            f"It follows prompts: {followed} CLIP score against the base's pictures of the class word.",
+            f"It may follow prompts worse than the base does with the class word: {followed} CLIP score in contexts, "
+            f"and the limit is -{rules.max_prompt_loss:g}.",
         ),
         (
             leakage.ci95[1] <= rules.max_leakage,

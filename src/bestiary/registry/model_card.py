@@ -5,6 +5,7 @@ The card's format: https://huggingface.co/docs/hub/model-cards.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +18,7 @@ from bestiary.registry.resolving import resolve
 from bestiary.registry.tags import number, read_tags
 from bestiary.registry.versions import REGISTER, Version, artifact, parameters, walk
 from bestiary.samplers import DrawingDefaults
-from bestiary.subjects import Subject, find_subject
+from bestiary.subjects import Subject, caption, find_subject
 
 if TYPE_CHECKING:
     from bestiary.tracking.lineage import Step
@@ -78,11 +79,13 @@ def render(
         "\n".join(as_markdown(report)),
         _strengths(report, subjects),
         "\n".join(f"- {line}" for proof in report.proofs.values() for line in describe_proof(proof)),
-        "Share of pictures that look copied from training images (0: no more than by chance, 1: all of them): "
+        ""
+        if report.only_subject  # whose proof says it, by another measure
+        else "Share of pictures that look copied from training images (0: no more than by chance, 1: all of them): "
         f"{report.memorisation.adapter.copied.describe()}.",
         f"The registry's gate decided: {version.tags['decision']}" if "decision" in version.tags else "",
         "## Use",
-        _use(tags.base, tags.defaults),
+        _use(tags.base, tags.defaults, _example(subjects)),
         "## How it was made",
         _provenance(steps),
         *(_settings(stage, values) for stage, values in settings.items() if values),
@@ -161,9 +164,15 @@ def _strengths(report: EvaluationReport, subjects: Mapping[str, Subject]) -> str
     return f"By CLIP score the adapter gains most on {most}, and least on {least}."
 
 
-def _use(base: str, defaults: DrawingDefaults | None) -> str:
+def _example(subjects: Mapping[str, Subject]) -> Subject:
+    """The subject that the examples draw."""
+    return subjects.get("tiger") or next(iter(subjects.values()))
+
+
+def _use(base: str, defaults: DrawingDefaults | None, subject: Subject) -> str:
     sampling = defaults.sampling if defaults else None
     how = f", num_inference_steps={sampling.steps}, guidance_scale={sampling.guidance_scale:g}" if sampling else ""
+    prompt = caption(subject, defaults.template if defaults else "a photo of {}")
     return (
         "```python\n"
         "import torch\n"
@@ -171,20 +180,20 @@ def _use(base: str, defaults: DrawingDefaults | None) -> str:
         f'pipeline = StableDiffusionPipeline.from_pretrained("{base}")\n'
         'pipeline.load_lora_weights("THIS_FOLDER_OR_REPOSITORY")\n'
         "seed = torch.Generator().manual_seed(7)\n"
-        f'pipeline("a photo of a tiger"{how}, generator=seed).images[0].save("tiger.png")\n'
-        "```\n\n" + _other_programs(base)
+        f'pipeline({json.dumps(prompt, ensure_ascii=False)}{how}, generator=seed).images[0].save("picture.png")\n'
+        "```\n\n" + _other_programs(base, prompt)
     )
 
 
-def _other_programs(base: str) -> str:
+def _other_programs(base: str, prompt: str) -> str:
     if base.startswith((".", "/")):
         return "A1111 and ComfyUI cannot load this base, and the adapter fits no other."
     return (
         "For A1111 and ComfyUI, convert the adapter to kohya's format: `bestiary adapter convert THIS_FOLDER "
         f"my-adapter.safetensors --to kohya`. Both need `{base}` as their checkpoint.\n\n"
-        "- A1111: put the file into `models/Lora`, and write the prompt `a photo of a tiger <lora:my-adapter:1>`.\n"
+        f"- A1111: put the file into `models/Lora`, and write the prompt `{prompt} <lora:my-adapter:1>`.\n"
         "- ComfyUI: put the file into `models/loras`, add the node Load LoRA after Load Checkpoint with strength 1, "
-        "and write the prompt `a photo of a tiger`."
+        f"and write the prompt `{prompt}`."
     )
 
 

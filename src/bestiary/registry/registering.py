@@ -25,9 +25,10 @@ from bestiary.registry.gate import (
     decide,
     paired_difference,
 )
-from bestiary.registry.tags import DEFAULTS_TAG, SUBJECTS_TAG, subjects_tag
+from bestiary.registry.tags import DEFAULTS_TAG, SUBJECTS_TAG, subjects_of, subjects_tag
 from bestiary.registry.versions import (
     REGISTER,
+    Version,
     aliases_of,
     artifact,
     find_version,
@@ -181,6 +182,8 @@ def _decide(
     if ROLLED_BACK in tags:
         return Decision(CHALLENGER, [f"The adapter was the champion and was rolled back: {tags[ROLLED_BACK]}"])
     champion = client.get_model_version(rules.name, str(number))
+    if teaches := _other_subjects(champion.tags, submission):
+        return decide(submission.evaluation, rules, ChampionComparison(number, None, teaches=teaches))
     if champion.tags.get("measured") != submission.measured:
         return decide(submission.evaluation, rules, ChampionComparison(number, None))
     with TemporaryDirectory() as folder:
@@ -188,6 +191,19 @@ def _decide(
         score = champion_score(submission.evaluation, rules)
         difference = paired_difference(submission.pictures, theirs, score) if theirs else None
     return decide(submission.evaluation, rules, ChampionComparison(number, difference, has_pictures=theirs is not None))
+
+
+def _other_subjects(champion: Mapping[str, str], submission: Submission) -> str | None:
+    """The names of the champion's subjects when the submission teaches none of them, else None."""
+    subjects = Subjects.read_from(submission.pictures.parent)
+    taught = {subjects.of(folder).key for folder in submission.evaluation.classes}
+    version = Version(CHAMPION, 1, [], {SUBJECTS_TAG: champion.get(SUBJECTS_TAG, "{}")}, "")
+    with contextlib.suppress(BestiaryError):  # a damaged tag
+        theirs = subjects_of(version)
+        if theirs and not taught & {subject.key for subject in theirs}:
+            names = [subject.name for subject in theirs]
+            return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return None
 
 
 def _create(client: MlflowClient, submission: Submission, name: str, tags: Mapping[str, str]) -> int:

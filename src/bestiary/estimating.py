@@ -1,0 +1,250 @@
+"""Estimate what a run of the pipeline takes on this machine, from a few measured steps: time, memory and disk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bestiary.data.inspection import cores
+from bestiary.evaluation.benchmark import (
+    CONVERGED_FACTOR,
+    MAX_CONVERGED_STEPS,
+    MIN_CONVERGED_STEPS,
+    WARM_UP_STEPS,
+    default_setting,
+    plan,
+)
+from bestiary.evaluation.rates import BUSY, Rate, Rates, measure_rates
+from bestiary.memory import MIB
+from bestiary.params import Params
+from bestiary.samplers import SAMPLERS
+from bestiary.subjects import CAPTION_TEMPLATES
+
+SECONDS = 40.0  # to measure for, at most; imports and loading come on top
+PHOTOS = 8  # that are inspected
+PRESERVED_ROWS = 384  # that preservation predicts before training
+PICTURE_BYTES = 1.5  # of a pixel in a PNG
+DVC_COPIES = 2  # an output lies in the project and, unless the file system shares blocks, again in DVC's cache
+SCIENCEDB_IMAGES, SCIENCEDB_CLASSES = 39_704, 100  # of that dataset, before it is downloaded
+SCIENCEDB_IMAGE_BYTES = 60_000  # of a JPEG of 500 x 375 pixels, about
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a run: how many classes and images, their bytes, and some of them to measure with."""
+
+    classes: int
+    count: int
+    bytes: int
+    some: Sequence[Path]
+    proved: int = 0  # classes with a class word, which a proof draws
+
+
+@dataclass(frozen=True)
+class Line:
+    """What one stage takes. memory_mib is the process's, device_mib that of the GPU."""
+
+    stage: str
+    seconds: float
+    memory_mib: float | None = None
+    device_mib: float | None = None
+    disk_bytes: float = 0.0
+
+
+def estimate(params: Params, images: Images, seconds: float = SECONDS) -> tuple[Rates, list[Line]]:
+    """Measure for about `seconds`, and estimate each stage. Raises BestiaryError when nothing can be measured."""
+    rates = measure_rates(params, images.some, seconds)
+    return rates, lines(params, images, rates)
+
+
+def lines(params: Params, images: Images, rates: Rates) -> list[Line]:
+    """What each stage takes, from measured rates."""
+    side, train = params.encode.resolution, params.train
+    variants = (2 if params.encode.flip else 1) + params.encode.augmented_variants
+    latents = 2 * 4 * (side / rates.latent_factor) ** 2 * rates.value_bytes * variants  # mean and deviation
+    captions = images.classes * len(CAPTION_TEMPLATES) * rates.caption_bytes
+    evaluated, drawing = _evaluation_pictures(params, images), _picture(params, rates, rates.row)
+    judges = 2 if params.evaluate.second_judge else 1
+    asks = params.clean.off_topic != "off"
+    adapter = 4.0 * rates.trainable_parameters
+    pictures_bytes = evaluated * side**2 * PICTURE_BYTES
+
+    def line(stage: str, work: float, *memory: Rate, disk: float = 0.0) -> Line:
+        devices = [rate.peak_device_mib for rate in memory if rate.peak_device_mib is not None]
+        return Line(
+            stage,
+            rates.start_s + work,
+            max((rate.peak_mib for rate in memory), default=None),
+            max(devices, default=None),
+            disk,
+        )
+
+    return [
+        line("download", 0.0, disk=DVC_COPIES * images.bytes),
+        line("clean", images.count * (rates.inspect_s + asks * rates.judge_s), disk=DVC_COPIES * images.bytes),
+        line("split", 0.0),
+        line(
+            "encode",
+            images.count * variants * rates.encode.seconds,
+            rates.encode,
+            disk=DVC_COPIES * (images.count * latents + captions),
+        ),
+        # Checkpoints hold the adapter, its average and the optimizer's two averages.
+        line("train", _training(params, images, rates), rates.step, rates.row, disk=(DVC_COPIES + 4) * adapter),
+        line(
+            "evaluate",
+            evaluated * drawing + (evaluated + images.count) * rates.judge_s * judges,
+            rates.row,
+            rates.decode,
+            disk=pictures_bytes,
+        ),
+        line("benchmark", _benchmark(params, rates), rates.single_row, rates.decode),
+        line("register", 2 * rates.start_s, rates.single_row, disk=adapter + train.rank),
+    ]
+
+
+def _picture(params: Params, rates: Rates, row: Rate, steps: int | None = None) -> float:
+    """Seconds of a picture."""
+    return (steps or params.evaluate.steps) * rates.rows_per_step * row.seconds + rates.decode.seconds
+
+
+def _evaluation_pictures(params: Params, images: Images) -> int:
+    settings = params.evaluate
+    classes = len(settings.classes) if settings.classes else images.classes
+    pictures = 2 * classes * settings.seeds + 2
+    if settings.sweep:
+        weights, scales = len(settings.sweep.scales), len(settings.sweep.guidance_scales)
+        pictures += classes * settings.sweep.seeds * weights * scales
+    if proof := settings.proof:
+        contexts, unrelated = (len(prompts) * proof.seeds for prompts in (proof.contexts, proof.unrelated))
+        pictures += images.proved * (3 * proof.class_seeds + 4 * contexts + 2 * unrelated)
+    return pictures
+
+
+def _training(params: Params, images: Images, rates: Rates) -> float:
+    train = params.train
+    validations = 1 + math.ceil(train.steps / train.validate_every)
+    held_out = math.ceil(images.count * params.split.val_fraction)
+    drawn = min(train.sheet_animals, images.classes) * train.sheet_seeds
+    sheet = drawn * (2 * train.sheet_steps * rates.row.seconds + rates.decode.seconds)
+    preserved = PRESERVED_ROWS * rates.row.seconds if train.preservation.kind != "none" else 0.0
+    validation = sheet + held_out * rates.row.seconds
+    return train.steps * rates.step.seconds + validations * validation + preserved
+
+
+def _benchmark(params: Params, rates: Rates) -> float:
+    settings = params.benchmark
+    planned = plan(settings, default_setting(params.evaluate))
+    seconds = 0.0
+    for setting in planned:
+        row = rates.single_row if setting.batch == 1 else rates.row
+        guided = {"always": 2.0, "never": 1.0}.get(setting.guidance, rates.rows_per_step)
+        step = guided * row.seconds
+        pictures = max(settings.repeats * setting.batch, settings.pictures)
+        seconds += pictures * (setting.steps * step + rates.decode.seconds) + setting.batch * WARM_UP_STEPS * step
+    converging = {each.guidance for each in planned if not SAMPLERS[each.scheduler].stochastic}
+    steps = int(CONVERGED_FACTOR * max(each.steps for each in planned))
+    steps = min(MAX_CONVERGED_STEPS, max(MIN_CONVERGED_STEPS, steps))
+    return seconds + len(converging) * settings.pictures * _picture(params, rates, rates.row, steps)
+
+
+def render(params: Params, images: Images, rates: Rates, found: Sequence[Line]) -> Iterator[str]:
+    """The estimate as a table, and what it rests on."""
+    has_device = any(line.device_mib for line in found)
+    yield f"{'stage':12}{'time':>10}{'memory':>12}" + (f"{'GPU memory':>13}" if has_device else "") + f"{'disk':>12}"
+    for line in [*found, _total(found)]:
+        device = f"{_size(line.device_mib):>13}" if has_device else ""
+        disk = _size(line.disk_bytes / MIB) if line.disk_bytes else "-"
+        yield f"{line.stage:12}{duration(line.seconds):>10}{_size(line.memory_mib):>12}{device}{disk:>12}"
+    subjects = f"{images.classes} subject{'s' * (images.classes != 1)}"
+    yield f"Profile {params.profile}, {images.count} images of {subjects}, on {rates.device}."
+    if params.dataset.source == "sciencedb":
+        yield "The time to download the images is not included: it depends on the network."
+    if rates.load_average > BUSY * cores():
+        yield (
+            f"Other programs keep this machine busy (load {rates.load_average:.1f} on {cores()} cores). It is faster "
+            "when they have finished."
+        )
+    if rates.base_is_stand_in:
+        yield (
+            f"{params.base.model} is not on this machine. Networks of the size of Stable Diffusion 1.5 with random "
+            f"weights were measured instead. Its download takes {_size(rates.base_bytes / MIB)} more disk."
+        )
+    if rates.judge_is_stand_in:
+        yield f"{params.judge.model} is not on this machine, either: a CLIP ViT-B/32 with random weights was measured."
+    kinds: Mapping[str, Rate] = {
+        "encoding": rates.encode,
+        "decoding": rates.decode,
+        "denoising": rates.row,
+        "training": rates.step,
+    }
+    for what, rate in kinds.items():
+        if rate.scaled_by > 1:
+            yield f"Scaled: {what} was measured at {rate.measured_at}, and multiplied by {rate.scaled_by:.1f}."
+
+
+def _total(found: Sequence[Line]) -> Line:
+    """All stages: their seconds and disk add up, and the largest memory counts."""
+    return Line(
+        "total",
+        sum(line.seconds for line in found),
+        max((line.memory_mib for line in found if line.memory_mib), default=None),
+        max((line.device_mib for line in found if line.device_mib), default=None),
+        sum(line.disk_bytes for line in found),
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them.
+
+    >>> duration(4.4), duration(331), duration(40_000), duration(1_000_000)
+    ('4 s', '5.5 min', '11.1 h', '12 days')
+    """
+    if seconds > 72 * 3600:
+        return f"{seconds / 86400:.0f} days"
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def _size(mib: float | None) -> str:
+    if mib is None:
+        return "-"
+    return f"{max(mib, 1):.0f} MiB" if mib < 1024 else f"{mib / 1024:.1f} GiB"
+
+
+def images_of(files: Mapping[str, Sequence[Path]], proved: int = 0) -> Images:
+    """The images by class folder, as a run would take them."""
+    every = [path for paths in files.values() for path in paths]
+    size = sum(path.stat().st_size for path in every)
+    return Images(len(files), len(every), size, every[:: max(1, len(every) // PHOTOS)][:PHOTOS], proved)
+
+
+def project_estimate(root: Path, params: Params) -> Iterator[str]:
+    """The lines that `bestiary estimate` prints about the project at `root`.
+
+    Raises BestiaryError when there are no images to count, or when nothing can be measured.
+    """
+    from bestiary.data.folder import choose
+    from bestiary.data.listing import list_images
+    from bestiary.files import dvc_cache
+    from bestiary.subjects import Subjects
+
+    dataset = params.dataset
+    if dataset.source == "sciencedb":
+        classes = len(dataset.classes) if dataset.classes else SCIENCEDB_CLASSES
+        each = min(dataset.images_per_class or SCIENCEDB_IMAGES, SCIENCEDB_IMAGES // SCIENCEDB_CLASSES)
+        images = Images(classes, classes * each, classes * each * SCIENCEDB_IMAGE_BYTES, [])
+    else:
+        folder = root / dataset.folder
+        subjects = Subjects.read(folder.with_name("subjects.yaml"))
+        there = list_images(folder, dvc_cache).images
+        others = set(subjects.folders_of_others.values())
+        taught = {name: files for name, files in there.items() if name not in others}
+        found = choose(taught, dataset.classes, dataset.images_per_class)
+        described = [name for name in found if subjects.of(name).class_word]
+        images = images_of(found, len(described) if params.evaluate.proof else 0)
+    rates, found_lines = estimate(params, images)
+    yield from render(params, images, rates, found_lines)

@@ -1,0 +1,475 @@
+"""Measure what the pipeline's repeated work costs on this machine, in a fresh process: this module runs as a program.
+
+python -m bestiary.evaluation.rates     a request as JSON on standard input; prints the rates as one line of JSON
+
+Each kind of work is measured at growing sizes, until the next one would take too long or the real size is reached.
+The last measurement is then scaled by the networks' floating-point operations, which are counted, not computed.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+
+from bestiary.data.inspection import cores
+from bestiary.errors import BestiaryError
+from bestiary.memory import MIB, peak_memory, reset_peak_memory
+from bestiary.params import Params
+
+if TYPE_CHECKING:
+    import torch
+
+SMALLEST_SIDE = 64  # pixels
+BUSY = 0.75  # of the cores in use by other programs make times too long
+# On a busy machine, threads that wait in a loop take the cores from each other: single steps took 4 s instead of 0.2 s.
+# On an idle one, sleeping threads would double the time.
+PATIENT = {"OMP_WAIT_POLICY": "passive"}
+JUDGED = 8  # pictures that the judge is measured with
+RUNS = 5  # of which the fastest counts
+SHARE_OF_FREE_MEMORY = 0.8  # that a measurement may take
+KINDS = 5  # of work that are measured at growing sizes
+# Stable Diffusion 1.5's networks, as its config.json files say: a base that is not on this machine is measured as them.
+UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+}
+TOKENS = 77
+TEXT_PARAMETERS = 123_060_480  # of its text encoder, which is not measured
+
+
+class Request(BaseModel):
+    """What to measure: the settings as JSON, some photos, and seconds for everything."""
+
+    params: str
+    photos: list[str]
+    seconds: float
+
+
+class Rate(BaseModel):
+    """Seconds and memory of one unit of work at its real size, and how they were found."""
+
+    seconds: float
+    measured_at: str
+    scaled_by: float  # 1: measured at the real size
+    peak_mib: float  # of the process
+    peak_device_mib: float | None
+
+
+class Rates(BaseModel):
+    """What was measured. A row is one prompt through the UNet once."""
+
+    device: str
+    load_average: float  # before measuring
+    base_is_stand_in: bool
+    start_s: float  # imports and loading, at the start of each stage that uses the networks
+    inspect_s: float  # a photo
+    judge_s: float  # a picture
+    judge_is_stand_in: bool
+    encode: Rate  # an image
+    row: Rate  # in a batch of evaluate.batch_size pictures
+    single_row: Rate  # of one picture alone
+    decode: Rate  # a picture
+    step: Rate  # an optimizer step
+    rows_per_step: float  # of one picture: 2 where every denoising step is guided
+    trainable_parameters: int
+    base_bytes: int
+    caption_bytes: int
+    value_bytes: int
+    latent_factor: int  # pixels a side of one latent
+
+
+@dataclass(frozen=True)
+class Size:
+    """A batch of square pictures."""
+
+    batch: int
+    side: int
+
+    def __str__(self) -> str:
+        return f"{self.batch} x {self.side} x {self.side} pixels"
+
+    @property
+    def pixels(self) -> int:
+        return self.batch * self.side**2
+
+
+def growing(real: Size, multiple: int) -> list[Size]:
+    """Sizes up to the real one: one picture with growing sides, then more and more pictures.
+
+    >>> [str(size) for size in growing(Size(4, 128), 8)]
+    ['1 x 64 x 64 pixels', '1 x 128 x 128 pixels', '2 x 128 x 128 pixels', '4 x 128 x 128 pixels']
+    """
+    sides, batches = [real.side], [real.batch]
+    while sides[0] >= 2 * SMALLEST_SIDE and sides[0] // 2 % multiple == 0:
+        sides.insert(0, sides[0] // 2)
+    while batches[0] > 1:
+        batches.insert(0, batches[0] // 2)
+    return [*(Size(1, side) for side in sides), *(Size(batch, real.side) for batch in batches if batch > 1)]
+
+
+def measure_rates(params: Params, photos: Sequence[Path], seconds: float) -> Rates:
+    """Measure in a fresh process, whose memory is free again afterwards.
+
+    Raises BestiaryError when the measurement fails, with its own sentence.
+    """
+    names = [str(path.absolute()) for path in photos]
+    request = Request(params=params.model_dump_json(by_alias=True), photos=names, seconds=seconds)
+    process = subprocess.run(
+        [sys.executable, "-m", "bestiary.evaluation.rates"],
+        input=request.model_dump_json(),
+        capture_output=True,
+        text=True,
+        env={**(PATIENT if load_average() > BUSY * cores() else {}), **os.environ},
+        check=False,
+    )
+    if process.returncode < 0:
+        raise BestiaryError(f"The measurement ended by signal {-process.returncode}: the memory may be too small.")
+    if process.returncode:
+        raise BestiaryError((process.stderr.strip().splitlines() or [f"exit status {process.returncode}"])[-1])
+    return Rates.model_validate_json(process.stdout.splitlines()[-1])
+
+
+def load_average() -> float:
+    """The programs that ran at once, on average over the last minute; 0 where the system does not say."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
+class _Bench:
+    """The base's networks, or networks of Stable Diffusion's size, on this machine's device."""
+
+    def __init__(self, params: Params, seconds: float) -> None:
+        from bestiary.diffusion.base import device_and_dtype, load_text, load_unet, load_vae
+        from bestiary.memory import keep_freed_memory
+
+        keep_freed_memory()
+        self.params, self.seconds = params, seconds / KINDS
+        self.device, self.dtype = device_and_dtype()
+        self.is_stand_in = not _is_here(params.base.model, params.base.revision)
+        base = (params.base.model, params.base.revision)
+        if self.is_stand_in:
+            self.unet, self.vae = (_random(network, self.device, self.dtype) for network in ("unet", "vae"))
+        else:
+            self.unet = load_unet(*base, dtype=self.dtype).to(self.device)
+            self.vae = load_vae(*base, dtype=self.dtype).to(self.device)
+        self.tokens = TOKENS if self.is_stand_in else load_text(*base)[1].config.max_position_embeddings
+        self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self._meta: dict[str, Any] = {}
+        self.multiple = self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+
+    def encode(self, size: Size) -> None:
+        import torch
+
+        with torch.inference_mode():
+            pixels = torch.zeros(size.batch, 3, size.side, size.side, device=self.device, dtype=self.dtype)
+            self.vae.encode(pixels.contiguous(memory_format=torch.channels_last))
+
+    def decode(self, size: Size) -> None:
+        import torch
+
+        with torch.inference_mode():
+            self.vae.decode(self._latents(size))
+
+    def predict(self, size: Size) -> None:
+        import torch
+
+        with torch.inference_mode():
+            self._prediction(size)
+
+    def training(self) -> tuple[Callable[[Size], None], int]:
+        """A function that trains on one micro-batch, and the number of trainable parameters."""
+        import torch
+
+        from bestiary.diffusion.adapter import inject
+        from bestiary.diffusion.optimization import make_optimizer
+
+        train = self.params.train
+        parameters = inject(
+            self.unet,
+            rank=train.rank,
+            alpha=train.alpha,
+            dropout=train.dropout,
+            targets=train.targets,
+            seed=0,
+            use_rslora=train.use_rslora,
+            use_dora=train.use_dora,
+        )
+        self.unet.to(self.device, memory_format=torch.channels_last).train()
+        if train.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        optimizer = make_optimizer(parameters, train)
+
+        def step(size: Size) -> None:
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
+                prediction = self._prediction(size)
+            prediction.float().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step, sum(parameter.numel() for parameter in parameters)
+
+    def _latents(self, size: Size) -> torch.Tensor:
+        import torch
+
+        shape = (size.batch, self.vae.config.latent_channels, size.side // self.factor, size.side // self.factor)
+        return torch.zeros(shape, device=self.device, dtype=self.dtype)
+
+    def _prediction(self, size: Size) -> torch.Tensor:
+        import torch
+
+        shape = (size.batch, self.tokens, self.unet.config.cross_attention_dim)
+        timesteps = torch.full((size.batch,), 500, device=self.device)
+        features = torch.zeros(shape, device=self.device, dtype=self.dtype)
+        prediction: torch.Tensor = self.unet(self._latents(size), timesteps, features).sample
+        return prediction
+
+    def rate(self, work: Callable[[Size], None], network: str, real: Size, *, per: float) -> Rate:
+        """Seconds of `work` at the real size, divided by `per`."""
+        import torch
+
+        measured, seconds, started = Size(0, 0), 0.0, time.perf_counter()
+        peaks: dict[int, tuple[float, float]] = {}
+        sizes = growing(real, self.multiple)
+        work(sizes[0])  # the very first call loads and sets up code
+        while sizes and (size := self._next(sizes, network, measured, seconds, started, peaks)):
+            sizes = sizes[sizes.index(size) + 1 :]
+            reset_peak_memory()
+            try:
+                seconds = self._time(work, size)
+            except torch.OutOfMemoryError:
+                break
+            measured, peak = size, peak_memory()
+            peaks[size.pixels] = (peak.process_mib, peak.device_mib or 0.0)
+        if not peaks:
+            raise BestiaryError(f"Not even one picture fits into the memory of this {self.device.type}.")
+        factor = 1.0 if measured == real else self._operations(network, real) / self._operations(network, measured)
+        process, device = ({pixels: peak[which] for pixels, peak in peaks.items()} for which in (0, 1))
+        return Rate(
+            seconds=seconds * factor / per,
+            measured_at=str(measured),
+            scaled_by=factor,
+            peak_mib=_at(real.pixels, process),
+            peak_device_mib=_at(real.pixels, device) if self.device.type == "cuda" else None,
+        )
+
+    def _next(
+        self,
+        sizes: Sequence[Size],
+        network: str,
+        measured: Size,
+        seconds: float,
+        started: float,
+        peaks: dict[int, tuple[float, float]],
+    ) -> Size | None:
+        """The largest size that the time and the memory allow next; the smallest first."""
+        if not peaks:
+            return sizes[0]
+        left = self.seconds - (time.perf_counter() - started)
+        for size in reversed(sizes):
+            expected = seconds * self._operations(network, size) / self._operations(network, measured)
+            if expected < left and self._fits(size, peaks):
+                return size
+        return None
+
+    def _fits(self, size: Size, peaks: dict[int, tuple[float, float]]) -> bool:
+        import psutil
+
+        process = {pixels: peak for pixels, (peak, _) in peaks.items()}
+        more = _at(size.pixels, process) - max(process.values())
+        return more < psutil.virtual_memory().available / MIB * SHARE_OF_FREE_MEMORY
+
+    def _time(self, work: Callable[[Size], None], size: Size) -> float:
+        """The seconds of the fastest of several runs, which other programs disturbed least."""
+        import torch
+
+        def once() -> float:
+            started = time.perf_counter()
+            work(size)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            return time.perf_counter() - started
+
+        found = [once()]
+        while len(found) < RUNS and sum(found) + min(found) < self.seconds / 3:
+            found.append(once())
+        return min(found)
+
+    def _operations(self, network: str, size: Size) -> float:
+        """Of one forward pass, counted on tensors without content."""
+        return size.batch * _counted(self._without_content(network), network, size.side, self.factor, self.tokens)
+
+    def _without_content(self, network: str) -> Any:
+        import torch
+
+        if network not in self._meta:
+            part = self.unet if network == "unet" else self.vae
+            with torch.device("meta"):
+                self._meta[network] = type(part).from_config(part.config)
+        return self._meta[network]
+
+    def rows_per_step(self) -> float:
+        """Rows that one denoising step of one picture takes on average: guidance doubles them."""
+        from types import SimpleNamespace
+
+        from bestiary.diffusion.base import load_scheduler
+        from bestiary.diffusion.sampling import guidance_scales, make_scheduler
+
+        sampling = self.params.evaluate.sampling()
+        if sampling.guidance_scale <= 1:
+            return 1.0
+        if sampling.guidance_interval is None or self.is_stand_in:
+            return 2.0
+        config = load_scheduler(self.params.base.model, self.params.base.revision).config
+        pipeline: Any = SimpleNamespace(scheduler=make_scheduler(sampling.sampler, config, sampling.steps))
+        scales = guidance_scales(pipeline, sampling)
+        return 1.0 + sum(scale > 1 for scale in scales) / len(scales)
+
+
+@cache
+def _counted(model: Any, network: str, side: int, factor: int, tokens: int) -> float:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    small, config = side // factor, model.config
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        if network == "unet":
+            text = torch.empty(1, tokens, config.cross_attention_dim)
+            model(torch.empty(1, config.in_channels, small, small), torch.zeros(1), text)
+        elif network == "encoder":
+            model.encode(torch.empty(1, 3, side, side))
+        else:
+            model.decode(torch.empty(1, config.latent_channels, small, small))
+    return float(counter.get_total_flops())
+
+
+def _random(network: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """A frozen network of Stable Diffusion's size with small random weights, built without its slow initialization."""
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    with torch.device("meta"):
+        model = UNet2DConditionModel(**UNET) if network == "unet" else AutoencoderKL(**VAE)
+    model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
+    for parameter in model.parameters():
+        parameter.uniform_(-0.03, 0.03)
+    return model
+
+
+def _at(pixels: int, measured: dict[int, float]) -> float:
+    """A straight line through the two largest measurements, at `pixels`; never below the largest.
+
+    >>> _at(400, {100: 10.0, 200: 12.0}), _at(100, {100: 10.0})
+    (16.0, 10.0)
+    """
+    known, most = sorted(measured.items()), max(measured.values())
+    if len(known) == 1:
+        return most
+    (first, low), (last, high) = known[-2:]
+    return max(most, high + (high - low) * (pixels - last) / (last - first))
+
+
+def _is_here(model: str, revision: str | None, file: str = "unet/diffusion_pytorch_model.safetensors") -> bool:
+    """Whether a model is on this machine: as a folder or file, or, with `file`, in the hub's cache."""
+    if Path(model).exists():
+        return True
+    import huggingface_hub
+
+    return isinstance(huggingface_hub.try_to_load_from_cache(model, file, revision=revision), str)
+
+
+def _judge_seconds(params: Params, device: str) -> float:
+    """Seconds in which the judge sees a picture; a CLIP ViT-B/32 with random weights where the judge is not here."""
+    from PIL import Image
+    from transformers import CLIPConfig, CLIPModel
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    from bestiary.evaluation.judge import Judge
+
+    if _is_here(params.judge.model, params.judge.revision, "config.json"):
+        judge = Judge.load(params.judge.model, params.judge.revision, device)
+    else:
+        nothing: Any = None  # no tokenizer, for no texts
+        judge = Judge(CLIPModel(CLIPConfig()), nothing, CLIPImageProcessorPil(), device)
+    pictures = [Image.new("RGB", (params.encode.resolution, params.encode.resolution))] * JUDGED
+    judge.image_features(pictures[:1])
+    started = time.perf_counter()
+    judge.image_features(pictures)
+    return (time.perf_counter() - started) / JUDGED
+
+
+def _inspect_seconds(photos: Sequence[Path]) -> float:
+    """Seconds to inspect a photo, on one core."""
+    from bestiary.data.inspection import inspect
+
+    if not photos:
+        return 0.0
+    inspect(photos[0].parent, photos[0].name)  # imports what it needs
+    started = time.perf_counter()
+    for path in photos:
+        inspect(path.parent, path.name)
+    return (time.perf_counter() - started) / len(photos) / min(cores(), len(photos))
+
+
+def _run(request: Request) -> Rates:
+    started = time.perf_counter()
+    import diffusers  # noqa: F401  as a stage imports them
+    import mlflow  # noqa: F401
+    import peft  # noqa: F401
+    import torch
+    import transformers  # noqa: F401
+
+    before = load_average()
+    params = Params.model_validate_json(request.params)
+    bench = _Bench(params, request.seconds)
+    start_s = time.perf_counter() - started
+    side, batch, train = params.encode.resolution, params.evaluate.batch_size, params.train
+    variants = (2 if params.encode.flip else 1) + params.encode.augmented_variants
+    encoded = Size(params.encode.batch_size * variants, side)
+    encode = bench.rate(bench.encode, "encoder", encoded, per=encoded.batch)
+    decode = bench.rate(bench.decode, "decoder", Size(batch, side), per=batch)
+    single_row = bench.rate(bench.predict, "unet", Size(2, side), per=2)
+    row = bench.rate(bench.predict, "unet", Size(2 * batch, side), per=2 * batch)
+    parameters = sum(each.numel() for part in (bench.unet, bench.vae) for each in part.parameters())
+    step, trainable = bench.training()
+    preserved = 0 if train.preservation.kind == "none" else train.preservation.samples
+    images = -(-(train.batch_size + preserved) // train.accumulation)
+    return Rates(
+        load_average=before,
+        device=torch.cuda.get_device_name()
+        if bench.device.type == "cuda"
+        else f"{torch.get_num_threads()} CPU threads",
+        base_is_stand_in=bench.is_stand_in,
+        start_s=start_s,
+        inspect_s=_inspect_seconds([Path(path) for path in request.photos]),
+        judge_s=_judge_seconds(params, bench.device.type),
+        judge_is_stand_in=not _is_here(params.judge.model, params.judge.revision, "config.json"),
+        encode=encode,
+        row=row,
+        single_row=single_row,
+        decode=decode,
+        step=bench.rate(step, "unet", Size(images, side), per=1 / train.accumulation),
+        rows_per_step=bench.rows_per_step(),
+        trainable_parameters=trainable,
+        base_bytes=4 * (parameters + (TEXT_PARAMETERS if bench.is_stand_in else 0)),
+        caption_bytes=bench.tokens * bench.unet.config.cross_attention_dim * bench.dtype.itemsize,
+        value_bytes=bench.dtype.itemsize,
+        latent_factor=bench.factor,
+    )
+
+
+if __name__ == "__main__":
+    try:
+        print(_run(Request.model_validate_json(sys.stdin.read())).model_dump_json())
+    except BestiaryError as error:
+        raise SystemExit(str(error)) from None

@@ -1,0 +1,133 @@
+"""`bestiary estimate`: what a run takes, from measured rates."""
+
+from pathlib import Path
+
+import pytest
+
+from bestiary.estimating import Images, estimate, images_of, lines, render
+from bestiary.evaluation import rates as measuring
+from bestiary.evaluation.rates import Rate, Rates, Request, growing
+from bestiary.learning import params_with_profile
+from bestiary.params import Params, load_params
+
+ROOT = Path(__file__).parents[1]
+SAMPLE = Images(classes=16, count=661, bytes=6_000_000, some=[])
+# On two idle cores, each found by a run of its own.
+STAGE_SECONDS = {"clean": 14.2, "encode": 6.4, "train": 131.3, "evaluate": 71.5, "benchmark": 41.1}
+
+
+def rate(seconds: float, scaled_by: float = 1.0) -> Rate:
+    return Rate(
+        seconds=seconds, measured_at="1 x 64 x 64 pixels", scaled_by=scaled_by, peak_mib=800.0, peak_device_mib=None
+    )
+
+
+def measured(**changes: object) -> Rates:
+    """What two idle cores measured for the profile sample."""
+    known = {
+        "device": "2 CPU threads",
+        "load_average": 0.1,
+        "base_is_stand_in": False,
+        "start_s": 4.0,
+        "inspect_s": 0.01,
+        "judge_s": 0.002,
+        "judge_is_stand_in": False,
+        "encode": rate(0.0026),
+        "row": rate(0.0047),
+        "single_row": rate(0.011),
+        "decode": rate(0.0041),
+        "step": rate(0.175),
+        "rows_per_step": 1.5,
+        "trainable_parameters": 59_136,
+        "base_bytes": 17_000_000,
+        "caption_bytes": 16 * 128 * 4,
+        "value_bytes": 4,
+        "latent_factor": 4,
+    }
+    return Rates.model_validate({**known, **changes})
+
+
+def sample() -> Params:
+    return load_params(ROOT / "params.yaml")
+
+
+def test_the_sample_is_estimated_within_a_quarter_of_what_its_stages_took() -> None:
+    found = {line.stage: line.seconds for line in lines(sample(), SAMPLE, measured())}
+    total = sum(found[stage] for stage in STAGE_SECONDS)
+    assert 0.75 < total / sum(STAGE_SECONDS.values()) < 1.25
+    assert 0.7 < found["train"] / STAGE_SECONDS["train"] < 1.3
+    assert 0.6 < found["evaluate"] / STAGE_SECONDS["evaluate"] < 1.4
+
+
+def test_training_time_grows_with_its_steps_and_with_what_it_preserves() -> None:
+    params = sample()
+    longer = params.model_copy(update={"train": params.train.model_copy(update={"steps": 1400})})
+    preserving = params.train.preservation.model_copy(update={"kind": "noised"})
+    kept = params.model_copy(update={"train": params.train.model_copy(update={"preservation": preserving})})
+    train, of_longer, of_kept = (
+        next(line for line in lines(each, SAMPLE, measured()) if line.stage == "train").seconds
+        for each in (params, longer, kept)
+    )
+    assert of_longer - train == pytest.approx(700 * 0.175 + 4 * (8 * (20 * 0.0047 + 0.0041) + 133 * 0.0047))
+    assert of_kept - train == pytest.approx(384 * 0.0047)
+
+
+def test_the_table_adds_times_and_disk_and_takes_the_largest_memory() -> None:
+    rates = measured(step=rate(0.175).model_copy(update={"peak_mib": 1536.0}))
+    found = lines(sample(), SAMPLE, rates)
+    *_, total, note = render(sample(), SAMPLE, rates, found)
+    assert total.split()[0] == "total"
+    assert "1.5 GiB" in total
+    minutes = sum(line.seconds for line in found) / 60
+    assert f"{minutes:.1f} min" in total
+    assert note == "Profile sample, 661 images of 16 subjects, on 2 CPU threads."
+
+
+def test_what_was_not_measured_as_it_is_is_said() -> None:
+    rates = measured(base_is_stand_in=True, load_average=99.0, step=rate(3.0, scaled_by=16.0))
+    text = "\n".join(render(sample(), SAMPLE, rates, lines(sample(), SAMPLE, rates)))
+    assert "Scaled: training was measured at 1 x 64 x 64 pixels, and multiplied by 16.0." in text
+    assert "random weights" in text
+    assert "load 99.0" in text
+    assert text.count("Scaled") == 1
+
+
+@pytest.mark.slow
+def test_a_base_that_is_not_here_is_measured_by_random_weights_and_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = {
+        "block_out_channels": (32, 32),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+        "cross_attention_dim": 16,
+    }
+    vae = {"block_out_channels": (32, 32), "down_block_types": ("DownEncoderBlock2D",) * 2}
+    monkeypatch.setattr(measuring, "UNET", unet)
+    monkeypatch.setattr(measuring, "VAE", {**vae, "up_block_types": ("UpDecoderBlock2D",) * 2})
+    params = params_with_profile(ROOT, "photos")
+    base = params.base.model_copy(update={"model": "nobody/nothing", "revision": None})
+    params = params.model_copy(update={"base": base})
+    rates = measuring._run(Request(params=params.model_dump_json(by_alias=True), photos=[], seconds=0.5))
+    assert rates.base_is_stand_in
+    assert rates.encode.scaled_by > 1  # half a second does not suffice for 512 pixels
+    assert rates.rows_per_step == 2
+    assert rates.trainable_parameters > 0
+
+
+def test_sizes_grow_to_the_real_one() -> None:
+    assert [str(size) for size in growing(measuring.Size(3, 512), 64)] == [
+        *(f"1 x {side} x {side} pixels" for side in (64, 128, 256, 512)),
+        "3 x 512 x 512 pixels",
+    ]
+
+
+@pytest.mark.slow
+def test_the_bundled_base_is_measured_at_its_real_sizes() -> None:
+    photos = sorted((ROOT / "examples" / "pip" / "photos").rglob("*.png"))
+    params = params_with_profile(ROOT, "subject")
+    rates, found = estimate(params, images_of({"pip": photos}, proved=1), seconds=20)
+    assert not rates.base_is_stand_in
+    assert rates.step.scaled_by == rates.row.scaled_by == 1
+    assert 1 < rates.rows_per_step < 2  # only some steps are guided
+    assert rates.latent_factor == 4
+    assert {line.stage for line in found} >= {"train", "evaluate", "benchmark"}

@@ -119,7 +119,7 @@ def measurements(
     jobs: dict[str, Callable[[], dict[str, float]]] = {}
     for side, batches in BATCHES.items():
         for batch in batches:
-            jobs[f"ours, {side} px, batch {batch}, eager"] = training(side, batch, compile="off")
+            jobs[f"ours, {side} px, batch {batch}, eager"] = training(side, batch, compile="never")
         jobs[f"official script, {side} px, batch {OFFICIAL[side]}, eager"] = official(side)
     jobs["original's loop, 256 px, batch 1"] = lambda: _rate(original_seconds_per_image(sizes, small or 256))
     for compiled in (False, True)[: 1 if quick else 2]:
@@ -129,10 +129,10 @@ def measurements(
         for batch in (1, 8):
             name = f"drawing, 512 px, {steps} steps, {'guided' if scale > 1 else 'unguided'}, batch {batch}"
             jobs[name] = partial(drawing, sizes, small or 512, steps, scale, 1 if quick else batch)
-    jobs["memory, 512 px, batch 1"] = training(512, 1, compile="off")
-    jobs["memory, 512 px, batch 1, checkpointing"] = training(512, 1, compile="off", gradient_checkpointing=True)
+    jobs["memory, 512 px, batch 1"] = training(512, 1, compile="never")
+    jobs["memory, 512 px, batch 1, checkpointing"] = training(512, 1, compile="never", gradient_checkpointing=True)
     for side, batch in ((256, 256), (512, 64), (256, 16)) if not quick else ():
-        jobs[f"ours, {side} px, batch {batch}, compiled"] = training(side, batch, compile="on")
+        jobs[f"ours, {side} px, batch {batch}, compiled"] = training(side, batch, compile="always")
     if compile_official and not quick:
         jobs["official script, 256 px, batch 64, compiled"] = official(256, compiled=True)
     return jobs

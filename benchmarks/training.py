@@ -242,7 +242,7 @@ def time_training(
             "rank": 2,
             "alpha": 16.0,
             "min_snr_gamma": 5.0,
-            "compile": "on" if compiled else "off",
+            "compile": "always" if compiled else "never",
         }
     )
     one_image = replace(cache, images=cache.images[:1])  # to validate in little time

@@ -136,6 +136,7 @@ class Encode(Section):
     keep_tags: int = Field(ge=0)  # the first tags, which are neither shuffled nor dropped
     tag_dropout: float = Fraction
     caption_variants: int = Positive  # of each caption with shuffled or dropped tags
+    compile: bool  # torch.compile for the autoencoder
     resolution: int = Field(ge=MIN_SIDE, le=MAX_SIDE, multiple_of=8)
     batch_size: int = Positive
 
@@ -169,7 +170,7 @@ class Train(Section):
     learning_rate_schedule: Literal["cosine", "linear", "constant"]
     accumulation: int = Positive
     gradient_checkpointing: bool
-    compile: Literal["auto", "on", "off"]  # torch.compile; auto: on a GPU, when the run is long enough to repay it
+    compile: Literal["auto", "always", "never"]  # torch.compile; auto: on a GPU, when the run is long enough to repay it
     optimizer: Literal["adamw", "adamw8bit"]
     criterion: Literal["val_loss", "clip_score"]  # chooses the best step
     patience: int | None = Field(gt=0)  # validations without an improvement of min_delta after which training stops

@@ -65,8 +65,8 @@ def test_other_shapes_than_the_trainings_take_the_plain_way(
 def test_a_cpu_and_several_processes_do_not_compile_by_themselves() -> None:
     assert CompileChoice("auto", 100_000, 1).compile_now(torch.device("cpu")) is False
     assert CompileChoice("auto", 100_000, 2).compile_now(torch.device("cuda")) is False
-    assert CompileChoice("on", 1, 2).compile_now(torch.device("cuda")) is True
-    assert CompileChoice("off", 100_000, 1).compile_now(torch.device("cuda")) is False
+    assert CompileChoice("always", 1, 2).compile_now(torch.device("cuda")) is True
+    assert CompileChoice("never", 100_000, 1).compile_now(torch.device("cuda")) is False
 
 
 def test_the_bar_moves_while_nothing_reports(capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,7 +38,7 @@ def test_the_adapters_file_holds_these_keys_and_no_others(
             "alpha": 8.0,
             "batch_size": 4,
             "caption_dropout": 0.1,
-            "compile": "off",
+            "compile": "never",
             "criterion": "val_loss",
             "dropout": 0.0,
             "ema_decay": 0.9,

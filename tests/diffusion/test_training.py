@@ -379,7 +379,7 @@ def test_compiled_training_gives_the_same_loss(base: Path, latents: Latents) -> 
     changes = {"steps": 2, "validate_every": 2, "batch_size": 3}  # there are 6 images to validate on: one shape for all
     plain, _ = run_training(base, latents, **changes)
     AcceleratorState._reset_state(reset_partial_state=True)
-    compiled, unet = run_training(base, latents, compile="on", **changes)
+    compiled, unet = run_training(base, latents, compile="always", **changes)
     assert compiled.val_loss == pytest.approx(plain.val_loss, rel=2e-3)  # other kernels round differently
     assert adapter_weights(unet)
 
@@ -392,7 +392,7 @@ def test_compiling_on_a_machine_without_a_compiler_is_rejected(
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
     with pytest.raises(BestiaryError, match=r"train\.compile"):
-        run_training(base, latents, compile="on")
+        run_training(base, latents, compile="always")
 
 
 @pytest.mark.slow

@@ -86,7 +86,7 @@ def test_training_learns_as_on_a_cpu_and_the_adapter_is_float32(base_folder: Pat
 
 def test_compiled_training_has_the_loss_of_eager_training(base_folder: Path) -> None:
     eager, _ = trained(base_folder, HALF)
-    compiled, _ = trained(base_folder, HALF, compile="on")
+    compiled, _ = trained(base_folder, HALF, compile="always")
     assert compiled.val_loss == pytest.approx(eager.val_loss, rel=5e-3)
     assert compiled.train_loss == pytest.approx(eager.train_loss, rel=5e-3)
 

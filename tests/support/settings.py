@@ -25,6 +25,7 @@ ENCODE: dict[str, object] = {
     "keep_tags": 1,
     "tag_dropout": 0.0,
     "caption_variants": 8,
+    "compile": False,
     "resolution": 32,
     "batch_size": 4,
 }
@@ -47,7 +48,7 @@ TRAIN: dict[str, object] = {
     "learning_rate_schedule": "cosine",
     "accumulation": 1,
     "gradient_checkpointing": False,
-    "compile": "off",
+    "compile": "never",
     "optimizer": "adamw",
     "criterion": "val_loss",
     "patience": None,

@@ -52,7 +52,6 @@ SPLITS = ("train", "val")
 MAX_ASPECT_RATIO = 2.0  # of a bucket; longer pictures are cropped at their ends
 CAPTION_BATCH = 64
 READERS = max(4, os.cpu_count() or 4)  # threads that decode images
-COMPILE_FROM = 5000  # images on a GPU, from which compiling the autoencoder repays its time
 COMPILE_SECONDS = 15.0
 CODE = (Path(__file__), Path(image_reading.__file__))  # the modules that decide a shard's content
 
@@ -128,7 +127,7 @@ def encode_images(
         _write_captions(load_text(base, revision, dtype=dtype), state.device, captions, folder)
     todo = {path: shards[path] for path in list(shards)[state.process_index :: state.num_processes] if path not in done}
     count = sum(len(rows) for rows in todo.values())
-    encoder = VaeEncoder(vae, compiled=state.device.type == "cuda" and count >= COMPILE_FROM)
+    encoder = VaeEncoder(vae, compiled=settings.compile)
     with tqdm(total=count, desc="encode images", unit="image", disable=not state.is_local_main_process) as bar:
         for path, rows in todo.items():
             batches = (pixels.to(state.device) for pixels in _pixel_batches(clean, rows, settings))

@@ -28,7 +28,7 @@ COMPILE_SECONDS = 110.0
 SPEED_UP = 1.3
 WARM_UP, MEASURED = 3, 5  # eager steps before the choice
 
-Mode = Literal["auto", "on", "off"]
+Mode = Literal["auto", "always", "never"]
 
 
 class Prediction(NamedTuple):
@@ -123,7 +123,7 @@ class CompileChoice:
     """
 
     def __init__(self, mode: Mode, steps_left: int, processes: int) -> None:
-        self.mode: Mode = "off" if mode == "auto" and processes > 1 else mode
+        self.mode: Mode = "never" if mode == "auto" and processes > 1 else mode
         self.steps_left = steps_left
         self.started = 0.0
         self.done = 0
@@ -131,7 +131,7 @@ class CompileChoice:
     def compile_now(self, device: torch.device) -> bool | None:
         """Whether to compile before the next step; None while that is not known yet."""
         if self.mode != "auto":
-            return self.mode == "on"
+            return self.mode == "always"
         if device.type != "cuda":
             return False
         if self.done == WARM_UP:
@@ -170,7 +170,7 @@ def check_compiler(device: torch.device) -> None:
 def cannot_compile(error: Exception) -> BestiaryError:
     """What to say when torch.compile fails although it must work."""
     return BestiaryError(
-        f"train.compile is on, but torch.compile does not work on this machine ({type(error).__name__}). Set it to off."
+        f"train.compile is always, but torch.compile does not work on this machine ({type(error).__name__}). Set it to never."
     )
 
 

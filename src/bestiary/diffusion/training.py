@@ -213,7 +213,7 @@ class _Run:
         if compiled is None:
             return
         example = batch["latents"].to(self.features.dtype), batch["timesteps"], self.features[batch["captions"]]
-        self.predict.use(example, compiled=compiled, graph=graph, must=self.settings.compile == "on")
+        self.predict.use(example, compiled=compiled, graph=graph, must=self.settings.compile == "always")
         self.trained.forget_gradients()
 
     def loss(self, error: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -336,7 +336,7 @@ def _accelerator(settings: Train) -> tuple[Accelerator, int]:
     accelerator = Accelerator(
         mixed_precision="fp16" if dtype is torch.float16 else "no", gradient_accumulation_steps=settings.accumulation
     )
-    if settings.compile == "on":
+    if settings.compile == "always":
         check_compiler(accelerator.device)
     parts = accelerator.num_processes * settings.accumulation
     micro_batch, remainder = divmod(settings.batch_size, parts)

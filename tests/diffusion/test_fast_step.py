@@ -35,7 +35,7 @@ def test_what_does_not_compile_is_computed_without_compiling(
     assert torch.equal(predict(*inputs).sample, expected)
     assert unet.conv_in.weight.is_contiguous()
     assert "without torch.compile" in capsys.readouterr().out
-    with pytest.raises(BestiaryError, match=r"train\.compile is on, but torch\.compile does not work"):
+    with pytest.raises(BestiaryError, match=r"train\.compile is always, but torch\.compile does not work"):
         predict.use(inputs, compiled=True, graph=False, must=True)
 
 

@@ -325,8 +325,8 @@ def test_a_name_that_is_too_long_for_the_base_is_refused_before_anything_runs(ro
     (root / "models").mkdir(exist_ok=True)
     (root / "models" / "base").symlink_to(ROOT / "models" / "base")
     before = state(root)
-    with pytest.raises(BestiaryError, match=r"--name 小桃小桃 is too long for models/base: .* 23 tokens"):
-        teach(photos, name="小桃小桃")
+    with pytest.raises(BestiaryError, match=r"--name 小桃小桃小 is too long for models/base: .* 26 tokens"):
+        teach(photos, name="小桃小桃小")
     assert state(root) == before
 
 

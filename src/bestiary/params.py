@@ -170,7 +170,9 @@ class Train(Section):
     learning_rate_schedule: Literal["cosine", "linear", "constant"]
     accumulation: int = Positive
     gradient_checkpointing: bool
-    compile: Literal["auto", "always", "never"]  # torch.compile; auto: on a GPU, when the run is long enough to repay it
+    compile: Literal[
+        "auto", "always", "never"
+    ]  # torch.compile; auto: on a GPU, when the run is long enough to repay it
     optimizer: Literal["adamw", "adamw8bit"]
     criterion: Literal["val_loss", "clip_score"]  # chooses the best step
     patience: int | None = Field(gt=0)  # validations without an improvement of min_delta after which training stops

@@ -72,6 +72,6 @@ def test_a_cpu_and_several_processes_do_not_compile_by_themselves() -> None:
 def test_the_bar_moves_while_nothing_reports(capsys: pytest.CaptureFixture[str]) -> None:
     import time
 
-    with waiting_bar("compile", 3):
+    with waiting_bar(3):
         time.sleep(1.2)
     assert "00:01 of about 3 s" in capsys.readouterr().err

@@ -341,7 +341,7 @@ class VaeEncoder:
         if self.shape is None:
             self.shape = pixels.shape
             try:
-                with waiting_bar("compile the VAE", COMPILE_SECONDS):
+                with waiting_bar(COMPILE_SECONDS):
                     return self.fast(values)
             except Exception as error:  # whatever a compiler and its backends raise
                 tqdm.write(

@@ -91,7 +91,7 @@ class FastPrediction:
             parameter.data = data.contiguous(memory_format=torch.channels_last)
         step: Callable[..., torch.Tensor] = torch.compile(plain, dynamic=False)
         try:
-            with waiting_bar("compile the UNet", COMPILE_SECONDS):
+            with waiting_bar(COMPILE_SECONDS):
                 step(*example).float().square().mean().backward()
                 _synchronize(example[0].device)
         except Exception as error:  # whatever a compiler and its backends raise
@@ -170,16 +170,19 @@ def check_compiler(device: torch.device) -> None:
 def cannot_compile(error: Exception) -> BestiaryError:
     """What to say when torch.compile fails although it must work."""
     return BestiaryError(
-        f"train.compile is always, but torch.compile does not work on this machine ({type(error).__name__}). Set it to never."
+        f"train.compile is always, but torch.compile does not work on this machine ({type(error).__name__}). "
+        "Set it to never."
     )
 
 
 @contextmanager
-def waiting_bar(what: str, expected_seconds: float) -> Iterator[None]:
-    """A bar that moves each second through work that reports nothing, such as compiling."""
+def waiting_bar(expected_seconds: float) -> Iterator[None]:
+    """A bar that moves each second while something compiles, which reports nothing."""
     finished = threading.Event()
     seconds = round(expected_seconds)
-    with tqdm(total=seconds, desc=what, bar_format="{desc}: {bar}| {elapsed} of about " + f"{seconds} s") as bar:
+    with tqdm(
+        total=seconds, desc="compile the model", bar_format="{desc}: {bar}| {elapsed} of about " + f"{seconds} s"
+    ) as bar:
 
         def move() -> None:
             while not finished.wait(1.0):

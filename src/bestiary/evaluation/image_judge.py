@@ -76,6 +76,9 @@ class ImageJudge:
             batch = [image.convert("RGB") for image in images[start : start + BATCH_SIZE]]
             pixel_values = self.image_processor(batch, return_tensors="pt")["pixel_values"]
             with torch.inference_mode():
-                tokens = self.model(pixel_values=pixel_values.to(self.device)).last_hidden_state[:, 0].float().cpu()
+                seen = self.model(pixel_values=pixel_values.to(self.device))
+            # CLIP's vision model normalises only what it calls the pooled output; others normalise all tokens.
+            is_clip = self.model.config.model_type == "clip_vision_model"
+            tokens = (seen.pooler_output if is_clip else seen.last_hidden_state[:, 0]).float().cpu()
             batches.append(tokens / tokens.norm(dim=-1, keepdim=True))
         return torch.cat(batches)

@@ -15,7 +15,7 @@ import click
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import distributed
-from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModel
 
 from world import card, clip, unet, vae
 from world.captions import train_tokenizer
@@ -33,7 +33,7 @@ from world.pictures import (
 from world.schedule import average_weights, minutes_spent, rank
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("text", "judge", "vae", "unet", "base", "card")
+PARTS = ("text", "judge", "image_judge", "vae", "unet", "base", "card")
 
 
 @click.command()
@@ -75,6 +75,11 @@ def main(
             clip.train("judge", 12, _judged(cache), things, tokenizer, cache, clip_minutes, start)
             if first:
                 save_judge(pictures, tokenizer, cache)
+        elif part == "image_judge" and start is None:
+            plain = rendered(cache, per_style=12_000, first_seed=JUDGE_SEEDS, at_home=0.25)
+            clip.train("image_judge", 12, plain, things, tokenizer, cache, clip_minutes)
+            if first:
+                save_image_judge(tokenizer, cache)
         elif part == "vae":
             vae.train(pictures, cache, vae_minutes, start / "base" / "vae" if start else None)
         elif part == "unet":
@@ -129,12 +134,26 @@ def save_judge(pictures: Pictures, tokenizer: CLIPTokenizer, cache: Path) -> Non
     clip.calibrate(judge.eval(), tokenizer, pictures)
     judge.half().save_pretrained(ROOT / "models" / "judge")
     tokenizer.save_pretrained(ROOT / "models" / "judge")
-    CLIPImageProcessor(
+    _image_processor().save_pretrained(ROOT / "models" / "judge")
+
+
+def save_image_judge(tokenizer: CLIPTokenizer, cache: Path) -> None:
+    """Write models/image_judge, the image half of a CLIP, from the newest checkpoint, in half precision."""
+    whole = clip.build(tokenizer, clip.WIDTH)
+    whole.load_state_dict(average_weights(cache / "image_judge.pt"))
+    vision = CLIPVisionModel(whole.config.vision_config)
+    vision.load_state_dict(whole.vision_model.state_dict())
+    vision.half().save_pretrained(ROOT / "models" / "image_judge")
+    _image_processor().save_pretrained(ROOT / "models" / "image_judge")
+
+
+def _image_processor() -> CLIPImageProcessor:
+    return CLIPImageProcessor(
         size={"shortest_edge": SIZE},
         crop_size={"height": SIZE, "width": SIZE},
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
-    ).save_pretrained(ROOT / "models" / "judge")
+    )
 
 
 def save_base(pictures: Pictures, tokenizer: CLIPTokenizer, cache: Path) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from bestiary.data.contact_sheets import contact_sheet
 from bestiary.diffusion.base import load_pipeline
 from bestiary.diffusion.sampling import generate
+from bestiary.evaluation.image_judge import ImageJudge
 from bestiary.evaluation.judge import Judge
 from bestiary.samplers import Sampling
 from bestiary.subjects import caption, subject_of
@@ -47,6 +48,8 @@ def write(models: Path, pictures: Path, fresh: Pictures, minutes: dict[str, floa
     contact_sheet(rows, labels, columns, cell=96).save(pictures / "base.jpg", quality=88)
     _sheet_of_renders(fresh, labels).save(pictures / "renders.jpg", quality=88)
     quality |= _in_places(base, judge, pictures / "places.jpg")
+    for name, sees in (("judge", judge), ("image_judge", ImageJudge.load(str(models / "image_judge")))):
+        quality[f"{name}_tells_individuals_percent"] = 100 * checks.individuals_told_apart(sees.class_tokens)
     colours = dict(zip(("before", "after"), checks.scarf_colours(base.vae), strict=True))
     names = checks.name_changes(base)
     rounded: dict[str, object] = {key: round(value, 2) for key, value in quality.items()}

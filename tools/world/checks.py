@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
+from torch.nn.functional import normalize
 
 from bestiary.diffusion.base import encode_text
 from bestiary.diffusion.sampling import generate
@@ -13,6 +16,7 @@ from bestiary.evaluation.judge import Judge
 from bestiary.samplers import Sampling
 from bestiary.subjects import caption, subject_of
 from world.captions import PLACE_WORDS, UNKNOWN_TO_BASE
+from world.individuals import OTHERS, PIP, Clothes, penguin
 from world.outfits import Item
 from world.pictures import ANIMALS, FRESH_SEEDS, PLACES, SIZE
 from world.scenes import Scene, Style, render
@@ -68,6 +72,26 @@ def scarf_colours(vae: AutoencoderKL, colour: str = "red") -> tuple[list[float],
 
 def _pixels(animal: str, seed: int, outfit: tuple[Item, ...]) -> np.ndarray:
     return np.asarray(render(animal, "photo", PLACE_SEEDS + seed, SIZE, scene=Scene(None, outfit)))
+
+
+def individuals_told_apart(class_tokens: Callable[[list[Image.Image]], torch.Tensor]) -> float:
+    """How often a picture of Pip is more like other pictures of Pip than a picture of another penguin is.
+
+    `class_tokens` gives unit vectors (B, D). The mean of plain penguins at home is subtracted, as evaluation subtracts
+    that of the base's penguins.
+    """
+    places = [place for place in PLACES if place != "snow"]
+
+    def pictures(clothes: Clothes, places: list[str], first: int) -> torch.Tensor:
+        images = [penguin(clothes, place, PLACE_SEEDS + first + i, SIZE) for i, place in enumerate(places)]
+        return class_tokens(images).double()
+
+    plain = pictures(Clothes(), ["snow"] * 24, 900).mean(dim=0)
+    pip = normalize(pictures(PIP, places, 0) - plain)  # (N, D)
+    others = normalize(torch.cat([pictures(other, places, 100 * (i + 1)) for i, other in enumerate(OTHERS)]) - plain)
+    own = pip @ pip.T
+    likeness = (own.sum(dim=1) - own.diagonal()) / (len(pip) - 1)  # (N,)
+    return float((likeness[:, None] > (others @ pip.T).mean(dim=1)).double().mean())
 
 
 def name_changes(base: StableDiffusionPipeline) -> dict[str, float]:

@@ -18,10 +18,12 @@ from world.schedule import Average, Clock, descend, load_checkpoint, rank, save_
 
 WIDTH = 128
 # The share of batches with three animals. With half of them a judge hardly kept animals apart.
-FEW_ANIMALS = {"text": 0.5, "judge": 0.1}
+FEW_ANIMALS = {"text": 0.5, "judge": 0.1, "image_judge": 0.0}
 # The largest logit scale in training. A large one lets cosines that hardly differ tell captions apart: with 100, the
 # judge's right animals were only 9 points (of cosines, x 100) above the best wrong ones, and its scores said little.
-LARGEST_SCALE = {"text": 100.0, "judge": 16.0}
+LARGEST_SCALE = {"text": 100.0, "judge": 16.0, "image_judge": 100.0}
+# Whose captions name places, clothes and individuals. Features that were trained without are of the animal alone.
+SEES_SCENES = {"text": True, "judge": True, "image_judge": False}
 ANCHORED = 3.0  # weight of the agreement with a trained text encoder
 
 
@@ -64,10 +66,12 @@ class Texts:
     names: NDArray[np.str_]
 
 
-def write_captions(pictures: Pictures, chosen: NDArray[np.int64], rng: np.random.Generator) -> Texts:
-    """Caption pictures. Half of the captions name the place, most name clothes and the individual."""
+def write_captions(
+    pictures: Pictures, chosen: NDArray[np.int64], rng: np.random.Generator, scenes: bool = True
+) -> Texts:
+    """Caption pictures. With `scenes`, half of the captions name the place, most name clothes and the individual."""
     count = len(chosen)
-    places = np.where(rng.random(count) < 0.5, pictures.places[chosen], -1)
+    places = np.where(rng.random(count) < 0.5 * scenes, pictures.places[chosen], -1)
     clothes = np.where(rng.random(count) < 0.7, pictures.clothes[chosen], "")
     names = np.where(rng.random(count) < 0.8, pictures.names[chosen], "")
     any_animal = (rng.random(count) < 0.15) & ((places >= 0) | (clothes != "")) & (names == "")
@@ -164,7 +168,7 @@ def train(
     model.logit_scale.data.clamp_(max=np.log(LARGEST_SCALE[name]))
     rng = np.random.default_rng([seed, rank(), clock.step])
     for step in clock.steps(optimizer):
-        pixels, captions, same = _batch(pictures, things, rng, FEW_ANIMALS[name])
+        pixels, captions, same = _batch(pictures, things, rng, name)
         with torch.autocast("cpu", torch.bfloat16):
             output = model(input_ids=tokens(tokenizer, captions), pixel_values=pixels)
             drift = anchor.distance(model, tokenizer, rng) if anchor else torch.zeros(())
@@ -185,12 +189,12 @@ def _mismatch(logits: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
 
 
 def _batch(
-    pictures: Pictures, things: Pictures, rng: np.random.Generator, few: float
+    pictures: Pictures, things: Pictures, rng: np.random.Generator, name: str
 ) -> tuple[torch.Tensor, list[str], torch.Tensor]:
     """Pixels, captions, and which of them match: 116 animals, and 12 things that are none."""
-    chosen, odd = _chosen(pictures, 116, rng, few), rng.integers(0, len(things.pixels), 12)
+    chosen, odd = _chosen(pictures, 116, rng, FEW_ANIMALS[name]), rng.integers(0, len(things.pixels), 12)
     pixels = torch.cat([pictures.batch(chosen, rng.random(116) < 0.5), things.batch(odd)])  # (B, 3, H, W)
-    texts = write_captions(pictures, chosen, rng)
+    texts = write_captions(pictures, chosen, rng, SEES_SCENES[name])
     captions = texts.captions + [caption(Subject("", THINGS[k], ""), "a photo of {}") for k in things.animals[odd]]
     same = torch.zeros(len(pixels), len(pixels))
     same[:116, :116] = torch.from_numpy(matches(pictures, chosen, texts)).float()

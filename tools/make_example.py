@@ -26,17 +26,16 @@ PLACES = ("flowers", "forest", "grass", "lake", "sand")
     "--out", type=click.Path(path_type=Path), default=ROOT / "examples" / "pip" / "photos", show_default=False
 )
 @click.option("--photos", default=PHOTOS, show_default=True, help="Of Pip.")
-@click.option("--captions", is_flag=True, help="Write a caption that names the place beside each photo of Pip.")
-def main(out: Path, photos: int, captions: bool) -> None:
+def main(out: Path, photos: int) -> None:
     """Write the folders pip and other-penguins below OUT."""
-    write(out / "pip", (PIP,), photos, EXAMPLE_SEEDS, "a photo of sks penguin" if captions else "")
+    write(out / "pip", (PIP,), photos, EXAMPLE_SEEDS, "a photo of sks penguin")
     write(out / "other-penguins", OTHERS, PHOTOS_OF_OTHERS, EXAMPLE_SEEDS + 1000)
 
 
 def write(folder: Path, individuals: tuple[Clothes, ...], count: int, first_seed: int, words: str = "") -> None:
     """Write `count` pictures, each individual equally often, in random places and sizes.
 
-    With `words`, write a caption beside each: these words and the place.
+    With `words`, write a caption beside each: these words and the place, as comma-separated tags.
     """
     if folder.exists():
         shutil.rmtree(folder)
@@ -49,7 +48,7 @@ def write(folder: Path, individuals: tuple[Clothes, ...], count: int, first_seed
         path = folder / f"{folder.name}_{number:02d}.jpg"
         picture.save(path, quality=92)
         if words:
-            path.with_suffix(".txt").write_text(f"{words} {PLACE_WORDS[place][0]}\n", encoding="utf-8")
+            path.with_suffix(".txt").write_text(f"{words}, {PLACE_WORDS[place][0]}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

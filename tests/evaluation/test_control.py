@@ -19,7 +19,7 @@ from bestiary.diffusion.training import train
 from bestiary.evaluation import pictures
 from bestiary.evaluation.judge import Judge
 from bestiary.evaluation.pictures import make_jobs
-from bestiary.evaluation.scoring import JudgedImages, bootstrap_mean, resample_counts, score
+from bestiary.evaluation.scoring import Array, JudgedImages, bootstrap_mean, resample_counts, score
 from bestiary.samplers import Sampling
 
 if TYPE_CHECKING:
@@ -81,19 +81,20 @@ def test_an_adapter_trained_on_shuffled_captions_does_not_score_better_than_the_
     def draw(pipeline: StableDiffusionPipeline) -> JudgedImages:
         return pictures.view(judge, generate(pipeline, jobs.prompts, jobs.seeds, SAMPLING, batch_size=24), labels)
 
-    def delta(latents: Latents) -> dict[str, tuple[float, float]]:
-        """The interval of each score's paired difference between an adapter trained on `latents` and the base."""
-        adapted = load_pipeline(base_folder, device="cpu")
-        train(adapted.unet, load_scheduler(base_folder), latents, SETTINGS, seed=0)
-        scores = score(draw(adapted), texts)
-        return {
-            key: (bootstrap_mean(scores[key], counts) - bootstrap_mean(base[key], counts)).ci95
-            for key in ("clip_score", "margin", "top1")
-        }
+    def scores_of(latents: Latents | None) -> dict[str, Array]:
+        """Each picture's scores, drawn with an adapter that was trained on `latents`, or without one."""
+        pipeline = load_pipeline(base_folder, device="cpu")
+        if latents is not None:
+            train(pipeline.unet, load_scheduler(base_folder), latents, SETTINGS, seed=0)
+        return score(draw(pipeline), texts)
+
+    def gain(higher: dict[str, Array], lower: dict[str, Array], key: str) -> tuple[float, float]:
+        """The interval of one score's paired difference."""
+        return (bootstrap_mean(higher[key], counts) - bootstrap_mean(lower[key], counts)).ci95
 
     counts = resample_counts(len(labels), 2000, seed=0)
-    base = score(draw(load_pipeline(base_folder, device="cpu")), texts)
-    learned, control = delta(latents), delta(with_shuffled_captions(latents))
+    base, learned, control = scores_of(None), scores_of(latents), scores_of(with_shuffled_captions(latents))
+    assert gain(learned, base, "clip_score")[0] > 0
     for key in ("clip_score", "margin", "top1"):
-        assert learned[key][0] > 0, learned
-        assert control[key][0] <= 0, control
+        assert gain(learned, control, key)[0] > 0, key
+        assert gain(control, base, key)[0] <= 0, key

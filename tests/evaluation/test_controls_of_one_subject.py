@@ -16,8 +16,8 @@ from bestiary.evaluation.scoring import Array, unit
 from bestiary.registry.gate import decide
 
 ROOT = Path(__file__).parents[2]
-PIP = sorted((ROOT / "examples" / "pip" / "photos" / "pip").iterdir())  # 16 photos
-OTHERS = sorted((ROOT / "examples" / "pip" / "photos" / "other-penguins").iterdir())  # 12 photos
+PIP = sorted((ROOT / "examples" / "pip" / "photos" / "pip").glob("*.jpg"))  # 16 photos
+OTHERS = sorted((ROOT / "examples" / "pip" / "photos" / "other-penguins").glob("*.jpg"))  # 12 photos
 PLAIN = sorted((ROOT / "samples" / "penguin").iterdir())  # without clothes
 CONTEXTS: NDArray[np.int64] = np.repeat([0, 1], 4)  # a photo by night, a photo in the sun
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 def test_a_folder_of_photos_and_one_command_make_an_adapter_and_a_page_about_it(tmp_path: Path) -> None:
     photos = tmp_path / "my photos"
     photos.mkdir()
-    for path in sorted((ROOT / "examples" / "pip" / "photos" / "pip").iterdir())[:8]:
+    for path in sorted((ROOT / "examples" / "pip" / "photos" / "pip").iterdir())[:16]:  # 8 photos and their captions
         shutil.copy2(path, photos)
     project = Project(tmp_path / "project")
     project.folder.mkdir()

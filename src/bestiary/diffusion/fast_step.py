@@ -73,7 +73,8 @@ class FastPrediction:
         plain: Any = _Sample(self.model)
         step = plain
         if compiled:
-            step = self._compiled(plain, (noisy, timesteps, features), must) or plain
+            compiled_step = self._compiled(plain, (noisy, timesteps, features), must)
+            step = plain if compiled_step is None else compiled_step  # a compiled module has no truth value
         if graph:
             try:
                 step = torch.cuda.make_graphed_callables(step, (noisy, timesteps, features))

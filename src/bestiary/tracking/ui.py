@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from bestiary.tracking.addresses import sqlite_path
 from bestiary.tracking.store import EXPERIMENT, check_database, open_client, tracking_uri
 
 START_SECONDS = 180.0  # for a server that hangs; it starts in about ten
+STOP_SECONDS = 10.0  # a worker that is told to end while it starts can miss it
 HOST = "127.0.0.1"
 
 
@@ -35,9 +38,11 @@ def show_runs(port: int, ready: Callable[[str], None]) -> None:
         raise BestiaryError(f"There are no runs yet: {path} does not exist. Run `dvc repro`.")
     check_database(uri)
     _check_port(port)
+    # One worker is enough for one reader, and starts and stops sooner than MLflow's four.
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", HOST, "--port", str(port)]
+    command += ["--workers", "1"]
     with tempfile.TemporaryFile() as log:  # what the server prints is for developers, unless it does not start
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             address = address_of_runs(f"http://{HOST}:{port}", _experiment(uri))
             if not _answers(f"http://{HOST}:{port}/health", server):
@@ -47,8 +52,7 @@ def show_runs(port: int, ready: Callable[[str], None]) -> None:
             ready(address)
             server.wait()
         finally:
-            server.terminate()
-            server.wait()
+            _stop(server)
 
 
 def address_of_runs(server: str, experiment: str) -> str:
@@ -58,6 +62,16 @@ def address_of_runs(server: str, experiment: str) -> str:
     'http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning'
     """
     return f"{server}/#/experiments/{experiment}/runs?workflowType=machine_learning"
+
+
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    """End the server and its workers; one that does not end when asked is killed."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(STOP_SECONDS)
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
 
 
 def has_display() -> bool:

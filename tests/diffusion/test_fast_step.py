@@ -62,6 +62,29 @@ def test_other_shapes_than_the_trainings_take_the_plain_way(
     assert seen == [inputs[0].shape]
 
 
+def test_a_captured_graph_is_used_although_it_is_the_same_module(
+    base: Path, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replays: list[torch.Size] = []
+
+    def captured(module: nn.Module, _example: object) -> nn.Module:
+        """As torch.cuda.make_graphed_callables, which needs a GPU: the module itself, with another forward."""
+        forward = module.forward
+
+        def replay(*given: torch.Tensor) -> object:
+            replays.append(given[0].shape)
+            return forward(*given)
+
+        module.forward = replay
+        return module
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", captured)
+    predict = FastPrediction(load_unet(base))
+    predict.use(inputs, compiled=False, graph=True)
+    predict(*inputs)
+    assert replays == [inputs[0].shape]
+
+
 def test_a_cpu_and_several_processes_do_not_compile_by_themselves() -> None:
     assert CompileChoice("auto", 100_000, 1).compile_now(torch.device("cpu")) is False
     assert CompileChoice("auto", 100_000, 2).compile_now(torch.device("cuda")) is False

@@ -19,7 +19,7 @@ from bestiary.diffusion.training import train
 from bestiary.evaluation import pictures
 from bestiary.evaluation.judge import Judge
 from bestiary.evaluation.pictures import make_jobs
-from bestiary.evaluation.scoring import Array, JudgedImages, bootstrap_mean, resample_counts, score
+from bestiary.evaluation.scoring import JudgedImages, bootstrap_mean, resample_counts, score
 from bestiary.samplers import Sampling
 
 if TYPE_CHECKING:
@@ -81,14 +81,14 @@ def test_an_adapter_trained_on_shuffled_captions_does_not_score_better_than_the_
     def draw(pipeline: StableDiffusionPipeline) -> JudgedImages:
         return pictures.view(judge, generate(pipeline, jobs.prompts, jobs.seeds, SAMPLING, batch_size=24), labels)
 
-    def scores_of(latents: Latents | None) -> dict[str, Array]:
+    def scores_of(latents: Latents | None) -> pd.DataFrame:
         """Each picture's scores, drawn with an adapter that was trained on `latents`, or without one."""
         pipeline = load_pipeline(base_folder, device="cpu")
         if latents is not None:
             train(pipeline.unet, load_scheduler(base_folder), latents, SETTINGS, seed=0)
         return score(draw(pipeline), texts)
 
-    def gain(higher: dict[str, Array], lower: dict[str, Array], key: str) -> tuple[float, float]:
+    def gain(higher: pd.DataFrame, lower: pd.DataFrame, key: str) -> tuple[float, float]:
         """The interval of one score's paired difference."""
         return (bootstrap_mean(higher[key], counts) - bootstrap_mean(lower[key], counts)).ci95
 

@@ -70,27 +70,26 @@ class FastPrediction:
         """
         noisy, timesteps, features = (tensor.clone() for tensor in example)
         self.shape = noisy.shape
-        plain: Any = _Sample(self.model)
-        step = plain
-        if compiled:
-            compiled_step = self._compiled(plain, (noisy, timesteps, features), must)
-            step = plain if compiled_step is None else compiled_step  # a compiled module has no truth value
+        step: Any = _Sample(self.model)
+        compiled_step = self._compiled(step, (noisy, timesteps, features), must) if compiled else None
+        fast = compiled_step is not None
+        if compiled_step is not None:
+            step = compiled_step
         if graph:
-            try:
+            try:  # a module is changed in place and returned
                 step = torch.cuda.make_graphed_callables(step, (noisy, timesteps, features))
+                fast = True
             except RuntimeError as error:  # a graph keeps memory of its own, and not every kernel can be captured
                 torch.cuda.empty_cache()
                 tqdm.write(f"Training goes on without a CUDA graph ({type(error).__name__}).")
-        self.fast = None if step is plain else step
+        self.fast = step if fast else None
 
-    def _compiled(
-        self, plain: nn.Module, example: tuple[torch.Tensor, ...], must: bool
-    ) -> Callable[..., torch.Tensor] | None:
+    def _compiled(self, plain: nn.Module, example: tuple[torch.Tensor, ...], must: bool) -> Any | None:
         # In this layout compiled convolutions are faster, and eager ones slower.
         layouts = [(p, p.data) for p in self.model.parameters() if p.dim() == 4 and not p.requires_grad]
         for parameter, data in layouts:
             parameter.data = data.contiguous(memory_format=torch.channels_last)
-        step: Callable[..., torch.Tensor] = torch.compile(plain, dynamic=False)
+        step: Any = torch.compile(plain, dynamic=False)
         try:
             with waiting_bar(COMPILE_SECONDS):
                 step(*example).float().square().mean().backward()

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
@@ -25,8 +26,10 @@ SamplerName = Literal[
     "ddim-trailing",
     "tcd",
 ]
+Decoder = Literal["full", "tiny"]  # of the latents: the base's own, or a small one that was distilled from it
 # Noise levels (low, high]: only the steps inside are guided (arXiv:2404.07724).
 GuidanceInterval = tuple[float, float]
+Timesteps = tuple[int, ...]
 MAX_STEPS, MIN_SIDE, MAX_SIDE, SIDE_STEP, MAX_GUIDANCE_SCALE, MAX_ADAPTER_WEIGHT = 1000, 8, 4096, 8, 50, 2
 MAX_ADAPTERS = 8  # at once
 DEFAULT_DENOISE = 0.5
@@ -104,7 +107,8 @@ class Sampling:
 
     width and height are in pixels (None: the size that the base was trained at). guidance_interval None guides every
     step. adapter_weight is the factor that the adapter is applied with: 1.0 as trained. Guidance leads away from the
-    negative_prompt.
+    negative_prompt. timesteps are those that a few-step adapter was distilled for, falling and one for each step; None:
+    as the sampler spaces them.
     """
 
     sampler: str = "dpmsolver++"
@@ -115,6 +119,8 @@ class Sampling:
     height: int | None = None
     adapter_weight: float = 1.0
     negative_prompt: str = ""
+    timesteps: Timesteps | None = None
+    decoder: Decoder = "full"
 
     @property
     def is_possible(self) -> bool:
@@ -131,7 +137,14 @@ class Sampling:
             and 0 <= low < high < math.inf
             and all(side is None or MIN_SIDE <= side <= MAX_SIDE for side in (self.width, self.height))
             and 0 <= self.adapter_weight < math.inf
+            and (self.timesteps is None or _fit(self.timesteps, self.steps))
         )
+
+
+def _fit(timesteps: Timesteps, steps: int) -> bool:
+    """Whether there is one timestep for each step, and each is below the one before."""
+    falls = all(early > late for early, late in pairwise(timesteps))
+    return len(timesteps) == steps and falls and min(timesteps) >= 0 and max(timesteps) < MAX_STEPS
 
 
 def denoising_steps(steps: int, denoise: float) -> int:
@@ -155,6 +168,7 @@ class SamplingChanges:
     height: int | None = None
     negative_prompt: str | None = None
     adapter_weight: float | None = None
+    decoder: Decoder | None = None
 
     def apply(self, sampling: Sampling) -> Sampling:
         """The sampling with these changes.
@@ -183,9 +197,12 @@ class StoredSampling:
     height: int | None = None
     adapter_weight: float = 1.0
     negative_prompt: str = ""
+    timesteps: Timesteps | None = None
+    decoder: Decoder = "full"
 
 
-OPTIONAL = ("width", "height", "adapter_weight", "negative_prompt")  # stored only if they differ from their defaults
+# Stored only if they differ from their defaults.
+OPTIONAL = ("width", "height", "adapter_weight", "negative_prompt", "timesteps", "decoder")
 
 
 def to_stored(sampling: Sampling) -> dict[str, object]:
@@ -205,6 +222,8 @@ def to_stored(sampling: Sampling) -> dict[str, object]:
         height=None if square else sampling.height,
         adapter_weight=sampling.adapter_weight,
         negative_prompt=sampling.negative_prompt,
+        timesteps=sampling.timesteps,
+        decoder=sampling.decoder,
     )
     return {
         each.name: getattr(stored, each.name)
@@ -224,6 +243,8 @@ def from_stored(stored: StoredSampling) -> Sampling:
         height=stored.resolution or stored.height,
         adapter_weight=stored.adapter_weight,
         negative_prompt=stored.negative_prompt,
+        timesteps=stored.timesteps,
+        decoder=stored.decoder,
     )
 
 

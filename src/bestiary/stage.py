@@ -36,6 +36,7 @@ from bestiary.yaml_file import read_yaml
 REPORTS = Path("reports")
 RESULTS = REPORTS / "results"
 METRICS = REPORTS / "metrics"
+FAST_PIPELINE = Path("fast") / "dvc.yaml"  # the stages that make the fast variant; `dvc repro` leaves them out
 # Unfinished work. Relative to the project's root, as StageRun.hold resolves it: DVC deletes the copy of the project
 # that a queued experiment runs in, but the work must survive it.
 CACHE = Path(".cache")
@@ -301,7 +302,10 @@ class _DataDvc(BaseModel):
 
 def _read_definition(name: str) -> _Definition:
     try:
-        stage = _DvcYaml.model_validate(read_yaml(Path("dvc.yaml"))).stages[name]
+        stages = _DvcYaml.model_validate(read_yaml(Path("dvc.yaml"))).stages
+        if name not in stages and FAST_PIPELINE.exists():
+            stages = _DvcYaml.model_validate(read_yaml(FAST_PIPELINE)).stages
+        stage = stages[name]
     except FileNotFoundError:
         raise BestiaryError("There is no dvc.yaml here. Run this in the project's folder.") from None
     except (KeyError, ValidationError):

@@ -8,6 +8,7 @@ torchrun --nproc-per-node 2 tools/make_world.py --start-from models --unet-minut
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -65,12 +66,13 @@ def main(
     if "RANK" in os.environ:
         distributed.init_process_group("gloo")
     first = rank() == 0
+    wanted = parts or PARTS
     if first:
-        _prepare(cache)
+        _prepare(cache, wanted)
     _wait()
     pictures, things = _shown(cache), rendered_things(cache, 2_000)
     tokenizer = CLIPTokenizer.from_pretrained(cache / "tokenizer")
-    for part in parts or PARTS:
+    for part in wanted:
         if part == "text":
             clip.train("text", 11, pictures, things, tokenizer, cache, clip_minutes, start)
         elif part == "judge":
@@ -108,9 +110,10 @@ def _wait() -> None:
         distributed.monitored_barrier(timeout=timedelta(hours=1))
 
 
-def _prepare(cache: Path) -> None:
+def _prepare(cache: Path, wanted: Sequence[str]) -> None:
     _shown(cache)
-    _judged(cache)
+    if "judge" in wanted:
+        _judged(cache)
     rendered_things(cache, 2_000)
     if not (cache / "tokenizer").exists():
         train_tokenizer(cache / "tokenizer")

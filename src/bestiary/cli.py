@@ -458,12 +458,16 @@ def _draw_grids(
 @cli.command()
 @click.argument("what", metavar="URI")
 @base_option
+@click.option("--fast", is_flag=True, help="Copy the fast variant: OUT/few_step and OUT/openvino.")
 @click.option("--out", required=True, type=FOLDER, help="Folder for the adapter.")
-def pull(what: str, base: str | None, out: Path) -> None:
-    """Copy a registered adapter, verified, to this disk."""
+def pull(what: str, base: str | None, fast: bool, out: Path) -> None:
+    """Copy a registered adapter, or its fast variant, verified, to this disk."""
     from bestiary.registry import resolving
 
-    click.echo(resolving.pull(what, out, base, _known_bases()))
+    if fast and base:
+        raise BestiaryError("The fast variant needs no base. Leave out --base.")
+    for path in resolving.pull_fast(what, out) if fast else [resolving.pull(what, out, base, _known_bases())]:
+        click.echo(path)
 
 
 @cli.group()

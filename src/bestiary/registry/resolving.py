@@ -13,6 +13,7 @@ from platformdirs import user_cache_path
 from bestiary.diffusion.single_file import PICKLES, SUFFIX, is_single_file
 from bestiary.errors import BestiaryError, shown
 from bestiary.files import is_file, is_folder, project_root, write_atomically
+from bestiary.registry import fast_variant as fast
 from bestiary.registry.tags import read_tags
 from bestiary.registry.versions import REGISTER, Version, find_version, local_database, weights
 from bestiary.samplers import DrawingDefaults, Sampling
@@ -117,6 +118,25 @@ def cache_folder() -> Path:
     return Path(os.environ.get("BESTIARY_CACHE") or user_cache_path("bestiary")) / "adapters"
 
 
+def fast_variant(version: Version) -> Path | None:
+    """The export of a version's fast variant, its content checked; None when no fast variant was accepted.
+
+    One from a server is downloaded once, into the user's cache folder. Raises BestiaryError when its files are lost or
+    have changed.
+    """
+    return fast.find_stored(version, fast_cache()).export if fast.is_accepted(version) else None
+
+
+def few_step_adapter(version: Version) -> Path | None:
+    """The folder of the few-step adapter of a version's fast variant, otherwise as `fast_variant`."""
+    return fast.find_stored(version, fast_cache()).few_step if fast.is_accepted(version) else None
+
+
+def fast_cache() -> Path:
+    """The folder for fast variants from servers, beside the one for adapters."""
+    return cache_folder().with_name("fast")
+
+
 def find_base(adapter: Adapter, base: str | None = None, known: Collection[str] = ()) -> str:
     """The folder or hub id of the adapter's base: `base` if given, else the one that the adapter names.
 
@@ -171,6 +191,14 @@ def locate_base(named: str, whose: str = "") -> str:
             "base's folder or file with --base."
         )
     return named
+
+
+def pull_fast(what: str, out: Path) -> list[Path]:
+    """Copy the fast variant of a registered version to `out`, verified. Returns the folders of adapter and export.
+
+    Raises BestiaryError when there is none, when it was refused, and when its files are lost or have changed.
+    """
+    return fast.pull_fast(what, out, fast_cache())
 
 
 def pull(what: str, out: Path, base: str | None = None, known: Collection[str] = ()) -> Path:

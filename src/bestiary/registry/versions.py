@@ -26,6 +26,7 @@ from bestiary.tracking.store import check_database, explain, open_client, regist
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel
+    from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
 WEIGHTS = "adapter_weights"  # the folder in a version's files that mlflow.diffusers keeps an adapter in
 REGISTER = "dvc repro --force --single-item register"
@@ -164,21 +165,41 @@ def weights(version: Version, folder: Path) -> Path:
 
     Raises BestiaryError when the registry has lost them.
     """
-    if path := local_database():
-        with open_local(path) as database:
-            files = local_path(database.files(version.name, version.version))
-        if files is not None:
-            if not (files / WEIGHTS).is_dir():
-                raise lost_error(version, str(files / WEIGHTS))
-            return files / WEIGHTS
+    if files := local_files(version):
+        if not (files / WEIGHTS).is_dir():
+            raise lost_error(version, str(files / WEIGHTS))
+        return files / WEIGHTS
+    return download(version, WEIGHTS, folder)
+
+
+def local_files(version: Version) -> Path | None:
+    """The folder of a version's files on this disk; None when the registry keeps them elsewhere."""
+    path = local_database()
+    if path is None:
+        return None
+    with open_local(path) as database:
+        return local_path(database.files(version.name, version.version))
+
+
+def download(version: Version, name: str, folder: Path) -> Path:
+    """Copy the folder `name` of a version's files from where the registry keeps them into `folder`; return the copy."""
     uri, client = open_registry()
     with plain_errors(uri):
         import mlflow
 
         hide_progress_bars()
         source = client.get_model_version_download_uri(version.name, str(version.version))
-        copy = mlflow.artifacts.download_artifacts(f"{source}/{WEIGHTS}", dst_path=str(folder), tracking_uri=uri)
+        copy = mlflow.artifacts.download_artifacts(f"{source}/{name}", dst_path=str(folder), tracking_uri=uri)
         return Path(copy)
+
+
+def file_store(client: MlflowClient, version: Version) -> ArtifactRepository:
+    """MLflow's store of a version's files, to list, add and delete them."""
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    hide_progress_bars()
+    place = client.get_model_version_download_uri(version.name, str(version.version))
+    return get_artifact_repository(place, tracking_uri=tracking_uri())
 
 
 def lost_error(version: Version, what: str) -> BestiaryError:

@@ -22,6 +22,7 @@ from bestiary.samplers import (
     MAX_SIDE,
     MAX_STEPS,
     MIN_SIDE,
+    Decoder,
     DrawingDefaults,
     GuidanceInterval,
     SamplerName,
@@ -320,7 +321,14 @@ class Benchmark(Section):
     guidance_interval: Interval
     dtypes: list[Literal["float32", "bfloat16", "float16"]]
     compile: list[bool]
-    tiny_vae: Model | None  # a distilled decoder (TAESD) for this base
+
+
+class Export(Section):
+    """How to export the few-step adapter for OpenVINO."""
+
+    precision: Literal["int8", "bf16", "fp32"]  # of the UNet
+    decoder: Decoder
+    calibration_pictures: int = Positive  # drawn to measure the UNet's activations, for int8
 
 
 class Register(Section):
@@ -339,6 +347,7 @@ class Params(Section):
     base: Model
     judge: Model
     captioner: Model | None  # writes captions on request
+    tiny_decoder: Model | None  # a small decoder that was distilled from the base's own
     dataset: Dataset
     clean: Clean
     split: Split
@@ -347,6 +356,7 @@ class Params(Section):
     distill: Distill
     evaluate: Evaluate
     benchmark: Benchmark
+    export: Export
     register_: Register = Field(alias="register")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from bestiary.diffusion.sampling import generate
 from bestiary.diffusion.sheet import Sheet
@@ -14,20 +14,32 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
     from bestiary.evaluation.judge import Judge
-    from bestiary.params import Train
+    from bestiary.samplers import Sampling
 
 BATCH_SIZE = 8
 
 
+class SheetSettings(Protocol):
+    """What a validation draws, and how; params.Train and params.Distill say it."""
+
+    @property
+    def sheet_animals(self) -> int: ...
+
+    @property
+    def sheet_seeds(self) -> int: ...
+
+    def sheet_sampling(self, side: int) -> Sampling: ...
+
+
 class TrainingWatch:
-    """Draws `train.sheet_animals` of the subjects, evenly chosen, with the adapter in training, and keeps a sheet."""
+    """Draws `sheet_animals` of the subjects, evenly chosen, with the adapter in training, and keeps a sheet."""
 
     def __init__(
         self,
         pipeline: StableDiffusionPipeline,
         judge: Judge,
         subjects: Sequence[Subject],
-        settings: Train,
+        settings: SheetSettings,
         *,
         seed: int,
         resolution: int,

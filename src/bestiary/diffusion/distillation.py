@@ -153,7 +153,7 @@ def path_timesteps(passes: Sequence[int], teacher_steps: int, total: int) -> lis
     return sorted(step for step in ends | set(passes) if step <= max(passes))
 
 
-class _Path:
+class TeacherPath:
     """The teacher's guided DDIM path (Song et al. 2020, arXiv:2010.02502) and where its parts end."""
 
     def __init__(self, unet: UNet2DConditionModel, scheduler: DDPMScheduler, settings: Distill) -> None:
@@ -270,7 +270,7 @@ class _Run:
         # Evaluation mode: nothing has dropout, and PEFT would add its own in training mode.
         unet.eval()
         self.features = latents.training.features.to(unet.device, unet.dtype)  # (captions, T, D)
-        self.path = _Path(unet, scheduler, settings)
+        self.path = TeacherPath(unet, scheduler, settings)
         weights = torch.zeros(len(self.path.schedule.alpha))
         weights[self.path.timesteps] = 1.0
         draws = _Draws(settings.steps, settings.batch_size)
@@ -399,7 +399,7 @@ class _Lesson:
     classes: list[str]
 
 
-def _lessons(path: _Path, latents: Latents, settings: Distill) -> list[_Lesson]:
+def _lessons(path: TeacherPath, latents: Latents, settings: Distill) -> list[_Lesson]:
     """A lesson in each pass for evenly chosen validation images; the first pass starts from noise alone."""
     cache = latents.validation
     grid = ValidationGrid(cache, len(path.schedule.alpha))

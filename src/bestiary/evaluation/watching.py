@@ -20,15 +20,13 @@ BATCH_SIZE = 8
 
 
 class SheetSettings(Protocol):
-    """What a validation draws, and how; params.Train and params.Distill say it."""
+    """How much a validation draws; params.Train and params.Distill say it."""
 
     @property
     def sheet_animals(self) -> int: ...
 
     @property
     def sheet_seeds(self) -> int: ...
-
-    def sheet_sampling(self, side: int) -> Sampling: ...
 
 
 class TrainingWatch:
@@ -40,21 +38,25 @@ class TrainingWatch:
         judge: Judge,
         subjects: Sequence[Subject],
         settings: SheetSettings,
+        sampling: Sampling,
         *,
         seed: int,
-        resolution: int,
         folder: Path,
+        first: str = "base",
     ) -> None:
-        """`folder` keeps the sheet's rows until the run has finished, for when it is killed and resumed."""
+        """`folder` keeps the sheet's rows until the run has finished, for when it is killed and resumed.
+
+        `first` labels the row of step 0.
+        """
         count = min(settings.sheet_animals, len(subjects))
         shown = [subjects[number * len(subjects) // count] for number in range(count)]
         self.pipeline = pipeline
         self.judge = judge
-        self.sampling = settings.sheet_sampling(resolution)
+        self.sampling = sampling
         self.prompts = [caption(subject, templates_of([subject])[0]) for subject in shown] * settings.sheet_seeds
         self.seeds = [seed + number for number in range(settings.sheet_seeds) for _ in shown]
         self.text_features = judge.text_features(self.prompts)  # (B, D)
-        self.sheet = Sheet(folder, [subject.name for subject in shown])
+        self.sheet = Sheet(folder, [subject.name for subject in shown], first)
         self._saved: set[int] = set()  # steps
 
     def draw(self, step: int) -> float:

@@ -323,6 +323,27 @@ class Benchmark(Section):
     tiny_vae: Model | None  # a distilled decoder (TAESD) for this base
 
 
+class Losses(Section):
+    """How far the fast variant may fall behind the default way, by score: the end of the 95 % interval counts."""
+
+    clip_score: float = Field(ge=0)
+    margin: float = Field(ge=0)
+    top1: float = Field(ge=0)  # percentage points
+    cmmd: float = Field(ge=0)
+
+
+class Accept(Section):
+    """What the fast variant must prove before it is stored with the registered version."""
+
+    max_loss: Losses
+    min_diversity: float = Field(ge=0, le=1)  # share of the reference's diversity
+    max_copied: float = Field(ge=0, le=1)  # share of pictures that look copied from training images
+    reference_steps: Steps  # of DDPM, guided at every step
+    timed_pictures: int = Positive  # for the seconds of one picture
+    extra_seeds: int = Field(ge=0)  # pictures a class beside those that evaluate drew
+    reference_seeds: int = Field(ge=2)  # pictures a class by the reference, which is expensive
+
+
 class Register(Section):
     name: Annotated[str, AfterValidator(addressable)]
     champion_score: Literal["clip_score", "margin", "top1"]  # for several classes
@@ -347,6 +368,7 @@ class Params(Section):
     distill: Distill
     evaluate: Evaluate
     benchmark: Benchmark
+    accept: Accept
     register_: Register = Field(alias="register")
 
 

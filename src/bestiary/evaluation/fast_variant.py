@@ -198,9 +198,7 @@ class _Drawer:
     jobs: Jobs
     timed: int
 
-    def by_torch(
-        self, way: Way, adapter: Path, sampling: Sampling, parts: Sequence[tuple[Rows, PictureCache | None]]
-    ) -> Side:
+    def by_torch(self, way: Way, adapter: Path, sampling: Sampling, parts: Sequence[Part]) -> Side:
         """The pictures by the base with an adapter. `parts` of the jobs have caches of their own."""
         images: list[Image] = []
         for rows, cache in parts:

@@ -17,6 +17,7 @@ from PIL import ImageOps
 from PIL.Image import Image, Resampling
 
 from bestiary.diffusion.base import encode_text, quiet_loading
+from bestiary.diffusion.decoders import decoder_of
 from bestiary.diffusion.prompts import encode_prompts
 from bestiary.diffusion.weight_changes import has_changes
 from bestiary.errors import BestiaryError
@@ -96,7 +97,8 @@ def check_sampling(pipeline: StableDiffusionPipeline, sampling: Sampling) -> Non
 
 
 def _has_adapter(pipeline: StableDiffusionPipeline) -> bool:
-    return bool(getattr(pipeline.unet, "peft_config", None)) or has_changes(pipeline.unet)
+    fused = getattr(pipeline.unet, "fused_adapter", False)  # of an export
+    return fused or bool(getattr(pipeline.unet, "peft_config", None)) or has_changes(pipeline.unet)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -135,6 +137,9 @@ def generate(
     contains values that are not finite.
     """
     check_sampling(pipeline, sampling)
+    decoder_of(pipeline, sampling)  # a missing one is reported before anything is drawn
+    if start and not hasattr(pipeline.vae, "encode"):
+        raise BestiaryError("An export has no encoder, so it cannot start from an image. Draw with --engine torch.")
     width, height = (side or base_side(pipeline) for side in (sampling.width, sampling.height))
     pipeline.scheduler = make_scheduler(sampling.sampler, pipeline.scheduler.config, sampling.steps)
     steps = denoising_steps(sampling.steps, start.denoise) if start else sampling.steps
@@ -160,7 +165,7 @@ def generate(
         )
         # Stochastic samplers draw more noise from the generators.
         latents = denoise(pipeline, sampling, (width, height), [seeded(seed) for _, seed in batch], guided)
-        images.extend(_decode(pipeline, latents))
+        images.extend(_decode(pipeline, latents, sampling))
     return images
 
 
@@ -232,10 +237,10 @@ def _from_image(
     return latents
 
 
-def _decode(pipeline: StableDiffusionPipeline, latents: torch.Tensor) -> list[Image]:
+def _decode(pipeline: StableDiffusionPipeline, latents: torch.Tensor, sampling: Sampling) -> list[Image]:
+    vae = decoder_of(pipeline, sampling)
     # A UNet in half precision with an adapter in training answers in float32.
-    latents = latents.to(pipeline.vae.dtype) / pipeline.vae.config.scaling_factor
-    decoded = pipeline.vae.decode(latents).sample
+    decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
     if not torch.isfinite(decoded).all():  # as bytes these would silently become black
         source = "adapter" if _has_adapter(pipeline) else "base"
         raise BestiaryError(f"The {source} draws pictures that contain values that are not finite.")

@@ -19,9 +19,9 @@ LABELS: Mapping[Way, str] = {
     "few_step": "few-step, float32",
     "fast": "fast variant",
 }
+MAKE = "make fast"
 MIN_PICTURES = 20  # with fewer, a bootstrap interval of CMMD or diversity says more about the sample than about the way
 SHOWN = ("clip_score", "margin", "top1", "cmmd", "diversity")
-DIVERSITY = "diversity"
 
 
 class _Table(BaseModel):
@@ -168,7 +168,7 @@ def read_acceptance(path: Path) -> AcceptanceReport:
     try:
         return AcceptanceReport.model_validate_json(path.read_bytes())
     except FileNotFoundError:
-        raise BestiaryError(f"There is no fast variant yet: {path} does not exist. Run `make fast`.") from None
+        raise BestiaryError(f"There is no fast variant yet: {path} does not exist. Run `{MAKE}`.") from None
     except ValidationError:
         raise BestiaryError(f"{path} is damaged. Delete it and run `make fast`.") from None
 

@@ -13,9 +13,11 @@ import numpy as np
 import pandas as pd
 
 from bestiary.diffusion.sampling import generate, guidance_scales, make_scheduler
+from bestiary.errors import BestiaryError
 from bestiary.evaluation import pictures, plots, scoring
 from bestiary.evaluation.acceptance import (
     LABELS,
+    MAKE,
     AcceptanceReport,
     Differences,
     Drawn,
@@ -80,6 +82,36 @@ class FastVariant:
     few_step_sampling: Sampling
     sampling: Sampling
     load: Callable[[], StableDiffusionPipeline]
+
+
+def read_fast_variant(few_step: Path, export: Path, *, adapter_sha256: str, side: int) -> FastVariant:
+    """The fast variant in the folders of a few-step adapter and of its export, for the adapter with this SHA-256.
+
+    torch draws at `side` pixels a side. Raises BestiaryError when one of them is missing or damaged, or when the export
+    holds another adapter.
+    """
+    from bestiary.diffusion.adapter import adapter_sha256 as sha256_of
+    from bestiary.diffusion.adapter_reading import read_adapter
+    from bestiary.diffusion.engines import open_export
+    from bestiary.diffusion.export_format import MANIFEST, file_sha256, read_manifest
+    from bestiary.diffusion.stored_adapter import adapter_file
+
+    manifest, sha256 = read_manifest(export), sha256_of(few_step)
+    if manifest.adapter_sha256 != sha256:
+        raise BestiaryError(f"{export} was exported from another adapter than {few_step}. Run `{MAKE}`.")
+    sampling = read_adapter(adapter_file(few_step)).few_step
+    if sampling is None:
+        raise BestiaryError(f"{few_step} does not say how to draw with it, so it is no few-step adapter. Run `{MAKE}`.")
+    identity = Identity(
+        adapter_sha256=adapter_sha256,
+        few_step_sha256=sha256,
+        export_sha256=file_sha256(export / MANIFEST),
+        engine=manifest.engine,
+        precision=manifest.precision,
+        decoder=manifest.decoder,
+    )
+    drawn_by_torch = replace(sampling, width=side, height=side)
+    return FastVariant(identity, few_step, drawn_by_torch, manifest.defaults.sampling, lambda: open_export(export))
 
 
 @dataclass(frozen=True)

@@ -31,17 +31,13 @@ from bestiary.registry.versions import (
 )
 from bestiary.samplers import DrawingDefaults
 
-# The tags of a version that has been through `make fast`.
-FAST, REASONS, FEW_STEP, EXPORT, DEFAULTS, RUN = (
-    "fast",
-    "fast_reasons",
-    "fast_few_step_sha256",
-    "fast_export_sha256",
-    "fast_usual",
-    "fast_run",
-)
+# The tags of a version that has been through `make fast`, besides versions.FAST_RUN.
+FAST, REASONS, DEFAULTS = "fast", "fast_reasons", "fast_usual"
+FEW_STEP, EXPORT = "fast_few_step_sha256", "fast_export_sha256"
 ACCEPTED: Literal["accepted"] = "accepted"
 REFUSED: Literal["refused"] = "refused"
+PREFIX = "fast-"  # of the folders among a version's files
+ATTACH = "dvc repro --force --single-item fast/dvc.yaml:attach"
 FEW_STEP_FOLDER, EXPORT_FOLDER = "few_step", "openvino"
 
 
@@ -56,7 +52,7 @@ class FastTags:
     @property
     def folder(self) -> str:
         """The folder among the version's files that holds it."""
-        return f"fast-{hashlib.sha256(f'{self.few_step_sha256} {self.export_sha256}'.encode()).hexdigest()[:16]}"
+        return f"{PREFIX}{hashlib.sha256(f'{self.few_step_sha256} {self.export_sha256}'.encode()).hexdigest()[:16]}"
 
 
 @dataclass(frozen=True)
@@ -104,7 +100,7 @@ def find_stored(version: Version, cache: Path) -> StoredFastVariant:
     """
     tags = read_fast_tags(version)
     kept = cache / tags.folder
-    if _is_intact(kept, tags):
+    if is_intact(kept, tags):
         return _in(kept, tags)
     if files := local_files(version):
         found = files / tags.folder
@@ -139,7 +135,7 @@ def _in(folder: Path, tags: FastTags) -> StoredFastVariant:
     return StoredFastVariant(folder / FEW_STEP_FOLDER, folder / EXPORT_FOLDER, tags)
 
 
-def _is_intact(folder: Path, tags: FastTags, *, every_file: bool = False) -> bool:
+def is_intact(folder: Path, tags: FastTags, *, every_file: bool = False) -> bool:
     """Whether the folder holds the fast variant that the tags describe; also by the content of every file."""
     from bestiary.diffusion.adapter import adapter_sha256
 
@@ -162,17 +158,17 @@ def _check(version: Version, folder: Path, tags: FastTags, place: str, *, every_
     """Raise BestiaryError when the fast variant in a folder is missing or is not what the tags describe."""
     if not folder.is_dir():
         raise _lost(version, place)
-    if not _is_intact(folder, tags, every_file=every_file):
+    if not is_intact(folder, tags, every_file=every_file):
         raise BestiaryError(
-            f"The fast variant of {version.uri} has changed since it was stored: {place}. `{MAKE}` stores it again, if "
-            "the version is this project's."
+            f"The fast variant of {version.uri} has changed since it was stored: {place}. If the version is this "
+            f"project's, `{ATTACH}` stores it again."
         )
 
 
 def _lost(version: Version, place: str) -> BestiaryError:
     return BestiaryError(
-        f"The registry has lost the fast variant of {version.uri}: {place} does not exist. `{MAKE}` stores it again, "
-        "if the version is this project's."
+        f"The registry has lost the fast variant of {version.uri}: {place} does not exist. If the version is this "
+        f"project's, `{ATTACH}` stores it again."
     )
 
 
@@ -187,8 +183,11 @@ def _download(version: Version, tags: FastTags, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _written(folder: Path) -> Iterator[Path]:
-    """A temporary folder inside `folder`, removed afterwards. Raises BestiaryError when the disk refuses."""
-    temporary = folder / f".{uuid.uuid4().hex}"
+    """A temporary folder inside `folder`, removed afterwards, and `folder` too if it is new and empty.
+
+    Raises BestiaryError when the disk refuses.
+    """
+    is_new, temporary = not folder.exists(), folder / f".{uuid.uuid4().hex}"
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -196,6 +195,9 @@ def _written(folder: Path) -> Iterator[Path]:
         raise BestiaryError(f"{folder} cannot be written: {error.strerror or error}.") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if is_new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def _put_in_place(source: Path, target: Path) -> None:

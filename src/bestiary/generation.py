@@ -143,6 +143,7 @@ def defaults_of(adapters: Sequence[Evaluated]) -> DrawingDefaults | None:
         steps=fast.steps,
         guidance_scale=fast.guidance_scale,
         guidance_interval=None,
+        timesteps=fast.timesteps,
     )
     return replace(first, sampling=sampling)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -245,10 +244,6 @@ class Distill(Section):
     def sampling(self) -> Sampling:
         """How the few-step adapter is drawn: a clean guess at each timestep, with fresh noise between them."""
         return Sampling("lcm", steps=len(self.timesteps), guidance_scale=1.0, timesteps=self.timesteps)
-
-    def sheet_sampling(self, side: int) -> Sampling:
-        """How the pictures of a validation are drawn, at `side` pixels a side."""
-        return replace(self.sampling(), width=side, height=side)
 
 
 class Sweep(Section):

@@ -18,6 +18,7 @@ from PIL.Image import Image, Resampling
 
 from bestiary.diffusion.base import encode_text, quiet_loading
 from bestiary.diffusion.decoders import decoder_of
+from bestiary.diffusion.few_step import check_few_step
 from bestiary.diffusion.prompts import encode_prompts
 from bestiary.diffusion.weight_changes import has_changes
 from bestiary.errors import BestiaryError
@@ -75,7 +76,8 @@ def base_side(pipeline: StableDiffusionPipeline) -> int:
 def check_sampling(pipeline: StableDiffusionPipeline, sampling: Sampling) -> None:
     """Raise BestiaryError when this base cannot draw so.
 
-    The reasons: an unknown sampler, a wrong size, too many LCM steps, or a negative prompt without guidance.
+    The reasons: an unknown sampler, a wrong size, too many LCM steps, a negative prompt without guidance, or a few-step
+    adapter that was distilled to be drawn otherwise.
     """
     if sampling.sampler not in SAMPLERS:
         raise BestiaryError(f"There is no sampler {sampling.sampler!r}. Choose one of {', '.join(SAMPLERS)}.")
@@ -88,8 +90,11 @@ def check_sampling(pipeline: StableDiffusionPipeline, sampling: Sampling) -> Non
             "A negative prompt has no effect without guidance. Leave it out, or draw with a guidance scale above 1 and "
             "a base that is no latent consistency model."
         )
-    # An LCM-LoRA (arXiv:2311.05556) cannot be told from another adapter by its weights.
-    if sampling.sampler == "lcm" and not is_lcm(pipeline) and not _has_adapter(pipeline):
+    check_few_step(sampling)
+    # An LCM-LoRA (arXiv:2311.05556) cannot be told from another adapter by its weights. Only a few-step adapter, which
+    # may be fused into the base, comes with timesteps.
+    may_be_lcm = is_lcm(pipeline) or _has_adapter(pipeline) or sampling.timesteps is not None
+    if sampling.sampler == "lcm" and not may_be_lcm:
         raise BestiaryError("The scheduler 'lcm' needs a latent consistency model, and this base is not one.")
     if sampling.sampler in ("lcm", "tcd") and sampling.steps > (most := max_lcm_steps(pipeline)):
         what = "A latent consistency model" if sampling.sampler == "lcm" else "The sampler tcd"
@@ -197,6 +202,7 @@ def _from_noise(
         latents=noise.to(pipeline.device, pipeline.unet.dtype),
         generator=generators,
         num_inference_steps=sampling.steps,
+        timesteps=_timesteps(sampling),
         guidance_scale=guided.scales[0],
         height=height,
         width=width,
@@ -205,6 +211,11 @@ def _from_noise(
         output_type="latent",
     ).images
     return latents
+
+
+def _timesteps(sampling: Sampling) -> list[int] | None:
+    """The timesteps in diffusers' form; None: as the scheduler spaces them."""
+    return None if sampling.timesteps is None else list(sampling.timesteps)
 
 
 def _from_image(
@@ -229,6 +240,7 @@ def _from_image(
         strength=min((steps + 0.5) / sampling.steps, 1.0),  # diffusers rounds steps * strength down
         generator=generators,  # for the posterior of the image's latents and for the noise
         num_inference_steps=sampling.steps,
+        timesteps=_timesteps(sampling),
         guidance_scale=guided.scales[0],
         eta=SAMPLERS[sampling.sampler].eta,
         callback_on_step_end=_switch_guidance(guided),

@@ -58,7 +58,14 @@ def resolve(what: str) -> Adapter:
     tags = read_tags(version)
     file = _registered_file(version, tags.adapter_sha256)
     return Adapter(
-        file, version.uri, tags.base, tags.base_revision, tags.base_sha256, tags.defaults, subjects=tags.subjects
+        file,
+        version.uri,
+        tags.base,
+        tags.base_revision,
+        tags.base_sha256,
+        tags.defaults,
+        few_step=tags.defaults is not None and tags.defaults.sampling.timesteps is not None,
+        subjects=tags.subjects,
     )
 
 
@@ -72,7 +79,8 @@ def _from_file(file: Path, what: str) -> Adapter:
     if content.alpha_rule:
         notes.append(f"{what}: the alpha {spread(content.alphas)} was assumed: {content.alpha_rule}.")
     if content.few_step:
-        notes.append(f"{what} is a few-step adapter by its name: by default {_in_words(content.few_step)}.")
+        source = "its name" if content.few_step.timesteps is None else "its file"
+        notes.append(f"{what} is a few-step adapter by {source}: by default {_in_words(content.few_step)}.")
     return Adapter(
         file,
         what,

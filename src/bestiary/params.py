@@ -21,6 +21,7 @@ from bestiary.samplers import (
     MAX_SIDE,
     MAX_STEPS,
     MIN_SIDE,
+    Decoder,
     DrawingDefaults,
     GuidanceInterval,
     SamplerName,
@@ -315,7 +316,14 @@ class Benchmark(Section):
     guidance_interval: Interval
     dtypes: list[Literal["float32", "bfloat16", "float16"]]
     compile: list[bool]
-    tiny_vae: Model | None  # a distilled decoder (TAESD) for this base
+
+
+class Export(Section):
+    """How to export the few-step adapter for OpenVINO."""
+
+    precision: Literal["int8", "bf16", "fp32"]  # of the UNet
+    decoder: Decoder
+    calibration_pictures: int = Positive  # drawn to measure the UNet's activations, for int8
 
 
 class Losses(Section):
@@ -355,6 +363,7 @@ class Params(Section):
     base: Model
     judge: Model
     captioner: Model | None  # writes captions on request
+    tiny_decoder: Model | None  # a small decoder that was distilled from the base's own
     dataset: Dataset
     clean: Clean
     split: Split
@@ -363,6 +372,7 @@ class Params(Section):
     distill: Distill
     evaluate: Evaluate
     benchmark: Benchmark
+    export: Export
     accept: Accept
     register_: Register = Field(alias="register")
 

@@ -47,6 +47,14 @@ def project_base(params: Params | None) -> Base | None:
     return located_base(params.base.model, params.base.revision) if params else None
 
 
+def project_tiny_decoder(params: Params | None) -> Base | None:
+    """The tiny decoder that params.yaml names; None for none, and outside a project."""
+    from bestiary.generation import located_base
+
+    tiny = params.tiny_decoder if params else None
+    return located_base(tiny.model, tiny.revision) if tiny else None
+
+
 def last_results() -> tuple[EvaluationReport, Registration | None]:
     """What the last `dvc repro` measured, and the registration of that adapter; None when it is not registered.
 

@@ -48,6 +48,11 @@ def add_tiny_decoder(pipeline: StableDiffusionPipeline, decoder: AutoencoderTiny
     setattr(pipeline, ATTRIBUTE, decoder)
 
 
+def has_tiny_decoder(pipeline: StableDiffusionPipeline) -> bool:
+    """Whether `add_tiny_decoder` has added one."""
+    return getattr(pipeline, ATTRIBUTE, None) is not None
+
+
 def decoder_of(pipeline: StableDiffusionPipeline, sampling: Sampling) -> Any:
     """The autoencoder that decodes a picture with this sampling.
 
@@ -63,7 +68,7 @@ def decoder_of(pipeline: StableDiffusionPipeline, sampling: Sampling) -> Any:
     tiny = getattr(pipeline, ATTRIBUTE, None)
     if tiny is None:
         raise BestiaryError(
-            "There is no tiny decoder for this base. Name one as tiny_decoder in params.yaml, or draw with the full one."
+            "There is no tiny decoder for this base. Name one as tiny_decoder in params.yaml, or use --decoder full."
         )
     return tiny
 

@@ -152,7 +152,7 @@ def is_exported(pipeline: StableDiffusionPipeline) -> bool:
 def _tokenizer(folder: Path) -> CLIPTokenizer:
     from transformers import CLIPTokenizer
 
-    return CLIPTokenizer.from_pretrained(folder)  # type: ignore[no-any-return]
+    return CLIPTokenizer.from_pretrained(folder)
 
 
 class _Network:

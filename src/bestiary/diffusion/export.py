@@ -6,9 +6,9 @@ import json
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,22 +16,31 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from bestiary import __version__
-from bestiary.diffusion.adapter import adapter_sha256, apply_adapter
+from bestiary.diffusion.adapter import adapter_sha256, apply_adapter, read_provenance
 from bestiary.diffusion.base import base_sha256, load_pipeline, quiet_loading
 from bestiary.diffusion.decoders import load_tiny_decoder, without_tiny
 from bestiary.diffusion.engines import INSTALL, Processor, openvino, refuse_statistics
-from bestiary.diffusion.export_format import FORMAT, MANIFEST, NETWORK_FILE, Manifest, Precision, hash_files, is_export
+from bestiary.diffusion.export_format import MANIFEST, NETWORK_FILE, Manifest, Precision, hash_files, is_export
 from bestiary.diffusion.sampling import base_side, generate, make_scheduler
 from bestiary.errors import BestiaryError
 from bestiary.files import write_atomically
-from bestiary.samplers import DrawingDefaults
+from bestiary.samplers import Decoder, DrawingDefaults
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 PACKAGES = ("openvino", "nncf", "openvino-tokenizers", "torch", "diffusers", "transformers")
+# The axes of each network's inputs whose sizes a drawing chooses: B, T, h and w.
+FREE_AXES = {
+    "input_ids": (0, 1),
+    "sample": (0, 2, 3),
+    "timestep": (),
+    "encoder_hidden_states": (0, 1),
+    "latent_sample": (0, 2, 3),
+}
 # The classes that readers of the layout know. A tiny decoder stands in the place of an AutoencoderKL's.
 CLASSES = {
     "scheduler": "diffusers",
@@ -52,10 +61,7 @@ class TinyDecoder:
 
 @dataclass(frozen=True)
 class Fused:
-    """The adapter to export, the name and weight to apply it by, its base, and how to draw with it.
-
-    distilled_from_sha256 is the SHA-256 of the adapter that a few-step adapter was distilled from.
-    """
+    """The adapter to export, the name and weight to apply it by, its base, and how to draw with it."""
 
     base: str
     base_revision: str | None
@@ -65,7 +71,6 @@ class Fused:
     weight: float
     defaults: DrawingDefaults
     few_step: bool = False
-    distilled_from_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,17 +83,45 @@ class Format:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The pictures that quantization measures the UNet's activations on, drawn as the export will be used."""
+    """The pictures that quantization measures the UNet's activations on, drawn as the export will be used.
+
+    One more picture, of the first prompt, is not used to quantize: it measures the error.
+    """
 
     prompts: Sequence[str]
     seed: int = 0
 
+    def shortest(self) -> Calibration:
+        """A single picture: enough to measure an error."""
+        return Calibration(self.prompts[:1], self.seed)
 
-Latents = tuple[np.ndarray, ...]  # the UNet's inputs: (B, C, h, w), (1,), (B, T, D)
+
+@dataclass(frozen=True)
+class Exported:
+    """A finished export: what its folder says, its size, and the UNet's error.
+
+    The error is that of the prediction against torch in float32, relative to its norm, on the inputs of one picture
+    that was not used to quantize.
+    """
+
+    manifest: Manifest
+    mib: float
+    unet_error: float
 
 
-def export(fused: Fused, form: Format, calibration: Calibration, out: Path) -> Manifest:
-    """Write the adapter, fused into its base, to the folder `out` for OpenVINO, and return what the folder says.
+Latents = tuple[NDArray[np.float32], ...]  # the UNet's inputs: (B, C, h, w), (1,), (B, T, D)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A call of the UNet: its inputs and what torch answers."""
+
+    inputs: Latents
+    output: torch.Tensor
+
+
+def export(fused: Fused, form: Format, calibration: Calibration, out: Path) -> Exported:
+    """Write the adapter, fused into its base, to the folder `out` for OpenVINO.
 
     An older export in `out` is replaced. Raises BestiaryError when OpenVINO or NNCF is not installed, when `out` holds
     anything else, when no adapter fits the base, and when the tiny decoder does not; nothing is written then.
@@ -99,7 +132,8 @@ def export(fused: Fused, form: Format, calibration: Calibration, out: Path) -> M
         raise BestiaryError(f"Quantizing to int8 needs nncf, which is not installed. Install it with `{INSTALL}`.")
     pipeline = load_pipeline(fused.base, fused.base_revision, device="cpu", dtype=torch.float32)
     apply_adapter(pipeline, fused.adapter, fused.weight)
-    samples = list(_calibrate(pipeline, fused, calibration)) if form.precision == "int8" else []
+    *calls, held_out = _watch(pipeline, fused, calibration if form.precision == "int8" else calibration.shortest())
+    samples = [sample.inputs for call in calls for sample in call]
     merge_adapters(pipeline)
     vae = pipeline.vae
     if form.tiny_decoder:
@@ -112,9 +146,11 @@ def export(fused: Fused, form: Format, calibration: Calibration, out: Path) -> M
         side = base_side(pipeline)
         for name, module, config, example in _networks(pipeline, vae):
             model = _converted(ov, module, example)
-            if name == "unet" and samples:
+            if name == "unet" and form.precision == "int8":
                 model = _quantized(model, samples)
             (folder / name).mkdir(exist_ok=True)
+            if name == "unet":
+                unet_error = _error(ov, model, held_out)
             ov.save_model(model, folder / name / NETWORK_FILE, compress_to_fp16=form.precision != "fp32")
             write_json(folder / name / "config.json", config)
         manifest = _manifest(fused, form, side, hash_files(folder))
@@ -122,7 +158,8 @@ def export(fused: Fused, form: Format, calibration: Calibration, out: Path) -> M
         if out.exists():
             shutil.rmtree(out)
         folder.replace(out)
-    return manifest
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    return Exported(manifest, size / 2**20, unet_error)
 
 
 def check_target(out: Path) -> None:
@@ -147,25 +184,34 @@ def merge_adapters(pipeline: StableDiffusionPipeline) -> None:
 
 
 @torch.no_grad()
-def _calibrate(pipeline: StableDiffusionPipeline, fused: Fused, calibration: Calibration) -> Iterator[Latents]:
-    """The inputs of each call of the UNet while it draws the pictures."""
-    seen: list[Latents] = []
+def _watch(pipeline: StableDiffusionPipeline, fused: Fused, calibration: Calibration) -> list[list[Sample]]:
+    """The calls of the UNet that draw each of the calibration's pictures, and one more at the end."""
+    seen: list[Sample] = []
 
-    def record(_module: object, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def record(_module: object, positional: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         sample, timestep = positional[:2]
-        features = named["encoder_hidden_states"]
-        seen.append((sample.numpy(), np.float32([float(timestep)]), features.numpy()))
+        inputs = sample.numpy(), np.array([timestep], np.float32), named["encoder_hidden_states"].numpy()
+        seen.append(Sample(inputs, output[0]))
 
-    hook = pipeline.unet.register_forward_pre_hook(record, with_kwargs=True)
+    hook = pipeline.unet.register_forward_hook(record, with_kwargs=True)
     try:
-        seeds = range(calibration.seed, calibration.seed + len(calibration.prompts))
-        sampling = fused.defaults.sampling
-        for prompt, seed in zip(calibration.prompts, seeds, strict=True):
-            generate(pipeline, [prompt], [seed], without_tiny(sampling), batch_size=1)
-            yield from seen
+        sampling = without_tiny(fused.defaults.sampling)
+        pictures = []
+        for number, prompt in enumerate([*calibration.prompts, calibration.prompts[0]]):
+            generate(pipeline, [prompt], [calibration.seed + number], sampling, batch_size=1)
+            pictures.append(seen[:])
             seen.clear()
+        return pictures
     finally:
         hook.remove()
+
+
+def _error(ov: Any, model: Any, samples: Sequence[Sample]) -> float:
+    """The error of the model's outputs, relative to the norm of torch's."""
+    compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = torch.cat([torch.from_numpy(compiled(sample.inputs)[0].copy()).flatten() for sample in samples])
+    true = torch.cat([sample.output.flatten() for sample in samples])
+    return float((found - true).norm() / true.norm())
 
 
 class _Text(torch.nn.Module):
@@ -195,7 +241,8 @@ class _Pixels(torch.nn.Module):
         self.vae = vae
 
     def forward(self, latent_sample: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"sample": self.vae.decode(latent_sample, return_dict=False)[0]}
+        decode: Callable[..., tuple[torch.Tensor]] = self.vae.decode  # type: ignore[assignment]
+        return {"sample": decode(latent_sample, return_dict=False)[0]}
 
 
 Network = tuple[str, torch.nn.Module, dict[str, object], dict[str, torch.Tensor]]
@@ -219,12 +266,9 @@ def _converted(ov: Any, module: torch.nn.Module, example: Mapping[str, torch.Ten
     with warnings.catch_warnings(), quiet_loading():
         warnings.simplefilter("ignore")  # the tracer warns of every check of a shape in diffusers
         model = ov.convert_model(module.eval(), example_input=dict(example))
-    # Only the sizes that a user chooses are free.
-    free = {"input_ids": [-1, -1], "timestep": [1], "encoder_hidden_states": [-1, -1, None]}
-    shapes = {name: free.get(name, [-1, None, -1, -1]) for name in example}
     model.reshape(
         {
-            name: [value.shape[axis] if size is None else size for axis, size in enumerate(shapes[name])]
+            name: [-1 if axis in FREE_AXES[name] else size for axis, size in enumerate(value.shape)]
             for name, value in example.items()
         }
     )
@@ -263,7 +307,8 @@ def quiet_nncf() -> Iterator[None]:
 def _write_parts(pipeline: StableDiffusionPipeline, fused: Fused, folder: Path) -> None:
     """Write everything but the networks."""
     sampling = fused.defaults.sampling
-    scheduler = make_scheduler(sampling.sampler, pipeline.scheduler.config, sampling.steps)
+    with quiet_loading():
+        scheduler = make_scheduler(sampling.sampler, pipeline.scheduler.config, sampling.steps)
     scheduler.save_pretrained(folder / "scheduler")
     pipeline.tokenizer.save_pretrained(folder / "tokenizer")
     _write_tokenizer(pipeline.tokenizer, folder / "tokenizer")
@@ -288,14 +333,12 @@ def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def _manifest(fused: Fused, form: Format, side: int, files: dict[str, str]) -> Manifest:
-    from dataclasses import replace
-
-    decoder = "tiny" if form.tiny_decoder else "full"
+    decoder: Decoder = "tiny" if form.tiny_decoder else "full"
     # The weight is in the weights: the export is drawn as it is.
     sampling = replace(fused.defaults.sampling, adapter_weight=1.0, decoder=decoder)
     drawing = replace(fused.defaults, sampling=sampling)
     return Manifest(
-        format=FORMAT,
+        format=1,
         engine="openvino",
         precision=form.precision,
         decoder=decoder,
@@ -304,7 +347,7 @@ def _manifest(fused: Fused, form: Format, side: int, files: dict[str, str]) -> M
         base_sha256=base_sha256(fused.base, fused.base_revision),
         adapter=fused.adapter_name,
         adapter_sha256=adapter_sha256(fused.adapter),
-        distilled_from_sha256=fused.distilled_from_sha256,
+        distilled_from_sha256=_distilled_from(fused.adapter),
         few_step=fused.few_step,
         drawing=json.loads(drawing.to_json()),
         side=side,
@@ -312,6 +355,13 @@ def _manifest(fused: Fused, form: Format, side: int, files: dict[str, str]) -> M
         versions={"bestiary": __version__, **{name: version(name) for name in PACKAGES if _is_installed(name)}},
         files=files,
     )
+
+
+def _distilled_from(adapter: Path) -> str | None:
+    """The SHA-256 of the adapter that a few-step adapter was distilled from, if its file says so."""
+    found = (read_provenance(adapter).model_extra or {}).get("distilled_from")
+    sha256 = found.get("adapter_sha256") if isinstance(found, dict) else None
+    return sha256 if isinstance(sha256, str) else None
 
 
 def _is_installed(package: str) -> bool:

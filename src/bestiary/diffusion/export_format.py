@@ -1,6 +1,6 @@
 """The folder that an export for OpenVINO is: which files it has, and what its `bestiary.json` says of them.
 
-The networks, the tokenizer and the scheduler lie where OpenVINO GenAI's and optimum-intel's own pipelines look for them.
+Networks, tokenizer and scheduler lie where OpenVINO GenAI's and optimum-intel's own pipelines look for them.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         content = json.loads((folder / MANIFEST).read_bytes())
     except OSError:
-        raise BestiaryError(f"{folder} has no {MANIFEST}, so it is no export. Make one with `bestiary export`.") from None
+        raise BestiaryError(
+            f"{folder} has no {MANIFEST}, so it is no export. Make one with `bestiary export`."
+        ) from None
     except ValueError:
         raise _damaged(folder) from None
     found = content.get("format") if isinstance(content, dict) else None

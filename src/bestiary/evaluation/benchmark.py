@@ -190,8 +190,8 @@ class Bench:
     """What all settings of a benchmark have in common.
 
     load gives the base in a dtype. sampling holds the size, the guidance scale and the guidance interval. repeats is
-    the number of timed calls. untimed_batch is the batch size of pictures that are only judged. load_tiny_vae gives a
-    distilled decoder for a pipeline.
+    the number of timed calls. untimed_batch is the batch size of pictures that are only judged. load_tiny_decoder gives
+    a distilled decoder for a pipeline.
     """
 
     load: Callable[[str], StableDiffusionPipeline]
@@ -200,7 +200,7 @@ class Bench:
     sampling: Sampling
     repeats: int
     untimed_batch: int
-    load_tiny_vae: Callable[[StableDiffusionPipeline], AutoencoderTiny] | None = None
+    load_tiny_decoder: Callable[[StableDiffusionPipeline], AutoencoderTiny] | None = None
 
 
 def default_setting(evaluate: Evaluate, dtype: str = "float32") -> Setting:
@@ -209,8 +209,8 @@ def default_setting(evaluate: Evaluate, dtype: str = "float32") -> Setting:
     return Setting(evaluate.scheduler, evaluate.steps, batch=1, fused=False, guidance=guidance, dtype=dtype)
 
 
-def plan(settings: Benchmark, default: Setting) -> list[Setting]:
-    """The settings to measure, each once.
+def plan(settings: Benchmark, default: Setting, *, tiny_decoder: bool = False) -> list[Setting]:
+    """The settings to measure, each once. With `tiny_decoder`, also the default with a tiny decoder.
 
     First the default, then the default with one thing changed, then every combination of sampler, steps and batch size.
     """
@@ -219,7 +219,7 @@ def plan(settings: Benchmark, default: Setting) -> list[Setting]:
         *(replace(default, guidance=guidance) for guidance in settings.guidance),
         *(replace(default, dtype=other) for other in settings.dtypes),
         *(replace(default, compiled=compiled) for compiled in settings.compile),
-        *([replace(default, vae="tiny")] if settings.tiny_vae else []),
+        *([replace(default, vae="tiny")] if tiny_decoder else []),
     ]
     combinations = [
         replace(default, scheduler=name, steps=count, batch=batch)
@@ -327,29 +327,6 @@ def rms_difference(image: Image, other: Image) -> float:
     return float(np.sqrt((difference**2).mean()))
 
 
-def load_tiny_vae(model: str, revision: str | None, pipeline: StableDiffusionPipeline) -> AutoencoderTiny:
-    """Load a distilled decoder in the pipeline's dtype and on its device.
-
-    Raises BestiaryError when it does not load or does not fit the base's latents.
-    """
-    from diffusers import AutoencoderTiny
-
-    try:
-        vae = AutoencoderTiny.from_pretrained(model, revision=revision, torch_dtype=pipeline.unet.dtype)
-    except Exception as error:  # diffusers, the hub and safetensors raise different types
-        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-        raise BestiaryError(
-            f"The decoder {model!r} of benchmark.tiny_vae cannot be loaded: {reason}. Name another, or null."
-        ) from error
-    channels = pipeline.unet.config.in_channels
-    if vae.config.latent_channels != channels:
-        raise BestiaryError(
-            f"The decoder {model!r} of benchmark.tiny_vae decodes {vae.config.latent_channels} latent channels, "
-            f"but the base has {channels}. Name another, or null."
-        )
-    return vae.to(pipeline.device).eval()
-
-
 def fuse(pipeline: StableDiffusionPipeline) -> None:
     """Add the applied adapter to the base's weights, for good, so that it costs nothing at each step."""
     pipeline.unet.fuse_lora()
@@ -397,7 +374,7 @@ def _measure_group(
         fuse(pipeline)
     full_vae, unet = pipeline.vae, pipeline.unet
     for setting in settings:
-        tiny = bench.load_tiny_vae if setting.vae == "tiny" else None
+        tiny = bench.load_tiny_decoder if setting.vae == "tiny" else None
         pipeline.vae = tiny(pipeline) if tiny else full_vae
         pipeline.unet = torch.compile(unet) if setting.compiled else unet
         limit = None if SAMPLERS[setting.scheduler].stochastic else converged.get(setting.guidance)

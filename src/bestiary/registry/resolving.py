@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 
 from platformdirs import user_cache_path
 
+from bestiary.diffusion.export_format import MANIFEST, is_export, read_manifest
 from bestiary.diffusion.single_file import PICKLES, SUFFIX, is_single_file
 from bestiary.errors import BestiaryError, shown
 from bestiary.files import is_file, is_folder, project_root, write_atomically
@@ -24,7 +25,10 @@ MAX_NAME = 200  # characters of an id on the Hugging Face hub; the hub allows 96
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter on this disk, and the base that it was trained on as far as that is known."""
+    """An adapter on this disk, and the base that it was trained on as far as that is known.
+
+    Of an export, `file` is its manifest, and base and adapter are inside.
+    """
 
     file: Path
     uri: str  # how the user named it; for a registered version, models:/name/number
@@ -35,6 +39,17 @@ class Adapter:
     notes: tuple[str, ...] = ()  # what was assumed about it, for the user to read
     few_step: bool = False  # distilled for a few steps, which `defaults` then are for
     subjects: tuple[Subject, ...] = ()  # that a registered adapter was taught, in the words of its captions
+    export: Path | None = None  # the folder of an OpenVINO export of it, or of its accepted fast variant
+
+    @property
+    def is_export(self) -> bool:
+        """Whether this is an export itself, which only the engine that it was made for can draw with."""
+        return self.export is not None and self.file == self.export / MANIFEST
+
+    def check_is_file(self) -> None:
+        """Raise BestiaryError when this is an export, out of which the adapter cannot be taken."""
+        if self.is_export:
+            raise BestiaryError(f"{self.uri} is an export, which holds no adapter file. Name the adapter itself.")
 
 
 def needs_mlflow(what: str) -> bool:
@@ -42,14 +57,17 @@ def needs_mlflow(what: str) -> bool:
     return what.startswith("models:") and local_database() is None
 
 
-def resolve(what: str) -> Adapter:
+def resolve(what: str, *, fast: bool = False) -> Adapter:
     """The adapter that `what` names: `models:/...`, a folder, or a file. A registered file's hash is checked.
 
+    With `fast`, a registered adapter comes with the export of its fast variant, if that was accepted.
     Raises BestiaryError when there is no such adapter, or when a registered file has changed.
     """
     from bestiary.diffusion.stored_adapter import adapter_file, check_size
 
     if not what.startswith("models:"):
+        if is_export(what):
+            return _from_export(Path(what))
         file = adapter_file(what)
         check_size(file)  # before torch is imported, which takes seconds
         return _from_file(file, what)
@@ -66,6 +84,21 @@ def resolve(what: str) -> Adapter:
         tags.defaults,
         few_step=tags.defaults is not None and tags.defaults.sampling.timesteps is not None,
         subjects=tags.subjects,
+        export=fast_variant(version) if fast else None,
+    )
+
+
+def _from_export(folder: Path) -> Adapter:
+    manifest = read_manifest(folder)
+    return Adapter(
+        folder / MANIFEST,
+        str(folder),
+        manifest.base,
+        manifest.base_revision,
+        manifest.base_sha256,
+        manifest.defaults,
+        few_step=manifest.few_step,
+        export=folder,
     )
 
 
@@ -219,6 +252,7 @@ def pull(what: str, out: Path, base: str | None = None, known: Collection[str] =
     from bestiary.diffusion.stored_adapter import deciding_files
 
     adapter = resolve(what)
+    adapter.check_is_file()
     model = find_base(adapter, base, known)
     verification = verify_adapter(adapter.file, model, None if base else adapter.base_revision)
     if verification.base_is_the_trained_one is False:

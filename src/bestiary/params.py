@@ -326,6 +326,27 @@ class Export(Section):
     calibration_pictures: int = Positive  # drawn to measure the UNet's activations, for int8
 
 
+class Losses(Section):
+    """How far the fast variant may fall behind the default way, by score: the end of the 95 % interval counts."""
+
+    clip_score: float = Field(ge=0)
+    margin: float = Field(ge=0)
+    top1: float = Field(ge=0)  # percentage points
+    cmmd: float = Field(ge=0)
+
+
+class Accept(Section):
+    """What the fast variant must prove before it is stored with the registered version."""
+
+    max_loss: Losses
+    min_diversity: float = Field(ge=0, le=1)  # share of the reference's diversity
+    max_copied: float = Field(ge=0, le=1)  # share of pictures that look copied from training images
+    reference_steps: Steps  # of DDPM, guided at every step
+    timed_pictures: int = Positive  # for the seconds of one picture
+    extra_seeds: int = Field(ge=0)  # pictures a class beside those that evaluate drew
+    reference_seeds: int = Field(ge=2)  # pictures a class by the reference, which is expensive
+
+
 class Register(Section):
     name: Annotated[str, AfterValidator(addressable)]
     champion_score: Literal["clip_score", "margin", "top1"]  # for several classes
@@ -352,6 +373,7 @@ class Params(Section):
     evaluate: Evaluate
     benchmark: Benchmark
     export: Export
+    accept: Accept
     register_: Register = Field(alias="register")
 
 

@@ -213,14 +213,22 @@ def draw(
     else:
         apply_adapter(pipeline, adapter, sampling.adapter_weight)
     key = _settings_key(pipeline, adapter, sampling, batch_size) if cache else ""
+    return _draw_batches(partial(_draw_batch, pipeline, sampling, cache, key), jobs, batch_size, task)
+
+
+def draw_as_loaded(
+    pipeline: StableDiffusionPipeline, jobs: Jobs, sampling: Sampling, *, batch_size: int, task: str
+) -> list[Image.Image]:
+    """One picture for each job by the pipeline as it is, such as an export that holds its adapter; else as `draw`."""
+    return _draw_batches(partial(_draw_batch, pipeline, sampling, None, ""), jobs, batch_size, task)
+
+
+def _draw_batches(
+    draw_batch: Callable[[Sequence[tuple[str, int]]], bytes], jobs: Jobs, batch_size: int, task: str
+) -> list[Image.Image]:
     prompts_and_seeds = list(zip(jobs.prompts, jobs.seeds, strict=True))
     batches = [prompts_and_seeds[start : start + batch_size] for start in range(0, len(prompts_and_seeds), batch_size)]
-    strips = map_across_processes(
-        partial(_draw_batch, pipeline, sampling, cache, key),
-        batches,
-        task,
-        "batch",
-    )
+    strips = map_across_processes(draw_batch, batches, task, "batch")
     return [image for strip, batch in zip(strips, batches, strict=True) for image in _cut(strip, len(batch))]
 
 

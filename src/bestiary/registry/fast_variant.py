@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from bestiary.diffusion.export_format import MANIFEST, check_files, file_sha256, is_export, read_manifest
 from bestiary.errors import BestiaryError
+from bestiary.evaluation.acceptance import MAKE
 from bestiary.registry.tags import odd, text
 from bestiary.registry.versions import (
     Version,
@@ -29,19 +31,14 @@ from bestiary.registry.versions import (
 )
 from bestiary.samplers import DrawingDefaults
 
-# The tags of a version that has been through `make fast`.
-FAST, REASONS, FEW_STEP, EXPORT, DEFAULTS, RUN = (
-    "fast",
-    "fast_reasons",
-    "fast_few_step_sha256",
-    "fast_export_sha256",
-    "fast_usual",
-    "fast_run",
-)
+# The tags of a version that has been through `make fast`, besides versions.FAST_RUN.
+FAST, REASONS, DEFAULTS = "fast", "fast_reasons", "fast_usual"
+FEW_STEP, EXPORT = "fast_few_step_sha256", "fast_export_sha256"
 ACCEPTED: Literal["accepted"] = "accepted"
 REFUSED: Literal["refused"] = "refused"
+PREFIX = "fast-"  # of the folders among a version's files
+ATTACH = "dvc repro --force --single-item fast/dvc.yaml:attach"
 FEW_STEP_FOLDER, EXPORT_FOLDER = "few_step", "openvino"
-MAKE = "make fast"
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ class FastTags:
     @property
     def folder(self) -> str:
         """The folder among the version's files that holds it."""
-        return f"fast-{hashlib.sha256(f'{self.few_step_sha256} {self.export_sha256}'.encode()).hexdigest()[:16]}"
+        return f"{PREFIX}{hashlib.sha256(f'{self.few_step_sha256} {self.export_sha256}'.encode()).hexdigest()[:16]}"
 
 
 @dataclass(frozen=True)
@@ -95,31 +92,15 @@ def read_fast_tags(version: Version) -> FastTags:
     return FastTags(version.tags[FEW_STEP], version.tags[EXPORT], defaults)
 
 
-def folder_sha256(folder: Path) -> str:
-    """SHA-256 of the names and contents of all files in a folder.
-
-    >>> from tempfile import TemporaryDirectory
-    >>> with TemporaryDirectory() as folder:
-    ...     _ = Path(folder, "unet.xml").write_text("<net/>")
-    ...     folder_sha256(Path(folder))[:12]
-    'df7c055d5238'
-    """
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            digest.update(f"{path.relative_to(folder).as_posix()}\0".encode())
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
 def find_stored(version: Version, cache: Path) -> StoredFastVariant:
-    """A version's fast variant, its content checked. One from a server is kept in the folder `cache`.
+    """A version's fast variant. One from a server is kept in the folder `cache`.
 
-    Raises BestiaryError when the version has none, when it was refused, and when its files are lost or have changed.
+    The few-step adapter and the export's manifest are checked here, the files that the manifest lists when the export
+    is opened. Raises BestiaryError when the version has none, when it was refused, and when it is lost or has changed.
     """
     tags = read_fast_tags(version)
     kept = cache / tags.folder
-    if _is_intact(kept, tags):
+    if is_intact(kept, tags):
         return _in(kept, tags)
     if files := local_files(version):
         found = files / tags.folder
@@ -127,7 +108,7 @@ def find_stored(version: Version, cache: Path) -> StoredFastVariant:
         return _in(found, tags)
     with _written(cache) as temporary:
         _download(version, tags, temporary)
-        _check(version, temporary / tags.folder, tags, "on the server")
+        _check(version, temporary / tags.folder, tags, "on the server", every_file=True)
         _put_in_place(temporary / tags.folder, kept)
     return _in(kept, tags)
 
@@ -144,7 +125,7 @@ def pull_fast(what: str, out: Path, cache: Path) -> list[Path]:
     with _written(out) as temporary:
         for source in (stored.few_step, stored.export):
             shutil.copytree(source, temporary / source.name)
-        _check(version, temporary, stored.tags, str(stored.export.parent))
+        _check(version, temporary, stored.tags, str(stored.export.parent), every_file=True)
         for target in targets:
             _put_in_place(temporary / target.name, target)
     return targets
@@ -154,35 +135,40 @@ def _in(folder: Path, tags: FastTags) -> StoredFastVariant:
     return StoredFastVariant(folder / FEW_STEP_FOLDER, folder / EXPORT_FOLDER, tags)
 
 
-def _is_intact(folder: Path, tags: FastTags) -> bool:
-    """Whether the folder holds exactly the fast variant that the tags describe."""
+def is_intact(folder: Path, tags: FastTags, *, every_file: bool = False) -> bool:
+    """Whether the folder holds the fast variant that the tags describe; also by the content of every file."""
     from bestiary.diffusion.adapter import adapter_sha256
 
-    if not all((folder / name).is_dir() for name in (FEW_STEP_FOLDER, EXPORT_FOLDER)):
+    few_step, export = folder / FEW_STEP_FOLDER, folder / EXPORT_FOLDER
+    if not few_step.is_dir() or not is_export(export):
         return False
-    with contextlib.suppress(BestiaryError):  # a missing adapter
-        return (
-            adapter_sha256(folder / FEW_STEP_FOLDER) == tags.few_step_sha256
-            and folder_sha256(folder / EXPORT_FOLDER) == tags.export_sha256
-        )
+    with contextlib.suppress(BestiaryError):  # of a file that is missing or has changed
+        if every_file:
+            check_files(export, read_manifest(export))
+        return adapter_sha256(few_step) == tags.few_step_sha256 and export_sha256(export) == tags.export_sha256
     return False
 
 
-def _check(version: Version, folder: Path, tags: FastTags, place: str) -> None:
+def export_sha256(export: Path) -> str:
+    """SHA-256 of an export: of its manifest, which lists those of all its files."""
+    return file_sha256(export / MANIFEST)
+
+
+def _check(version: Version, folder: Path, tags: FastTags, place: str, *, every_file: bool = False) -> None:
     """Raise BestiaryError when the fast variant in a folder is missing or is not what the tags describe."""
     if not folder.is_dir():
         raise _lost(version, place)
-    if not _is_intact(folder, tags):
+    if not is_intact(folder, tags, every_file=every_file):
         raise BestiaryError(
-            f"The fast variant of {version.uri} has changed since it was stored: {place}. `{MAKE}` stores it again, if "
-            "the version is this project's."
+            f"The fast variant of {version.uri} has changed since it was stored: {place}. If the version is this "
+            f"project's, `{ATTACH}` stores it again."
         )
 
 
 def _lost(version: Version, place: str) -> BestiaryError:
     return BestiaryError(
-        f"The registry has lost the fast variant of {version.uri}: {place} does not exist. `{MAKE}` stores it again, "
-        "if the version is this project's."
+        f"The registry has lost the fast variant of {version.uri}: {place} does not exist. If the version is this "
+        f"project's, `{ATTACH}` stores it again."
     )
 
 
@@ -197,8 +183,11 @@ def _download(version: Version, tags: FastTags, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _written(folder: Path) -> Iterator[Path]:
-    """A temporary folder inside `folder`, removed afterwards. Raises BestiaryError when the disk refuses."""
-    temporary = folder / f".{uuid.uuid4().hex}"
+    """A temporary folder inside `folder`, removed afterwards, and `folder` too if it is new and empty.
+
+    Raises BestiaryError when the disk refuses.
+    """
+    is_new, temporary = not folder.exists(), folder / f".{uuid.uuid4().hex}"
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -206,6 +195,9 @@ def _written(folder: Path) -> Iterator[Path]:
         raise BestiaryError(f"{folder} cannot be written: {error.strerror or error}.") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if is_new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def _put_in_place(source: Path, target: Path) -> None:

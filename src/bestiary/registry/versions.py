@@ -20,7 +20,7 @@ from bestiary.files import find_project, project_root
 from bestiary.registry.tags import VERSION_NUMBER
 from bestiary.tracking.addresses import local_path, shown_address, sqlite_path, sqlite_uri, without_secrets
 from bestiary.tracking.database import Database, open_database
-from bestiary.tracking.lineage import Server, Step, lineage
+from bestiary.tracking.lineage import Runs, Server, Step, lineage
 from bestiary.tracking.store import check_database, explain, open_client, registry_uri, tracking_uri
 
 if TYPE_CHECKING:
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 WEIGHTS = "adapter_weights"  # the folder in a version's files that mlflow.diffusers keeps an adapter in
 REGISTER = "dvc repro --force --single-item register"
+
+FAST_RUN = "fast_run"  # the tag with the run that stored a version's fast variant
+FAST_PART = "\n\n### Fast variant\n\n"  # begins the last part of a version's description
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def walk(uri: str) -> tuple[Version, list[Step]]:
     if path := local_database():
         with open_local(path) as database:
             try:
-                return version, lineage(database, version.run_id)
+                return version, _with_fast_steps(database, version)
             except KeyError as error:
                 if error.args != (version.run_id,):
                     raise
@@ -110,7 +113,19 @@ def walk(uri: str) -> tuple[Version, list[Step]]:
                 ) from None
     address, client = open_registry()
     with plain_errors(address):
-        return version, lineage(Server(client), version.run_id)
+        return version, _with_fast_steps(Server(client), version)
+
+
+def _with_fast_steps(runs: Runs, version: Version) -> list[Step]:
+    """The runs that a version is based on, then those that only its fast variant is based on."""
+    steps = lineage(runs, version.run_id)
+    if FAST_RUN not in version.tags:
+        return steps
+    known = {step.run_id for step in steps}
+    try:
+        return steps + [step for step in lineage(runs, version.tags[FAST_RUN]) if step.run_id not in known]
+    except KeyError:
+        return steps  # its run was deleted
 
 
 def artifact(run_id: str, path: str, folder: Path) -> Path | None:
@@ -208,6 +223,20 @@ def lost_error(version: Version, what: str) -> BestiaryError:
         f"The registry has lost the file of {version.uri}: {what} does not exist. If it is the adapter in "
         f"models/adapter, `{REGISTER}` stores it again; otherwise restore it from a backup."
     )
+
+
+def with_fast_part(description: str, part: str) -> str:
+    """A version's description with this part about its fast variant, in place of an earlier one."""
+    return f"{description.partition(FAST_PART)[0]}{FAST_PART}{part}" if part else description
+
+
+def fast_part(description: str | None) -> str:
+    """What a version's description says of its fast variant; empty if nothing.
+
+    >>> fast_part(with_fast_part(with_fast_part("An adapter.", "refused"), "accepted"))
+    'accepted'
+    """
+    return (description or "").partition(FAST_PART)[2]
 
 
 def how_to_register() -> str:

@@ -14,11 +14,12 @@ import yaml
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "bestiary"
 STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-# Modules and packages that do not affect any stage's result: they handle errors, files, memory and MLflow runs, or read
-# params.yaml, whose values DVC watches by itself. What only they import does not affect a result either.
+# Modules and packages that do not affect any stage's result: they handle errors, files, memory, downloads of pinned
+# models and MLflow runs, or read params.yaml, whose values DVC watches by itself. What only they import does not affect
+# a result either.
 CARRIERS = {
     PACKAGE / name
-    for name in ("errors.py", "files.py", "memory.py", "params.py", "stage.py", "tracking", "yaml_file.py")
+    for name in ("errors.py", "files.py", "hub.py", "memory.py", "params.py", "stage.py", "tracking", "yaml_file.py")
 }
 
 

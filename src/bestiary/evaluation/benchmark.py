@@ -17,6 +17,7 @@ from bestiary.errors import BestiaryError
 from bestiary.evaluation.pictures import Jobs, make_jobs, read_class_texts
 from bestiary.evaluation.profiling import Cost, Machine, environment, measure, this_machine
 from bestiary.evaluation.scoring import ClassTexts, JudgedImages, score, unit
+from bestiary.hub import HubModel, download, is_hub_id
 from bestiary.samplers import SAMPLERS, Sampling
 from bestiary.subjects import Subjects
 
@@ -327,6 +328,17 @@ def rms_difference(image: Image, other: Image) -> float:
     return float(np.sqrt((difference**2).mean()))
 
 
+def tiny_vae_on_hub(model: str, revision: str | None) -> HubModel:
+    """The files of a distilled decoder on the hub."""
+    weights = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+    return HubModel("decoder", model, revision, ("config.json",), weights, key="benchmark.tiny_vae")
+
+
+def find_tiny_vae(model: str, revision: str | None) -> str:
+    """The folder of a distilled decoder, downloaded if it is on the hub. Raises BestiaryError when that fails."""
+    return model if Path(model).is_dir() or not is_hub_id(model) else str(download(tiny_vae_on_hub(model, revision)))
+
+
 def load_tiny_vae(model: str, revision: str | None, pipeline: StableDiffusionPipeline) -> AutoencoderTiny:
     """Load a distilled decoder in the pipeline's dtype and on its device.
 
@@ -334,9 +346,10 @@ def load_tiny_vae(model: str, revision: str | None, pipeline: StableDiffusionPip
     """
     from diffusers import AutoencoderTiny
 
+    folder = find_tiny_vae(model, revision)
     try:
-        vae = AutoencoderTiny.from_pretrained(model, revision=revision, torch_dtype=pipeline.unet.dtype)
-    except Exception as error:  # diffusers, the hub and safetensors raise different types
+        vae = AutoencoderTiny.from_pretrained(folder, torch_dtype=pipeline.unet.dtype, local_files_only=True)
+    except Exception as error:  # diffusers and safetensors raise different types
         reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
         raise BestiaryError(
             f"The decoder {model!r} of benchmark.tiny_vae cannot be loaded: {reason}. Name another, or null."

@@ -12,9 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
+
 from bestiary.errors import BestiaryError, shown
 from bestiary.files import is_folder
 
+KNOCK_SECONDS = 5.0
 AGAIN = "Then run the same command again: finished work is kept."
 
 
@@ -58,10 +61,10 @@ def download(wanted: HubModel) -> Path:
                 huggingface_hub.snapshot_download(wanted.model, revision=wanted.revision, allow_patterns=list(patterns))
             )
             if not wanted.weights or any(folder.glob(patterns[-1])):
-                break
+                return folder
     except Exception as error:  # the hub's client, its HTTP library and the file system raise different types
         raise explain(error, wanted) from error
-    return folder
+    raise _lacks(wanted, " or ".join(wanted.weights))
 
 
 def bytes_to_download(wanted: HubModel) -> int:
@@ -70,19 +73,24 @@ def bytes_to_download(wanted: HubModel) -> int:
 
     if is_complete(wanted):
         return 0
-    size = 0
     try:
+        # The hub's own client retries for half a minute, for each model.
+        httpx.head(huggingface_hub.constants.ENDPOINT, timeout=KNOCK_SECONDS)
         for patterns in _choices(wanted):
             with _quiet():
                 found = huggingface_hub.snapshot_download(
                     wanted.model, revision=wanted.revision, allow_patterns=list(patterns), dry_run=True
                 )
-            size = sum(int(file.file_size or 0) for file in found if file.will_download)
-            if not wanted.weights or any(Path(file.filename).match(patterns[-1]) for file in found):
-                break
+            names = {file.filename for file in found}
+            if missing := [name for name in wanted.files if "*" not in name and name not in names]:
+                raise _lacks(wanted, missing[0])
+            if not wanted.weights or any(Path(name).match(patterns[-1]) for name in names):
+                return sum(int(file.file_size or 0) for file in found if file.will_download)
+    except BestiaryError:
+        raise
     except Exception as error:  # as in `download`
         raise explain(error, wanted) from error
-    return size
+    raise _lacks(wanted, " or ".join(wanted.weights))
 
 
 def is_complete(wanted: HubModel) -> bool:
@@ -100,6 +108,12 @@ def is_complete(wanted: HubModel) -> bool:
         if all(any(Path(found).glob(pattern)) for pattern in patterns if pattern != "*.txt"):
             return True
     return False
+
+
+def _lacks(wanted: HubModel, file: str) -> BestiaryError:
+    return BestiaryError(
+        f"The {wanted.what} {shown(wanted.model, 200)} has no {file} on the Hugging Face hub. Choose another model."
+    )
 
 
 def _choices(wanted: HubModel) -> Iterator[tuple[str, ...]]:

@@ -64,8 +64,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.gone:
             self.close_connection = True
             return
-        if self.server.status:
-            self._send(self.server.status, b"")
+        if self.server.status or not path:
+            self._send(self.server.status or 200, b"")
             return
         owner, name, *rest = path.removeprefix("api/models/").split("/")
         model = self.server.models.get(f"{owner}/{name}")

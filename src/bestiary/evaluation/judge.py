@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 BATCH_SIZE = 64
 
 
+def on_hub(model: str, revision: str | None) -> HubModel:
+    """The files of a judge on the hub."""
+    return HubModel("judge", model, revision, key="judge")
+
+
 class Judge:
     """A CLIP model (arXiv:2103.00020) with its preprocessing. It turns pictures and texts into unit vectors (B, D)."""
 
@@ -47,7 +52,7 @@ class Judge:
 
         if not Path(model).is_dir() and not is_hub_id(model):
             raise BestiaryError(f"The judge {model!r} cannot be loaded: the folder does not exist. Check its name.")
-        folder = model if Path(model).is_dir() else download(HubModel("judge", model, revision, key="judge"))
+        folder = model if Path(model).is_dir() else download(on_hub(model, revision))
         try:
             with quiet_loading():
                 # Always in float32: half precision changes a cosine by more than adapters differ.

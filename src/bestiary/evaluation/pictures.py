@@ -23,6 +23,7 @@ from PIL import Image
 
 from bestiary.data.images import open_rgb
 from bestiary.diffusion.adapter import adapter_sha256, apply_adapter, remove
+from bestiary.diffusion.full_memory import Halving
 from bestiary.diffusion.sampling import generate
 from bestiary.errors import BestiaryError
 from bestiary.evaluation.judge import BATCH_SIZE, Judge
@@ -205,6 +206,7 @@ def draw(
 
     `task` names the progress bar.
     A batch is drawn, cached and read again as a whole, because rounding may depend on the other pictures of its batch.
+    Only what does not fit into a GPU's memory is drawn in parts.
     Raises BestiaryError when the adapter does not fit the base or a picture is not finite.
     """
     remove(pipeline)  # the adapter of an earlier call
@@ -215,8 +217,13 @@ def draw(
     key = _settings_key(pipeline, adapter, sampling, batch_size) if cache else ""
     prompts_and_seeds = list(zip(jobs.prompts, jobs.seeds, strict=True))
     batches = [prompts_and_seeds[start : start + batch_size] for start in range(0, len(prompts_and_seeds), batch_size)]
+    fitting = Halving("Drawing", "evaluate.batch_size")
+
+    def paint(batch: Sequence[tuple[str, int]]) -> list[Image.Image]:
+        return [image for part in fitting.parts(partial(_generate, pipeline, sampling), batch) for image in part]
+
     strips = map_across_processes(
-        partial(_draw_batch, pipeline, sampling, cache, key),
+        partial(_draw_batch, paint, cache, key),
         batches,
         task,
         "batch",
@@ -270,9 +277,16 @@ def _hash(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _generate(
+    pipeline: StableDiffusionPipeline, sampling: Sampling, batch: Sequence[tuple[str, int]]
+) -> list[Image.Image]:
+    """The pictures of a batch of (prompt, seed)."""
+    prompts, seeds = zip(*batch, strict=True)
+    return generate(pipeline, prompts, seeds, sampling, batch_size=len(batch))
+
+
 def _draw_batch(
-    pipeline: StableDiffusionPipeline,
-    sampling: Sampling,
+    paint: Callable[[Sequence[tuple[str, int]]], list[Image.Image]],
     cache: PictureCache | None,
     settings_key: str,
     batch: Sequence[tuple[str, int]],
@@ -286,8 +300,7 @@ def _draw_batch(
             cache.reused += len(batch)
             return data
 
-    prompts, seeds = zip(*batch, strict=True)
-    data = _strip(generate(pipeline, prompts, seeds, sampling, batch_size=len(batch)))
+    data = _strip(paint(batch))
     if path:
         write_atomically(path, data)
     return data

@@ -312,7 +312,8 @@ def test_the_stage_writes_an_adapter_that_draws_in_its_few_steps(
     (tmp_path / "lcm-lora" / FILE_NAME).write_bytes(lcm.to_bytes())
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     params["profiles"]["sample"]["encode"]["resolution"] = 32
-    changes = {"steps": 2, "batch_size": 2, "validate_every": 2, "sheet_animals": 1, "teacher_steps": 2}
+    changes: dict[str, object] = {"steps": 2}
+    changes |= {"batch_size": 2, "validate_every": 2, "sheet_animals": 1, "teacher_steps": 2}
     if source == "of others":
         changes |= {"from": {"model": "lcm-lora", "revision": None, "file": None, "weight": 0.7}}
     params["profiles"]["sample"]["distill"] |= changes

@@ -247,3 +247,20 @@ def test_a_class_without_validation_images_is_named(split: Path) -> None:
     (split / "val.csv").write_text("path,class\nbee/val0.png,bee\n")
     with pytest.raises(BestiaryError, match=r"tiger .*validation"):
         pictures.read_manifests(split)
+
+
+def test_pictures_that_do_not_fit_together_are_drawn_one_by_one(
+    pipeline: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    together = draw(pipeline, None, JOBS, SAMPLING, batch_size=3)
+
+    def small(*arguments: object, batch_size: int) -> list[Image.Image]:
+        if batch_size > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return generate(*arguments, batch_size=batch_size)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pictures, "generate", small)
+    alone = draw(pipeline, None, JOBS, SAMPLING, batch_size=3)
+    for one, other in zip(together, alone, strict=True):
+        assert np.abs(np.asarray(one, np.int16) - np.asarray(other, np.int16)).max() <= 1
+    assert "Continuing with 1 at a time: lower evaluate.batch_size" in capsys.readouterr().out

@@ -269,10 +269,15 @@ def run(bench: Bench, settings: Sequence[Setting]) -> tuple[list[Row], list[Skip
         for dtype, fused in dict.fromkeys((setting.dtype, setting.fused) for setting in possible):
             gc.collect()  # otherwise the previous pipeline's memory would count as the next one's
             group = [setting for setting in possible if (setting.dtype, setting.fused) == (dtype, fused)]
-            for row in _measure_group(bench, group, converged):
-                rows[row.setting] = row
+            for found in _measure_group(bench, group, converged):
+                if isinstance(found, Skipped):
+                    skipped.append(found)
+                else:
+                    rows[found.setting] = found
                 bar.update()
-    return [rows[setting] for setting in possible], skipped
+    if not rows:
+        raise BestiaryError(f"{skipped[-1].reason.capitalize()} for every setting. Lower benchmark.batch_sizes.")
+    return [rows[setting] for setting in possible if setting in rows], skipped
 
 
 def draw_timed(
@@ -362,8 +367,11 @@ def _draw_converged(
 
 def _measure_group(
     bench: Bench, settings: Sequence[Setting], converged: Mapping[str, Sequence[Image]]
-) -> Iterator[Row]:
-    """Measure settings of the same dtype and fusing with one pipeline, which is freed afterwards."""
+) -> Iterator[Row | Skipped]:
+    """Measure settings of the same dtype and fusing with one pipeline, which is freed afterwards.
+
+    A setting that does not fit into a GPU's memory is skipped.
+    """
     import torch
 
     from bestiary.diffusion.adapter import apply_adapter
@@ -378,7 +386,10 @@ def _measure_group(
         pipeline.vae = tiny(pipeline) if tiny else full_vae
         pipeline.unet = torch.compile(unet) if setting.compiled else unet
         limit = None if SAMPLERS[setting.scheduler].stochastic else converged.get(setting.guidance)
-        yield _measure_setting(bench, pipeline, setting, limit)
+        try:
+            yield _measure_setting(bench, pipeline, setting, limit)
+        except torch.OutOfMemoryError:
+            yield Skipped(setting, "the GPU's memory is too small")
 
 
 def _measure_setting(

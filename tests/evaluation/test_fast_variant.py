@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +13,21 @@ import pytest
 import torch
 from support.fast_variant import acceptance, estimate
 from support.registry import make_adapter
+from support.settings import encode_settings
 
-from bestiary.diffusion.adapter import adapter_sha256, apply_adapter
-from bestiary.diffusion.base import load_pipeline
+from bestiary.diffusion.adapter import adapter_sha256, apply_adapter, save_adapter
+from bestiary.diffusion.adapter_format import Provenance
+from bestiary.diffusion.base import load_pipeline, load_scheduler, load_unet
+from bestiary.diffusion.distillation import distill
+from bestiary.diffusion.encoding import encode_images
+from bestiary.diffusion.latents import Latents
 from bestiary.errors import BestiaryError
 from bestiary.evaluation.acceptance import Drawn, Identity, Measured, Way, as_markdown, as_text, decide, read_acceptance
 from bestiary.evaluation.fast_variant import Acceptance, DefaultWay, FastVariant, Trial, accept, count_passes, write
 from bestiary.evaluation.judge import Judge
 from bestiary.evaluation.pictures import PictureCache
 from bestiary.evaluation.report import Row
-from bestiary.params import Accept
+from bestiary.params import Accept, load_params
 from bestiary.samplers import Sampling
 
 if TYPE_CHECKING:
@@ -124,7 +130,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Path:
     split = tmp_path_factory.mktemp("split")
     for name, half in (("train", slice(0, 10)), ("val", slice(10, 20))):
         rows = [
-            {"path": f"{folder}/{path.name}", "class": folder}
+            {"path": f"{folder}/{path.name}", "class": folder, "sha256": path.name, "width": 64, "height": 64}
             for folder in CLASSES
             for path in sorted((ROOT / "samples" / folder).iterdir())[half]
         ]
@@ -142,7 +148,7 @@ def trial(pipeline: StableDiffusionPipeline, judge: Judge, split: Path) -> Trial
         resamples=200,
         seed=0,
         batch_size=4,  # divides every part of the jobs: rounding depends on a batch's other pictures
-        template="a photo of {}",
+        template="a drawing of {}",  # what the base knows without an adapter
         classes=None,
     )
 
@@ -219,6 +225,35 @@ def test_the_default_way_itself_is_accepted_and_noise_is_refused(
     # What was lost was lost by the export: the few-step adapter in torch draws as before.
     assert noise.report.differences.distillation["clip_score"].mean == 0
     assert noise.report.differences.export == noise.report.differences.fast_default
+
+
+@pytest.mark.slow
+def test_a_distillation_of_20_steps_is_refused_for_what_distilling_lost(
+    trial: Trial, split: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    manifests = {name: split / f"{name}.csv" for name in ("train", "val")}
+    encode_images(base_folder, ROOT / "samples", manifests, tmp_path / "latents", encode_settings(resolution=64))
+    settings = load_params(ROOT / "params.yaml").distill.model_copy(update={"steps": 20, "batch_size": 8})
+    unet = load_unet(base_folder)
+    distill(unet, load_scheduler(base_folder), Latents.open(tmp_path / "latents"), settings, seed=0)
+    few_step = save_adapter(unet, tmp_path / "few_step", Provenance()).parent
+
+    def load() -> StableDiffusionPipeline:
+        pipeline = load_pipeline(base_folder, device="cpu")
+        apply_adapter(pipeline, few_step, 1.0)
+        return pipeline
+
+    adapter = make_adapter(base_folder, tmp_path / "adapter", 0, strength=0.01)
+    default = DefaultWay(adapter, SAMPLING, seeds=8, cache=None)
+    report = accept(
+        trial, default, variant(few_step, replace(settings.sampling(), width=64, height=64), load), RULES
+    ).report
+    assert not report.accepted
+    # Its pictures resemble each other and score well: the rules do not trust the CLIP score alone.
+    assert any("CMMD" in reason for reason in report.reasons)
+    assert report.ways["fast"].passes == 2
+    assert report.differences.distillation["cmmd"].ci95[0] > RULES.max_loss.cmmd
+    assert report.differences.export["cmmd"].ci95 == (0.0, 0.0)
 
 
 def test_passes_count_guided_steps_twice(pipeline: StableDiffusionPipeline) -> None:

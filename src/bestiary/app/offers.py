@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from bestiary.app.errors import RefusedError
 from bestiary.app.taught import Evaluated, evaluated, taught_by_file, taught_by_version
+from bestiary.diffusion.export_format import is_export
 from bestiary.errors import BestiaryError
 from bestiary.evaluation.report import HEADLINES
 from bestiary.generation import Base, read_start_image
@@ -240,7 +241,10 @@ class Offers:
         offers = []
         last = evaluated()
         for number, path in enumerate(self._local):
-            with contextlib.suppress(BestiaryError):  # models/adapter exists only after a training
+            with contextlib.suppress(BestiaryError):  # models/adapter and models/fast exist only after a run
+                if is_export(path):
+                    offers.append(_export_offer(number, Path(path)))
+                    continue
                 about = self._about(adapter_file(path))
                 offers.append(
                     Offer(
@@ -275,6 +279,23 @@ class Offers:
     def _few_step(self, sampling: Sampling | None) -> DrawingDefaults | None:
         """The usual defaults with the sampling of a few-step adapter."""
         return replace(self.defaults, sampling=sampling) if sampling else None
+
+
+def _export_offer(number: int, folder: Path) -> Offer:
+    """The offer of an export, which OpenVINO draws with. Raises BestiaryError when its manifest is damaged."""
+    from bestiary.diffusion.export_format import read_manifest
+
+    manifest = read_manifest(folder)
+    return Offer(
+        f"local:{number}",
+        "local",
+        f"{short_name(str(folder))} (OpenVINO {manifest.precision}, {manifest.decoder} decoder)",
+        str(folder),
+        defaults=manifest.defaults,
+        side=manifest.side,
+        sha256=manifest.adapter_sha256,
+        few_step=manifest.few_step,
+    )
 
 
 def _registered_offer(version: Version, last: Evaluated) -> Offer:

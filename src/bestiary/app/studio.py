@@ -173,6 +173,7 @@ class Studio:
         """Find and load what the order needs."""
         offers = [(self.offers.find(each.adapter), each.weight) for each in order.adapters]
         chosen = tuple(Chosen(offer, self.offers.resolve(offer), weight) for offer, weight in offers)
+        check_export([each.adapter for each in chosen], _wish(order))
         trusted = [each.adapter for each in chosen if each.offer.kind != "upload"]
         base = choose_base(
             decisive(trusted or [each.adapter for each in chosen]),
@@ -255,7 +256,10 @@ class Studio:
 def stoppable(pipeline: StableDiffusionPipeline, check: Callable[[], None]) -> Iterator[None]:
     """Inside, call `check` before every block of the UNet and of the decoder. What it raises stops the drawing."""
     unet, decoder = pipeline.unet, pipeline.vae.decoder
-    blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks, *getattr(decoder, "up_blocks", ())]
+    if is_exported(pipeline):  # OpenVINO computes each network in one piece
+        blocks = [unet, decoder]
+    else:
+        blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks, *getattr(decoder, "up_blocks", ())]
     hooks = [block.register_forward_pre_hook(lambda *_: check()) for block in blocks if block is not None]
     try:
         yield

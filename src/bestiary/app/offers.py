@@ -7,12 +7,14 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from bestiary.app.errors import RefusedError
 from bestiary.app.taught import Evaluated, evaluated, taught_by_file, taught_by_version
 from bestiary.diffusion.export_format import is_export
+from bestiary.engine_choice import as_export
 from bestiary.errors import BestiaryError
 from bestiary.evaluation.report import HEADLINES
 from bestiary.generation import Base, read_start_image
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+FAST = "#fast"  # ends the key of a registered version's fast variant
+
 
 @dataclass(frozen=True)
 class Offerings:
@@ -38,6 +42,7 @@ class Offerings:
     adapters: tuple[str, ...] = ("models/adapter",)  # files or folders, beside the registered versions
     defaults: DrawingDefaults = field(default_factory=DrawingDefaults)  # for adapters that are not registered
     registered_name: str = "bestiary"
+    tiny_decoder: Base | None = None  # for the default base
 
 
 @dataclass(frozen=True)
@@ -143,6 +148,11 @@ class Offers:
 
         if offer.kind != "registry":
             return resolve(offer.what)
+        if offer.key.endswith(FAST):
+            found = resolve(offer.what, fast=True)
+            if found.export is None:  # refused since the page was loaded
+                raise gone()
+            return as_export(found, found.export)
         if offer.key not in self._resolved:  # a registered version never changes
             self._resolved[offer.key] = resolve(offer.what)
         return self._resolved[offer.key]
@@ -225,6 +235,7 @@ class Offers:
             raise BestiaryError(sentence) from None
 
     def _registered(self) -> list[Offer]:
+        from bestiary.registry.fast_variant import is_accepted
         from bestiary.registry.versions import versions
 
         try:
@@ -233,7 +244,12 @@ class Offers:
             log.info("%s", error)
             return []
         last = evaluated()
-        return [_registered_offer(version, last) for version in reversed(found)]
+        offers = []
+        for version in reversed(found):
+            offers.append(_registered_offer(version, last))
+            if is_accepted(version) and find_spec("openvino"):
+                offers.append(_fast_offer(version, offers[-1]))
+        return offers
 
     def _folders(self) -> list[Offer]:
         from bestiary.diffusion.stored_adapter import adapter_file
@@ -279,6 +295,21 @@ class Offers:
     def _few_step(self, sampling: Sampling | None) -> DrawingDefaults | None:
         """The usual defaults with the sampling of a few-step adapter."""
         return replace(self.defaults, sampling=sampling) if sampling else None
+
+
+def _fast_offer(version: Version, offer: Offer) -> Offer:
+    """The offer of a version's accepted fast variant, beside the `offer` of the version itself."""
+    from bestiary.registry.fast_variant import read_fast_tags
+
+    return replace(
+        offer,
+        key=f"{version.uri}{FAST}",
+        label=f"{offer.label}, fast (OpenVINO)",
+        aliases=(),
+        scores={},
+        defaults=read_fast_tags(version).defaults,
+        few_step=True,
+    )
 
 
 def _export_offer(number: int, folder: Path) -> Offer:

@@ -75,23 +75,20 @@ def _checked(name: str, work: Callable[[], str]) -> Check:
 
 
 def _device() -> str:
+    """What a run would compute on. Only counts GPUs: using one would take memory that is measured afterwards."""
     import torch
 
-    from bestiary.diffusion.base import device_and_dtype
-
-    device, dtype = device_and_dtype()
-    precision = str(dtype).removeprefix("torch.")
-    if device.type == "cuda":
-        size = shown_size(torch.cuda.get_device_properties(device).total_memory / MIB)
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}, {size}, {precision}"
-    if device.type == "mps":
-        return f"Apple GPU, {precision}"
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        return f"{count} GPU{'s' * (count != 1)} that torch {torch.__version__} can use"
+    if torch.backends.mps.is_available():
+        return "an Apple GPU"
     if os.environ.get("CUDA_VISIBLE_DEVICES") is None and _nvidia_gpus():
         reason = "torch was installed without CUDA" if torch.version.cuda is None else "its driver is older than torch"
         raise BestiaryError(
             f"torch cannot use this machine's NVIDIA GPU: perhaps {reason}. Install a torch that fits the driver."
         )
-    return f"{torch.get_num_threads()} CPU threads, {precision}; there is no GPU"
+    return f"{torch.get_num_threads()} CPU threads; there is no GPU"
 
 
 def _nvidia_gpus() -> bool:
@@ -237,9 +234,9 @@ def _is_locked(path: Path) -> bool:
 
 
 def _measured(root: Path, params: Params, images: Images, download_bytes: int, hours: float) -> Iterator[Check]:
-    from bestiary.diffusion.base import device_and_dtype
+    import torch
 
-    seconds = CPU_SECONDS if device_and_dtype()[0].type == "cpu" else GPU_SECONDS
+    seconds = GPU_SECONDS if torch.cuda.is_available() else CPU_SECONDS
     try:
         rates, lines = estimate(params, images, seconds)
     except BestiaryError as error:

@@ -22,6 +22,7 @@ from bestiary.libraries import silence_libraries
 from bestiary.png_metadata import Colours, PictureSettings, read_settings
 from bestiary.project import (
     drawing_defaults,
+    last_acceptance,
     last_results,
     project_base,
     project_captions,
@@ -716,7 +717,7 @@ def learn(
     if not learning.learn(lesson, lambda line: click.echo(printable(line)), learning.estimate_plan):
         click.echo("This has been done already.")
     evaluation, registration = last_results()
-    click.echo("\n".join(render_results(evaluation, registration, _program())))
+    click.echo("\n".join(render_results(evaluation, registration, _program(), last_acceptance(evaluation))))
 
 
 @cli.command("estimate")
@@ -759,7 +760,7 @@ def preflight(context: click.Context, profile: str | None, hours: float) -> None
 def results() -> None:
     """Show the results of the last `dvc repro`."""
     evaluation, registration = last_results()
-    click.echo("\n".join(render_results(evaluation, registration, _program())))
+    click.echo("\n".join(render_results(evaluation, registration, _program(), last_acceptance(evaluation))))
 
 
 @cli.command()

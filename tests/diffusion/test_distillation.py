@@ -1,18 +1,21 @@
 import json
 import os
+import runpy
 import signal
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from support.adapters import make_adapter
 from support.settings import distill_settings
-from support.stages import ROOT, run_stage
+from support.stages import ROOT
 from support.training import adapter_weights, all_equal, stable_diffusion_cache
 
 from bestiary.diffusion.adapter import apply_adapter, apply_adapters, save_adapter, verify_adapter
@@ -78,8 +81,8 @@ def test_distilling_brings_the_student_closer_to_where_the_teachers_path_ends(
     prediction_type: str, base: Path, v_prediction_base: Path, latents: Latents
 ) -> None:
     chosen = base if prediction_type == "epsilon" else v_prediction_base
-    result, _ = run_distillation(chosen, latents, steps=40, validate_every=40)
-    assert result.val_loss < 0.9 * result.base_val_loss
+    result, _ = run_distillation(chosen, latents, steps=16, validate_every=16)
+    assert result.val_loss < 0.95 * result.base_val_loss
     assert result.val_loss_by_band.keys() == {"999", "399"}
 
 
@@ -109,26 +112,48 @@ def test_stopped_and_resumed_distillation_equals_an_uninterrupted_one(
     assert result.results() == plain[0].results()
 
 
-def test_the_teachers_path_is_ddims_as_diffusers_computes_it(base: Path) -> None:
-    unet, scheduler = load_unet(base), load_scheduler(base)
-    path = TeacherPath(unet, scheduler, distill_settings(timesteps=[999], guidance_interval=None))
-    generator = torch.Generator().manual_seed(0)
-    noise, features, empty = (
-        torch.randn(shape, generator=generator) for shape in ((2, 4, 8, 8), (2, 6, 32), (1, 6, 32))
-    )
-    ddim = DDIMScheduler.from_config(
-        scheduler.config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True
-    )
-    ddim.set_timesteps(5)
-    latents = noise
-    with torch.no_grad():
-        for timestep in ddim.timesteps:
-            prompted, plain = unet(latents, timestep, features).sample, unet(latents, timestep, empty.expand(2, -1, -1))
-            guided = plain.sample + 3.0 * (prompted - plain.sample)
-            latents = ddim.step(guided, timestep, latents).prev_sample
-    torch.testing.assert_close(path.end(noise, 999, features, empty), latents, rtol=1e-4, atol=1e-4)
+@pytest.mark.usefixtures("bfloat16")
+def test_in_bfloat16_as_on_a_gpu_the_student_learns_in_float32(base: Path, latents: Latents) -> None:
+    unet = load_pipeline(base, device="cpu", dtype=torch.bfloat16).unet.requires_grad_(False)
+    result = distill(unet, load_scheduler(base), latents, distill_settings(), seed=0)
+    assert result.val_loss < result.base_val_loss
+    assert {weight.dtype for weight in adapter_weights(unet)} == {torch.float32}
 
 
+class Gaussian(torch.nn.Module):
+    """The exact denoiser of latents with the standard deviation 0.5, moved by what the prompt says."""
+
+    def __init__(self, schedule: NoiseSchedule) -> None:
+        super().__init__()
+        self.schedule = schedule
+        self.device, self.dtype = torch.device("cpu"), torch.float32
+        self.passes = 0
+
+    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, features: torch.Tensor) -> SimpleNamespace:
+        alpha, sigma = (values[timesteps][:, None, None, None] for values in (self.schedule.alpha, self.schedule.sigma))
+        mean = features.mean(dim=(1, 2))[:, None, None, None]
+        clean = mean + alpha * 0.25 / (alpha**2 * 0.25 + sigma**2) * (noisy - alpha * mean)
+        self.passes += len(noisy)
+        return SimpleNamespace(sample=(alpha * noisy - clean) / sigma)  # the velocity
+
+
+def test_the_teachers_path_ends_where_the_guided_probability_flow_does(v_prediction_base: Path) -> None:
+    scheduler = load_scheduler(v_prediction_base)
+    schedule = NoiseSchedule.of(scheduler, torch.device("cpu"))
+    unet = Gaussian(schedule)
+    settings = distill_settings(timesteps=[999], teacher_steps=10, guidance_interval=None)
+    path = TeacherPath(cast("UNet2DConditionModel", unet), scheduler, settings)
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    prompted, empty = torch.full((2, 6, 32), 0.2), torch.full((1, 6, 32), -0.1)
+    found = path.end(noise, 999, prompted, empty)
+    assert unet.passes == 2 * 11 * 2 * 2  # pictures, steps, halves of a step, guidance
+    # Guidance of 3 moves the mean to -0.1 + 3 * 0.3, and the flow of a Gaussian only scales.
+    deviation = (0.25 * schedule.alpha[999] ** 2 + schedule.sigma[999] ** 2).sqrt()
+    exact = 0.8 + 0.5 * (noise - schedule.alpha[999] * 0.8) / deviation
+    assert (found - exact).abs().max() < 0.03 * exact.abs().max()
+
+
+@pytest.mark.slow
 def test_a_unet_of_stable_diffusions_blocks_is_distilled_with_its_guidance_everywhere() -> None:
     """The layout of Stable Diffusion 1.5, with narrow layers."""
     torch.manual_seed(0)
@@ -140,6 +165,8 @@ def test_a_unet_of_stable_diffusions_blocks_is_distilled_with_its_guidance_every
         cross_attention_dim=768,
     )
     cache = stable_diffusion_cache()
+    small = {name: values[..., :8, :8].contiguous() for name, values in cache.shards[0].items()}
+    cache = replace(cache, shards=[small])
     settings = distill_settings(
         steps=2,
         batch_size=1,
@@ -298,7 +325,7 @@ def foreign_unet(base: Path) -> UNet2DConditionModel:
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["distilled", "of others"])
 def test_the_stage_writes_an_adapter_that_draws_in_its_few_steps(
-    source: str, base: Path, style: Path, latents_folder: Path, tmp_path: Path
+    source: str, base: Path, style: Path, latents_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("stages", "src", "models/judge", "fast"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -312,14 +339,21 @@ def test_the_stage_writes_an_adapter_that_draws_in_its_few_steps(
     (tmp_path / "lcm-lora" / FILE_NAME).write_bytes(lcm.to_bytes())
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     params["profiles"]["sample"]["encode"]["resolution"] = 32
-    changes: dict[str, object] = {"steps": 2}
-    changes |= {"batch_size": 2, "validate_every": 2, "sheet_animals": 1, "teacher_steps": 2}
+    changes: dict[str, object] = {
+        "steps": 2,
+        "batch_size": 2,
+        "validate_every": 2,
+        "sheet_animals": 1,
+        "teacher_steps": 2,
+    }
     if source == "of others":
         changes |= {"from": {"model": "lcm-lora", "revision": None, "file": None, "weight": 0.7}}
     params["profiles"]["sample"]["distill"] |= changes
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
-    done = run_stage(tmp_path, "distill")
-    assert done.returncode == 0, done.stderr[-2000:]
+    monkeypatch.setenv("BESTIARY_TRACKING", "off")
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path("stages/distill.py", run_name="__main__")
     report = json.loads((tmp_path / "reports" / "results" / "distill.json").read_text())
     content = read_adapter(tmp_path / "models" / "few_step" / FILE_NAME)
     assert content.few_step == (TWO_STEPS if source == "distilled" else Sampling("lcm", 4, 1.0))

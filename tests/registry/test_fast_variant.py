@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from support.fast_variant import DRAWING, acceptance, make_export
-from support.registry import make_adapter, submit
+from support.registry import RULES, make_adapter, make_submission, submit
 
 from bestiary.cli import cli
 from bestiary.diffusion.adapter import adapter_sha256
 from bestiary.errors import BestiaryError
 from bestiary.registry.attaching import Attachment, Candidate, attach
 from bestiary.registry.fast_variant import read_fast_tags
-from bestiary.registry.registering import Registration
+from bestiary.registry.model_card import write
+from bestiary.registry.registering import Registration, register
 from bestiary.registry.resolving import fast_variant, few_step_adapter, pull_fast
 from bestiary.registry.versions import find_version, local_files, walk
 from bestiary.tracking.store import open_client, tracking_uri
@@ -102,6 +103,19 @@ def test_the_description_and_the_lineage_of_the_version_have_the_fast_variant(
     assert description.count("Fast variant accepted") == 1
 
 
+def test_the_model_card_has_the_verdict_and_its_table(
+    made: Made, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    attach_as_stage(made, project)
+    open_client(tracking_uri(), project).set_tag(find_version(URI).run_id, "stage", "register")
+    write(URI, tmp_path / "card")
+    card = (tmp_path / "card" / "README.md").read_text()
+    assert "## Fast variant\n\nFast variant accepted: openvino in int8 with the tiny decoder, 2 passes" in card
+    assert "| CMMD (lower is better) | 90.00 | 90.00 | 90.00 | +0.25 (-0.25 to +0.75) |" in card
+    assert f"`bestiary pull {URI} --fast --out DIR`" in card
+
+
 def test_another_fast_variant_replaces_the_earlier_one(made: Made, project: Path, tmp_path: Path) -> None:
     attach_as_stage(made, project)
     (first,) = fast_folders()
@@ -160,3 +174,33 @@ def test_a_report_about_another_fast_variant_is_refused(
     with pytest.raises(BestiaryError, match=r"accept\.json describes another fast variant .*`dvc repro fast/"):
         attach_as_stage(replace(made, candidate=candidate), project)
     assert "fast" not in find_version(URI).tags
+
+
+@pytest.mark.slow
+def test_a_fast_variant_goes_to_a_server_and_comes_from_there_once(
+    made: Made,
+    server: str,
+    project: Path,
+    base_folder: Path,
+    adapters: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    monkeypatch.setenv("BESTIARY_CACHE", str(tmp_path / "cache"))
+    client = open_client(server, project)
+    run = client.create_run(client.create_experiment("team"))  # whose files go through the server
+    register(replace(make_submission(project, base_folder, adapters[0]), run_id=run.info.run_id), RULES)
+    attach_as_stage(made, project)
+    attach_as_stage(changed(made, tmp_path / "other"), project)
+    stored = fast_variant(find_version(URI))
+    assert stored is not None
+    assert stored.is_relative_to(tmp_path / "cache" / "fast")
+    kept = sorted((tmp_path / "server" / "artifacts").rglob("fast-*"))
+    assert len(kept) == 1  # the first one was replaced
+    shutil.rmtree(kept[0])
+    assert fast_variant(find_version(URI)) == stored  # not downloaded again
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(BestiaryError, match=r"has lost the fast variant of models:/bestiary/1: fast-.* on the server"):
+        pull_fast(URI, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -2,10 +2,10 @@
 
 A picture is drawn in a few passes: a clean guess at the first timestep, fresh noise up to the second, a clean guess
 there, and so on. Each pass is a consistency model of its own part of the noise schedule (Heek et al. 2024,
-arXiv:2403.06807): at any timestep of the part, the student guesses where the teacher's DDIM path ends. The guess one
-step further down the path is the target (Song et al. 2023, arXiv:2303.01469), and the path is guided, so the student
-needs no guidance (Luo et al. 2023, arXiv:2310.04378). The student is the teacher with a LoRA on its linear and
-convolution layers (arXiv:2311.05556). Letters: B pictures, C, h, w of latents, T tokens, D features.
+arXiv:2403.06807): at any timestep of the part, the student guesses where the teacher's path ends. The guess one step
+further down the path is the target (Song et al. 2023, arXiv:2303.01469), and the path is guided, so the student needs
+no guidance (Luo et al. 2023, arXiv:2310.04378). The student is the teacher with a LoRA on its linear and convolution
+layers (arXiv:2311.05556). Letters: B pictures, C, h, w of latents, T tokens, D features.
 """
 
 from __future__ import annotations
@@ -146,15 +146,22 @@ def _at(values: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
 def path_timesteps(passes: Sequence[int], teacher_steps: int, total: int) -> list[int]:
     """The timesteps of the teacher's path, rising: the ends of equal parts of the schedule, and those of the passes.
 
+    The last part has one more at a fifth of it, because the clean guess at its end would lack fine details.
+
     >>> path_timesteps([999, 399], 5, 1000)
-    [199, 399, 599, 799, 999]
+    [39, 199, 399, 599, 799, 999]
     """
     ends = {total * (number + 1) // teacher_steps - 1 for number in range(teacher_steps)}
+    ends.add(max(total // (5 * teacher_steps) - 1, 0))
     return sorted(step for step in ends | set(passes) if step <= max(passes))
 
 
 class TeacherPath:
-    """The teacher's guided DDIM path (Song et al. 2020, arXiv:2010.02502) and where its parts end."""
+    """The teacher's guided path and where its parts end.
+
+    A step is one of DPM-Solver++ (2S) (Lu et al. 2022, arXiv:2211.01095, algorithm 1), with its middle in log-SNR. With
+    as many passes, DDIM's steps end farther from the path's true end, and the student would learn that.
+    """
 
     def __init__(self, unet: UNet2DConditionModel, scheduler: DDPMScheduler, settings: Distill) -> None:
         self.unet = unet
@@ -167,6 +174,11 @@ class TeacherPath:
         # By timestep: the next lower one of the path; -1 below the lowest, where the path ends with the clean guess.
         self.following = torch.full((total,), -1, device=self.device)
         self.following[self.timesteps[1:]] = torch.tensor(self.timesteps[:-1], device=self.device)
+        log_snr = (self.schedule.alpha / self.schedule.sigma).log()
+        self.middle = self.following.clone()
+        for timestep, following in zip(self.timesteps[1:], self.timesteps[:-1], strict=True):
+            self.middle[timestep] = (log_snr - (log_snr[timestep] + log_snr[following]) / 2).abs().argmin()
+        self.middle[self.timesteps[0]] = self.timesteps[0] // 2
         # A pass ends with the teacher's clean guess at the next pass's timestep: fresh noise hides its details.
         self.ends = torch.zeros(total, dtype=torch.bool, device=self.device)
         self.ends[list(settings.timesteps[1:])] = True
@@ -198,14 +210,19 @@ class TeacherPath:
     def move(
         self, noisy: torch.Tensor, timesteps: torch.Tensor, features: torch.Tensor, empty: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The teacher's DDIM step down the path: the latents there, their timesteps, and the teacher's clean guess.
+        """The teacher's step down the path: the latents there, their timesteps, and the clean latents that it leads to.
 
-        Where the path ends the timestep is -1, and the latents are the clean guess.
+        Where the path ends the timestep is -1, and the latents mean nothing.
         """
-        clean, noise = self.schedule.split(noisy, self.teach(noisy, timesteps, features, empty), timesteps)
-        following = self.following[timesteps]
-        moved = self.schedule.noised(clean, noise, following.clamp(min=0))
-        return torch.where((following < 0)[:, None, None, None], clean, moved), following, clean
+        schedule = self.schedule
+        middle, following = self.middle[timesteps], self.following[timesteps]
+        clean, noise = schedule.split(noisy, self.teach(noisy, timesteps, features, empty), timesteps)
+        halfway = schedule.noised(clean, noise, middle)  # by DDIM
+        clean = schedule.split(halfway, self.teach(halfway, middle, features, empty), middle)[0]
+        end = following.clamp(min=0)
+        ratio = _at(schedule.sigma, end) / _at(schedule.sigma, timesteps)
+        moved = ratio * noisy + (_at(schedule.alpha, end) - ratio * _at(schedule.alpha, timesteps)) * clean
+        return moved, following, clean
 
     @torch.no_grad()
     def end(self, noisy: torch.Tensor, timestep: int, features: torch.Tensor, empty: torch.Tensor) -> torch.Tensor:

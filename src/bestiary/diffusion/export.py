@@ -265,7 +265,13 @@ def _networks(pipeline: StableDiffusionPipeline, vae: Any) -> Iterator[Network]:
 def _converted(ov: Any, module: torch.nn.Module, example: Mapping[str, torch.Tensor]) -> Any:
     with warnings.catch_warnings(), quiet_loading():
         warnings.simplefilter("ignore")  # the tracer warns of every check of a shape in diffusers
-        model = ov.convert_model(module.eval(), example_input=dict(example))
+        from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+        # Checking the trace by a second one would take most of the time.
+        traced = TorchScriptPythonDecoder(
+            module.eval(), example_input=dict(example), trace_kwargs={"check_trace": False}
+        )
+        model = ov.convert_model(traced, example_input=dict(example))
     model.reshape(
         {
             name: [-1 if axis in FREE_AXES[name] else size for axis, size in enumerate(value.shape)]

@@ -228,7 +228,7 @@ def draw(
     else:
         apply_adapter(pipeline, adapter, sampling.adapter_weight)
     key = _settings_key(pipeline, adapter, sampling, batch_size) if cache else ""
-    return _draw_batches(pipeline, jobs, sampling, batch_size, task, cache, key)
+    return _draw_batches(pipeline, jobs, sampling, batch_size, task, cache, key, on_drawn)
 
 
 def draw_as_loaded(
@@ -246,6 +246,7 @@ def _draw_batches(
     task: str,
     cache: PictureCache | None = None,
     key: str = "",
+    on_drawn: OnDrawn | None = None,
 ) -> list[Image.Image]:
     prompts_and_seeds = list(zip(jobs.prompts, jobs.seeds, strict=True))
     batches = [prompts_and_seeds[start : start + batch_size] for start in range(0, len(prompts_and_seeds), batch_size)]

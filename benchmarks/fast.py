@@ -162,8 +162,8 @@ def timed(pipeline: object, sampling: Sampling) -> Way:
     hook = pipeline.unet.register_forward_hook(count)  # type: ignore[attr-defined]
     for seed in range(TIMED_CALLS + 1):
         passes = 0
-        with stopwatch(pipeline) as spent:  # type: ignore[arg-type]
-            generate(pipeline, [PROMPT], [seed], sampling, batch_size=1)  # type: ignore[arg-type]
+        with stopwatch(pipeline) as spent:
+            generate(pipeline, [PROMPT], [seed], sampling, batch_size=1)
         calls.append(spent)
     hook.remove()
     text, denoise, decode, total = (

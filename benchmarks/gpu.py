@@ -330,7 +330,8 @@ def _train_alone(sizes: Models, side: int) -> float:
 
     with tempfile.TemporaryDirectory() as folder:
         subjects = [Subject("zebra", "zebra", "斑马")]
-        watch = TrainingWatch(pipeline, judge, subjects, settings, seed=0, resolution=side, folder=Path(folder))
+        sampling = settings.sheet_sampling(side)
+        watch = TrainingWatch(pipeline, judge, subjects, settings, sampling, seed=0, folder=Path(folder))
         train(
             pipeline.unet,
             pipeline.scheduler,

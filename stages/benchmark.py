@@ -17,6 +17,7 @@ def main() -> None:
 
         from bestiary.diffusion.adapter import check_trained_on
         from bestiary.diffusion.base import device_and_dtype, load_pipeline
+        from bestiary.diffusion.decoders import find_tiny_decoder, load_tiny_decoder
         from bestiary.evaluation import benchmark, plots
         from bestiary.evaluation.cold_start import cold_start
         from bestiary.evaluation.judge import Judge
@@ -37,9 +38,9 @@ def main() -> None:
 
         device, dtype = device_and_dtype()
         judge = Judge.load(params.judge.model, params.judge.revision, device.type)
-        tiny = settings.tiny_vae
+        tiny = params.tiny_decoder
         if tiny:  # a download that fails must not end a benchmark that has measured
-            benchmark.find_tiny_vae(tiny.model, tiny.revision)
+            find_tiny_decoder(tiny.model, tiny.revision)
         bench = benchmark.Bench(
             load=lambda name: load_pipeline(*base, dtype=getattr(torch, name)),
             adapter=point.adapter,
@@ -49,10 +50,10 @@ def main() -> None:
             sampling=replace(sampling, guidance_interval=sampling.guidance_interval or settings.guidance_interval),
             repeats=settings.repeats,
             untimed_batch=evaluate.batch_size,
-            load_tiny_vae=partial(benchmark.load_tiny_vae, tiny.model, tiny.revision) if tiny else None,
+            load_tiny_decoder=partial(load_tiny_decoder, tiny.model, tiny.revision) if tiny else None,
         )
         default = benchmark.default_setting(evaluate, str(dtype).removeprefix("torch."))
-        rows, skipped = benchmark.run(bench, benchmark.plan(settings, default))
+        rows, skipped = benchmark.run(bench, benchmark.plan(settings, default, tiny_decoder=tiny is not None))
         loading_s = start.parts.import_s + start.parts.load_s
         rows = [replace(row, with_loading_s=loading_s + row.cost.p50_s) for row in rows]
         plots.quality_against_cost(rows, FIGURES / "quality_against_cost.png")

@@ -43,7 +43,8 @@ def main() -> None:
         if run.is_main:
             judge = Judge.load(params.judge.model, params.judge.revision, device_and_dtype()[0].type)
             sheet = unfinished / "sheet"
-            watch = TrainingWatch(pipeline, judge, subjects, settings, seed=seed, resolution=resolution, folder=sheet)
+            sampling = settings.sheet_sampling(resolution)
+            watch = TrainingWatch(pipeline, judge, subjects, settings, sampling, seed=seed, folder=sheet)
 
         def on_validation(step: int) -> float:
             score = watch.draw(step)

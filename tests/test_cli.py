@@ -16,9 +16,11 @@ from support.registry import evaluation, make_adapter, submit
 
 from bestiary import cli
 from bestiary.diffusion.adapter import adapter_sha256, read_provenance
+from bestiary.diffusion.adapter_reading import read_adapter
 from bestiary.png_metadata import StartImage, read_settings, write_png
 from bestiary.registry.registering import Registration
 from bestiary.registry.versions import versions
+from bestiary.samplers import Sampling
 from bestiary.tracking import store as tracking
 
 ROOT = Path(__file__).parents[1]
@@ -399,6 +401,31 @@ def test_several_adapters_draw_together_and_are_drawn_again_to_the_byte(
     for second, words in (("none", "none stands for no adapter"), ("./models/adapter", "are the same adapter")):
         assert call(monkeypatch, "generate", "tiger", "--adapter", "models/adapter", "--adapter", second) == 1
         assert words in capsys.readouterr().err
+
+
+def test_a_few_step_adapter_draws_as_it_was_distilled_beside_a_style_too(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sampling = Sampling("lcm", steps=2, guidance_scale=1.0, timesteps=(999, 399))
+    make_adapter(workspace / "models" / "base", workspace / "fast", 1, named_base="models/base")
+    file = workspace / "fast" / "pytorch_lora_weights.safetensors"
+    file.write_bytes(replace(read_adapter(file), few_step=sampling).to_bytes())
+    options = ["--adapter", "models/adapter", "--adapter", "fast"]
+    assert call(monkeypatch, "generate", "tiger", *options, "--out", "out") == 0
+    drawn = read_settings(Path("out/tiger-0.png"))
+    assert drawn.sampling == replace(sampling, width=64, height=64)
+    assert call(monkeypatch, "generate", "--like", "out/tiger-0.png", "--out", "again") == 0
+    assert Path("again/tiger-0.png").read_bytes() == Path("out/tiger-0.png").read_bytes()
+    capsys.readouterr()
+    for option, value, words in (
+        ("--steps", "4", "was distilled for 2 steps, not for 4. Leave out the number of steps."),
+        ("--guidance", "7", "was distilled for 2 steps without guidance, not for the guidance scale 7."),
+    ):
+        assert call(monkeypatch, "generate", "tiger", "--adapter", "fast", option, value) == 1
+        assert words in capsys.readouterr().err
+    assert not list(workspace.glob("pictures/*"))
+    assert call(monkeypatch, "adapter", "convert", "fast", "kohya.safetensors", "--to", "kohya") == 0
+    assert read_adapter(workspace / "kohya.safetensors").few_step == sampling
 
 
 def test_an_adapter_for_another_base_of_the_same_shape_is_refused_unless_the_base_is_named(

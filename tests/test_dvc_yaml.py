@@ -1,4 +1,4 @@
-"""dvc.yaml lists as a stage's dependencies exactly the code that decides its result.
+"""dvc.yaml and fast/dvc.yaml list as a stage's dependencies exactly the code that decides its result.
 
 If a module is missing there, DVC keeps an output that the changed code would no longer make.
 """
@@ -13,7 +13,11 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "bestiary"
-STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+STAGES: dict[str, Any] = {
+    name: stage
+    for file in ("dvc.yaml", "fast/dvc.yaml")
+    for name, stage in yaml.safe_load((ROOT / file).read_text(encoding="utf-8"))["stages"].items()
+}
 # Modules and packages that do not affect any stage's result: they handle errors, files, memory, downloads of pinned
 # models and MLflow runs, or read params.yaml, whose values DVC watches by itself. What only they import does not affect
 # a result either.

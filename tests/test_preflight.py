@@ -43,8 +43,8 @@ def night() -> Params:
 def hub(night: Params, tmp_path: Path) -> Iterator[Hub]:
     """A hub that has every pinned model of the profile sciencedb, at its revision."""
     assert night.captioner
-    assert night.benchmark.tiny_vae
-    wanted = [night.base, night.judge, night.captioner, night.benchmark.tiny_vae]
+    assert night.tiny_decoder
+    wanted = [night.base, night.judge, night.captioner, night.tiny_decoder]
     AutoencoderTiny(decoder_block_out_channels=(8, 8, 8, 8)).save_pretrained(tmp_path / "decoder")
     folders = [*(ROOT / "models" / name for name in ("base", "judge", "judge")), tmp_path / "decoder"]
     served = {model.model: Served(folder, model.revision or "") for model, folder in zip(wanted, folders, strict=True)}
@@ -65,7 +65,7 @@ def test_a_night_is_checked_from_the_hub_to_the_disk(
         assert [str(check) for check in found.values() if check.mark != "ok"] == []
         assert found["base"].text.startswith("stable-diffusion-v1-5/stable-diffusion-v1-5 at 451f4fe: ")
         assert found["base"].text.endswith(" MiB to download")
-        assert set(found) >= {"device", "judge", "decoder", "captioner", "ScienceDB", "MLflow", "DVC", "memory", "time"}
+        assert set(found) >= {"device", "judge", "tiny decoder", "captioner", "ScienceDB", "MLflow", "DVC", "memory"}
         hub.models[night.judge.model].gated = True
         hub.models.pop(night.captioner.model if night.captioner else "")
         service.listing_faults = ["always html"]

@@ -3,12 +3,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from support.fast_variant import acceptance
 from support.registry import evaluation, make_adapter, submit
 
 from bestiary.diffusion.adapter import adapter_sha256
 from bestiary.errors import BestiaryError
 from bestiary.project import (
     drawing_defaults,
+    last_acceptance,
     last_results,
     project_base,
     project_params,
@@ -109,3 +111,16 @@ def test_results_show_the_version_as_the_registry_has_it_now(evaluated: Path, ba
     (evaluated / "mlflow.db").unlink()
     assert "This is how it was registered. There is no registry yet" in printed_results()
     assert "`dvc repro --force --single-item register`" in printed_results()
+
+
+def test_results_show_the_verdict_on_the_fast_variant_of_this_adapter_only(evaluated: Path) -> None:
+    assert "make fast" in printed_results()
+    file = evaluated / "reports" / "results" / "accept.json"
+    file.write_text(acceptance("1" * 64, "2" * 64).model_dump_json())
+    results, registration = last_results()
+    assert last_acceptance(results) is None  # it is about another adapter
+    file.write_text(acceptance(results.adapter_sha256, "2" * 64).model_dump_json())
+    lines = list(render_results(results, registration, "bestiary", last_acceptance(results)))
+    assert any(line.startswith("Fast variant accepted: openvino in int8 with the tiny decoder") for line in lines)
+    assert any("models:/bestiary@champion --out my-adapter --fast" in line for line in lines)
+    assert not any("make fast" in line for line in lines)

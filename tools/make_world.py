@@ -8,16 +8,17 @@ torchrun --nproc-per-node 2 tools/make_world.py --start-from models --unet-minut
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
 import click
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import distributed
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModel
 
-from world import card, clip, unet, vae
+from world import card, clip, tiny_decoder, unet, vae
 from world.captions import train_tokenizer
 from world.pictures import (
     DRESSED,
@@ -33,7 +34,7 @@ from world.pictures import (
 from world.schedule import average_weights, minutes_spent, rank
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("text", "judge", "image_judge", "vae", "unet", "base", "card")
+PARTS = ("text", "judge", "image_judge", "vae", "unet", "base", "tiny_decoder", "card")
 
 
 @click.command()
@@ -44,6 +45,7 @@ PARTS = ("text", "judge", "image_judge", "vae", "unet", "base", "card")
 @click.option("--clip-minutes", default=15.0, show_default=True, help="Of computing, for each of the two CLIPs.")
 @click.option("--vae-minutes", default=40.0, show_default=True)
 @click.option("--unet-minutes", default=85.0, show_default=True)
+@click.option("--tiny-decoder-minutes", default=12.0, show_default=True)
 @click.option(
     "--start-from",
     "start",
@@ -56,6 +58,7 @@ def main(
     clip_minutes: float,
     vae_minutes: float,
     unet_minutes: float,
+    tiny_decoder_minutes: float,
     start: Path | None,
 ) -> None:
     """Render, train and save the bundled models."""
@@ -63,12 +66,13 @@ def main(
     if "RANK" in os.environ:
         distributed.init_process_group("gloo")
     first = rank() == 0
+    wanted = parts or PARTS
     if first:
-        _prepare(cache)
+        _prepare(cache, wanted)
     _wait()
     pictures, things = _shown(cache), rendered_things(cache, 2_000)
     tokenizer = CLIPTokenizer.from_pretrained(cache / "tokenizer")
-    for part in parts or PARTS:
+    for part in wanted:
         if part == "text":
             clip.train("text", 11, pictures, things, tokenizer, cache, clip_minutes, start)
         elif part == "judge":
@@ -88,6 +92,11 @@ def main(
             unet.train(latents, encoder, tokenizer, cache, unet_minutes, trained)
         elif part == "base" and first:
             save_base(pictures, tokenizer, cache)
+        elif part == "tiny_decoder":
+            full = AutoencoderKL.from_pretrained(ROOT / "models" / "base" / "vae").float()
+            tiny_decoder.train(pictures, full, cache, tiny_decoder_minutes)
+            if first:
+                tiny_decoder.load(cache / "tiny_decoder.pt").half().save_pretrained(ROOT / "models" / "tiny_decoder")
         elif part == "card" and first:
             fresh = rendered(cache, per_style=800, first_seed=FRESH_SEEDS)
             minutes = {name: minutes_spent(cache / f"{name}.pt") for name in ("text", "judge", "vae", "unet")}
@@ -101,9 +110,10 @@ def _wait() -> None:
         distributed.monitored_barrier(timeout=timedelta(hours=1))
 
 
-def _prepare(cache: Path) -> None:
+def _prepare(cache: Path, wanted: Sequence[str]) -> None:
     _shown(cache)
-    _judged(cache)
+    if "judge" in wanted:
+        _judged(cache)
     rendered_things(cache, 2_000)
     if not (cache / "tokenizer").exists():
         train_tokenizer(cache / "tokenizer")

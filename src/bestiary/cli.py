@@ -22,10 +22,12 @@ from bestiary.libraries import silence_libraries
 from bestiary.png_metadata import Colours, PictureSettings, read_settings
 from bestiary.project import (
     drawing_defaults,
+    last_acceptance,
     last_results,
     project_base,
     project_captions,
     project_params,
+    project_tiny_decoder,
     registered_name,
     render_results,
     short_path,
@@ -39,12 +41,15 @@ from bestiary.samplers import (
     MIN_SIDE,
     SAMPLERS,
     SIDE_STEP,
+    Decoder,
     SamplingChanges,
 )
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from bestiary.diffusion.export_format import EngineChoice, Precision
+    from bestiary.engine_choice import Wish
     from bestiary.generation import Generator, Weighted
     from bestiary.grids import Grid
     from bestiary.subjects import Kind, Subject
@@ -130,10 +135,11 @@ base_option = click.option("--base", metavar="MODEL", help="Base to use instead 
 
 @dataclass(frozen=True)
 class Source:
-    """Which adapters and which base to draw with, as they were typed."""
+    """Which adapters, which base and which engine to draw with, as they were typed."""
 
     adapters: tuple[str, ...]
     base: str | None
+    engine: EngineChoice
 
 
 @dataclass(frozen=True)
@@ -173,11 +179,12 @@ def _changes(
     resolution: int | None,
     size: tuple[int, int] | None,
     negative: str | None,
+    decoder: Decoder | None,
 ) -> SamplingChanges:
     if resolution is not None and size is not None:
         raise BestiaryError("--resolution and --size both set the size. Give one of them.")
     width, height = size or (resolution, resolution)
-    return SamplingChanges(scheduler, steps, guidance, interval, width, height, negative)
+    return SamplingChanges(scheduler, steps, guidance, interval, width, height, negative, decoder=decoder)
 
 
 source_options = option_group(
@@ -190,9 +197,16 @@ source_options = option_group(
         default=lambda: [_champion()],
         show_default=CHAMPION,
         metavar="WHAT[:WEIGHT]",
-        help="Adapter to draw with; repeatable.",
+        help="Adapter, or folder of an export, to draw with; adapters are repeatable.",
     ),
     base=base_option,
+    engine=click.option(
+        "--engine",
+        type=click.Choice(["auto", "torch", "openvino"]),
+        default="auto",
+        show_default=True,
+        help="What computes. auto: the accepted fast variant, where this machine gains from it.",
+    ),
 )
 
 
@@ -241,6 +255,11 @@ sampling_options = option_group(
     ),
     size=click.option("--size", type=Size(), help="Width and height in pixels, multiples of 8: 768x512."),
     negative=click.option("--negative-prompt", "negative", metavar="TEXT", help="What the picture must not show."),
+    decoder=click.option(
+        "--decoder",
+        type=click.Choice(["full", "tiny"]),
+        help="The base's own decoder, or a tiny one: faster, less exact.  [default: as evaluated]",
+    ),
 )
 colour_options = option_group(
     "colours",
@@ -295,6 +314,7 @@ def generate(
     out: Path,
 ) -> None:
     """Draw animals, named in English or Chinese. The same seed gives the same picture."""
+    from bestiary.engine_choice import choose_engine
     from bestiary.subjects import caption
 
     request, grid = _take_axes(request, axes)
@@ -309,14 +329,17 @@ def generate(
 
     weighted = [generation.Weighted.parse(text) for text in source.adapters]
     named = _adapters_of(original, like, weighted) if original and like else [each.what for each in weighted]
-    with generation.resolving_all(named) as resolved:
+    engine = _engine(source, original, grid)
+    with generation.resolving_all(named, fast=engine != "torch") as resolved:
         import bestiary.diffusion.sampling  # noqa: F401  imports torch while a second process may ask MLflow
 
         adapters = resolved()
     _tell(note for adapter in adapters for note in adapter.notes)
+    adapters, note = choose_engine(adapters, _wish(engine, source, changes, start, weighted))
+    _tell([note] if note else [])
     taught = [subject for adapter in adapters for subject in adapter.subjects]
     wanted = list(dict.fromkeys(_find(name, taught) for name in request.subjects))
-    generator = generation.Generator()
+    generator = generation.Generator(project_tiny_decoder(params))
     chosen, default = generation.named_base(source.base), project_base(params)
     adapter = generation.decisive(adapters)
     if original and like:
@@ -344,6 +367,27 @@ def generate(
         _draw_grids(generator, jobs, grid, out, image)
     else:
         _draw_all(generator, jobs, out, image)
+
+
+def _engine(source: Source, original: PictureSettings | None, grid: Grid | None) -> EngineChoice:
+    """The engine to draw with: a picture's own one, and torch for a grid unless the user chose another."""
+    if original:
+        return "openvino" if original.export_sha256 else "torch"
+    return "torch" if grid and source.engine == "auto" else source.engine
+
+
+def _wish(
+    engine: EngineChoice, source: Source, changes: SamplingChanges, start: Start, weighted: Sequence[Weighted]
+) -> Wish:
+    from bestiary.engine_choice import Wish
+
+    return Wish(
+        engine,
+        changes,
+        has_image=start.image is not None,
+        weighted=any(each.weight is not None for each in weighted),
+        base=source.base or "",
+    )
 
 
 def _tell(lines: Iterable[str]) -> None:
@@ -458,12 +502,45 @@ def _draw_grids(
 @cli.command()
 @click.argument("what", metavar="URI")
 @base_option
+@click.option("--fast", is_flag=True, help="Copy the fast variant: OUT/few_step and OUT/openvino.")
 @click.option("--out", required=True, type=FOLDER, help="Folder for the adapter.")
-def pull(what: str, base: str | None, out: Path) -> None:
-    """Copy a registered adapter, verified, to this disk."""
+def pull(what: str, base: str | None, fast: bool, out: Path) -> None:
+    """Copy a registered adapter, or its fast variant, verified, to this disk."""
     from bestiary.registry import resolving
 
-    click.echo(resolving.pull(what, out, base, _known_bases()))
+    if fast and base:
+        raise BestiaryError("The fast variant needs no base. Leave out --base.")
+    for path in resolving.pull_fast(what, out) if fast else [resolving.pull(what, out, base, _known_bases())]:
+        click.echo(path)
+
+
+@cli.command("export")
+@click.argument("what", metavar="WHAT[:WEIGHT]", default=_champion)
+@click.option("--to", required=True, type=click.Choice(["openvino"]), help="Engine to export for.")
+@click.option("--int8", "precision", flag_value="int8", help="Quantize the UNet: the fastest, on VNNI or AMX.")
+@click.option("--bf16", "precision", flag_value="bf16", help="bfloat16, on AVX512-BF16 or AMX.")
+@click.option("--fp32", "precision", flag_value="fp32", help="float32.  [default: the fastest for this processor]")
+@click.option("--decoder", type=click.Choice(["full", "tiny"]), default="full", show_default=True, help="Decoder.")
+@base_option
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the export.")
+def export_adapter(
+    what: str, to: Literal["openvino"], precision: Precision | None, decoder: Decoder, base: str | None, out: Path
+) -> None:
+    """Write an adapter, fused into its base, for a fast engine.
+
+    `bestiary generate --adapter OUT` draws with it; so do OpenVINO's own pipelines, without this program.
+    """
+    from bestiary.exporting import ExportRequest, Surroundings
+    from bestiary.exporting import export_adapter as export
+
+    params = project_params()
+    project = Surroundings(project_base(params), project_tiny_decoder(params), drawing_defaults(params))
+    done = export(ExportRequest(what, out, precision, decoder, base), project)
+    form = done.manifest
+    click.echo(
+        f"{out}: for {to}, {form.precision}, {form.decoder} decoder, {done.mib:.0f} MiB, "
+        f"UNet's error {done.unet_error:.2%}"
+    )
 
 
 @cli.group()
@@ -479,6 +556,7 @@ def verify(what: str, base: str | None) -> None:
     from bestiary.registry import resolving
 
     found = resolving.resolve(what)
+    found.check_is_file()
     from bestiary.diffusion.adapter import verify_adapter  # torch, which a refusal does not wait for
 
     model = resolving.find_base(found, base, _known_bases())
@@ -639,7 +717,7 @@ def learn(
     if not learning.learn(lesson, lambda line: click.echo(printable(line)), learning.estimate_plan):
         click.echo("This has been done already.")
     evaluation, registration = last_results()
-    click.echo("\n".join(render_results(evaluation, registration, _program())))
+    click.echo("\n".join(render_results(evaluation, registration, _program(), last_acceptance(evaluation))))
 
 
 @cli.command("estimate")
@@ -682,7 +760,7 @@ def preflight(context: click.Context, profile: str | None, hours: float) -> None
 def results() -> None:
     """Show the results of the last `dvc repro`."""
     evaluation, registration = last_results()
-    click.echo("\n".join(render_results(evaluation, registration, _program())))
+    click.echo("\n".join(render_results(evaluation, registration, _program(), last_acceptance(evaluation))))
 
 
 @cli.command()

@@ -76,8 +76,8 @@ class Weighted:
 
 
 @contextmanager
-def resolving(what: str) -> Iterator[Callable[[], Adapter | None]]:
-    """Find the adapter that `what` names; "none" is no adapter.
+def resolving(what: str, *, fast: bool = False) -> Iterator[Callable[[], Adapter | None]]:
+    """Find the adapter that `what` names; "none" is no adapter. With `fast`, also its accepted export.
 
     Yields a function that waits for the result. If MLflow is needed, a second process asks it, because importing MLflow
     takes as long as importing torch, which the caller can do meanwhile. The function raises what `resolve` raises.
@@ -85,18 +85,18 @@ def resolving(what: str) -> Iterator[Callable[[], Adapter | None]]:
     if what == "none":
         yield lambda: None
     elif not needs_mlflow(what):
-        adapter = resolve(what)
+        adapter = resolve(what, fast=fast)
         yield lambda: adapter
     else:
         from concurrent.futures import ProcessPoolExecutor
         from multiprocessing import get_context
 
         with ProcessPoolExecutor(1, get_context("spawn"), _ignore_interrupts) as pool:
-            yield pool.submit(resolve, what).result
+            yield pool.submit(resolve, what, fast=fast).result
 
 
 @contextmanager
-def resolving_all(named: Sequence[str]) -> Iterator[Callable[[], list[Adapter]]]:
+def resolving_all(named: Sequence[str], *, fast: bool = False) -> Iterator[Callable[[], list[Adapter]]]:
     """Find the adapters of these names, as `resolving` does it; "none" alone is no adapter.
 
     Raises BestiaryError for "none" beside an adapter, and for too many.
@@ -106,7 +106,7 @@ def resolving_all(named: Sequence[str]) -> Iterator[Callable[[], list[Adapter]]]
     if len(named) > 1 and "none" in named:
         raise BestiaryError("none stands for no adapter, so it cannot be combined with one. Leave it out.")
     with ExitStack() as stack:
-        found = [stack.enter_context(resolving(what)) for what in named]
+        found = [stack.enter_context(resolving(what, fast=fast)) for what in named]
         yield lambda: [adapter for wait in found if (adapter := wait()) is not None]
 
 
@@ -143,6 +143,7 @@ def defaults_of(adapters: Sequence[Evaluated]) -> DrawingDefaults | None:
         steps=fast.steps,
         guidance_scale=fast.guidance_scale,
         guidance_interval=None,
+        timesteps=fast.timesteps,
     )
     return replace(first, sampling=sampling)
 
@@ -187,10 +188,12 @@ def choose_base(
     """The base to draw with: the one that the user chose, else the one that the adapter names, else the default.
 
     Set `trusted` to False for a stranger's adapter: the base that it names is then ignored. A base on the hub that an
-    adapter names is used only if it is the default or one of the `known` ones.
+    adapter names is used only if it is the default or one of the `known` ones. An export's base is inside it.
 
     Raises BestiaryError when there is no base to draw with.
     """
+    if adapter is not None and adapter.is_export:
+        return Base(adapter.base or "", adapter.base_revision)
     if chosen is not None:
         its_own = adapter is not None and chosen.model == adapter.base and chosen.revision is None
         return Base(chosen.model, adapter.base_revision) if adapter and its_own else chosen
@@ -221,11 +224,34 @@ def _models(default: Base | None, known: Collection[Base] = ()) -> set[str]:
     return {base.model for base in (default, *known) if base is not None}
 
 
-class Generator:
-    """Draws with one base in memory and any adapters on it. They stay loaded for the next picture."""
+@dataclass(frozen=True)
+class Export:
+    """A loaded export: the SHA-256 of its manifest, which covers its files, and what pictures say of it."""
 
-    def __init__(self) -> None:
+    sha256: str
+    adapter_sha256: str
+    engine: str  # with the precision: openvino-int8
+
+    @staticmethod
+    def of(folder: Path) -> Export:
+        """What the manifest in the folder says."""
+        from bestiary.diffusion.export_format import MANIFEST, file_sha256, read_manifest
+
+        manifest = read_manifest(folder)
+        engine = f"{manifest.engine}-{manifest.precision}"
+        return Export(file_sha256(folder / MANIFEST), manifest.adapter_sha256, engine)
+
+
+class Generator:
+    """Draws with one base in memory and any adapters on it, or with an export. They stay loaded for the next picture.
+
+    `tiny_decoder` names a tiny decoder for the base, which is loaded when a picture's sampling asks for it.
+    """
+
+    def __init__(self, tiny_decoder: Base | None = None) -> None:
+        self._tiny_decoder = tiny_decoder
         self._base: Base | None = None
+        self.export: Export | None = None  # what draws, if it is an export
         self.device = ""
         self.adapter_hashes: tuple[str, ...] = ()  # SHA-256 of the applied adapters, in their order
         self.applied: tuple[Applied, ...] = ()  # what the base took of each
@@ -247,14 +273,17 @@ class Generator:
 
     def is_loaded(self, base: Base, device: str) -> bool:
         """Whether this base is in memory on this device."""
-        return self._pipeline is not None and (self._base, self.device) == (base, device)
+        return self._pipeline is not None and self.export is None and (self._base, self.device) == (base, device)
 
     def prepare(self, base: Base, adapters: Sequence[Adapter], device: str = "", *, any_base: bool = False) -> None:
         """Load `base` on `device` (empty: the best one) and apply `adapters`, in place of what was there.
 
         Raises BestiaryError when the base cannot be loaded, when an adapter does not fit it or is given twice, or when
-        an adapter was trained on another base, unless `any_base`.
+        an adapter was trained on another base, unless `any_base`. An export takes the place of base and adapter.
         """
+        if adapters and adapters[0].is_export:
+            self._open(base, adapters[0])
+            return
         versions = [_version(adapter) for adapter in adapters]
         if not (self.is_loaded(base, device) and self._applied == versions):
             hashes = _different_hashes(adapters)
@@ -263,6 +292,20 @@ class Generator:
                     check_base(adapter, base.model, self._hash(base))
             self._load(base, device)
             self._apply(adapters, versions, hashes)
+
+    def _open(self, base: Base, adapter: Adapter) -> None:
+        """Load an export, unless it is in memory."""
+        from bestiary.diffusion.engines import open_export
+
+        assert adapter.export is not None
+        export = Export.of(adapter.export)
+        if self.export == export:
+            return
+        self._pipeline, self._applied, self.applied = None, [], ()  # frees the memory first
+        self.export = None
+        self._pipeline = open_export(adapter.export)
+        self._base, self.device, self.export = base, "cpu", export
+        self.adapter_hashes = (export.adapter_sha256,)
 
     def _hash(self, base: Base) -> str:
         """The base's SHA-256. Hashing a large base takes seconds, so the last one is kept."""
@@ -278,6 +321,7 @@ class Generator:
         if self.is_loaded(base, device):
             return
         self._pipeline, self._applied, self.adapter_hashes = None, [], ()  # frees the memory first
+        self.export = None
         if self._base != base:
             self._hashed = self._hashed if self._hashed and self._hashed[0] == base else None
         self._pipeline = load_pipeline(base.model, base.revision, device=device or None)
@@ -338,7 +382,14 @@ class Generator:
         if settings.start is not None and image is None:
             raise BestiaryError("This picture starts from an image. Give the image with --image.")
         weights = [applied.weight for applied in settings.adapters]
-        set_weights(self.pipeline, weights or [0.0] * len(self._applied))
+        if self.export is None:
+            set_weights(self.pipeline, weights or [0.0] * len(self._applied))
+            self._add_tiny_decoder(settings.sampling)
+        elif weights != [1.0]:
+            raise BestiaryError(
+                "An export holds its adapter at the weight that it was exported with, so no other can be drawn. Draw "
+                "with --engine torch."
+            )
         (drawn,) = generate(
             self.pipeline,
             [settings.prompt],
@@ -350,6 +401,14 @@ class Generator:
             start=Start(image, settings.start.denoise) if settings.start and image else None,
         )
         return drawn
+
+    def _add_tiny_decoder(self, sampling: Sampling) -> None:
+        """Load the tiny decoder if the sampling asks for it and the pipeline does not have it yet."""
+        from bestiary.diffusion.decoders import add_tiny_decoder, has_tiny_decoder, load_tiny_decoder
+
+        if sampling.decoder == "tiny" and self._tiny_decoder and not has_tiny_decoder(self.pipeline):
+            decoder = load_tiny_decoder(self._tiny_decoder.model, self._tiny_decoder.revision, self.pipeline)
+            add_tiny_decoder(self.pipeline, decoder)
 
 
 def _different_hashes(adapters: Sequence[Adapter]) -> tuple[str, ...]:
@@ -396,11 +455,18 @@ def save_png(data: bytes, folder: Path, name: str) -> Path:
 def check_same_adapters(
     adapters: Sequence[Adapter], original: PictureSettings, like: Path, named: Sequence[str]
 ) -> None:
-    """Raise BestiaryError when these are not the adapters that the picture `like` was drawn with."""
+    """Raise BestiaryError when these are not the adapters, or the export, that the picture `like` was drawn with."""
     from bestiary.diffusion.adapter import adapter_sha256
 
+    exports = [Export.of(adapter.export) for adapter in adapters if adapter.is_export and adapter.export]
     made_with = [applied.adapter_sha256 for applied in original.adapters]
-    if [adapter_sha256(adapter.file) for adapter in adapters] != made_with:
+    if exports or original.export_sha256:
+        if [export.sha256 for export in exports] != [original.export_sha256]:
+            raise BestiaryError(
+                f"{like} was not drawn with the export that {', '.join(named)} names. Name the right one with "
+                "--adapter."
+            )
+    elif [adapter_sha256(adapter.file) for adapter in adapters] != made_with:
         raise BestiaryError(
             f"{like} was made with another adapter than {', '.join(named)}. Name the right one with --adapter; several "
             "in the order in which the picture names them."
@@ -424,6 +490,8 @@ def common_settings(
         adapter=applied[0].adapter if applied else None,
         adapter_sha256=applied[0].adapter_sha256 if applied else None,
         more_adapters=tuple(applied[1:]),
+        engine=generator.export.engine if generator.export else "torch",
+        export_sha256=generator.export.sha256 if generator.export else None,
     )
 
 

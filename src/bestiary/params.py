@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -15,14 +16,17 @@ from pydantic_core import PydanticCustomError
 
 from bestiary.errors import BestiaryError, short
 from bestiary.samplers import (
+    MAX_ADAPTER_WEIGHT,
     MAX_GUIDANCE_SCALE,
     MAX_SIDE,
     MAX_STEPS,
     MIN_SIDE,
+    Decoder,
     DrawingDefaults,
     GuidanceInterval,
     SamplerName,
     Sampling,
+    Timesteps,
 )
 from bestiary.yaml_file import read_yaml
 
@@ -52,6 +56,15 @@ def _as_tuple(levels: object) -> object:
 
 
 Interval = Annotated[GuidanceInterval, BeforeValidator(_as_tuple), AfterValidator(rising)]
+
+
+def falling(timesteps: Timesteps) -> Timesteps:
+    """Reject timesteps that do not fall from the first pass to the last, or that no base has."""
+    if any(early <= late for early, late in pairwise(timesteps)):
+        raise PydanticCustomError("falling", "each timestep must be below the one before")
+    if min(timesteps) < 0 or max(timesteps) >= MAX_STEPS:
+        raise PydanticCustomError("falling", f"timesteps are from 0 to {MAX_STEPS - 1}")
+    return timesteps
 
 
 def different(values: list[Value]) -> list[Value]:
@@ -196,6 +209,44 @@ class Train(Section):
         )
 
 
+class FewStepModel(Section):
+    """A few-step adapter that others distilled, whose name says LCM, TCD or Hyper-SD."""
+
+    model: str = Field(min_length=1)  # a folder, a file, or an id on the Hugging Face hub
+    revision: str | None
+    file: str | None = Field(min_length=1)  # in a repository or folder with several; None: the only one
+    weight: float = Field(gt=0, le=MAX_ADAPTER_WEIGHT)  # that it is combined with the trained adapter at
+
+
+class Distill(Section):
+    """How to distil base and adapter into a few-step adapter."""
+
+    from_: FewStepModel | None = Field(alias="from")  # None: distil one
+    timesteps: Annotated[Timesteps, BeforeValidator(_as_tuple), AfterValidator(falling)] = Field(min_length=1)
+    teacher_steps: int = Field(ge=2, le=MAX_STEPS)  # of its DDIM path over the whole schedule
+    guidance_scale: GuidanceScale  # of the teacher
+    guidance_interval: Interval | None  # None: every step is guided
+    rank: int = Positive
+    targets: list[Name] = Field(min_length=1)  # names of the UNet's modules
+    huber_c: float = Positive
+    ema_decay: float = Fraction
+    max_grad_norm: float = Positive
+    learning_rate_schedule: Literal["cosine", "linear", "constant"]
+    gradient_checkpointing: bool
+    checkpoint_seconds: float = Field(ge=0)  # the least time between two checkpoints
+    steps: int = Positive
+    batch_size: int = Positive
+    learning_rate: float = Positive
+    warmup_steps: int = Field(ge=0)
+    validate_every: int = Positive  # steps
+    sheet_animals: int = Positive  # classes that are drawn at a validation
+    sheet_seeds: int = Positive  # pictures of each of them, for the CLIP score
+
+    def sampling(self) -> Sampling:
+        """How the few-step adapter is drawn: a clean guess at each timestep, with fresh noise between them."""
+        return Sampling("lcm", steps=len(self.timesteps), guidance_scale=1.0, timesteps=self.timesteps)
+
+
 class Sweep(Section):
     """The grid that a sweep tries, with separate seeds, before the evaluation runs at the best point."""
 
@@ -265,7 +316,35 @@ class Benchmark(Section):
     guidance_interval: Interval
     dtypes: list[Literal["float32", "bfloat16", "float16"]]
     compile: list[bool]
-    tiny_vae: Model | None  # a distilled decoder (TAESD) for this base
+
+
+class Export(Section):
+    """How to export the few-step adapter for OpenVINO."""
+
+    precision: Literal["int8", "bf16", "fp32"]  # of the UNet
+    decoder: Decoder
+    calibration_pictures: int = Positive  # drawn to measure the UNet's activations, for int8
+
+
+class Losses(Section):
+    """How far the fast variant may fall behind the default way, by score: the end of the 95 % interval counts."""
+
+    clip_score: float = Field(ge=0)
+    margin: float = Field(ge=0)
+    top1: float = Field(ge=0)  # percentage points
+    cmmd: float = Field(ge=0)
+
+
+class Accept(Section):
+    """What the fast variant must prove before it is stored with the registered version."""
+
+    max_loss: Losses
+    min_diversity: float = Field(ge=0, le=1)  # share of the reference's diversity
+    max_copied: float = Field(ge=0, le=1)  # share of pictures that look copied from training images
+    reference_steps: Steps  # of DDPM, guided at every step
+    timed_pictures: int = Positive  # for the seconds of one picture
+    extra_seeds: int = Field(ge=0)  # pictures a class beside those that evaluate drew
+    reference_seeds: int = Field(ge=2)  # pictures a class by the reference, which is expensive
 
 
 class Register(Section):
@@ -284,13 +363,17 @@ class Params(Section):
     base: Model
     judge: Model
     captioner: Model | None  # writes captions on request
+    tiny_decoder: Model | None  # a small decoder that was distilled from the base's own
     dataset: Dataset
     clean: Clean
     split: Split
     encode: Encode
     train: Train
+    distill: Distill
     evaluate: Evaluate
     benchmark: Benchmark
+    export: Export
+    accept: Accept
     register_: Register = Field(alias="register")
 
 

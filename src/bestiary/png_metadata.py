@@ -72,6 +72,8 @@ class PictureSettings:
     colours: Colours = Colours()
     more_adapters: tuple[AppliedAdapter, ...] = ()
     start: StartImage | None = None  # None: noise
+    engine: str = "torch"  # or openvino with the precision of the export: openvino-int8
+    export_sha256: str | None = None  # of the export that drew it
     a1111_prompt: bool = False  # both prompts are read by A1111's rules: with emphasis, and in chunks of 75 tokens
 
     @property
@@ -105,6 +107,7 @@ class PictureSettings:
             **({"more_adapters": more} if more else {}),
             **(asdict(self.start) if self.start else {}),
             **({"a1111_prompt": True} if self.a1111_prompt else {}),
+            **({"engine": self.engine, "export_sha256": self.export_sha256} if self.export_sha256 else {}),
         }
 
 
@@ -154,6 +157,8 @@ def as_a1111(settings: PictureSettings) -> str:
         },
         **({"Denoising strength": f"{settings.start.denoise:g}"} if settings.start else {}),
         **({"Lora hashes": f'"{", ".join(hashes)}"'} if hashes else {}),
+        **({"Engine": settings.engine} if settings.engine != "torch" else {}),
+        **({"Decoder": sampling.decoder} if sampling.decoder != "full" else {}),
         "Version": f"Bestiary {__version__}",
     }
     negative = [f"Negative prompt: {sampling.negative_prompt}"] if sampling.negative_prompt else []
@@ -233,6 +238,8 @@ class _StoredSettings(StoredSampling):
     image_sha256: str | None = None
     denoise: float | None = None
     a1111_prompt: bool = False
+    engine: str = "torch"
+    export_sha256: str | None = None
 
     def settings(self) -> PictureSettings:
         return PictureSettings(
@@ -246,6 +253,8 @@ class _StoredSettings(StoredSampling):
             colours=Colours(self.contrast, self.saturation, self.brightness),
             more_adapters=self.more_adapters,
             a1111_prompt=self.a1111_prompt,
+            engine=self.engine,
+            export_sha256=self.export_sha256,
             start=None
             if self.image_sha256 is None or self.denoise is None
             else StartImage(self.image_sha256, self.denoise),
@@ -262,6 +271,7 @@ def _can_be_drawn(settings: PictureSettings) -> bool:
         and len(settings.more_adapters) < MAX_ADAPTERS
         and (settings.adapter_sha256 is not None or not settings.more_adapters)
         and all(0 <= applied.weight < math.inf for applied in settings.more_adapters)
+        and (settings.engine == "torch") == (settings.export_sha256 is None)
         and (settings.start is None or 0 < settings.start.denoise <= 1)
         and all(0.1 <= colour <= 3 for colour in asdict(settings.colours).values())
     )

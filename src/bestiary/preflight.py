@@ -132,8 +132,8 @@ class _Wanted:
 
 def _models(params: Params) -> list[_Wanted]:
     from bestiary import captioning
-    from bestiary.diffusion import base
-    from bestiary.evaluation import benchmark, image_judge, judge
+    from bestiary.diffusion import base, decoders
+    from bestiary.evaluation import image_judge, judge
 
     def at(model: Model) -> tuple[str, str | None]:
         return model.model, model.revision
@@ -144,8 +144,8 @@ def _models(params: Params) -> list[_Wanted]:
         wanted.append(_Wanted(judge.on_hub(*at(evaluate.second_judge))))
     if evaluate.proof and evaluate.proof.image_judge:
         wanted.append(_Wanted(image_judge.on_hub(*at(evaluate.proof.image_judge))))
-    if params.benchmark.tiny_vae:
-        wanted.append(_Wanted(benchmark.tiny_vae_on_hub(*at(params.benchmark.tiny_vae))))
+    if params.tiny_decoder:
+        wanted.append(_Wanted(decoders.on_hub(*at(params.tiny_decoder))))
     if params.captioner:
         wanted.append(_Wanted(captioning.on_hub(*at(params.captioner)), "bestiary captions --write"))
     return wanted

@@ -13,6 +13,7 @@ from bestiary.files import find_project, is_folder, no_project_error, project_ro
 from bestiary.samplers import DrawingDefaults
 
 if TYPE_CHECKING:
+    from bestiary.evaluation.acceptance import AcceptanceReport
     from bestiary.evaluation.report import EvaluationReport
     from bestiary.generation import Base
     from bestiary.params import Params
@@ -47,6 +48,14 @@ def project_base(params: Params | None) -> Base | None:
     return located_base(params.base.model, params.base.revision) if params else None
 
 
+def project_tiny_decoder(params: Params | None) -> Base | None:
+    """The tiny decoder that params.yaml names; None for none, and outside a project."""
+    from bestiary.generation import located_base
+
+    tiny = params.tiny_decoder if params else None
+    return located_base(tiny.model, tiny.revision) if tiny else None
+
+
 def last_results() -> tuple[EvaluationReport, Registration | None]:
     """What the last `dvc repro` measured, and the registration of that adapter; None when it is not registered.
 
@@ -65,6 +74,19 @@ def last_results() -> tuple[EvaluationReport, Registration | None]:
     registration = read_registration(path) if path.exists() else None
     is_of_this = registration is not None and registration.adapter_sha256 == evaluation.adapter_sha256
     return evaluation, registration if is_of_this else None
+
+
+def last_acceptance(evaluation: EvaluationReport) -> AcceptanceReport | None:
+    """What the last `make fast` measured of the evaluated adapter's fast variant; None when it has not measured it.
+
+    Raises BestiaryError when the report is damaged.
+    """
+    from bestiary.evaluation.acceptance import read_acceptance
+    from bestiary.stage import RESULTS
+
+    path = Path(os.path.relpath(project_root() / RESULTS)) / "accept.json"
+    report = read_acceptance(path) if path.exists() else None
+    return report if report and report.adapter_sha256 == evaluation.adapter_sha256 else None
 
 
 def project_captions() -> Iterator[str]:
@@ -151,8 +173,16 @@ def _check_writable(params: Params, data: Path) -> None:
         )
 
 
-def render_results(evaluation: EvaluationReport, registration: Registration | None, program: str) -> Iterator[str]:
-    """The lines that `bestiary results` prints. `program` is how the user starts this program."""
+def render_results(
+    evaluation: EvaluationReport,
+    registration: Registration | None,
+    program: str,
+    acceptance: AcceptanceReport | None = None,
+) -> Iterator[str]:
+    """The lines that `bestiary results` prints. `program` is how the user starts this program.
+
+    `acceptance` is about the adapter's fast variant.
+    """
     from bestiary.evaluation.report import as_text, heading
     from bestiary.registry.result_page.page import is_about
 
@@ -180,14 +210,29 @@ def render_results(evaluation: EvaluationReport, registration: Registration | No
         is_champion = "champion" in registration.aliases
         draw = draw if is_champion else f"{draw} --adapter {version}"
         pull = f"pull {f'models:/{registration.name}@champion' if is_champion else version} --out my-adapter"
+    if acceptance:
+        yield ""
+        yield from _fast_lines(acceptance)
+    fast = f"{program} {pull} --fast" if pull and acceptance and acceptance.accepted else ""
     yield "\nNext"
     for command, purpose in (
         (f"{program} {draw} --count 4", "draw with it"),
         ("make mlflow", "see every run in the browser"),
         (f"{program} {pull}" if pull else "", "copy the adapter"),
+        (fast, "copy its fast variant"),
+        ("make fast" if pull and not acceptance else "", "distil it to a few steps and export it for CPUs"),
     ):
         if command:
             yield f"  {command:69} {purpose}"
+
+
+def _fast_lines(acceptance: AcceptanceReport) -> Iterator[str]:
+    from bestiary.evaluation.acceptance import as_text
+
+    yield from as_text(acceptance)
+    sheet = project_root() / "reports" / "accept" / "sheet.png"
+    if sheet.exists():
+        yield f"Look      {short_path(sheet)}: the default way, the reference and the fast variant"
 
 
 def _holds_adapter(evaluation: EvaluationReport) -> bool:

@@ -248,6 +248,26 @@ def from_stored(stored: StoredSampling) -> Sampling:
     )
 
 
+def sampling_to_json(sampling: Sampling) -> str:
+    """The sampling as JSON, for `sampling_from_json`."""
+    return json.dumps(to_stored(sampling), sort_keys=True)
+
+
+def sampling_from_json(text: str) -> Sampling:
+    """Read what `sampling_to_json` wrote. Raises ValueError for anything else."""
+    sampling = from_stored(_stored_sampling().validate_json(text, strict=True))
+    if not sampling.is_possible:
+        raise ValueError(text)
+    return sampling
+
+
+@cache
+def _stored_sampling() -> TypeAdapter[StoredSampling]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(StoredSampling)
+
+
 @dataclass(frozen=True)
 class DrawingDefaults:
     """How pictures are drawn unless the user asks otherwise: for a registered adapter, as it was evaluated."""

@@ -64,7 +64,8 @@ def stage(name: str) -> Iterator[tuple[Params, StageRun]]:
         definition = _read_definition(name)
         if missing := [path for path in definition.deps if not Path(path).exists()]:
             raise BestiaryError(
-                f"{', '.join(missing)} does not exist. `dvc repro {name}` runs the stages before this one."
+                f"{', '.join(missing)} does not exist. "
+                f"`dvc repro {definition.address}` runs the stages before this one."
             )
         if os.environ.get("RANK", "0") != "0":
             yield params, StageRun(name, None)
@@ -278,6 +279,7 @@ class _Definition:
     outs: list[str]
     metrics: list[str]
     persistent: list[str]  # the outs that DVC does not delete before a run
+    address: str  # what `dvc repro` calls the stage
 
 
 Entry: TypeAlias = "str | dict[str, object]"  # `path` or `path: {options}`
@@ -301,10 +303,12 @@ class _DataDvc(BaseModel):
 
 
 def _read_definition(name: str) -> _Definition:
+    address = name
     try:
         stages = _DvcYaml.model_validate(read_yaml(Path("dvc.yaml"))).stages
         if name not in stages and FAST_PIPELINE.exists():
             stages = _DvcYaml.model_validate(read_yaml(FAST_PIPELINE)).stages
+            address = f"{FAST_PIPELINE}:{name}"
         stage = stages[name]
     except FileNotFoundError:
         raise BestiaryError("There is no dvc.yaml here. Run this in the project's folder.") from None
@@ -314,7 +318,7 @@ def _read_definition(name: str) -> _Definition:
     deps, params, outs, metrics = (
         [path for path, _ in map(_named, entries)] for entries in (stage.deps, stage.params, stage.outs, stage.metrics)
     )
-    return _Definition(deps, params, outs, metrics, persistent)
+    return _Definition(deps, params, outs, metrics, persistent, address)
 
 
 def _named(entry: Entry) -> tuple[str, Mapping[str, object]]:

@@ -9,6 +9,7 @@ import os
 import pickle
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,6 +21,8 @@ from support.app import MAX_UPLOAD_MIB, RunningPage, offerings, pictures
 from bestiary.app.offers import Offer, Offers
 from bestiary.app.server import create_app
 from bestiary.app.uploads import MAX_ARRIVING, MAX_HEADER_MIB, MAX_STORED, Uploads
+from bestiary.diffusion.adapter_reading import read_adapter
+from bestiary.samplers import Sampling
 
 
 class Evil:
@@ -57,6 +60,19 @@ def test_an_uploaded_few_step_adapter_says_what_it_changes_and_how_it_is_drawn(
     assert list(offer["modules"]) == ["unet"]
     assert offer["modules"]["unet"] > 0
     assert (offer["usual"]["scheduler"], offer["usual"]["steps"], offer["usual"]["guidance_scale"]) == ("tcd", 4, 1.0)
+
+
+def test_a_few_step_adapter_is_drawn_at_its_own_timesteps_and_in_no_other_number_of_steps(
+    server: RunningPage, adapter_folder: Path
+) -> None:
+    sampling = Sampling("lcm", steps=2, guidance_scale=1.0, timesteps=(999, 399))
+    content = replace(read_adapter(adapter_folder / "pytorch_lora_weights.safetensors"), few_step=sampling)
+    name = {"name": "fast.safetensors"}
+    offer = server.client.put("/api/adapters", params=name, content=content.to_bytes()).json()
+    order = {"adapter": offer["key"], "scheduler": "lcm", "guidance_scale": 1.0}
+    (drawn,) = pictures(server.draw(**order, steps=2, more_adapters=[{"adapter": "local:0", "weight": 0.5}]))
+    assert json.loads(drawn.info["bestiary"])["timesteps"] == [999, 399]
+    assert "was distilled for 2 steps, not for 20" in server.refusal(**order, steps=20)["message"]
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", pickle.dumps(Evil()), b"\x08" + b"\0" * 7 + b"{}      "])

@@ -11,10 +11,10 @@ from support.settings import train_settings
 
 from bestiary.captioning import Captioner
 from bestiary.diffusion.base import base_commit, load_scheduler, load_unet
+from bestiary.diffusion.decoders import find_tiny_decoder
 from bestiary.diffusion.latents import Latents
 from bestiary.diffusion.training import train
 from bestiary.errors import BestiaryError
-from bestiary.evaluation.benchmark import find_tiny_vae
 from bestiary.evaluation.image_judge import ImageJudge
 from bestiary.evaluation.judge import Judge
 from bestiary.hub import HubModel, bytes_to_download, is_complete
@@ -26,7 +26,7 @@ LOADERS: dict[str, Callable[[str], object]] = {
     "judge": lambda model: Judge.load(model, COMMIT),
     "image judge": lambda model: ImageJudge.load(model, COMMIT),
     "captioning model": lambda model: Captioner.load(model, COMMIT),
-    "decoder": lambda model: find_tiny_vae(model, COMMIT),
+    "tiny decoder": lambda model: find_tiny_decoder(model, COMMIT),
 }
 
 
@@ -52,7 +52,7 @@ def test_what_was_downloaded_once_loads_without_the_hub(hub: Hub) -> None:
     expected = sum(file.stat().st_size for file in hub.models[JUDGE].folder.iterdir() if file.suffix != ".md")
     assert bytes_to_download(judge()) == expected
     assert not is_complete(judge())
-    loaded = {"base": BASE, "judge": JUDGE, "image judge": "some-org/image-judge", "decoder": "some-org/decoder"}
+    loaded = {"base": BASE, "judge": JUDGE, "image judge": "some-org/image-judge", "tiny decoder": "some-org/decoder"}
     for kind, model in loaded.items():
         LOADERS[kind](model)
     assert base_commit(BASE, COMMIT) == COMMIT

@@ -14,6 +14,7 @@ from PIL.Image import Image
 
 from bestiary.diffusion.adapter import apply_adapter
 from bestiary.diffusion.base import load_pipeline
+from bestiary.diffusion.decoders import load_tiny_decoder
 from bestiary.diffusion.sampling import generate
 from bestiary.errors import BestiaryError
 from bestiary.evaluation import benchmark
@@ -79,8 +80,7 @@ def test_the_plan_holds_the_default_its_variants_and_every_combination_once() ->
         compile=[],
     )
     evaluate = evaluate.model_copy(update={"scheduler": "ddim", "steps": 10, "guidance_interval": None})
-    tiny = section.model_copy(update={"tiny_vae": load_params(ROOT / "params.yaml").base})
-    planned = benchmark.plan(tiny, default_setting(evaluate))
+    planned = benchmark.plan(section, default_setting(evaluate), tiny_decoder=True)
     default = Setting("ddim", 10, batch=1, fused=False)
     assert planned[:2] == [default, replace(default, fused=True)]
     assert {replace(default, guidance="never"), replace(default, vae="tiny")} < set(planned)
@@ -109,7 +109,7 @@ def test_each_setting_gives_a_row_with_its_cost_and_its_quality(bench: Bench) ->
         Setting("ddpm", 1, 2, fused=True),
         replace(default, scheduler="lcm"),
     ]
-    rows, skipped = benchmark.run(replace(bench, sampling=GUIDED, repeats=2, load_tiny_vae=tiny_vae), planned)
+    rows, skipped = benchmark.run(replace(bench, sampling=GUIDED, repeats=2, load_tiny_decoder=tiny_vae), planned)
     assert [each.to_dict() for each in skipped] == [
         {**asdict(planned[-1]), "reason": "the base is not a latent consistency model"}
     ]
@@ -228,12 +228,12 @@ def test_a_compiled_setting_draws_the_same_and_reports_the_seconds_of_compiling(
 
 def test_a_tiny_vae_is_loaded_or_refused_by_name(pipeline: StableDiffusionPipeline, tmp_path: Path) -> None:
     tiny_vae(pipeline).save_pretrained(tmp_path / "tiny")
-    assert benchmark.load_tiny_vae(str(tmp_path / "tiny"), None, pipeline).dtype == torch.float32
-    with pytest.raises(BestiaryError, match=r"missing.*benchmark\.tiny_vae"):
-        benchmark.load_tiny_vae(str(tmp_path / "missing"), None, pipeline)
+    assert load_tiny_decoder(str(tmp_path / "tiny"), None, pipeline).dtype == torch.float32
+    with pytest.raises(BestiaryError, match=r"missing.*tiny_decoder"):
+        load_tiny_decoder(str(tmp_path / "missing"), None, pipeline)
     pipeline.unet.register_to_config(in_channels=5)
-    with pytest.raises(BestiaryError, match=r"tiny.*benchmark\.tiny_vae.* 5\b"):
-        benchmark.load_tiny_vae(str(tmp_path / "tiny"), None, pipeline)
+    with pytest.raises(BestiaryError, match=r"tiny.*tiny_decoder.* 5\b"):
+        load_tiny_decoder(str(tmp_path / "tiny"), None, pipeline)
 
 
 def test_settings_that_the_machine_cannot_run_are_skipped_with_a_reason(pipeline: StableDiffusionPipeline) -> None:

@@ -37,7 +37,7 @@ class GreenJudge(Judge):
 
 
 def watch(pipeline: StableDiffusionPipeline, folder: Path) -> TrainingWatch:
-    return TrainingWatch(pipeline, GreenJudge(), SHOWN, SETTINGS, seed=5, resolution=32, folder=folder)
+    return TrainingWatch(pipeline, GreenJudge(), SHOWN, SETTINGS, SETTINGS.sheet_sampling(32), seed=5, folder=folder)
 
 
 def test_the_sheet_shows_classes_evenly_chosen_with_their_own_seeds(

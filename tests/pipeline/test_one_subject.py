@@ -27,9 +27,9 @@ def test_a_folder_of_photos_and_one_command_make_an_adapter_and_a_page_about_it(
     told = project.bestiary(*learn, "--steps", "2")
     assert [stage for stage in STAGES if f"\nRunning stage '{stage}'" in told] == STAGES
     assert told.index("\ntotal ") < told.index("\nRunning stage 'download'")  # the estimate comes first
-    assert "sks penguin was taught from 6 photos and compared with 2 others that training never saw." in told
+    assert "sks penguin was taught from 5 photos and compared with 3 others that training never saw." in told
     assert "generate 'sks penguin' --adapter models:/bestiary/1 --count 4" in told
     page = (project.folder / "reports" / "index.html").read_text()
-    assert "sks penguin was taught from 6 photos" in page
+    assert "sks penguin was taught from 5 photos" in page
     assert "data:image/jpeg" in page
     assert "This has been done already." in project.bestiary(*learn, "--steps", "2")

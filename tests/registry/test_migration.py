@@ -1,12 +1,5 @@
-import shutil
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
 from bestiary.diffusion.adapter import adapter_sha256
@@ -16,42 +9,6 @@ from bestiary.registry.migration import migrate
 from bestiary.registry.resolving import resolve
 from bestiary.registry.versions import find_version, walk
 from bestiary.tracking.store import open_client, tracking_uri
-
-
-@pytest.fixture
-def server(tmp_path: Path, empty_database: Path) -> Iterator[str]:
-    """The address of an empty MLflow server."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    folder = tmp_path / "server"
-    folder.mkdir()
-    shutil.copy2(empty_database, folder / "mlflow.db")
-    stores = [
-        f"--backend-store-uri=sqlite:///{folder / 'mlflow.db'}",
-        f"--artifacts-destination={folder / 'artifacts'}",
-    ]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", *stores, "--host=127.0.0.1", f"--port={port}", "--workers=1"],
-            cwd=folder,
-            stdout=log,
-            stderr=log,
-        )
-    try:
-        deadline = time.monotonic() + 600  # seconds; generous, because the machine may be busy
-        while process.poll() is None and time.monotonic() < deadline:
-            try:
-                httpx.get(f"http://127.0.0.1:{port}/health").raise_for_status()
-                break
-            except httpx.HTTPError:
-                time.sleep(0.2)
-        else:
-            pytest.fail((folder / "log").read_text()[-3000:])
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait()
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
-"""Settings for cleaning, encoding and training a tiny base, whole as params.yaml has them."""
+"""Settings for cleaning, encoding, training and distilling a tiny base, whole as params.yaml has them."""
 
-from bestiary.params import Clean, Encode, Train
+from bestiary.params import Clean, Distill, Encode, Train
 
 CLEAN: dict[str, object] = {
     "min_side": 32,
@@ -65,6 +65,28 @@ TRAIN: dict[str, object] = {
     "sheet_guidance_scale": 3.0,
     "keep_checkpoints": False,
 }
+DISTILL: dict[str, object] = {
+    "from": None,
+    "timesteps": [999, 399],
+    "teacher_steps": 5,
+    "guidance_scale": 3.0,
+    "guidance_interval": [2.0, 1000.0],
+    "rank": 2,
+    "targets": ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_in"],
+    "huber_c": 0.03,
+    "ema_decay": 0.9,
+    "max_grad_norm": 1.0,
+    "learning_rate_schedule": "cosine",
+    "gradient_checkpointing": False,
+    "checkpoint_seconds": 0.0,
+    "steps": 8,
+    "batch_size": 4,
+    "learning_rate": 1e-2,
+    "warmup_steps": 2,
+    "validate_every": 4,
+    "sheet_animals": 2,
+    "sheet_seeds": 1,
+}
 
 
 def clean_settings(**changes: object) -> Clean:
@@ -80,3 +102,8 @@ def encode_settings(**changes: object) -> Encode:
 def train_settings(**changes: object) -> Train:
     """Training settings for eight steps, with these changes; a checkpoint is due at every row of the history."""
     return Train.model_validate(TRAIN | changes)
+
+
+def distill_settings(**changes: object) -> Distill:
+    """Distillation settings for eight steps, with these changes; a checkpoint is due at every row of the history."""
+    return Distill.model_validate(DISTILL | changes)

@@ -292,6 +292,7 @@ def _registered_offer(version: Version, last: Evaluated) -> Offer:
         subjects=taught_by_version(version, last),
         side=defaults.sampling.width if defaults else None,
         sha256=tags.get("adapter_sha256"),
+        few_step=defaults is not None and defaults.sampling.timesteps is not None,
     )
 
 

@@ -19,7 +19,7 @@ from bestiary.app.events import Event, Loading, Note, Picture, Preview, Progress
 from bestiary.app.offers import Offer, Offerings, Offers, gone, short_name
 from bestiary.app.orders import MAX_SIDE, SIDE_STEP, Order
 from bestiary.errors import BestiaryError
-from bestiary.generation import Base, Generator, choose_base, decisive
+from bestiary.generation import Base, Generator, choose_base, decisive, defaults_of
 from bestiary.png_metadata import AppliedAdapter, PictureSettings, StartImage, as_a1111, write_png
 from bestiary.samplers import SAMPLERS, Sampling
 from bestiary.subjects import ANIMALS, Subject, caption, find_subject
@@ -194,7 +194,11 @@ class Studio:
         prompt, note = _prompt(order, defaults.template, taught)
         if note:
             tell(note)
-        sampling = Sampling(guidance_interval=order.guidance_interval)  # the order sets everything else
+        # The order sets everything else. A few-step adapter is drawn at its own timesteps.
+        usual = defaults_of(offers)
+        sampling = Sampling(
+            guidance_interval=order.guidance_interval, timesteps=usual.sampling.timesteps if usual else None
+        )
         sampling = self._generator.sized(order.changes.apply(sampling))
         order.check_work(sampling.width or SIDE_STEP, sampling.height or SIDE_STEP)
         plain = PictureSettings(

@@ -105,7 +105,9 @@ def inject(
 
     for target in targets:
         if not _targeted(unet, [target]):
-            raise BestiaryError(f"The base's UNet has no module {target!r} to adapt. Remove it from train.targets.")
+            raise BestiaryError(
+                f"The base's UNet has no module {target!r} to adapt. Remove it from the targets in params.yaml."
+            )
     unet.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

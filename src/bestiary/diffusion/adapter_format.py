@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from bestiary.samplers import Sampling
+from bestiary.samplers import Sampling, sampling_to_json
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +29,7 @@ PREFIX = "unet."  # of the UNet's weights and of its config's fields
 TEXT_PREFIX = "text_encoder."  # the same for the text encoder
 CONFIG_KEY = "lora_adapter_metadata"  # where diffusers looks for the config; without one, it takes the rank for alpha
 PROVENANCE_KEY = "bestiary"
+FEW_STEP_KEY = "bestiary.few_step"  # how to draw with an adapter that was distilled for a few steps
 # Kohya files keep the config under this key: with diffusers' own key, diffusers would take them for its own format.
 KOHYA_CONFIG_KEY = "bestiary_config"
 MAX_RANK_OR_ALPHA = 1e6  # no adapter needs more, and float16 overflows far below
@@ -161,6 +162,12 @@ class AdapterContent:
         kinds = sorted({change.kind for change in self.changes.values()})
         return ", ".join([*(["LoRA of the text encoder"] if self.text_weights else []), *kinds]) or None
 
+    @property
+    def own_metadata(self) -> dict[str, str]:
+        """What this project writes into every format's header: the provenance, and how to draw in a few steps."""
+        few_step = {FEW_STEP_KEY: sampling_to_json(self.few_step)} if self.few_step else {}
+        return {PROVENANCE_KEY: self.provenance.to_json(), **few_step}
+
     def to_bytes(self) -> bytes:
         """The file in diffusers' format, which holds LoRA only. The same adapter gives the same bytes."""
         from safetensors.torch import save
@@ -173,7 +180,7 @@ class AdapterContent:
         metadata = {
             "format": "pt",
             CONFIG_KEY: json.dumps(config, sort_keys=True),
-            PROVENANCE_KEY: self.provenance.to_json(),
+            **self.own_metadata,
         }
         return with_sorted_header(save(weights, metadata))
 

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from bestiary.diffusion.adapter_config import ConfigFields, StoredConfig, check_config, config_fields, targets
 from bestiary.diffusion.adapter_format import (
+    FEW_STEP_KEY,
     FILE_NAME,
     MAX_RANK_OR_ALPHA,
     PART_NAMES,
@@ -34,7 +35,7 @@ from bestiary.diffusion.few_step import few_step_sampling
 from bestiary.diffusion.stored_adapter import StoredAdapter, broken_config, open_adapter, read_object
 from bestiary.diffusion.weight_changes import LORA, WeightChange, scales_output
 from bestiary.errors import BestiaryError, shown
-from bestiary.samplers import Sampling
+from bestiary.samplers import Sampling, sampling_from_json
 
 WEIGHT_TYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 SUPPORTED_FAMILIES = ("Stable Diffusion 1.x", "Stable Diffusion 2.x")
@@ -372,7 +373,12 @@ def _producer(
 
 
 def _few_step(stored: StoredAdapter, provenance: Provenance) -> Sampling | None:
-    """How to draw with the adapter if a name in or of the file says that it was distilled for a few steps."""
+    """How to draw with the adapter if the file, or a name in or of it, says that it was distilled for a few steps."""
+    if text := stored.metadata.get(FEW_STEP_KEY):
+        try:
+            return sampling_from_json(text)
+        except ValueError:
+            raise broken_config(stored.path, f"{FEW_STEP_KEY} is no way to draw") from None
     if provenance.data_sha256:  # this project trained it on images
         return None
     named = [stored.path.stem]

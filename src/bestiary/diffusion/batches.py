@@ -10,15 +10,31 @@ import hashlib
 import math
 from collections.abc import Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, TypedDict
+from typing import Literal, Protocol, TypedDict
 
 import torch
 from torch.utils.data import Dataset
 
 from bestiary.diffusion.latents import LatentCache
 
-if TYPE_CHECKING:
-    from bestiary.params import Train
+
+class StreamSettings(Protocol):
+    """The settings that decide which samples a run uses; params.Train has them."""
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def caption_dropout(self) -> float: ...
+
+    @property
+    def noise_offset(self) -> float: ...
+
+    @property
+    def timestep_sampling(self) -> Literal["uniform", "stratified", "importance"]: ...
 
 
 class Sample(TypedDict):
@@ -49,7 +65,9 @@ class TrainingStream(Dataset[Sample]):
     timestep is drawn; stratified sampling draws one timestep from each N-th of the schedule in every epoch.
     """
 
-    def __init__(self, cache: LatentCache, settings: Train, *, seed: int, timestep_weights: torch.Tensor) -> None:
+    def __init__(
+        self, cache: LatentCache, settings: StreamSettings, *, seed: int, timestep_weights: torch.Tensor
+    ) -> None:
         self.cache = cache
         self.settings = settings
         self.seed = seed

@@ -16,7 +16,6 @@ from bestiary.diffusion.adapter_format import (
     FILE_NAME,
     KOHYA_CONFIG_KEY,
     PART_NAMES,
-    PROVENANCE_KEY,
     AdapterContent,
     Part,
     spread,
@@ -132,5 +131,5 @@ def _kohya_header(adapter: AdapterContent, weights: dict[str, torch.Tensor]) -> 
         "modelspec.title": "Bestiary",
         "modelspec.resolution": f"{side}x{side}",
         KOHYA_CONFIG_KEY: json.dumps(config, sort_keys=True),
-        PROVENANCE_KEY: adapter.provenance.to_json(),
+        **adapter.own_metadata,
     }

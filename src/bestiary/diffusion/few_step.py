@@ -1,6 +1,7 @@
 """Adapters that were distilled to draw in a few steps, and how each kind wants to be drawn.
 
-Their weights look like any other adapter's, so they are known by their names, as their authors publish them.
+Their weights look like any other adapter's. Those that this project distils say in their file how to draw them; others
+are known by their names, as their authors publish them.
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from bestiary.samplers import Sampling
+from bestiary.errors import BestiaryError
+from bestiary.samplers import SAMPLERS, Sampling
 
 LCM = Sampling("lcm", steps=4, guidance_scale=1.0)  # LCM-LoRA, arXiv:2311.05556
 TCD = Sampling("tcd", steps=4, guidance_scale=1.0)  # trajectory consistency distillation, arXiv:2402.19159
 GUIDED = 5.0  # the lowest scale that Hyper-SD's authors advise for the adapters that keep guidance
+AT_TIMESTEPS = ("lcm", "tcd")  # the samplers that draw a clean guess at each of the given timesteps
 MAX_NAME = 1000  # characters of a name that are looked at
 
 
@@ -30,6 +33,28 @@ def few_step_sampling(names: Iterable[str]) -> Sampling | None:
             if re.search(rf"(?<![a-z]){word}(?![a-z])", name):
                 return sampling
     return None
+
+
+def check_few_step(sampling: Sampling) -> None:
+    """Raise BestiaryError when an adapter that was distilled for some timesteps cannot be drawn so."""
+    if sampling.timesteps is None:
+        return
+    distilled = f"{len(sampling.timesteps)} step{'s' if len(sampling.timesteps) > 1 else ''}"
+    if sampling.steps != len(sampling.timesteps):
+        raise BestiaryError(
+            f"This adapter was distilled for {distilled}, not for {sampling.steps}. Leave out the number of steps."
+        )
+    if sampling.guidance_scale > 1:
+        raise BestiaryError(
+            f"This adapter was distilled for {distilled} without guidance, not for the guidance scale "
+            f"{sampling.guidance_scale:g}. Leave out the guidance scale."
+        )
+    if sampling.sampler not in AT_TIMESTEPS:
+        samplers = " or ".join(AT_TIMESTEPS)
+        raise BestiaryError(
+            f"The sampler {SAMPLERS[sampling.sampler].label} cannot draw at the timesteps that this adapter was "
+            f"distilled for. Leave out the sampler, or use {samplers}."
+        )
 
 
 def _hyper_sd(name: str) -> Sampling:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
@@ -16,6 +16,19 @@ if TYPE_CHECKING:
     from bestiary.params import Train
 
 BLOCK = 8192  # parameters; bitsandbytes keeps smaller tensors in 32 bits
+
+
+class LearningRate(Protocol):
+    """The settings that decide the learning rate of a step; params.Train and params.Distill have them."""
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def warmup_steps(self) -> int: ...
+
+    @property
+    def learning_rate_schedule(self) -> Literal["cosine", "linear", "constant"]: ...
 
 
 class Ema:
@@ -50,7 +63,7 @@ def assign(targets: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> N
         target.copy_(value)
 
 
-def learning_rate_factor(settings: Train, step: int) -> float:
+def learning_rate_factor(settings: LearningRate, step: int) -> float:
     """The fraction of the learning rate at a step: a linear warm-up, then constant, or linear or cosine decay to 0."""
     if step < settings.warmup_steps:
         return (step + 1) / (settings.warmup_steps + 1)

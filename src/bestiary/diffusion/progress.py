@@ -1,4 +1,4 @@
-"""The progress of a training run: its step, its history, its best weights and its clock."""
+"""The progress of a run that trains an adapter: its step, its history, its best weights and its clock."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 import torch
+from tqdm import tqdm
 
 from bestiary.diffusion.objective import Validation
 from bestiary.errors import BestiaryError
@@ -81,6 +82,36 @@ class TrainingResult:
         write_atomically(folder / "val_loss_by_class.csv", for_spreadsheet(by_class).to_csv(index=False).encode())
 
 
+@dataclass(frozen=True)
+class Pace:
+    """The settings that a run's progress depends on: params.yaml has them in `section`."""
+
+    section: str
+    steps: int
+    batch_size: int
+    validate_every: int  # steps
+    checkpoint_seconds: float
+    accumulation: int = 1
+    criterion: Literal["val_loss", "clip_score"] = "val_loss"
+    patience: int | None = None
+    min_delta: float = 0.0
+
+    @classmethod
+    def of_training(cls, settings: Train) -> Pace:
+        """The pace of the stage train."""
+        return cls(
+            "train",
+            settings.steps,
+            settings.batch_size,
+            settings.validate_every,
+            settings.checkpoint_seconds,
+            settings.accumulation,
+            settings.criterion,
+            settings.patience,
+            settings.min_delta,
+        )
+
+
 @dataclass
 class ProgressState:
     """The part of the progress that a checkpoint stores."""
@@ -106,8 +137,8 @@ class Progress:
     Losses stay on the device until a row of the history is due, so a GPU never waits for them.
     """
 
-    def __init__(self, settings: Train, images: int, accelerator: Accelerator, on_log: OnLog | None) -> None:
-        self.settings = settings
+    def __init__(self, pace: Pace, images: int, accelerator: Accelerator, on_log: OnLog | None) -> None:
+        self.pace = pace
         self.images = images
         self.accelerator = accelerator
         self.on_log = on_log
@@ -124,7 +155,7 @@ class Progress:
     @property
     def batches(self) -> int:
         """The number of batches that have been used; a step takes `train.accumulation` of them."""
-        accumulation = self.settings.accumulation
+        accumulation = self.pace.accumulation
         return self.step * accumulation + len(self.state.pending_losses) % accumulation
 
     @property
@@ -135,7 +166,7 @@ class Progress:
     @property
     def validation_due(self) -> bool:
         """Whether this step ends with a validation."""
-        return self.step % self.settings.validate_every == 0 or self.step == self.settings.steps
+        return self.step % self.pace.validate_every == 0 or self.step == self.pace.steps
 
     @property
     def row_due(self) -> bool:
@@ -145,17 +176,17 @@ class Progress:
     @property
     def out_of_patience(self) -> bool:
         """Whether `train.patience` validations have passed without an improvement."""
-        return self.settings.patience is not None and self.state.validations_since_best >= self.settings.patience
+        return self.pace.patience is not None and self.state.validations_since_best >= self.pace.patience
 
     @property
     def checkpoint_due(self) -> bool:
         """Whether `train.checkpoint_seconds` have passed since the last checkpoint."""
-        return time.perf_counter() - self._saved_at >= self.settings.checkpoint_seconds
+        return time.perf_counter() - self._saved_at >= self.pace.checkpoint_seconds
 
     @property
     def images_per_second(self) -> float:
         """The speed of training so far, without validations."""
-        images = self.step * self.settings.batch_size
+        images = self.step * self.pace.batch_size
         return images / self.state.training_seconds if self.state.training_seconds else 0.0
 
     def start_clock(self) -> None:
@@ -182,8 +213,10 @@ class Progress:
         self._count_time()
         for index, loss in enumerate(losses):
             if not math.isfinite(loss):
-                step = self.step - (len(losses) - 1 - index) // self.settings.accumulation
-                raise BestiaryError(f"The training loss at step {step} is {loss}: lower train.learning_rate.")
+                step = self.step - (len(losses) - 1 - index) // self.pace.accumulation
+                raise BestiaryError(
+                    f"The training loss at step {step} is {loss}: lower {self.pace.section}.learning_rate."
+                )
         self.state.train_loss = sum(losses) / len(losses)
 
     def add_validation(self, found: Validation, clip_score: float | None, weights: Sequence[torch.Tensor]) -> None:
@@ -194,12 +227,12 @@ class Progress:
         state = self.state
         if state.step == 0:
             state.base_val_loss, state.base_clip_score = found.overall, clip_score
-        if clip_score is None and self.settings.criterion == "clip_score":
+        if clip_score is None and self.pace.criterion == "clip_score":
             raise BestiaryError(
                 "train.criterion is clip_score, but this training has no judge that scores its pictures. Use val_loss."
             )
         state.validations_since_best += 1
-        if state.best_step == 0 or self._improvement(found, clip_score) > self.settings.min_delta:
+        if state.best_step == 0 or self._improvement(found, clip_score) > self.pace.min_delta:
             state.best_step, state.best, state.best_clip_score = state.step, found, clip_score
             state.best_weights = copies(weights)
             state.validations_since_best = 0
@@ -207,7 +240,7 @@ class Progress:
 
     def _improvement(self, found: Validation, clip_score: float | None) -> float:
         """How much better a validation is than the best one by `train.criterion`."""
-        if self.settings.criterion == "clip_score":
+        if self.pace.criterion == "clip_score":
             assert clip_score is not None
             assert self.state.best_clip_score is not None
             return clip_score - self.state.best_clip_score
@@ -215,7 +248,7 @@ class Progress:
 
     def log(self, **validation: float) -> None:
         """Add a row to the history, with the columns of a validation if there was one."""
-        row: HistoryRow = {"step": self.step, "epoch": self.step * self.settings.batch_size / self.images}
+        row: HistoryRow = {"step": self.step, "epoch": self.step * self.pace.batch_size / self.images}
         if self.step:
             row |= {
                 "train_loss": self.state.train_loss,
@@ -270,6 +303,17 @@ class Progress:
     def _call_on_log(self, row: Mapping[str, float]) -> None:
         if self.on_log and self.accelerator.is_main_process:
             self.on_log(int(row["step"]), {name: value for name, value in row.items() if name != "step"})
+
+
+def progress_bar(steps: int, first_step: int, task: str, accelerator: Accelerator) -> tqdm[NoReturn]:
+    """A bar over the steps of a run, in the first process of each machine only."""
+    return tqdm(total=steps, initial=first_step, desc=task, unit="step", disable=not accelerator.is_local_main_process)
+
+
+def stopped(what: str, step: int, steps: int, checkpoints: Path | None) -> BestiaryError:
+    """The error of a run that SIGTERM ended after a step."""
+    rest = "Run the same command again to resume." if checkpoints else "Nothing was saved."
+    return BestiaryError(f"{what} stopped on SIGTERM after step {step} of {steps}. {rest}")
 
 
 def copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -1,11 +1,11 @@
-"""What a training run is made from: the provenance that its adapter's file holds, and the name of its checkpoints."""
+"""What an adapter is made from: the provenance that its file holds, and the name of its run's checkpoints."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from bestiary.diffusion.adapter_format import Provenance
 from bestiary.diffusion.base import base_commit, base_sha256
@@ -13,11 +13,21 @@ from bestiary.errors import BestiaryError
 
 if TYPE_CHECKING:
     from bestiary.diffusion.latents import Latents
-    from bestiary.params import Model, Train
+    from bestiary.params import Distill, Model, Train
 
 PACKAGE = Path(__file__).parents[1]
 # Settings that do not change the weights of a step, only which pictures are drawn of it and which files are kept.
 SHEET_SETTINGS = {"sheet_animals", "sheet_seeds", "sheet_steps", "sheet_guidance_scale", "keep_checkpoints"}
+
+
+class Origin(TypedDict):
+    """The base, the data and the size, under the names of `Provenance`."""
+
+    base: str
+    base_revision: str | None
+    base_sha256: str
+    data_sha256: str
+    resolution: int
 
 
 def training_provenance(base: Model, latents: Latents, settings: Train, *, seed: int, resolution: int) -> Provenance:
@@ -25,27 +35,44 @@ def training_provenance(base: Model, latents: Latents, settings: Train, *, seed:
 
     Raises BestiaryError when the latents were encoded with another base.
     """
-    sha256 = base_sha256(base.model, base.revision)
-    if sha256 != latents.training.base_sha256:
-        raise BestiaryError(
-            f"The latents were encoded with another base than {base.model}. Run the encode stage again."
-        )
     unused = SHEET_SETTINGS | {"checkpoint_seconds"}
     if settings.preservation.kind == "none":
         unused.add("preservation")
     elif settings.preservation.kind != "noised":  # the base's pictures are drawn as the sheet is
         unused -= {"sheet_steps", "sheet_guidance_scale"}
-    return Provenance(
-        base=base.model,
-        base_revision=base_commit(base.model, base.revision),
-        base_sha256=sha256,
-        data_sha256=latents.training.data_sha256,
-        resolution=resolution,
-        params={**settings.model_dump(exclude=unused), "seed": seed},
-    )
+    made_with: dict[str, object] = {**settings.model_dump(exclude=unused), "seed": seed}
+    return Provenance(**_origin(base, latents, resolution), params=made_with)
 
 
-def checkpoint_key(provenance: Provenance, settings: Train, judge: str) -> str:
+def distillation_provenance(
+    base: Model, latents: Latents, settings: Distill, adapter_sha256: str, *, seed: int, resolution: int
+) -> Provenance:
+    """The provenance of the few-step adapter that these settings distil from this adapter.
+
+    Raises BestiaryError when the latents were encoded with another base.
+    """
+    made_with = settings.model_dump(exclude=SHEET_SETTINGS | {"checkpoint_seconds"}, by_alias=True)
+    facts = {**_origin(base, latents, resolution), "params": {**made_with, "seed": seed}}
+    return Provenance.model_validate({**facts, "distilled_from": {"adapter_sha256": adapter_sha256}})
+
+
+def _origin(base: Model, latents: Latents, resolution: int) -> Origin:
+    """What training and distilling start from."""
+    sha256 = base_sha256(base.model, base.revision)
+    if sha256 != latents.training.base_sha256:
+        raise BestiaryError(
+            f"The latents were encoded with another base than {base.model}. Run the encode stage again."
+        )
+    return {
+        "base": base.model,
+        "base_revision": base_commit(base.model, base.revision),
+        "base_sha256": sha256,
+        "data_sha256": latents.training.data_sha256,
+        "resolution": resolution,
+    }
+
+
+def checkpoint_key(provenance: Provenance, settings: Train | Distill, judge: str) -> str:
     """The name of the folder for one run's checkpoints: it changes with everything that decides the result.
 
     That is what the adapter is trained from, the sheet and the `judge` (its content hash), because they may choose the

@@ -17,6 +17,8 @@ from PIL import ImageOps
 from PIL.Image import Image, Resampling
 
 from bestiary.diffusion.base import encode_text, quiet_loading
+from bestiary.diffusion.decoders import decoder_of
+from bestiary.diffusion.few_step import check_few_step
 from bestiary.diffusion.prompts import encode_prompts
 from bestiary.diffusion.weight_changes import has_changes
 from bestiary.errors import BestiaryError
@@ -74,7 +76,8 @@ def base_side(pipeline: StableDiffusionPipeline) -> int:
 def check_sampling(pipeline: StableDiffusionPipeline, sampling: Sampling) -> None:
     """Raise BestiaryError when this base cannot draw so.
 
-    The reasons: an unknown sampler, a wrong size, too many LCM steps, or a negative prompt without guidance.
+    The reasons: an unknown sampler, a wrong size, too many LCM steps, a negative prompt without guidance, or a few-step
+    adapter that was distilled to be drawn otherwise.
     """
     if sampling.sampler not in SAMPLERS:
         raise BestiaryError(f"There is no sampler {sampling.sampler!r}. Choose one of {', '.join(SAMPLERS)}.")
@@ -87,8 +90,11 @@ def check_sampling(pipeline: StableDiffusionPipeline, sampling: Sampling) -> Non
             "A negative prompt has no effect without guidance. Leave it out, or draw with a guidance scale above 1 and "
             "a base that is no latent consistency model."
         )
-    # An LCM-LoRA (arXiv:2311.05556) cannot be told from another adapter by its weights.
-    if sampling.sampler == "lcm" and not is_lcm(pipeline) and not _has_adapter(pipeline):
+    check_few_step(sampling)
+    # An LCM-LoRA (arXiv:2311.05556) cannot be told from another adapter by its weights. Only a few-step adapter, which
+    # may be fused into the base, comes with timesteps.
+    may_be_lcm = is_lcm(pipeline) or _has_adapter(pipeline) or sampling.timesteps is not None
+    if sampling.sampler == "lcm" and not may_be_lcm:
         raise BestiaryError("The scheduler 'lcm' needs a latent consistency model, and this base is not one.")
     if sampling.sampler in ("lcm", "tcd") and sampling.steps > (most := max_lcm_steps(pipeline)):
         what = "A latent consistency model" if sampling.sampler == "lcm" else "The sampler tcd"
@@ -96,7 +102,8 @@ def check_sampling(pipeline: StableDiffusionPipeline, sampling: Sampling) -> Non
 
 
 def _has_adapter(pipeline: StableDiffusionPipeline) -> bool:
-    return bool(getattr(pipeline.unet, "peft_config", None)) or has_changes(pipeline.unet)
+    fused = getattr(pipeline.unet, "fused_adapter", False)  # of an export
+    return fused or bool(getattr(pipeline.unet, "peft_config", None)) or has_changes(pipeline.unet)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -135,6 +142,9 @@ def generate(
     contains values that are not finite.
     """
     check_sampling(pipeline, sampling)
+    decoder_of(pipeline, sampling)  # a missing one is reported before anything is drawn
+    if start and not hasattr(pipeline.vae, "encode"):
+        raise BestiaryError("An export has no encoder, so it cannot start from an image. Draw with --engine torch.")
     width, height = (side or base_side(pipeline) for side in (sampling.width, sampling.height))
     pipeline.scheduler = make_scheduler(sampling.sampler, pipeline.scheduler.config, sampling.steps)
     steps = denoising_steps(sampling.steps, start.denoise) if start else sampling.steps
@@ -160,7 +170,7 @@ def generate(
         )
         # Stochastic samplers draw more noise from the generators.
         latents = denoise(pipeline, sampling, (width, height), [seeded(seed) for _, seed in batch], guided)
-        images.extend(_decode(pipeline, latents))
+        images.extend(_decode(pipeline, latents, sampling))
     return images
 
 
@@ -192,6 +202,7 @@ def _from_noise(
         latents=noise.to(pipeline.device, pipeline.unet.dtype),
         generator=generators,
         num_inference_steps=sampling.steps,
+        timesteps=_timesteps(sampling),
         guidance_scale=guided.scales[0],
         height=height,
         width=width,
@@ -200,6 +211,11 @@ def _from_noise(
         output_type="latent",
     ).images
     return latents
+
+
+def _timesteps(sampling: Sampling) -> list[int] | None:
+    """The timesteps in diffusers' form; None: as the scheduler spaces them."""
+    return None if sampling.timesteps is None else list(sampling.timesteps)
 
 
 def _from_image(
@@ -224,6 +240,7 @@ def _from_image(
         strength=min((steps + 0.5) / sampling.steps, 1.0),  # diffusers rounds steps * strength down
         generator=generators,  # for the posterior of the image's latents and for the noise
         num_inference_steps=sampling.steps,
+        timesteps=_timesteps(sampling),
         guidance_scale=guided.scales[0],
         eta=SAMPLERS[sampling.sampler].eta,
         callback_on_step_end=_switch_guidance(guided),
@@ -232,10 +249,10 @@ def _from_image(
     return latents
 
 
-def _decode(pipeline: StableDiffusionPipeline, latents: torch.Tensor) -> list[Image]:
+def _decode(pipeline: StableDiffusionPipeline, latents: torch.Tensor, sampling: Sampling) -> list[Image]:
+    vae = decoder_of(pipeline, sampling)
     # A UNet in half precision with an adapter in training answers in float32.
-    latents = latents.to(pipeline.vae.dtype) / pipeline.vae.config.scaling_factor
-    decoded = pipeline.vae.decode(latents).sample
+    decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
     if not torch.isfinite(decoded).all():  # as bytes these would silently become black
         source = "adapter" if _has_adapter(pipeline) else "base"
         raise BestiaryError(f"The {source} draws pictures that contain values that are not finite.")

@@ -15,10 +15,14 @@ from bestiary.files import write_atomically
 class Sheet:
     """The rows of a sheet. They are kept in a folder, so a run that was killed and resumed has all of them."""
 
-    def __init__(self, folder: Path, columns: Sequence[str]) -> None:
-        """`folder` holds the rows of this run with these prompts only; `columns` name the pictures of a row."""
+    def __init__(self, folder: Path, columns: Sequence[str], first: str = "base") -> None:
+        """`folder` holds the rows of this run with these prompts only.
+
+        `columns` name the pictures of a row, and `first` the row of step 0.
+        """
         self.folder = folder
         self.columns = columns
+        self.first = first
 
     def add(self, step: int, pictures: Sequence[Image.Image]) -> None:
         """Keep the row of a step. Raises BestiaryError when the disk is full."""
@@ -36,7 +40,7 @@ class Sheet:
             with Image.open(file, formats=("PNG",)) as picture:
                 rows.setdefault(int(file.parent.name), []).append(picture.convert("RGB"))
         rows = {step: row for step, row in rows.items() if len(row) == len(self.columns)}
-        labels = {step: f"step {step}" if step else "base" for step in rows}
+        labels = {step: f"step {step}" if step else self.first for step in rows}
         write_atomically(path, _png(contact_sheet(list(rows.values()), list(labels.values()), self.columns)))
         files = {step: path.parent / "steps" / f"{step}.png" for step in rows}
         for step, row in rows.items():

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
-from bestiary.diffusion.adapter_format import CONFIG_KEY, FILE_NAME, KOHYA_CONFIG_KEY, PROVENANCE_KEY
+from bestiary.diffusion.adapter_format import CONFIG_KEY, FEW_STEP_KEY, FILE_NAME, KOHYA_CONFIG_KEY, PROVENANCE_KEY
 from bestiary.errors import BestiaryError, shown
 from bestiary.files import is_file, is_folder
 
@@ -28,7 +28,7 @@ PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # The files of a folder by who writes them: diffusers and this project, or PEFT. Safetensors are preferred to pickles.
 FOLDERS = ((FILE_NAME, "pytorch_lora_weights.bin"), PEFT_WEIGHTS)
-SETTINGS = (CONFIG_KEY, KOHYA_CONFIG_KEY, PROVENANCE_KEY)  # the metadata that is parsed
+SETTINGS = (CONFIG_KEY, KOHYA_CONFIG_KEY, PROVENANCE_KEY, FEW_STEP_KEY)  # the metadata that is parsed
 MIB = 2**20
 # SDXL's largest adapters have some 8,000 tensors and a header of 2 MiB; kohya adds its table of tags.
 MAX_HEADER = 8 * MIB

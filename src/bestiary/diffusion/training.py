@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import nn
 from torch.utils.data import DataLoader, Subset
-from tqdm import tqdm
 
 from bestiary.diffusion.adapter import inject
 from bestiary.diffusion.base import device_and_dtype, processes
@@ -32,7 +31,7 @@ from bestiary.diffusion.objective import (
 )
 from bestiary.diffusion.optimization import Ema, assign, learning_rate_factor, make_optimizer
 from bestiary.diffusion.preservation import preservation_error
-from bestiary.diffusion.progress import OnLog, Progress, TrainingResult, copies
+from bestiary.diffusion.progress import OnLog, Pace, Progress, TrainingResult, copies, progress_bar, stopped
 from bestiary.errors import BestiaryError
 
 if TYPE_CHECKING:
@@ -85,7 +84,7 @@ def train(
     else:
         run.validate()
     progress.start_clock()
-    with _progress_bar(settings.steps, first_step, accelerator) as bar, stop_on_sigterm() as stop:
+    with progress_bar(settings.steps, first_step, "train the adapter", accelerator) as bar, stop_on_sigterm() as stop:
         for batches in run.batches:
             if not run.train_on(batches):
                 continue  # the step accumulates the gradients of more batches
@@ -107,18 +106,8 @@ def train(
                     run.save(checkpoints)
             if (progress.row_due or accelerator.num_processes == 1) and _any_process(accelerator, stop.requested):
                 run.save(checkpoints)
-                raise _stopped(progress.step, settings.steps, checkpoints)
+                raise stopped("Training", progress.step, settings.steps, checkpoints)
     return run.finish()
-
-
-def _progress_bar(steps: int, first_step: int, accelerator: Accelerator) -> tqdm[NoReturn]:
-    return tqdm(
-        total=steps,
-        initial=first_step,
-        desc="train the adapter",
-        unit="step",
-        disable=not accelerator.is_local_main_process,
-    )
 
 
 class _Callbacks(NamedTuple):
@@ -180,7 +169,7 @@ class _Run:
         self.predict = FastPrediction(self.model)
         self.compile = CompileChoice(settings.compile, settings.steps - first_step, self.accelerator.num_processes)
         self.ema = Ema(self.trained.weights, settings.ema_decay)
-        self.progress = Progress(settings, len(latents.training), self.accelerator, callbacks.on_log)
+        self.progress = Progress(Pace.of_training(settings), len(latents.training), self.accelerator, callbacks.on_log)
 
     def train_on(self, batches: list[Batch]) -> bool:
         """Train on the next images, and return whether they complete an optimizer step."""
@@ -369,8 +358,3 @@ def _any_process(accelerator: Accelerator, stop_requested: bool) -> bool:
     if accelerator.num_processes == 1:
         return stop_requested
     return bool(accelerator.reduce(torch.tensor(float(stop_requested), device=accelerator.device)).item())
-
-
-def _stopped(step: int, steps: int, checkpoints: Path | None) -> BestiaryError:
-    rest = "Run the same command again to resume." if checkpoints else "Nothing was saved."
-    return BestiaryError(f"Training stopped on SIGTERM after step {step} of {steps}. {rest}")

@@ -19,7 +19,6 @@ from bestiary.evaluation.pictures import Jobs, make_jobs, read_class_texts
 from bestiary.evaluation.profiling import Cost, Machine, environment, measure, this_machine
 from bestiary.evaluation.scoring import ClassTexts, JudgedImages, score, unit
 from bestiary.evaluation.timing import TooLongError, time_limit
-from bestiary.hub import HubModel, download, is_hub_id
 from bestiary.samplers import SAMPLERS, Sampling
 from bestiary.subjects import Subjects
 
@@ -195,8 +194,8 @@ class Bench:
     """What all settings of a benchmark have in common.
 
     load gives the base in a dtype. sampling holds the size, the guidance scale and the guidance interval. repeats is
-    the number of timed calls. untimed_batch is the batch size of pictures that are only judged. load_tiny_vae gives a
-    distilled decoder for a pipeline.
+    the number of timed calls. untimed_batch is the batch size of pictures that are only judged. load_tiny_decoder gives
+    a distilled decoder for a pipeline.
     """
 
     load: Callable[[str], StableDiffusionPipeline]
@@ -205,7 +204,7 @@ class Bench:
     sampling: Sampling
     repeats: int
     untimed_batch: int
-    load_tiny_vae: Callable[[StableDiffusionPipeline], AutoencoderTiny] | None = None
+    load_tiny_decoder: Callable[[StableDiffusionPipeline], AutoencoderTiny] | None = None
 
 
 def default_setting(evaluate: Evaluate, dtype: str = "float32") -> Setting:
@@ -214,8 +213,8 @@ def default_setting(evaluate: Evaluate, dtype: str = "float32") -> Setting:
     return Setting(evaluate.scheduler, evaluate.steps, batch=1, fused=False, guidance=guidance, dtype=dtype)
 
 
-def plan(settings: Benchmark, default: Setting) -> list[Setting]:
-    """The settings to measure, each once.
+def plan(settings: Benchmark, default: Setting, *, tiny_decoder: bool = False) -> list[Setting]:
+    """The settings to measure, each once. With `tiny_decoder`, also the default with a tiny decoder.
 
     First the default, then the default with one thing changed, then every combination of sampler, steps and batch size.
     """
@@ -224,7 +223,7 @@ def plan(settings: Benchmark, default: Setting) -> list[Setting]:
         *(replace(default, guidance=guidance) for guidance in settings.guidance),
         *(replace(default, dtype=other) for other in settings.dtypes),
         *(replace(default, compiled=compiled) for compiled in settings.compile),
-        *([replace(default, vae="tiny")] if settings.tiny_vae else []),
+        *([replace(default, vae="tiny")] if tiny_decoder else []),
     ]
     combinations = [
         replace(default, scheduler=name, steps=count, batch=batch)
@@ -337,41 +336,6 @@ def rms_difference(image: Image, other: Image) -> float:
     return float(np.sqrt((difference**2).mean()))
 
 
-def tiny_vae_on_hub(model: str, revision: str | None) -> HubModel:
-    """The files of a distilled decoder on the hub."""
-    weights = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-    return HubModel("decoder", model, revision, ("config.json",), weights, key="benchmark.tiny_vae")
-
-
-def find_tiny_vae(model: str, revision: str | None) -> str:
-    """The folder of a distilled decoder, downloaded if it is on the hub. Raises BestiaryError when that fails."""
-    return model if Path(model).is_dir() or not is_hub_id(model) else str(download(tiny_vae_on_hub(model, revision)))
-
-
-def load_tiny_vae(model: str, revision: str | None, pipeline: StableDiffusionPipeline) -> AutoencoderTiny:
-    """Load a distilled decoder in the pipeline's dtype and on its device.
-
-    Raises BestiaryError when it does not load or does not fit the base's latents.
-    """
-    from diffusers import AutoencoderTiny
-
-    folder = find_tiny_vae(model, revision)
-    try:
-        vae = AutoencoderTiny.from_pretrained(folder, torch_dtype=pipeline.unet.dtype, local_files_only=True)
-    except Exception as error:  # diffusers and safetensors raise different types
-        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-        raise BestiaryError(
-            f"The decoder {model!r} of benchmark.tiny_vae cannot be loaded: {reason}. Name another, or null."
-        ) from error
-    channels = pipeline.unet.config.in_channels
-    if vae.config.latent_channels != channels:
-        raise BestiaryError(
-            f"The decoder {model!r} of benchmark.tiny_vae decodes {vae.config.latent_channels} latent channels, "
-            f"but the base has {channels}. Name another, or null."
-        )
-    return vae.to(pipeline.device).eval()
-
-
 def fuse(pipeline: StableDiffusionPipeline) -> None:
     """Add the applied adapter to the base's weights, for good, so that it costs nothing at each step."""
     pipeline.unet.fuse_lora()
@@ -422,7 +386,7 @@ def _measure_group(
         fuse(pipeline)
     full_vae, unet = pipeline.vae, pipeline.unet
     for setting in settings:
-        tiny = bench.load_tiny_vae if setting.vae == "tiny" else None
+        tiny = bench.load_tiny_decoder if setting.vae == "tiny" else None
         pipeline.vae = tiny(pipeline) if tiny else full_vae
         pipeline.unet = torch.compile(unet) if setting.compiled else unet
         limit = None if SAMPLERS[setting.scheduler].stochastic else converged.get(setting.guidance)

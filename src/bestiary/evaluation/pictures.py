@@ -228,6 +228,26 @@ def draw(
     else:
         apply_adapter(pipeline, adapter, sampling.adapter_weight)
     key = _settings_key(pipeline, adapter, sampling, batch_size) if cache else ""
+    return _draw_batches(pipeline, jobs, sampling, batch_size, task, cache, key, on_drawn)
+
+
+def draw_as_loaded(
+    pipeline: StableDiffusionPipeline, jobs: Jobs, sampling: Sampling, *, batch_size: int, task: str
+) -> list[Image.Image]:
+    """One picture for each job by the pipeline as it is, such as an export that holds its adapter; else as `draw`."""
+    return _draw_batches(pipeline, jobs, sampling, batch_size, task)
+
+
+def _draw_batches(
+    pipeline: StableDiffusionPipeline,
+    jobs: Jobs,
+    sampling: Sampling,
+    batch_size: int,
+    task: str,
+    cache: PictureCache | None = None,
+    key: str = "",
+    on_drawn: OnDrawn | None = None,
+) -> list[Image.Image]:
     prompts_and_seeds = list(zip(jobs.prompts, jobs.seeds, strict=True))
     batches = [prompts_and_seeds[start : start + batch_size] for start in range(0, len(prompts_and_seeds), batch_size)]
     fitting = Halving("Drawing", "evaluate.batch_size")
@@ -238,12 +258,7 @@ def draw(
             on_drawn(images)
         return images
 
-    strips = map_across_processes(
-        partial(_draw_batch, paint, cache, key),
-        batches,
-        task,
-        "batch",
-    )
+    strips = map_across_processes(partial(_draw_batch, paint, cache, key), batches, task, "batch")
     return [image for strip, batch in zip(strips, batches, strict=True) for image in _cut(strip, len(batch))]
 
 

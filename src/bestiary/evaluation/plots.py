@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from bestiary.data.contact_sheets import contact_sheet
-from bestiary.evaluation.report import BY_KEY, ClassScores
+from bestiary.evaluation.report import BY_KEY, ClassScores, Estimate
 from bestiary.files import write_atomically
 from bestiary.tables import for_spreadsheet
 
@@ -72,6 +72,35 @@ def base_beside_adapter(rows: Sequence[tuple[str, Sequence[Image.Image], Sequenc
     pictures = [[*base, *adapter] for _, base, adapter in rows]
     cell = CELL if len(rows) <= MAX_LARGE_ROWS else CELL // 2
     save_picture(contact_sheet(pictures, [name for name, _, _ in rows], columns, cell=cell), path)
+
+
+def ways_side_by_side(
+    ways: Sequence[str], rows: Sequence[tuple[str, Sequence[Sequence[Image.Image]]]], path: Path
+) -> None:
+    """Write a sheet with one row for each class: name, then each way's pictures from the same seeds."""
+    columns = [
+        f"{way} {number + 1}" for way, drawn in zip(ways, rows[0][1], strict=True) for number in range(len(drawn))
+    ]
+    pictures = [[picture for of_way in each for picture in of_way] for _, each in rows]
+    cell = CELL if len(rows) <= MAX_LARGE_ROWS else CELL // 2
+    save_picture(contact_sheet(pictures, [name for name, _ in rows], columns, cell=cell), path)
+
+
+def quality_against_seconds(ways: Mapping[str, tuple[float, Mapping[str, Estimate]]], path: Path) -> None:
+    """Draw the seconds of a picture against CLIP score and diversity, with 95 % intervals, one point for each way."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, key in zip(figure.subplots(1, 2), ("clip_score", "diversity"), strict=True):
+        for number, (name, (seconds, scores)) in enumerate(ways.items()):
+            estimate = scores[key]
+            # The percentile interval of a skewed sample may not contain its mean.
+            error = [[max(0.0, estimate.mean - estimate.ci95[0])], [max(0.0, estimate.ci95[1] - estimate.mean)]]
+            axes.errorbar([seconds], [estimate.mean], yerr=error, fmt="o", color=f"C{number}", capsize=3, label=name)
+        axes.set(xlabel="seconds per picture (median, one at a time)", ylabel=BY_KEY[key].title, xscale="log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=8)
+    _save(figure, path)
 
 
 def closest(pairs: Sequence[tuple[float, Image.Image, Image.Image]], path: Path) -> None:

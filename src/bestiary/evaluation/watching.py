@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from bestiary.diffusion.full_memory import Halving
 from bestiary.diffusion.sampling import generate
@@ -16,36 +16,50 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from bestiary.evaluation.judge import Judge
-    from bestiary.params import Train
+    from bestiary.samplers import Sampling
 
 BATCH_SIZE = 8
 
 
+class SheetSettings(Protocol):
+    """How much a validation draws; params.Train and params.Distill say it."""
+
+    @property
+    def sheet_animals(self) -> int: ...
+
+    @property
+    def sheet_seeds(self) -> int: ...
+
+
 class TrainingWatch:
-    """Draws `train.sheet_animals` of the subjects, evenly chosen, with the adapter in training, and keeps a sheet."""
+    """Draws `sheet_animals` of the subjects, evenly chosen, with the adapter in training, and keeps a sheet."""
 
     def __init__(
         self,
         pipeline: StableDiffusionPipeline,
         judge: Judge,
         subjects: Sequence[Subject],
-        settings: Train,
+        settings: SheetSettings,
+        sampling: Sampling,
         *,
         seed: int,
-        resolution: int,
         folder: Path,
+        first: str = "base",
     ) -> None:
-        """`folder` keeps the sheet's rows until the run has finished, for when it is killed and resumed."""
+        """`folder` keeps the sheet's rows until the run has finished, for when it is killed and resumed.
+
+        `first` labels the row of step 0.
+        """
         count = min(settings.sheet_animals, len(subjects))
         shown = [subjects[number * len(subjects) // count] for number in range(count)]
         self.pipeline = pipeline
         self.judge = judge
-        self.sampling = settings.sheet_sampling(resolution)
+        self.sampling = sampling
         self.prompts = [caption(subject, templates_of([subject])[0]) for subject in shown] * settings.sheet_seeds
         self.seeds = [seed + number for number in range(settings.sheet_seeds) for _ in shown]
         self.fitting = Halving("Drawing the sheet", "train.sheet_animals")
         self.text_features = judge.text_features(self.prompts)  # (B, D)
-        self.sheet = Sheet(folder, [subject.name for subject in shown])
+        self.sheet = Sheet(folder, [subject.name for subject in shown], first)
         self._saved: set[int] = set()  # steps
 
     def draw(self, step: int) -> float:

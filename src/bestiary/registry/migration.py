@@ -18,7 +18,7 @@ from tqdm import tqdm
 from bestiary.errors import BestiaryError
 from bestiary.files import project_root
 from bestiary.registry.aliases import CHAMPION_BEFORE
-from bestiary.registry.versions import hide_progress_bars, make_name, number_of, plain_errors, publish
+from bestiary.registry.versions import FAST_RUN, hide_progress_bars, make_name, number_of, plain_errors, publish
 from bestiary.tracking.addresses import local_path, shown_address, sqlite_uri
 from bestiary.tracking.store import EXPERIMENT, check_database, experiment_id, open_client
 
@@ -200,6 +200,8 @@ def _copy_version(
             f"`mlflow runs restore --run-id {version.run_id}`, then migrate again."
         )
     tags = dict(version.tags)
+    if tags.get(FAST_RUN) in runs:
+        tags[FAST_RUN] = runs[tags[FAST_RUN]]
     if before := tags.get(CHAMPION_BEFORE):
         tags[CHAMPION_BEFORE] = str(numbers.get(f"{name}/{before}", before))
     local = source.get_model_version_download_uri(name, version.version)

@@ -12,8 +12,11 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from bestiary.errors import BestiaryError
+from bestiary.evaluation.acceptance import AcceptanceReport, read_acceptance
+from bestiary.evaluation.acceptance import as_markdown as as_fast_markdown
 from bestiary.evaluation.report import EvaluationReport, as_markdown, describe_proof, read_evaluation
 from bestiary.files import write_atomically
+from bestiary.registry.fast_variant import FAST
 from bestiary.registry.resolving import resolve
 from bestiary.registry.tags import number, read_tags
 from bestiary.registry.versions import REGISTER, Version, artifact, parameters, walk
@@ -37,6 +40,7 @@ def write(what: str, out: Path) -> list[Path]:
     runs = {step.stage: step.run_id for step in reversed(steps)}
     with TemporaryDirectory() as folder:
         report, sheet = _evaluation(version, runs, Path(folder))
+        acceptance = _acceptance(version, Path(folder))
         adapter = resolve(version.uri).file
         settings: dict[str, dict[str, str]] = {
             stage: parameters(runs[stage]) for stage in ("clean", "train", "evaluate") if stage in runs
@@ -44,8 +48,9 @@ def write(what: str, out: Path) -> list[Path]:
         files = {
             out / adapter.name: adapter.read_bytes(),
             **({out / SHEET: sheet.read_bytes()} if sheet else {}),
-            out / "README.md": render(version, steps, report, settings, has_sheet=sheet is not None).encode(),
         }
+        card = render(version, steps, report, settings, has_sheet=sheet is not None, acceptance=acceptance)
+        files[out / "README.md"] = card.encode()
     for path, data in files.items():
         write_atomically(path, data)
     return list(files)
@@ -58,10 +63,11 @@ def render(
     settings: Mapping[str, Mapping[str, str]],
     *,
     has_sheet: bool = True,
+    acceptance: AcceptanceReport | None = None,
 ) -> str:
     """The model card of a version: its evaluation's scores, the runs (`steps`) it is based on, and their settings.
 
-    `settings` holds, by stage, the parameters that the stage's run logged.
+    `settings` holds, by stage, the parameters that the stage's run logged. `acceptance` is about the fast variant.
     """
     tags = read_tags(version)
     base = f"`{tags.base}`" + (f" at revision `{tags.base_revision}`" if tags.base_revision else "")
@@ -84,6 +90,7 @@ def render(
         else "Share of pictures that look copied from training images (0: no more than by chance, 1: all of them): "
         f"{report.memorisation.adapter.copied.describe()}.",
         f"The registry's gate decided: {version.tags['decision']}" if "decision" in version.tags else "",
+        *(_fast_variant(version, acceptance) if acceptance else []),
         "## Use",
         _use(tags.base, tags.defaults, _example(subjects)),
         "## How it was made",
@@ -111,6 +118,24 @@ def _evaluation(version: Version, runs: Mapping[str, str], folder: Path) -> tupl
         f"The registry holds no evaluation of {version.uri}. If it is the adapter in models/adapter, `{REGISTER}` "
         "stores its evaluation."
     )
+
+
+def _acceptance(version: Version, folder: Path) -> AcceptanceReport | None:
+    """What was measured of the version's fast variant; None when it has none."""
+    if FAST not in version.tags:
+        return None
+    from bestiary.registry.registering import GATE
+
+    file = artifact(version.run_id, f"{GATE}/accept.json", folder)
+    return read_acceptance(file) if file else None
+
+
+def _fast_variant(version: Version, acceptance: AcceptanceReport) -> list[str]:
+    use = (
+        f"`bestiary pull {version.uri} --fast --out DIR` copies it: the few-step adapter for torch, and the export for "
+        "OpenVINO."
+    )
+    return ["## Fast variant", "\n".join(as_fast_markdown(acceptance)), use if acceptance.accepted else ""]
 
 
 def _metadata(version: Version, report: EvaluationReport, subjects: Mapping[str, Subject], has_sheet: bool) -> str:

@@ -31,12 +31,14 @@ from bestiary.registry.versions import (
     Version,
     aliases_of,
     artifact,
+    fast_part,
     find_version,
     make_name,
     number_of,
     plain_errors,
     publish,
     weights,
+    with_fast_part,
 )
 from bestiary.samplers import SAMPLERS, DrawingDefaults, Sampling
 from bestiary.subjects import Subjects
@@ -112,7 +114,9 @@ def register(submission: Submission, rules: Register) -> Registration:
             else:
                 for key, value in tags.items():  # it may have been evaluated again, with other settings
                     client.set_model_version_tag(name, str(version), key, value)
-                client.update_model_version(name, str(version), _description(submission, tags))
+                said = fast_part(client.get_model_version(name, str(version)).description)
+                description = with_fast_part(_description(submission, tags), said)
+                client.update_model_version(name, str(version), description)
             _check_served(client, submission, name, version, tags)
             _log_evaluation(client, client.get_model_version(name, str(version)).run_id, submission)
             decision = _give_earned_alias(client, submission, rules, version)

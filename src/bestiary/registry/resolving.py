@@ -10,9 +10,11 @@ from tempfile import TemporaryDirectory
 
 from platformdirs import user_cache_path
 
+from bestiary.diffusion.export_format import MANIFEST, is_export, read_manifest
 from bestiary.diffusion.single_file import PICKLES, SUFFIX, is_single_file
 from bestiary.errors import BestiaryError, shown
 from bestiary.files import is_file, is_folder, project_root, write_atomically
+from bestiary.registry import fast_variant as fast
 from bestiary.registry.tags import read_tags
 from bestiary.registry.versions import REGISTER, Version, find_version, local_database, weights
 from bestiary.samplers import DrawingDefaults, Sampling
@@ -23,7 +25,10 @@ MAX_NAME = 200  # characters of an id on the Hugging Face hub; the hub allows 96
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter on this disk, and the base that it was trained on as far as that is known."""
+    """An adapter on this disk, and the base that it was trained on as far as that is known.
+
+    Of an export, `file` is its manifest, and base and adapter are inside.
+    """
 
     file: Path
     uri: str  # how the user named it; for a registered version, models:/name/number
@@ -34,6 +39,17 @@ class Adapter:
     notes: tuple[str, ...] = ()  # what was assumed about it, for the user to read
     few_step: bool = False  # distilled for a few steps, which `defaults` then are for
     subjects: tuple[Subject, ...] = ()  # that a registered adapter was taught, in the words of its captions
+    export: Path | None = None  # the folder of an OpenVINO export of it, or of its accepted fast variant
+
+    @property
+    def is_export(self) -> bool:
+        """Whether this is an export itself, which only the engine that it was made for can draw with."""
+        return self.export is not None and self.file == self.export / MANIFEST
+
+    def check_is_file(self) -> None:
+        """Raise BestiaryError when this is an export, out of which the adapter cannot be taken."""
+        if self.is_export:
+            raise BestiaryError(f"{self.uri} is an export, which holds no adapter file. Name the adapter itself.")
 
 
 def needs_mlflow(what: str) -> bool:
@@ -41,14 +57,17 @@ def needs_mlflow(what: str) -> bool:
     return what.startswith("models:") and local_database() is None
 
 
-def resolve(what: str) -> Adapter:
+def resolve(what: str, *, fast: bool = False) -> Adapter:
     """The adapter that `what` names: `models:/...`, a folder, or a file. A registered file's hash is checked.
 
+    With `fast`, a registered adapter comes with the export of its fast variant, if that was accepted.
     Raises BestiaryError when there is no such adapter, or when a registered file has changed.
     """
     from bestiary.diffusion.stored_adapter import adapter_file, check_size
 
     if not what.startswith("models:"):
+        if is_export(what):
+            return _from_export(Path(what))
         file = adapter_file(what)
         check_size(file)  # before torch is imported, which takes seconds
         return _from_file(file, what)
@@ -57,7 +76,29 @@ def resolve(what: str) -> Adapter:
     tags = read_tags(version)
     file = _registered_file(version, tags.adapter_sha256)
     return Adapter(
-        file, version.uri, tags.base, tags.base_revision, tags.base_sha256, tags.defaults, subjects=tags.subjects
+        file,
+        version.uri,
+        tags.base,
+        tags.base_revision,
+        tags.base_sha256,
+        tags.defaults,
+        few_step=tags.defaults is not None and tags.defaults.sampling.timesteps is not None,
+        subjects=tags.subjects,
+        export=fast_variant(version) if fast else None,
+    )
+
+
+def _from_export(folder: Path) -> Adapter:
+    manifest = read_manifest(folder)
+    return Adapter(
+        folder / MANIFEST,
+        str(folder),
+        manifest.base,
+        manifest.base_revision,
+        manifest.base_sha256,
+        manifest.defaults,
+        few_step=manifest.few_step,
+        export=folder,
     )
 
 
@@ -71,7 +112,8 @@ def _from_file(file: Path, what: str) -> Adapter:
     if content.alpha_rule:
         notes.append(f"{what}: the alpha {spread(content.alphas)} was assumed: {content.alpha_rule}.")
     if content.few_step:
-        notes.append(f"{what} is a few-step adapter by its name: by default {_in_words(content.few_step)}.")
+        source = "its name" if content.few_step.timesteps is None else "its file"
+        notes.append(f"{what} is a few-step adapter by {source}: by default {_in_words(content.few_step)}.")
     return Adapter(
         file,
         what,
@@ -115,6 +157,25 @@ def _registered_file(version: Version, sha256: str) -> Path:
 def cache_folder() -> Path:
     """The folder for adapters from servers: below BESTIARY_CACHE, or below `bestiary` in the user's cache folder."""
     return Path(os.environ.get("BESTIARY_CACHE") or user_cache_path("bestiary")) / "adapters"
+
+
+def fast_variant(version: Version) -> Path | None:
+    """The export of a version's fast variant, its content checked; None when no fast variant was accepted.
+
+    One from a server is downloaded once, into the user's cache folder. Raises BestiaryError when its files are lost or
+    have changed.
+    """
+    return fast.find_stored(version, fast_cache()).export if fast.is_accepted(version) else None
+
+
+def few_step_adapter(version: Version) -> Path | None:
+    """The folder of the few-step adapter of a version's fast variant, otherwise as `fast_variant`."""
+    return fast.find_stored(version, fast_cache()).few_step if fast.is_accepted(version) else None
+
+
+def fast_cache() -> Path:
+    """The folder for fast variants from servers, beside the one for adapters."""
+    return cache_folder().with_name("fast")
 
 
 def find_base(adapter: Adapter, base: str | None = None, known: Collection[str] = ()) -> str:
@@ -173,6 +234,14 @@ def locate_base(named: str, whose: str = "") -> str:
     return named
 
 
+def pull_fast(what: str, out: Path) -> list[Path]:
+    """Copy the fast variant of a registered version to `out`, verified. Returns the folders of adapter and export.
+
+    Raises BestiaryError when there is none, when it was refused, and when its files are lost or have changed.
+    """
+    return fast.pull_fast(what, out, fast_cache())
+
+
 def pull(what: str, out: Path, base: str | None = None, known: Collection[str] = ()) -> Path:
     """Copy an adapter to the folder `out` after verifying that it applies to its base. Returns the file.
 
@@ -183,6 +252,7 @@ def pull(what: str, out: Path, base: str | None = None, known: Collection[str] =
     from bestiary.diffusion.stored_adapter import deciding_files
 
     adapter = resolve(what)
+    adapter.check_is_file()
     model = find_base(adapter, base, known)
     verification = verify_adapter(adapter.file, model, None if base else adapter.base_revision)
     if verification.base_is_the_trained_one is False:

@@ -20,15 +20,19 @@ from bestiary.files import find_project, project_root
 from bestiary.registry.tags import VERSION_NUMBER
 from bestiary.tracking.addresses import local_path, shown_address, sqlite_path, sqlite_uri, without_secrets
 from bestiary.tracking.database import Database, open_database
-from bestiary.tracking.lineage import Server, Step, lineage
+from bestiary.tracking.lineage import Runs, Server, Step, lineage
 from bestiary.tracking.store import check_database, explain, open_client, registry_uri, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel
+    from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
 WEIGHTS = "adapter_weights"  # the folder in a version's files that mlflow.diffusers keeps an adapter in
 REGISTER = "dvc repro --force --single-item register"
+
+FAST_RUN = "fast_run"  # the tag with the run that stored a version's fast variant
+FAST_PART = "\n\n### Fast variant\n\n"  # begins the last part of a version's description
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def walk(uri: str) -> tuple[Version, list[Step]]:
     if path := local_database():
         with open_local(path) as database:
             try:
-                return version, lineage(database, version.run_id)
+                return version, _with_fast_steps(database, version)
             except KeyError as error:
                 if error.args != (version.run_id,):
                     raise
@@ -109,7 +113,19 @@ def walk(uri: str) -> tuple[Version, list[Step]]:
                 ) from None
     address, client = open_registry()
     with plain_errors(address):
-        return version, lineage(Server(client), version.run_id)
+        return version, _with_fast_steps(Server(client), version)
+
+
+def _with_fast_steps(runs: Runs, version: Version) -> list[Step]:
+    """The runs that a version is based on, then those that only its fast variant is based on."""
+    steps = lineage(runs, version.run_id)
+    if FAST_RUN not in version.tags:
+        return steps
+    known = {step.run_id for step in steps}
+    try:
+        return steps + [step for step in lineage(runs, version.tags[FAST_RUN]) if step.run_id not in known]
+    except KeyError:
+        return steps  # its run was deleted
 
 
 def artifact(run_id: str, path: str, folder: Path) -> Path | None:
@@ -164,21 +180,41 @@ def weights(version: Version, folder: Path) -> Path:
 
     Raises BestiaryError when the registry has lost them.
     """
-    if path := local_database():
-        with open_local(path) as database:
-            files = local_path(database.files(version.name, version.version))
-        if files is not None:
-            if not (files / WEIGHTS).is_dir():
-                raise lost_error(version, str(files / WEIGHTS))
-            return files / WEIGHTS
+    if files := local_files(version):
+        if not (files / WEIGHTS).is_dir():
+            raise lost_error(version, str(files / WEIGHTS))
+        return files / WEIGHTS
+    return download(version, WEIGHTS, folder)
+
+
+def local_files(version: Version) -> Path | None:
+    """The folder of a version's files on this disk; None when the registry keeps them elsewhere."""
+    path = local_database()
+    if path is None:
+        return None
+    with open_local(path) as database:
+        return local_path(database.files(version.name, version.version))
+
+
+def download(version: Version, name: str, folder: Path) -> Path:
+    """Copy the folder `name` of a version's files from where the registry keeps them into `folder`; return the copy."""
     uri, client = open_registry()
     with plain_errors(uri):
         import mlflow
 
         hide_progress_bars()
         source = client.get_model_version_download_uri(version.name, str(version.version))
-        copy = mlflow.artifacts.download_artifacts(f"{source}/{WEIGHTS}", dst_path=str(folder), tracking_uri=uri)
+        copy = mlflow.artifacts.download_artifacts(f"{source}/{name}", dst_path=str(folder), tracking_uri=uri)
         return Path(copy)
+
+
+def file_store(client: MlflowClient, version: Version) -> ArtifactRepository:
+    """MLflow's store of a version's files, to list, add and delete them."""
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    hide_progress_bars()
+    place = client.get_model_version_download_uri(version.name, str(version.version))
+    return get_artifact_repository(place, tracking_uri=tracking_uri())
 
 
 def lost_error(version: Version, what: str) -> BestiaryError:
@@ -187,6 +223,20 @@ def lost_error(version: Version, what: str) -> BestiaryError:
         f"The registry has lost the file of {version.uri}: {what} does not exist. If it is the adapter in "
         f"models/adapter, `{REGISTER}` stores it again; otherwise restore it from a backup."
     )
+
+
+def with_fast_part(description: str, part: str) -> str:
+    """A version's description with this part about its fast variant, in place of an earlier one."""
+    return f"{description.partition(FAST_PART)[0]}{FAST_PART}{part}" if part else description
+
+
+def fast_part(description: str | None) -> str:
+    """What a version's description says of its fast variant; empty if nothing.
+
+    >>> fast_part(with_fast_part(with_fast_part("An adapter.", "refused"), "accepted"))
+    'accepted'
+    """
+    return (description or "").partition(FAST_PART)[2]
 
 
 def how_to_register() -> str:

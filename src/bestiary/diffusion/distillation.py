@@ -1,0 +1,438 @@
+"""Distil a base and its adapter into a few-step adapter: multistep consistency distillation with the guidance built in.
+
+A picture is drawn in a few passes: a clean guess at the first timestep, fresh noise up to the second, a clean guess
+there, and so on. Each pass is a consistency model of its own part of the noise schedule (Heek et al. 2024,
+arXiv:2403.06807): at any timestep of the part, the student guesses where the teacher's path ends. The guess one step
+further down the path is the target (Song et al. 2023, arXiv:2303.01469), and the path is guided, so the student needs
+no guidance (Luo et al. 2023, arXiv:2310.04378). The student is the teacher with a LoRA on its linear and convolution
+layers (arXiv:2311.05556). Letters: B pictures, C, h, w of latents, T tokens, D features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, Subset
+
+from bestiary.diffusion.adapter import inject
+from bestiary.diffusion.base import device_and_dtype, processes
+from bestiary.diffusion.batches import Batch, Sample, TrainingStream, ValidationGrid, collate
+from bestiary.diffusion.checkpoints import Checkpoint, load_checkpoint, save_checkpoint, stop_on_sigterm
+from bestiary.diffusion.half_precision import TrainedWeights
+from bestiary.diffusion.objective import Validation, pseudo_huber, squared
+from bestiary.diffusion.optimization import Ema, assign, learning_rate_factor
+from bestiary.diffusion.progress import OnLog, Pace, Progress, TrainingResult, copies, progress_bar, stopped
+from bestiary.diffusion.training import check_fit
+from bestiary.errors import BestiaryError
+
+if TYPE_CHECKING:
+    from diffusers import DDPMScheduler, UNet2DConditionModel
+
+    from bestiary.diffusion.latents import Latents
+    from bestiary.params import Distill
+
+VALIDATION_IMAGES = 32  # whose paths the teacher draws once, in up to 2 x teacher_steps passes each
+BETAS = (0.9, 0.99)  # a shorter memory than Adam's usual 0.999, because the targets move with the student
+
+OnValidation = Callable[[int], float]  # step; returns the CLIP score of what it drew
+
+
+def distill(
+    unet: UNet2DConditionModel,
+    scheduler: DDPMScheduler,
+    latents: Latents,
+    settings: Distill,
+    *,
+    seed: int,
+    on_log: OnLog | None = None,
+    on_validation: OnValidation | None = None,
+    checkpoints: Path | None = None,
+) -> TrainingResult:
+    """Train a LoRA in `unet`, the teacher, which ends with the averaged weights of the best step.
+
+    The validation loss is the mean squared distance, in clean latents, between the student's guess in each pass and
+    the end of the teacher's path. The callbacks and the `checkpoints` are those of `training.train`: an interrupted run
+    resumes and ends with the same weights.
+
+    Raises BestiaryError when the base and the latents do not match, the loss is not finite, the disk is full, several
+    processes were started, or SIGTERM arrived.
+    """
+    check_fit(unet, scheduler, latents)
+    saved = load_checkpoint(checkpoints) if checkpoints else None
+    first_step = saved.progress.step if saved else 0
+    run = _Run(unet, scheduler, latents, settings, seed, first_step, on_log)
+    progress = run.progress
+
+    def validate() -> None:
+        with run.averaged():
+            score = on_validation(progress.step) if on_validation else None
+            progress.add_validation(run.validation_loss(), score, run.ema.average)
+
+    if saved:
+        if on_validation:
+            on_validation(0)  # the student still is the teacher
+        run.restore(saved)
+    else:
+        validate()
+    progress.start_clock()
+    with (
+        progress_bar(settings.steps, first_step, "distil the adapter", run.accelerator) as bar,
+        stop_on_sigterm() as stop,
+    ):
+        for batches in run.batches:
+            run.train_on(batches)
+            bar.update()
+            if progress.row_due:
+                progress.average_losses()
+                if progress.validation_due:
+                    validate()
+                    progress.start_clock()
+                else:
+                    progress.log()
+                loss, best = f"{progress.state.train_loss:.4f}", f"{progress.best_val_loss:.4f}"
+                bar.set_postfix(loss=loss, best=best, refresh=False)
+                if progress.checkpoint_due and checkpoints:
+                    save_checkpoint(checkpoints, run.checkpoint())
+            if stop.requested:
+                if checkpoints:
+                    save_checkpoint(checkpoints, run.checkpoint())
+                raise stopped("Distilling", progress.step, settings.steps, checkpoints)
+    return run.finish()
+
+
+# ---- the noise schedule and the teacher's path ----
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """A base's noise schedule: latents at timestep t are alpha[t] x + sigma[t] e, of clean latents x and noise e."""
+
+    alpha: torch.Tensor  # (timesteps,)
+    sigma: torch.Tensor  # (timesteps,)
+    predicts_v: bool
+
+    @classmethod
+    def of(cls, scheduler: DDPMScheduler, device: torch.device) -> NoiseSchedule:
+        """The schedule of a base, whose scheduler predicts the noise or the velocity."""
+        alphas = scheduler.alphas_cumprod.float().to(device)
+        return cls(alphas.sqrt(), (1 - alphas).sqrt(), scheduler.config.prediction_type == "v_prediction")
+
+    def noised(self, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Clean latents with noise: (B, C, h, w), timesteps (B,)."""
+        return _at(self.alpha, timesteps) * clean + _at(self.sigma, timesteps) * noise
+
+    def split(
+        self, noisy: torch.Tensor, prediction: torch.Tensor, timesteps: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The clean latents and the noise that a prediction sees in noisy latents: (B, C, h, w) each."""
+        alpha, sigma = _at(self.alpha, timesteps), _at(self.sigma, timesteps)
+        if self.predicts_v:
+            return alpha * noisy - sigma * prediction, sigma * noisy + alpha * prediction
+        return (noisy - sigma * prediction) / alpha.clamp(min=1e-4), prediction
+
+
+def _at(values: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    return values[timesteps][:, None, None, None]
+
+
+def path_timesteps(passes: Sequence[int], teacher_steps: int, total: int) -> list[int]:
+    """The timesteps of the teacher's path, rising: the ends of equal parts of the schedule, and those of the passes.
+
+    The last part has one more at a fifth of it, because the clean guess at its end would lack fine details.
+
+    >>> path_timesteps([999, 399], 5, 1000)
+    [39, 199, 399, 599, 799, 999]
+    """
+    ends = {total * (number + 1) // teacher_steps - 1 for number in range(teacher_steps)}
+    ends.add(max(total // (5 * teacher_steps) - 1, 0))
+    return sorted(step for step in ends | set(passes) if step <= max(passes))
+
+
+class TeacherPath:
+    """The teacher's guided path and where its parts end.
+
+    A step is one of DPM-Solver++ (2S) (Lu et al. 2022, arXiv:2211.01095, algorithm 1), with its middle in log-SNR. With
+    as many passes, DDIM's steps end farther from the path's true end, and the student would learn that.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, scheduler: DDPMScheduler, settings: Distill) -> None:
+        self.unet = unet
+        self.device, self.dtype = unet.device, unet.dtype
+        self.schedule = NoiseSchedule.of(scheduler, self.device)
+        total = len(self.schedule.alpha)
+        if max(settings.timesteps) >= total:
+            raise BestiaryError(f"distill.timesteps are up to {max(settings.timesteps)}, and the base has {total}.")
+        self.timesteps = path_timesteps(settings.timesteps, settings.teacher_steps, total)
+        # By timestep: the next lower one of the path; -1 below the lowest, where the path ends with the clean guess.
+        self.following = torch.full((total,), -1, device=self.device)
+        self.following[self.timesteps[1:]] = torch.tensor(self.timesteps[:-1], device=self.device)
+        log_snr = (self.schedule.alpha / self.schedule.sigma).log()
+        self.middle = self.following.clone()
+        for timestep, following in zip(self.timesteps[1:], self.timesteps[:-1], strict=True):
+            self.middle[timestep] = (log_snr - (log_snr[timestep] + log_snr[following]) / 2).abs().argmin()
+        self.middle[self.timesteps[0]] = self.timesteps[0] // 2
+        # A pass ends with the teacher's clean guess at the next pass's timestep: fresh noise hides its details.
+        self.ends = torch.zeros(total, dtype=torch.bool, device=self.device)
+        self.ends[list(settings.timesteps[1:])] = True
+        self.guidance_scale = settings.guidance_scale
+        low, high = settings.guidance_interval or (0.0, math.inf)
+        level = self.schedule.sigma / self.schedule.alpha  # of latents whose own scale is 1
+        self.guided = (level > low) & (level <= high) & (settings.guidance_scale > 1)
+
+    def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """The UNet's prediction in float32: (B, C, h, w), from latents, timesteps (B,) and features (B, T, D)."""
+        prediction: torch.Tensor = self.unet(noisy.to(self.dtype), timesteps, features).sample
+        return prediction.float()
+
+    def teach(
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, features: torch.Tensor, empty: torch.Tensor
+    ) -> torch.Tensor:
+        """The teacher's prediction (B, C, h, w), guided where the noise level is within the guidance interval."""
+        guided = torch.nonzero(self.guided[timesteps])[:, 0]
+        unprompted = empty.expand(len(guided), -1, -1)
+        with _as_teacher(self.unet):
+            both = self.predict(
+                torch.cat([noisy, noisy[guided]]),
+                torch.cat([timesteps, timesteps[guided]]),
+                torch.cat([features, unprompted]),
+            )
+        prediction, plain = both[: len(noisy)], both[len(noisy) :]
+        return prediction.index_copy(0, guided, torch.lerp(plain, prediction[guided], self.guidance_scale))
+
+    def move(
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, features: torch.Tensor, empty: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The teacher's step down the path: the latents there, their timesteps, and the clean latents that it leads to.
+
+        Where the path ends the timestep is -1, and the latents mean nothing.
+        """
+        schedule = self.schedule
+        middle, following = self.middle[timesteps], self.following[timesteps]
+        clean, noise = schedule.split(noisy, self.teach(noisy, timesteps, features, empty), timesteps)
+        halfway = schedule.noised(clean, noise, middle)  # by DDIM
+        clean = schedule.split(halfway, self.teach(halfway, middle, features, empty), middle)[0]
+        end = following.clamp(min=0)
+        ratio = _at(schedule.sigma, end) / _at(schedule.sigma, timesteps)
+        moved = ratio * noisy + (_at(schedule.alpha, end) - ratio * _at(schedule.alpha, timesteps)) * clean
+        return moved, following, clean
+
+    @torch.no_grad()
+    def end(self, noisy: torch.Tensor, timestep: int, features: torch.Tensor, empty: torch.Tensor) -> torch.Tensor:
+        """Where the path from this timestep ends: clean latents (B, C, h, w)."""
+        timesteps = torch.full((len(noisy),), timestep, device=self.device)
+        while True:
+            noisy, timesteps, clean = self.move(noisy, timesteps, features, empty)
+            if timesteps[0] < 0:
+                return clean
+            if self.ends[timesteps[0]]:
+                return self.schedule.split(noisy, self.teach(noisy, timesteps, features, empty), timesteps)[0]
+
+
+@contextmanager
+def _as_teacher(unet: UNet2DConditionModel) -> Iterator[None]:
+    """Inside, the LoRA has no effect."""
+    from diffusers.utils import set_adapter_layers
+
+    set_adapter_layers(unet, enabled=False)
+    try:
+        yield
+    finally:
+        set_adapter_layers(unet, enabled=True)
+
+
+# ---- the run ----
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """How the stream draws samples: every timestep of the path equally often."""
+
+    steps: int
+    batch_size: int
+    caption_dropout: float = 0.0
+    noise_offset: float = 0.0
+    timestep_sampling: Literal["uniform", "stratified", "importance"] = "uniform"
+
+
+class _Run:
+    """One run on this process's device: the networks, the data and the progress."""
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        scheduler: DDPMScheduler,
+        latents: Latents,
+        settings: Distill,
+        seed: int,
+        first_step: int,
+        on_log: OnLog | None,
+    ) -> None:
+        self.settings, self.unet = settings, unet
+        self.accelerator = _accelerator()
+        half = unet.dtype is torch.bfloat16
+        unet.to(self.accelerator.device, memory_format=torch.contiguous_format if half else torch.channels_last)
+        rank = settings.rank
+        parameters = inject(unet, rank=rank, alpha=rank, dropout=0.0, targets=settings.targets, seed=seed)
+        self.trained = TrainedWeights(parameters, torch.bfloat16 if half else torch.float32)
+        if settings.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        # Evaluation mode: nothing has dropout, and PEFT would add its own in training mode.
+        unet.eval()
+        self.features = latents.training.features.to(unet.device, unet.dtype)  # (captions, T, D)
+        self.path = TeacherPath(unet, scheduler, settings)
+        weights = torch.zeros(len(self.path.schedule.alpha))
+        weights[self.path.timesteps] = 1.0
+        draws = _Draws(settings.steps, settings.batch_size)
+        stream = TrainingStream(latents.training, draws, seed=seed, timestep_weights=weights)
+        remaining = Subset(stream, range(first_step * settings.batch_size, len(stream)))
+        workers = 2 if unet.device.type == "cuda" else 0
+        self.optimizer, self.batches = self.accelerator.prepare(
+            torch.optim.AdamW(
+                self.trained.weights, lr=settings.learning_rate, betas=BETAS, weight_decay=0.0, fused=True
+            ),
+            DataLoader(remaining, settings.batch_size, num_workers=workers, collate_fn=collate),
+        )
+        self.ema = Ema(self.trained.weights, settings.ema_decay)
+        pace = Pace(
+            "distill", settings.steps, settings.batch_size, settings.validate_every, settings.checkpoint_seconds
+        )
+        self.progress = Progress(pace, len(latents.training), self.accelerator, on_log)
+        self.lessons = _lessons(self.path, latents, settings)
+
+    def train_on(self, batches: list[Batch]) -> None:
+        """One optimizer step."""
+        settings, progress = self.settings, self.progress
+        progress.learning_rate = settings.learning_rate * learning_rate_factor(settings, progress.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = progress.learning_rate
+        losses = torch.cat([self.loss(batch) for batch in batches])  # several only where images differ in size
+        loss = losses.mean()
+        self.accelerator.backward(loss)
+        self.trained.collect_gradients()
+        progress.add_loss(loss.detach())
+        progress.grad_norm = self.accelerator.clip_grad_norm_(self.trained.weights, settings.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.trained.spread()
+        progress.finish_step()
+        self.ema.update(progress.step)
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """The consistency loss of each picture: (B,)."""
+        path, timesteps = self.path, batch["timesteps"]
+        features, empty = self.features[batch["captions"]], self.features[:1]
+        noisy = path.schedule.noised(batch["latents"], batch["noise"], timesteps)
+        with torch.no_grad(), self.accelerator.autocast():
+            moved, following, target = path.move(noisy, timesteps, features, empty)
+            for ends in (True, False):  # at the end of a part the teacher guesses, before it the student
+                at = torch.nonzero((following >= 0) & (path.ends[following.clamp(min=0)] == ends))[:, 0]
+                if not len(at):
+                    continue
+                there = moved[at], following[at], features[at]
+                prediction = path.teach(*there, empty) if ends else path.predict(*there)
+                target = target.index_copy(0, at, path.schedule.split(there[0], prediction, there[1])[0])
+        with self.accelerator.autocast():
+            guess = path.schedule.split(noisy, path.predict(noisy, timesteps, features), timesteps)[0]
+        return pseudo_huber(guess - target, self.settings.huber_c)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the UNet has the averaged weights, as a saved adapter would have them."""
+        with self.ema.applied():
+            self.trained.spread()
+            with self.trained.in_float32():
+                yield
+        self.trained.spread()
+
+    @torch.no_grad()
+    def validation_loss(self) -> Validation:
+        """How far the student's guesses in each pass are from the ends of the teacher's path."""
+        errors: dict[int, list[float]] = {}
+        of_class: dict[str, list[float]] = {}
+        for lesson in self.lessons:
+            timesteps = torch.full((len(lesson.noisy),), lesson.timestep, device=self.unet.device)
+            with self.accelerator.autocast():
+                prediction = self.path.predict(lesson.noisy, timesteps, self.features[lesson.captions])
+            guess = self.path.schedule.split(lesson.noisy, prediction, timesteps)[0]
+            found = squared(guess - lesson.end).double().tolist()
+            errors.setdefault(lesson.timestep, []).extend(found)
+            for name, error in zip(lesson.classes, found, strict=True):
+                of_class.setdefault(name, []).append(error)
+        by_pass = {str(timestep): float(np.mean(found)) for timestep, found in errors.items()}
+        overall = float(np.mean(list(by_pass.values())))
+        if not math.isfinite(overall):
+            raise BestiaryError("The validation loss is not a finite number: lower distill.learning_rate.")
+        return Validation(overall, by_pass, {name: float(np.mean(found)) for name, found in sorted(of_class.items())})
+
+    def checkpoint(self) -> Checkpoint:
+        """The state that an interrupted run resumes from."""
+        return Checkpoint(
+            weights=copies(self.trained.weights),
+            average=self.ema.average,
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+            progress=self.progress.checkpoint(),
+        )
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Continue from a checkpoint."""
+        assign(self.trained.weights, saved.weights)
+        self.trained.spread()
+        assign(self.ema.average, saved.average)
+        self.optimizer.load_state_dict(saved.optimizer)
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(saved.scaler)
+        self.progress.restore(saved.progress)
+
+    def finish(self) -> TrainingResult:
+        """Leave the UNet with the best weights and return the result."""
+        assign(self.trained.weights, self.progress.state.best_weights)
+        self.trained.give_back()
+        return self.progress.result(sum(weight.numel() for weight in self.trained.weights))
+
+
+def _accelerator() -> Accelerator:
+    if processes().num_processes > 1:
+        raise BestiaryError("distill runs in one process. Start it without accelerate launch.")
+    return Accelerator(mixed_precision="fp16" if device_and_dtype()[1] is torch.float16 else "no")
+
+
+@dataclass(frozen=True)
+class _Lesson:
+    """Validation images of one size in one pass, and where the teacher's path takes them."""
+
+    timestep: int
+    noisy: torch.Tensor  # (B, C, h, w)
+    captions: torch.Tensor  # (B,)
+    end: torch.Tensor  # (B, C, h, w)
+    classes: list[str]
+
+
+def _lessons(path: TeacherPath, latents: Latents, settings: Distill) -> list[_Lesson]:
+    """A lesson in each pass for evenly chosen validation images; the first pass starts from noise alone."""
+    cache = latents.validation
+    grid = ValidationGrid(cache, len(path.schedule.alpha))
+    count = min(VALIDATION_IMAGES, len(grid))
+    images = [number * len(grid) // count for number in range(count)]
+    features = latents.training.features.to(path.device, path.dtype)
+    lessons = []
+    for first in range(0, count, settings.batch_size):
+        chosen = images[first : first + settings.batch_size]
+        samples: list[Sample] = [grid[image] for image in chosen]
+        for batch in collate(samples):
+            classes = [grid.classes[chosen[place]] for place in batch["place"].tolist()]
+            clean, noise, captions = (batch[key].to(path.device) for key in ("latents", "noise", "captions"))
+            for number, timestep in enumerate(settings.timesteps):
+                timesteps = torch.full((len(clean),), timestep, device=path.device)
+                noisy = path.schedule.noised(clean, noise, timesteps) if number else noise
+                end = path.end(noisy, timestep, features[captions], features[:1])
+                lessons.append(_Lesson(timestep, noisy, captions, end, classes))
+    return lessons

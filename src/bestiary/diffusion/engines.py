@@ -1,0 +1,249 @@
+"""Engines: what runs the networks of a pipeline. torch, or OpenVINO on an exported folder.
+
+`open_export` gives diffusers' pipeline with networks that OpenVINO computes, so that everything that draws with a
+pipeline draws with an export, too. OpenVINO compiles a network for the shapes that it is called with, because fixed
+shapes take a third less time than free ones, and keeps what it compiled for the next process.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from platformdirs import user_cache_path
+
+from bestiary.diffusion.base import device_and_dtype, quiet_loading
+from bestiary.diffusion.export_format import (
+    NETWORK_FILE,
+    Manifest,
+    Precision,
+    check_files,
+    read_manifest,
+)
+from bestiary.errors import BestiaryError
+from bestiary.memory import keep_freed_memory
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+    from transformers import CLIPTokenizer
+
+INSTALL = "pip install 'bestiary[openvino]'"
+# Instructions that make a precision faster than float32, by Linux's names.
+INSTRUCTIONS: Mapping[Precision, frozenset[str]] = {
+    "int8": frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}),
+    "bf16": frozenset({"avx512_bf16", "amx_bf16", "bf16"}),
+}
+MAX_COMPILED = 2  # shapes of a network in memory: a guided step has twice the batch of one without guidance
+HINTS: Mapping[Precision, str] = {"int8": "f32", "bf16": "bf16", "fp32": "f32"}
+
+
+@dataclass(frozen=True)
+class Processor:
+    """A processor by its name and the instructions that it has; None where the system does not say."""
+
+    flags: frozenset[str] | None
+    name: str = "unknown"
+
+    @staticmethod
+    def here() -> Processor:
+        """This machine's processor."""
+        lines: list[str] = []
+        with suppress(OSError):
+            lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        first = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
+        flags = first.get("flags") or first.get("Features")
+        return Processor(frozenset(flags.split()) if flags else None, first.get("model name", platform.machine()))
+
+    def has(self, precision: Precision) -> bool:
+        """Whether this precision is faster here than float32, which every processor has."""
+        return precision == "fp32" or self.flags is None or bool(INSTRUCTIONS[precision] & self.flags)
+
+    def best(self) -> Precision:
+        """The fastest precision that the processor has instructions for."""
+        return next(precision for precision in ("int8", "bf16", "fp32") if self.has(precision))
+
+
+def openvino() -> Any:
+    """The openvino package. It sends no usage statistics unless the user sets DO_NOT_TRACK=false.
+
+    Raises BestiaryError that says what to install when it is missing.
+    """
+    if find_spec("openvino") is None:
+        raise BestiaryError(f"The engine openvino is not installed. Install it with `{INSTALL}`.")
+    refuse_statistics()
+    import openvino
+
+    return openvino
+
+
+def refuse_statistics() -> None:
+    """Keep OpenVINO's packages from importing the one that sends usage statistics; they then do without it."""
+    if os.environ.get("DO_NOT_TRACK", "").lower() not in ("", "0", "false"):
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # Python's way to refuse an import
+
+
+def reason_against(manifest: Manifest) -> str | None:
+    """Why this machine gains nothing from the export; None when it does."""
+    if device_and_dtype()[0].type != "cpu":
+        return "this machine has a GPU, which torch uses"
+    if find_spec("openvino") is None:
+        return f"the engine openvino is not installed (`{INSTALL}`)"
+    if not Processor.here().has(manifest.precision):
+        return f"this processor has no instructions for {manifest.precision}"
+    return None
+
+
+def check_processor(folder: Path, precision: Precision) -> None:
+    """Raise BestiaryError when this processor has no instructions for the precision of an export."""
+    if not Processor.here().has(precision):
+        raise BestiaryError(
+            f"The export in {folder} computes in {precision}, for which this processor has no instructions. Export the "
+            "adapter with --fp32, or draw with --engine torch."
+        )
+
+
+def open_export(folder: Path) -> StableDiffusionPipeline:
+    """A pipeline whose networks OpenVINO computes on the CPU. Its UNet holds the adapter, and no torch weights.
+
+    The pipeline cannot start from an image, because an export has no encoder. Raises BestiaryError when OpenVINO is
+    not installed, when a file is missing or has changed, and when the processor lacks instructions.
+    """
+    manifest = read_manifest(folder)
+    core = openvino().Core()
+    check_processor(folder, manifest.precision)
+    check_files(folder, manifest)
+    with quiet_loading():
+        from diffusers import DDPMScheduler, StableDiffusionPipeline
+
+        keep_freed_memory()
+        scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
+        pipeline = StableDiffusionPipeline(
+            vae=_Decoder(_Network(core, folder / "vae_decoder", manifest)),
+            text_encoder=_TextEncoder(_Network(core, folder / "text_encoder", manifest)),
+            tokenizer=_tokenizer(folder / "tokenizer"),
+            unet=_UNet(_Network(core, folder / "unet", manifest)),
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def compiled_cache() -> Path:
+    """The folder for compiled networks: below BESTIARY_CACHE, or below `bestiary` in the user's cache folder."""
+    return Path(os.environ.get("BESTIARY_CACHE") or user_cache_path("bestiary")) / "compiled"
+
+
+def is_exported(pipeline: StableDiffusionPipeline) -> bool:
+    """Whether OpenVINO computes this pipeline's networks."""
+    return isinstance(pipeline.unet, _UNet)
+
+
+def _tokenizer(folder: Path) -> CLIPTokenizer:
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+class _Network:
+    """A network in OpenVINO's format, compiled for the shapes that it is called with."""
+
+    def __init__(self, core: Any, folder: Path, manifest: Manifest) -> None:
+        import json
+
+        self.config: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
+        self.decoder = manifest.decoder
+        self._core, self._file = core, folder / NETWORK_FILE
+        self._options = {
+            "INFERENCE_PRECISION_HINT": HINTS[manifest.precision],
+            "PERFORMANCE_HINT": "LATENCY",
+            "CACHE_DIR": str(compiled_cache()),
+        }
+        # int8 covers the large layers; bfloat16 the rest of them, where the processor has it.
+        if manifest.precision == "int8" and Processor.here().has("bf16"):
+            self._options["INFERENCE_PRECISION_HINT"] = "bf16"
+        self._compiled: dict[tuple[torch.Size, ...], Any] = {}  # by the shapes of the inputs, the last used last
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """The network's first output."""
+        shapes = tuple(each.shape for each in inputs)
+        compiled = self._compiled.pop(shapes, None)
+        if compiled is None:
+            if len(self._compiled) == MAX_COMPILED:
+                del self._compiled[next(iter(self._compiled))]  # frees its memory before the next one takes some
+            compiled = self._compile(shapes)
+        self._compiled[shapes] = compiled
+        (first, *_) = compiled([each.numpy() for each in inputs]).values()
+        return torch.from_numpy(first.copy())  # the request's own memory is overwritten by its next call
+
+    def _compile(self, shapes: Sequence[torch.Size]) -> Any:
+        model = self._core.read_model(self._file)
+        model.reshape({port.any_name: list(shape) for port, shape in zip(model.inputs, shapes, strict=True)})
+        return self._core.compile_model(model, "CPU", self._options)
+
+
+class _Module(torch.nn.Module):
+    """What diffusers asks of a network: its config, device and dtype."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self, network: _Network) -> None:
+        from diffusers.configuration_utils import FrozenDict
+
+        super().__init__()
+        self.network = network
+        self.config = FrozenDict(network.config)
+
+
+class _UNet(_Module):
+    fused_adapter = True
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float,
+        encoder_hidden_states: torch.Tensor,
+        return_dict: bool = True,
+        **_: object,
+    ) -> tuple[torch.Tensor]:
+        """The prediction (B, C, h, w) for noisy latents, one timestep for all of them, and text features (B, T, D)."""
+        timesteps = torch.as_tensor(timestep, dtype=torch.float32).reshape(1)
+        return (self.network(sample.float(), timesteps, encoder_hidden_states.float()),)
+
+
+class _TextEncoder(_Module):
+    def forward(self, input_ids: torch.Tensor, **_: object) -> Any:
+        """The features (B, T, D) of token ids (B, T)."""
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        return BaseModelOutputWithPooling(last_hidden_state=self.network(input_ids))
+
+
+class _Decoder(_Module):
+    """An autoencoder of which there is only the decoder."""
+
+    def __init__(self, network: _Network) -> None:
+        super().__init__(network)
+        self.decoder = _Part(network)
+        self.kind = network.decoder
+
+    def decode(self, latents: torch.Tensor, return_dict: bool = True) -> Any:
+        """The pixels (B, 3, H, W), from -1 to 1, of latents (B, C, h, w)."""
+        from diffusers.models.autoencoders.vae import DecoderOutput
+
+        return DecoderOutput(sample=self.decoder(latents))
+
+
+class _Part(_Module):
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.network(latents.float())

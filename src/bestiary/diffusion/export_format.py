@@ -1,0 +1,119 @@
+"""The folder that an export for OpenVINO is: which files it has, and what its `bestiary.json` says of them.
+
+Networks, tokenizer and scheduler lie where OpenVINO GenAI's and optimum-intel's own pipelines look for them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bestiary.errors import BestiaryError, shown
+from bestiary.files import is_file
+from bestiary.samplers import Decoder, DrawingDefaults
+
+Engine = Literal["torch", "openvino"]
+EngineChoice = Literal["auto", "torch", "openvino"]
+Precision = Literal["int8", "bf16", "fp32"]
+MANIFEST = "bestiary.json"
+FORMAT = 1
+NETWORKS = ("text_encoder", "unet", "vae_decoder")
+NETWORK_FILE = "openvino_model.xml"
+
+
+class Manifest(BaseModel):
+    """What an exported folder says of itself. `files` holds the SHA-256 of every other file by its path in the folder.
+
+    adapter_sha256 is that of the adapter in the UNet, and of what it was distilled from, if that is known.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    format: Literal[1]
+    engine: Literal["openvino"]
+    precision: Precision
+    decoder: Decoder
+    base: str
+    base_revision: str | None
+    base_sha256: str
+    adapter: str
+    adapter_sha256: str
+    distilled_from_sha256: str | None = None
+    few_step: bool
+    drawing: dict[str, Any]  # the fields of `DrawingDefaults`, as `to_dict` gives them
+    side: int = Field(gt=0)  # pixels a side of the pictures that the base was trained on
+    processor: str  # that it was made on
+    versions: dict[str, str]
+    files: dict[str, str]
+
+    @property
+    def defaults(self) -> DrawingDefaults:
+        """How to draw with it. Raises ValueError when `drawing` holds something else."""
+        return DrawingDefaults.from_json(json.dumps(self.drawing))
+
+
+def is_export(path: str | Path) -> bool:
+    """Whether this is a folder that `bestiary export` wrote."""
+    return is_file(Path(path) / MANIFEST)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """What the exported folder says of itself.
+
+    Raises BestiaryError when it says nothing, is damaged, or has the format of another version.
+    """
+    try:
+        content = json.loads((folder / MANIFEST).read_bytes())
+    except OSError:
+        raise BestiaryError(
+            f"{folder} has no {MANIFEST}, so it is no export. Make one with `bestiary export`."
+        ) from None
+    except ValueError:
+        raise _damaged(folder) from None
+    found = content.get("format") if isinstance(content, dict) else None
+    if isinstance(found, int) and found != FORMAT:
+        raise BestiaryError(
+            f"The export in {folder} has the format {found}, and this version reads {FORMAT}. Export it again."
+        )
+    try:
+        manifest = Manifest.model_validate_json(json.dumps(content))
+        _ = manifest.defaults
+    except (ValidationError, ValueError):
+        raise _damaged(folder) from None
+    if outside := next((name for name in manifest.files if not _is_inside(name)), None):
+        raise BestiaryError(f"The export in {folder} names {shown(outside)}, which is outside of it. Export it again.")
+    return manifest
+
+
+def _is_inside(name: str) -> bool:
+    path = Path(name)
+    return not path.is_absolute() and ".." not in path.parts
+
+
+def _damaged(folder: Path) -> BestiaryError:
+    return BestiaryError(f"The {MANIFEST} in {folder} is damaged. Export the adapter again.")
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Raise BestiaryError when a file of the export is missing, or is not the one that was written."""
+    for name, sha256 in manifest.files.items():
+        if not is_file(folder / name):
+            raise BestiaryError(f"The export in {folder} has no {name}. Export the adapter again.")
+        if file_sha256(folder / name) != sha256:
+            raise BestiaryError(f"{folder / name} has changed since it was exported. Export the adapter again.")
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file in the folder but the manifest, by its path there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file. Of an export's manifest it stands for the whole folder."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

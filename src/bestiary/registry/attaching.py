@@ -1,0 +1,160 @@
+"""Store an accepted fast variant with the registered version of its adapter; of a refused one, store why."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bestiary.diffusion.export_format import check_files, read_manifest
+from bestiary.errors import BestiaryError
+from bestiary.evaluation.acceptance import AcceptanceReport, as_markdown
+from bestiary.files import project_root
+from bestiary.registry.fast_variant import (
+    ACCEPTED,
+    ATTACH,
+    DEFAULTS,
+    EXPORT,
+    EXPORT_FOLDER,
+    FAST,
+    FEW_STEP,
+    FEW_STEP_FOLDER,
+    PREFIX,
+    REASONS,
+    REFUSED,
+    FastTags,
+    export_sha256,
+    is_intact,
+)
+from bestiary.registry.registering import GATE, Registration
+from bestiary.registry.versions import (
+    FAST_RUN,
+    Version,
+    file_store,
+    find_version,
+    local_files,
+    plain_errors,
+    with_fast_part,
+)
+from bestiary.tracking.store import check_database, locked, open_client, tracking_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+MAX_TAG = 5000  # characters that MLflow stores
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What `attach` did: the content of reports/results/attach.json. stored is whether the registry has the files."""
+
+    name: str
+    version: int
+    fast: str
+    stored: bool
+    reasons: list[str]
+    few_step_sha256: str
+    export_sha256: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A fast variant that was measured: the folders of its two parts, and the file of the stage accept's report."""
+
+    few_step: Path
+    export: Path
+    report: AcceptanceReport
+    report_file: Path
+
+
+def attach(registration: Registration, candidate: Candidate, run_id: str) -> Attachment:
+    """Store an accepted fast variant with the registered version and mark the version; replace an earlier variant.
+
+    The version of a refused one gets its reasons, and an earlier variant is removed: the tags describe the last one.
+    `run_id` is the MLflow run that does this. Raises BestiaryError when the report is about another adapter or another
+    fast variant, when there is no such version, and when MLflow cannot be written.
+    """
+    report = candidate.report
+    tags = _check(registration, candidate)
+    uri = tracking_uri()
+    check_database(uri)
+    with plain_errors(uri):
+        client = open_client(uri, project_root())
+        version = find_version(f"models:/{registration.name}/{registration.version}")
+        if version.tags.get("adapter_sha256") != report.adapter_sha256:
+            raise BestiaryError(
+                f"{version.uri} is another adapter than the one that was measured. Run `dvc repro`, then `{ATTACH}`."
+            )
+        with locked(uri):
+            if FAST in version.tags:
+                client.delete_model_version_tag(version.name, str(version.version), FAST)
+            if report.accepted:
+                _store(client, version, candidate, tags)
+            _mark(client, version, report, tags, run_id)
+            _drop_others(client, version, tags.folder if report.accepted else "")
+            client.log_artifact(version.run_id, str(candidate.report_file), GATE)
+    return Attachment(
+        registration.name,
+        registration.version,
+        ACCEPTED if report.accepted else REFUSED,
+        report.accepted,
+        list(report.reasons),
+        report.few_step_sha256,
+        report.export_sha256,
+    )
+
+
+def _check(registration: Registration, candidate: Candidate) -> FastTags:
+    """What the tags of this fast variant are. Raises BestiaryError when the report is about something else."""
+    from bestiary.diffusion.adapter import adapter_sha256
+
+    report, manifest = candidate.report, read_manifest(candidate.export)
+    check_files(candidate.export, manifest)
+    found = (registration.adapter_sha256, adapter_sha256(candidate.few_step), export_sha256(candidate.export))
+    if found != (report.adapter_sha256, report.few_step_sha256, report.export_sha256):
+        raise BestiaryError(
+            f"{candidate.report_file} describes another fast variant than the one in {candidate.few_step} and "
+            f"{candidate.export}. Run `dvc repro fast/dvc.yaml`."
+        )
+    return FastTags(report.few_step_sha256, report.export_sha256, manifest.defaults)
+
+
+def _store(client: MlflowClient, version: Version, candidate: Candidate, tags: FastTags) -> None:
+    from bestiary.diffusion.stored_adapter import adapter_file
+
+    store, files = file_store(client, version), local_files(version)
+    if files and is_intact(files / tags.folder, tags, every_file=True):
+        return
+    store.log_artifact(str(adapter_file(candidate.few_step)), f"{tags.folder}/{FEW_STEP_FOLDER}")
+    store.log_artifacts(str(candidate.export), f"{tags.folder}/{EXPORT_FOLDER}")
+    if files and not is_intact(files / tags.folder, tags, every_file=True):
+        raise BestiaryError(f"The registry did not store the fast variant whole in {files}. Run `{ATTACH}` again.")
+
+
+def _mark(client: MlflowClient, version: Version, report: AcceptanceReport, tags: FastTags, run_id: str) -> None:
+    """Set the version's tags, the verdict last: who reads meanwhile finds no fast variant and not half of one."""
+    values = {
+        REASONS: " ".join(report.reasons)[:MAX_TAG],
+        FEW_STEP: tags.few_step_sha256,
+        EXPORT: tags.export_sha256,
+        DEFAULTS: tags.defaults.to_json(),
+        FAST_RUN: run_id,
+        FAST: ACCEPTED if report.accepted else REFUSED,
+    }
+    number = str(version.version)
+    for key, value in values.items():
+        client.set_model_version_tag(version.name, number, key, value)
+    description = client.get_model_version(version.name, number).description or ""
+    client.update_model_version(version.name, number, with_fast_part(description, "\n".join(as_markdown(report))))
+
+
+def _drop_others(client: MlflowClient, version: Version, kept: str) -> None:
+    """Delete earlier fast variants from the version's files. A server may not permit it; then they stay, unused."""
+    from mlflow.exceptions import MlflowException
+
+    with contextlib.suppress(MlflowException, NotImplementedError, OSError):
+        store = file_store(client, version)
+        for item in store.list_artifacts():
+            if item.path.startswith(PREFIX) and item.path != kept:
+                store.delete_artifacts(item.path)

@@ -1,0 +1,53 @@
+"""Prove what the fast variant costs: draw with it, in the default way and with DDPM, and decide by intervals."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from bestiary.stage import CACHE, REPORTS, stage
+
+CLEAN, SPLIT = Path("build/clean"), Path("build/split")
+FEW_STEP, FAST = Path("models/few_step"), Path("models/fast")
+
+
+def main() -> None:
+    with stage("accept") as (params, run):
+        # A mistake in params.yaml is reported before these imports, which take seconds.
+        from bestiary.diffusion.base import base_sha256, device_and_dtype, load_pipeline, processes
+        from bestiary.evaluation.fast_variant import DefaultWay, Trial, accept, read_fast_variant, write
+        from bestiary.evaluation.judge import Judge
+        from bestiary.evaluation.pictures import PictureCache
+        from bestiary.evaluation.sweep import read_operating_point
+
+        evaluate, base, resolution = (
+            params.evaluate,
+            (params.base.model, params.base.revision),
+            params.encode.resolution,
+        )
+        point = read_operating_point(REPORTS / "operating_point")
+        fast = read_fast_variant(FEW_STEP, FAST, adapter_sha256=point.adapter_sha256, side=resolution)
+        processes()  # gives each process its GPU
+        trial = Trial(
+            load_pipeline(*base),
+            Judge.load(params.judge.model, params.judge.revision, device_and_dtype()[0].type),
+            CLEAN,
+            SPLIT,
+            resamples=evaluate.bootstrap_resamples,
+            seed=params.seed,
+            batch_size=evaluate.batch_size,
+            template=evaluate.template,
+            classes=evaluate.classes,
+        )
+        # Evaluate has drawn most of the pictures of the default way; it drops from its cache what it does not need.
+        of_evaluate, own = (PictureCache(run.hold(CACHE / name), base_sha256(*base)) for name in ("evaluate", "accept"))
+        sampling = replace(evaluate.sampling(resolution), guidance_scale=point.guidance_scale)
+        default = DefaultWay(point.adapter, sampling, evaluate.seeds, of_evaluate)
+        acceptance = accept(trial, default, fast, params.accept, own)
+        if run.is_main:
+            write(acceptance, REPORTS / "accept")
+            own.drop_unused()
+            report = acceptance.report
+            run.report(report.results(), {"seconds": report.seconds}, headlines=report.headlines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""OpenVINO as an engine: an exported folder draws what torch draws, and whatever is wrong with it is one sentence."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from diffusers import AutoencoderTiny, StableDiffusionPipeline
+from PIL.Image import Image
+from support.adapters import make_adapter
+
+from bestiary.diffusion import engines
+from bestiary.diffusion.adapter import apply_adapter
+from bestiary.diffusion.base import base_sha256, load_pipeline, load_unet
+from bestiary.diffusion.engines import Processor, is_exported, open_export
+from bestiary.diffusion.export import Calibration, Exported, Format, Fused, TinyDecoder, export
+from bestiary.diffusion.export_format import MANIFEST, check_files, read_manifest
+from bestiary.diffusion.sampling import generate
+from bestiary.errors import BestiaryError
+from bestiary.samplers import DrawingDefaults, Sampling
+
+if not all(map(find_spec, ("openvino", "openvino_tokenizers", "nncf"))):  # not imported: that would count as a use
+    pytest.skip("the extra openvino is not installed", allow_module_level=True)
+
+FEW_STEPS = Sampling("lcm", steps=2, guidance_scale=1.0)
+GUIDED = Sampling("ddim", steps=2, guidance_scale=3.0, width=40, height=32)
+PROMPTS = ["zebra", "antelope"]
+
+
+@pytest.fixture(scope="module")
+def fused(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Fused:
+    adapter = make_adapter(load_unet(base), tmp_path_factory.mktemp("adapter"))
+    defaults = DrawingDefaults("a {}", FEW_STEPS)
+    return Fused(str(base), None, "./models/base", adapter, "models/few_step", 0.5, defaults, few_step=True)
+
+
+@pytest.fixture(scope="module")
+def exported(fused: Fused, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Exported]:
+    folder = tmp_path_factory.mktemp("exports") / "fp32"
+    return folder, export(fused, Format("fp32"), Calibration(PROMPTS), folder)
+
+
+@pytest.fixture
+def folder(exported: tuple[Path, Exported], tmp_path: Path) -> Path:
+    """A copy of the export, to damage."""
+    return Path(shutil.copytree(exported[0], tmp_path / "copy"))
+
+
+@pytest.fixture(scope="module")
+def opened(exported: tuple[Path, Exported]) -> StableDiffusionPipeline:
+    return open_export(exported[0])
+
+
+@pytest.fixture(scope="module")
+def torch_pipeline(fused: Fused) -> StableDiffusionPipeline:
+    pipeline = load_pipeline(fused.base)
+    apply_adapter(pipeline, fused.adapter, fused.weight)
+    return pipeline
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BESTIARY_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def difference(images: list[Image], others: list[Image]) -> float:
+    """The largest difference of two pictures' bytes."""
+    return max(
+        float(np.abs(np.asarray(a, int) - np.asarray(b, int)).max()) for a, b in zip(images, others, strict=True)
+    )
+
+
+@pytest.mark.parametrize("sampling", [FEW_STEPS, GUIDED], ids=["few steps", "guided, oblong"])
+def test_an_export_draws_what_torch_draws(
+    opened: StableDiffusionPipeline, torch_pipeline: StableDiffusionPipeline, sampling: Sampling
+) -> None:
+    assert is_exported(opened)
+    assert not is_exported(torch_pipeline)
+    seeds = range(2)
+    expected = generate(torch_pipeline, PROMPTS, seeds, sampling, batch_size=1)
+    assert difference(generate(opened, PROMPTS, seeds, sampling, batch_size=1), expected) <= 1
+    assert difference(generate(opened, PROMPTS, seeds, sampling, batch_size=2), expected) <= 1
+
+
+def test_an_export_says_where_it_comes_from(fused: Fused, exported: tuple[Path, Exported]) -> None:
+    folder, done = exported
+    manifest = read_manifest(folder)
+    assert manifest == done.manifest
+    assert manifest.base_sha256 == base_sha256(fused.base)
+    assert manifest.defaults == replace(fused.defaults, sampling=replace(FEW_STEPS, adapter_weight=1.0))
+    assert {"openvino", "nncf", "torch", "bestiary"} <= manifest.versions.keys()
+    assert done.unet_error < 1e-4
+    check_files(folder, manifest)
+
+
+def test_an_export_has_the_files_that_openvinos_own_pipelines_read(exported: tuple[Path, Exported]) -> None:
+    folder = exported[0]
+    networks = [
+        f"{part}/openvino_model.{kind}" for part in ("text_encoder", "unet", "vae_decoder") for kind in ("xml", "bin")
+    ]
+    for name in (*networks, "unet/config.json", "tokenizer/openvino_tokenizer.xml", "tokenizer/tokenizer_config.json"):
+        assert (folder / name).is_file(), name
+    assert json.loads((folder / "model_index.json").read_bytes())["unet"] == ["diffusers", "UNet2DConditionModel"]
+    assert json.loads((folder / "scheduler" / "scheduler_config.json").read_bytes())["_class_name"] == "LCMScheduler"
+
+
+@pytest.mark.slow
+def test_int8_is_smaller_and_draws_nearly_the_same(
+    fused: Fused, exported: tuple[Path, Exported], torch_pipeline: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    done = export(fused, Format("int8"), Calibration(PROMPTS), tmp_path / "int8")
+    assert 1e-4 < done.unet_error < 0.5  # random weights suffer more than trained ones
+    weights = [(folder / "unet" / "openvino_model.bin").stat().st_size for folder in (tmp_path / "int8", exported[0])]
+    assert weights[0] < weights[1] / 2
+    drawn = generate(open_export(tmp_path / "int8"), PROMPTS, range(2), FEW_STEPS, batch_size=1)
+    expected = generate(torch_pipeline, PROMPTS, range(2), FEW_STEPS, batch_size=1)
+    assert 0 < difference(drawn, expected) < 128
+
+
+def test_a_tiny_decoder_is_part_of_the_export_and_never_silent(
+    fused: Fused, torch_pipeline: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    AutoencoderTiny(
+        encoder_block_out_channels=(8,) * 3,
+        decoder_block_out_channels=(8,) * 3,
+        num_encoder_blocks=(1,) * 3,
+        num_decoder_blocks=(1,) * 3,
+    ).save_pretrained(tmp_path / "tiny")
+    done = export(fused, Format("fp32", TinyDecoder(str(tmp_path / "tiny"))), Calibration(PROMPTS), tmp_path / "out")
+    assert done.manifest.defaults.sampling.decoder == "tiny"
+    pipeline = open_export(tmp_path / "out")
+    with pytest.raises(BestiaryError, match="has the tiny decoder and no other"):
+        generate(pipeline, PROMPTS[:1], [0], FEW_STEPS, batch_size=1)
+    with pytest.raises(BestiaryError, match="no tiny decoder for this base"):
+        generate(torch_pipeline, PROMPTS[:1], [0], replace(FEW_STEPS, decoder="tiny"), batch_size=1)
+    (image,) = generate(pipeline, PROMPTS[:1], [0], replace(FEW_STEPS, decoder="tiny"), batch_size=1)
+    assert image.size == (32, 32)
+
+
+def test_a_failed_export_leaves_nothing_behind(fused: Fused, tmp_path: Path) -> None:
+    with pytest.raises(BestiaryError, match="cannot be loaded"):
+        export(fused, Format("fp32", TinyDecoder(str(tmp_path / "none"))), Calibration(PROMPTS), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(BestiaryError, match="exists and is no export"):
+        export(fused, Format("fp32"), Calibration(PROMPTS), tmp_path)
+
+
+def remove_a_file(folder: Path) -> None:
+    (folder / "unet" / "openvino_model.bin").unlink()
+
+
+def change_a_file(folder: Path) -> None:
+    with (folder / "unet" / "openvino_model.bin").open("ab") as file:
+        file.write(b"x")
+
+
+def manifest_with(**changes: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / MANIFEST
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (remove_a_file, r"has no unet/openvino_model\.bin\. Export the adapter again"),
+        (change_a_file, r"openvino_model\.bin has changed since it was exported"),
+        (manifest_with(format=2), "has the format 2, and this version reads 1. Export it again"),
+        (manifest_with(precision="int4"), r"bestiary\.json in .* is damaged"),
+        (manifest_with(drawing={}), r"bestiary\.json in .* is damaged"),
+        (manifest_with(files={"../x": "0"}), "which is outside of it"),
+        (lambda folder: (folder / MANIFEST).write_text("{"), r"bestiary\.json in .* is damaged"),
+        (lambda folder: (folder / MANIFEST).unlink(), r"has no bestiary\.json, so it is no export"),
+    ],
+)
+def test_a_damaged_export_is_refused(folder: Path, damage: Callable[[Path], None], sentence: str) -> None:
+    damage(folder)
+    with pytest.raises(BestiaryError, match=sentence):
+        open_export(folder)
+
+
+def test_a_processor_without_the_instructions_is_told_what_to_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Processor, "here", lambda: Processor(frozenset({"avx2"}), "old"))
+    assert is_exported(open_export(folder))  # float32 runs everywhere
+    manifest_with(precision="int8")(folder)
+    with pytest.raises(BestiaryError, match=r"in int8, for which this processor has no instructions.*--fp32"):
+        open_export(folder)
+    assert engines.reason_against(read_manifest(folder)) == "this processor has no instructions for int8"
+    assert Processor.here().best() == "fp32"
+    assert Processor(frozenset({"avx512_bf16"})).best() == "bf16"
+    assert Processor(None).best() == "int8"
+
+
+def test_without_openvino_the_error_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "find_spec", lambda _: None)
+    with pytest.raises(BestiaryError, match=r"not installed. Install it with `pip install 'bestiary\[openvino\]'`"):
+        open_export(folder)
+    assert "not installed" in str(engines.reason_against(read_manifest(folder)))
+
+
+def test_openvino_sends_no_statistics() -> None:
+    engines.openvino()
+    assert sys.modules["openvino_telemetry"] is None
+
+
+def test_what_was_compiled_is_kept_for_the_next_process(opened: StableDiffusionPipeline) -> None:
+    generate(opened, PROMPTS[:1], [0], FEW_STEPS, batch_size=1)
+    assert len(list(engines.compiled_cache().glob("*.blob"))) >= 3

@@ -1,0 +1,206 @@
+"""A fast variant travels with the registered version of its adapter, and only an accepted one does."""
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from support.fast_variant import DRAWING, acceptance, make_export
+from support.registry import RULES, make_adapter, make_submission, submit
+
+from bestiary.cli import cli
+from bestiary.diffusion.adapter import adapter_sha256
+from bestiary.errors import BestiaryError
+from bestiary.registry.attaching import Attachment, Candidate, attach
+from bestiary.registry.fast_variant import read_fast_tags
+from bestiary.registry.model_card import write
+from bestiary.registry.registering import Registration, register
+from bestiary.registry.resolving import fast_variant, few_step_adapter, pull_fast
+from bestiary.registry.versions import find_version, local_files, walk
+from bestiary.tracking.store import open_client, tracking_uri
+
+URI = "models:/bestiary/1"
+
+
+@dataclass(frozen=True)
+class Made:
+    """A registered adapter, and a fast variant of it that accept has accepted."""
+
+    registration: Registration
+    candidate: Candidate
+
+
+def attach_as_stage(made: Made, project: Path) -> Attachment:
+    run = open_client(tracking_uri(), project).create_run("0", tags={"stage": "attach", "input.models/fast": "1" * 32})
+    return attach(made.registration, made.candidate, run.info.run_id)
+
+
+def changed(made: Made, folder: Path, **verdict: bool) -> Made:
+    """The same registered adapter with another export, and a verdict on it."""
+    few_step = made.candidate.few_step
+    export = make_export(folder, adapter_sha256(few_step), content="another network")
+    report = acceptance(made.registration.adapter_sha256, adapter_sha256(few_step), export, **verdict)
+    return replace(made, candidate=replace(made.candidate, export=export, report=report))
+
+
+def fast_folders() -> list[Path]:
+    files = local_files(find_version(URI))
+    assert files is not None
+    return sorted(files.glob("fast-*"))
+
+
+@pytest.fixture
+def made(project: Path, base_folder: Path, adapters: list[Path], tmp_path: Path) -> Made:
+    registration = submit(project, base_folder, adapters[0])
+    few_step = tmp_path / "few_step"
+    shutil.copytree(adapters[1], few_step)
+    export = make_export(tmp_path / "fast", adapter_sha256(few_step))
+    report = acceptance(registration.adapter_sha256, adapter_sha256(few_step), export)
+    file = tmp_path / "accept.json"
+    file.write_text(json.dumps(report.results()))
+    return Made(registration, Candidate(few_step, export, report, file))
+
+
+def test_an_accepted_fast_variant_is_stored_with_the_version_and_pulled_whole(
+    made: Made, project: Path, tmp_path: Path
+) -> None:
+    attachment = attach_as_stage(made, project)
+    assert (attachment.version, attachment.fast, attachment.stored) == (1, "accepted", True)
+    version = find_version(URI)
+    assert read_fast_tags(version).defaults == DRAWING
+    stored = fast_variant(version)
+    assert stored is not None
+    assert stored.is_relative_to(project / "mlruns")
+    few_step = few_step_adapter(version)
+    assert few_step is not None
+    assert adapter_sha256(few_step) == adapter_sha256(made.candidate.few_step)
+
+    out = tmp_path / "out"
+    done = CliRunner().invoke(cli, ["pull", URI, "--fast", "--out", str(out)], catch_exceptions=False)
+    assert done.output.split() == [str(out / "few_step"), str(out / "openvino")]
+    files = {path.relative_to(out / "openvino"): path.read_bytes() for path in out.rglob("openvino/**/*.*")}
+    assert files == {
+        path.relative_to(made.candidate.export): path.read_bytes() for path in made.candidate.export.rglob("*.*")
+    }
+    assert [path.name for path in out.iterdir() if path.name.startswith(".")] == []
+
+
+def test_the_description_and_the_lineage_of_the_version_have_the_fast_variant(
+    made: Made, project: Path, base_folder: Path, adapters: list[Path]
+) -> None:
+    attach_as_stage(made, project)
+    client = open_client(tracking_uri(), project)
+    client.set_tag(find_version(URI).run_id, "stage", "register")
+    assert [step.stage for step in walk(URI)[1]] == ["register", "attach"]
+    submit(project, base_folder, adapters[0], gain=7.0)  # evaluated and registered again
+    description = client.get_model_version("bestiary", "1").description
+    assert "| margin over other subjects |" in description
+    assert description.count("Fast variant accepted: openvino in int8 with the tiny decoder, 2 passes") == 1
+    attach_as_stage(made, project)
+    description = client.get_model_version("bestiary", "1").description
+    assert description.count("Fast variant accepted") == 1
+
+
+def test_the_model_card_has_the_verdict_and_its_table(
+    made: Made, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    attach_as_stage(made, project)
+    open_client(tracking_uri(), project).set_tag(find_version(URI).run_id, "stage", "register")
+    write(URI, tmp_path / "card")
+    card = (tmp_path / "card" / "README.md").read_text()
+    assert "## Fast variant\n\nFast variant accepted: openvino in int8 with the tiny decoder, 2 passes" in card
+    assert "| CMMD (lower is better) | 90.00 | 90.00 | 90.00 | +0.25 (-0.25 to +0.75) |" in card
+    assert f"`bestiary pull {URI} --fast --out DIR`" in card
+
+
+def test_another_fast_variant_replaces_the_earlier_one(made: Made, project: Path, tmp_path: Path) -> None:
+    attach_as_stage(made, project)
+    (first,) = fast_folders()
+    attach_as_stage(made, project)
+    assert fast_folders() == [first]
+    other = changed(made, tmp_path / "other")
+    attach_as_stage(other, project)
+    (second,) = fast_folders()
+    assert second != first
+    stored = fast_variant(find_version(URI))
+    assert stored is not None
+    assert "another network" in (stored / "unet" / "openvino_model.xml").read_text()
+
+
+def test_of_a_refused_fast_variant_only_the_reasons_are_stored(made: Made, project: Path, tmp_path: Path) -> None:
+    attach_as_stage(made, project)
+    attachment = attach_as_stage(changed(made, tmp_path / "other", accepted=False), project)
+    assert (attachment.fast, attachment.stored) == ("refused", False)
+    assert fast_folders() == []
+    version = find_version(URI)
+    assert fast_variant(version) is None
+    with pytest.raises(BestiaryError, match=r"models:/bestiary/1 was refused: It may lose more: CLIP score -9.00\."):
+        pull_fast(URI, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_version_without_a_fast_variant_says_how_to_make_one(
+    project: Path, base_folder: Path, adapters: list[Path], tmp_path: Path
+) -> None:
+    submit(project, base_folder, adapters[0])
+    assert fast_variant(find_version(URI)) is None
+    with pytest.raises(BestiaryError, match=r"^models:/bestiary/1 has no fast variant\. Run `make fast`\.$"):
+        pull_fast(URI, tmp_path / "out")
+
+
+def test_lost_and_changed_files_are_refused_and_nothing_is_written(made: Made, project: Path, tmp_path: Path) -> None:
+    attach_as_stage(made, project)
+    (folder,) = fast_folders()
+    network = folder / "openvino" / "unet" / "openvino_model.bin"
+    network.write_text("damaged")
+    with pytest.raises(BestiaryError, match=r"of models:/bestiary/1 has changed since it was stored.*fast-.*attach`"):
+        pull_fast(URI, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    attach_as_stage(made, project)  # mends it
+    assert network.read_text() != "damaged"
+    shutil.rmtree(folder)
+    with pytest.raises(BestiaryError, match=r"has lost the fast variant of models:/bestiary/1.*fast-.*attach`"):
+        fast_variant(find_version(URI))
+
+
+def test_a_report_about_another_fast_variant_is_refused(
+    made: Made, project: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    other = make_adapter(base_folder, tmp_path / "other", 7)
+    candidate = replace(made.candidate, few_step=other)
+    with pytest.raises(BestiaryError, match=r"accept\.json describes another fast variant .*`dvc repro fast/"):
+        attach_as_stage(replace(made, candidate=candidate), project)
+    assert "fast" not in find_version(URI).tags
+
+
+@pytest.mark.slow
+def test_a_fast_variant_goes_to_a_server_and_comes_from_there_once(
+    made: Made,
+    server: str,
+    project: Path,
+    base_folder: Path,
+    adapters: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    monkeypatch.setenv("BESTIARY_CACHE", str(tmp_path / "cache"))
+    client = open_client(server, project)
+    run = client.create_run(client.create_experiment("team"))  # whose files go through the server
+    register(replace(make_submission(project, base_folder, adapters[0]), run_id=run.info.run_id), RULES)
+    attach_as_stage(made, project)
+    attach_as_stage(changed(made, tmp_path / "other"), project)
+    stored = fast_variant(find_version(URI))
+    assert stored is not None
+    assert stored.is_relative_to(tmp_path / "cache" / "fast")
+    kept = sorted((tmp_path / "server" / "artifacts").rglob("fast-*"))
+    assert len(kept) == 1  # the first one was replaced
+    shutil.rmtree(kept[0])
+    assert fast_variant(find_version(URI)) == stored  # not downloaded again
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(BestiaryError, match=r"has lost the fast variant of models:/bestiary/1: fast-.* on the server"):
+        pull_fast(URI, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

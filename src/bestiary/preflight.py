@@ -132,7 +132,7 @@ class _Wanted:
 
 def _models(params: Params) -> list[_Wanted]:
     from bestiary import captioning
-    from bestiary.diffusion import base, decoders
+    from bestiary.diffusion import base, decoders, few_step_adapter
     from bestiary.evaluation import image_judge, judge
 
     def at(model: Model) -> tuple[str, str | None]:
@@ -146,6 +146,8 @@ def _models(params: Params) -> list[_Wanted]:
         wanted.append(_Wanted(image_judge.on_hub(*at(evaluate.proof.image_judge))))
     if params.tiny_decoder:
         wanted.append(_Wanted(decoders.on_hub(*at(params.tiny_decoder))))
+    if params.distill.from_:
+        wanted.append(_Wanted(few_step_adapter.on_hub(params.distill.from_), "make fast"))
     if params.captioner:
         wanted.append(_Wanted(captioning.on_hub(*at(params.captioner)), "bestiary captions --write"))
     return wanted

@@ -99,7 +99,9 @@ def _nvidia_gpus() -> bool:
 
 def _processes(params: Params) -> str:
     launch = os.environ.get("BESTIARY_LAUNCH", "")
-    found = re.search(r"--num[_-]processes[ =](\d+)", launch)
+    found = re.search(r"--(?:num[_-]processes|nproc[_-]per[_-]node)[ =](\d+)", launch)
+    if launch and not found:
+        return f"as the launcher's own settings say ({launch})"
     count = int(found[1]) if found else 1
     parts = count * params.train.accumulation
     if params.train.batch_size % parts:
@@ -107,8 +109,9 @@ def _processes(params: Params) -> str:
             f"train.batch_size is {params.train.batch_size} and cannot be split evenly over {count} processes with "
             f"train.accumulation {params.train.accumulation}. Choose a multiple of {parts}."
         )
-    each = params.train.batch_size // parts
-    return f"{count}, each with {each} images at a time" + (f" ({launch})" if launch else "; BESTIARY_LAUNCH is empty")
+    images = params.train.batch_size // parts
+    each = f"{images} image{'s' * (images != 1)} at a time"
+    return f"{count}, each trains on {each} ({launch or 'BESTIARY_LAUNCH is empty'})"
 
 
 def _images(root: Path, params: Params, found: list[Images]) -> str:

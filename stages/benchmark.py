@@ -17,7 +17,7 @@ def main() -> None:
 
         from bestiary.diffusion.adapter import check_trained_on
         from bestiary.diffusion.base import device_and_dtype, load_pipeline
-        from bestiary.diffusion.decoders import load_tiny_decoder
+        from bestiary.diffusion.decoders import find_tiny_decoder, load_tiny_decoder
         from bestiary.evaluation import benchmark, plots
         from bestiary.evaluation.cold_start import cold_start
         from bestiary.evaluation.judge import Judge
@@ -39,6 +39,8 @@ def main() -> None:
         device, dtype = device_and_dtype()
         judge = Judge.load(params.judge.model, params.judge.revision, device.type)
         tiny = params.tiny_decoder
+        if tiny:  # a download that fails must not end a benchmark that has measured
+            find_tiny_decoder(tiny.model, tiny.revision)
         bench = benchmark.Bench(
             load=lambda name: load_pipeline(*base, dtype=getattr(torch, name)),
             adapter=point.adapter,

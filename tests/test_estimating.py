@@ -3,48 +3,17 @@
 from pathlib import Path
 
 import pytest
+from support.rates import SAMPLE, measured, rate
 
-from bestiary.estimating import Images, estimate, images_of, lines, render
+from bestiary.estimating import estimate, images_of, lines, render
 from bestiary.evaluation import rates as measuring
-from bestiary.evaluation.rates import Rate, Rates, Request, growing
+from bestiary.evaluation.rates import Request, growing
 from bestiary.learning import params_with_profile
 from bestiary.params import Params, load_params
 
 ROOT = Path(__file__).parents[1]
-SAMPLE = Images(classes=16, count=661, bytes=6_000_000, some=[])
 # On two idle cores, each found by a run of its own.
 STAGE_SECONDS = {"clean": 14.2, "encode": 6.4, "train": 131.3, "evaluate": 71.5, "benchmark": 41.1}
-
-
-def rate(seconds: float, scaled_by: float = 1.0) -> Rate:
-    return Rate(
-        seconds=seconds, measured_at="1 x 64 x 64 pixels", scaled_by=scaled_by, peak_mib=800.0, peak_device_mib=None
-    )
-
-
-def measured(**changes: object) -> Rates:
-    """What two idle cores measured for the profile sample."""
-    known = {
-        "device": "2 CPU threads",
-        "load_average": 0.1,
-        "base_is_stand_in": False,
-        "start_s": 4.0,
-        "inspect_s": 0.01,
-        "judge_s": 0.002,
-        "judge_is_stand_in": False,
-        "encode": rate(0.0026),
-        "row": rate(0.0047),
-        "single_row": rate(0.011),
-        "decode": rate(0.0041),
-        "step": rate(0.175),
-        "rows_per_step": 1.5,
-        "trainable_parameters": 59_136,
-        "base_bytes": 17_000_000,
-        "caption_bytes": 16 * 128 * 4,
-        "value_bytes": 4,
-        "latent_factor": 4,
-    }
-    return Rates.model_validate({**known, **changes})
 
 
 def sample() -> Params:

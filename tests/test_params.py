@@ -214,7 +214,12 @@ def test_every_setting_of_a_profile_can_be_overridden_in_the_shared_part() -> No
                 assert shared[key] is None, f"{where}.{key}"
 
     for name, profile in content["profiles"].items():
-        for section in set(profile) - {"base", "judge", "captioner", "tiny_decoder"}:  # a model and its revision belong together
+        for section in set(profile) - {
+            "base",
+            "judge",
+            "captioner",
+            "tiny_decoder",
+        }:  # a model and its revision belong together
             check(profile[section], content[section], f"profiles.{name}.{section}")
 
 

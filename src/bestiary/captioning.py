@@ -16,6 +16,7 @@ from bestiary.data.captions import read_captions
 from bestiary.data.images import open_rgb
 from bestiary.errors import BestiaryError, shown
 from bestiary.files import is_folder, write_new
+from bestiary.hub import HubModel, download, is_hub_id
 from bestiary.image_files import UnreadableImageError
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ KINDS = ("blip", "git")
 BATCH_SIZE = 8
 BEAMS, MAX_TOKENS = 3, 30  # the search of BLIP's authors; a caption is one sentence
 _SIDE = 1024  # pixels: a batch of large photographs would need gigabytes, and BLIP reads 384
-_SETTINGS = ("*.json", "*.txt")  # the files of a model beside its weights
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -94,7 +94,7 @@ class Captioner:
 
 def _download(model: str, revision: str | None) -> Path:
     """The hub's snapshot of a model. Only downloaded files are loaded, so that loading asks no other server."""
-    if Path(model).is_absolute() or len(Path(model).parts) != 2 or is_folder(Path(model).parts[0]):
+    if not is_hub_id(model):
         raise BestiaryError(
             f"The captioning model {shown(model, 200)} does not exist. Give `captioner` in params.yaml a folder, or an "
             "owner/name on the Hugging Face hub."
@@ -104,21 +104,12 @@ def _download(model: str, revision: str | None) -> Path:
             f"The captioning model {shown(model, 200)} is not pinned. Give captioner.revision in params.yaml the "
             "commit on the Hugging Face hub, of 40 characters."
         )
-    import huggingface_hub
+    return download(on_hub(model, revision))
 
-    try:
-        for weights in ("model*.safetensors", "pytorch_model*.bin"):
-            folder = Path(
-                huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=[*_SETTINGS, weights])
-            )
-            if any(folder.glob(weights)):
-                break
-    except (OSError, ValueError) as error:
-        raise BestiaryError(
-            f"The captioning model {shown(model, 200)} is not on this machine and cannot be downloaded from the "
-            f"Hugging Face hub ({type(error).__name__}). Connect to the internet once, or give a folder."
-        ) from None
-    return folder
+
+def on_hub(model: str, revision: str | None) -> HubModel:
+    """The files of a captioning model on the hub."""
+    return HubModel("captioning model", model, revision, key="captioner")
 
 
 @dataclass(frozen=True)

@@ -736,6 +736,27 @@ def estimate_run(profile: str | None) -> None:
 
 
 @cli.command()
+@click.option("--profile", help="Profile in params.yaml, else the one that it names.")
+@click.option("--hours", default=24.0, show_default=True, type=Number(0, min_open=True), help="Longest run to accept.")
+@click.pass_context
+def preflight(context: click.Context, profile: str | None, hours: float) -> None:
+    """Check before a long run that it will not fail: device, models, memory, disk, time. Exit status 1 if it would."""
+    from bestiary.files import find_project, no_project_error
+    from bestiary.learning import params_with_profile
+    from bestiary.preflight import checks
+
+    root = find_project()
+    if root is None:
+        raise no_project_error()
+    failed = False
+    for check in checks(root, params_with_profile(root, profile), hours):
+        click.echo(printable(str(check)))
+        failed = failed or check.mark == "FAIL"
+    if failed:
+        context.exit(1)
+
+
+@cli.command()
 def results() -> None:
     """Show the results of the last `dvc repro`."""
     evaluation, registration = last_results()

@@ -154,10 +154,10 @@ def render(params: Params, images: Images, rates: Rates, found: Sequence[Line]) 
     """The estimate as a table, and what it rests on."""
     has_device = any(line.device_mib for line in found)
     yield f"{'stage':12}{'time':>10}{'memory':>12}" + (f"{'GPU memory':>13}" if has_device else "") + f"{'disk':>12}"
-    for line in [*found, _total(found)]:
-        device = f"{_size(line.device_mib):>13}" if has_device else ""
-        disk = _size(line.disk_bytes / MIB) if line.disk_bytes else "-"
-        yield f"{line.stage:12}{duration(line.seconds):>10}{_size(line.memory_mib):>12}{device}{disk:>12}"
+    for line in [*found, total_line(found)]:
+        device = f"{shown_size(line.device_mib):>13}" if has_device else ""
+        disk = shown_size(line.disk_bytes / MIB) if line.disk_bytes else "-"
+        yield f"{line.stage:12}{duration(line.seconds):>10}{shown_size(line.memory_mib):>12}{device}{disk:>12}"
     subjects = f"{images.classes} subject{'s' * (images.classes != 1)}"
     yield f"Profile {params.profile}, {images.count} images of {subjects}, on {rates.device}."
     if params.dataset.source == "sciencedb":
@@ -170,7 +170,7 @@ def render(params: Params, images: Images, rates: Rates, found: Sequence[Line]) 
     if rates.base_is_stand_in:
         yield (
             f"{params.base.model} is not on this machine. Networks of the size of Stable Diffusion 1.5 with random "
-            f"weights were measured instead. Its download takes {_size(rates.base_bytes / MIB)} more disk."
+            f"weights were measured instead. Its download takes {shown_size(rates.base_bytes / MIB)} more disk."
         )
     if rates.judge_is_stand_in:
         yield f"{params.judge.model} is not on this machine, either: a CLIP ViT-B/32 with random weights was measured."
@@ -185,7 +185,7 @@ def render(params: Params, images: Images, rates: Rates, found: Sequence[Line]) 
             yield f"Scaled: {what} was measured at {rate.measured_at}, and multiplied by {rate.scaled_by:.1f}."
 
 
-def _total(found: Sequence[Line]) -> Line:
+def total_line(found: Sequence[Line]) -> Line:
     """All stages: their seconds and disk add up, and the largest memory counts."""
     return Line(
         "total",
@@ -209,7 +209,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
-def _size(mib: float | None) -> str:
+def shown_size(mib: float | None) -> str:
     if mib is None:
         return "-"
     return f"{max(mib, 1):.0f} MiB" if mib < 1024 else f"{mib / 1024:.1f} GiB"
@@ -222,11 +222,8 @@ def images_of(files: Mapping[str, Sequence[Path]], proved: int = 0) -> Images:
     return Images(len(files), len(every), size, every[:: max(1, len(every) // PHOTOS)][:PHOTOS], proved)
 
 
-def project_estimate(root: Path, params: Params) -> Iterator[str]:
-    """The lines that `bestiary estimate` prints about the project at `root`.
-
-    Raises BestiaryError when there are no images to count, or when nothing can be measured.
-    """
+def project_images(root: Path, params: Params) -> Images:
+    """The images that a run of the project at `root` would take. Raises BestiaryError when there are none to count."""
     from bestiary.data.folder import choose
     from bestiary.data.listing import list_images
     from bestiary.files import dvc_cache
@@ -236,15 +233,36 @@ def project_estimate(root: Path, params: Params) -> Iterator[str]:
     if dataset.source == "sciencedb":
         classes = len(dataset.classes) if dataset.classes else SCIENCEDB_CLASSES
         each = min(dataset.images_per_class or SCIENCEDB_IMAGES, SCIENCEDB_IMAGES // SCIENCEDB_CLASSES)
-        images = Images(classes, classes * each, classes * each * SCIENCEDB_IMAGE_BYTES, [])
-    else:
-        folder = root / dataset.folder
-        subjects = Subjects.read(folder.with_name("subjects.yaml"))
-        there = list_images(folder, dvc_cache).images
-        others = set(subjects.folders_of_others.values())
-        taught = {name: files for name, files in there.items() if name not in others}
-        found = choose(taught, dataset.classes, dataset.images_per_class)
-        described = [name for name in found if subjects.of(name).class_word]
-        images = images_of(found, len(described) if params.evaluate.proof else 0)
+        return Images(classes, classes * each, classes * each * SCIENCEDB_IMAGE_BYTES, [])
+    folder = _image_folder(root, dataset.folder)
+    subjects = Subjects.read(folder.with_name("subjects.yaml"))
+    there = list_images(folder, dvc_cache).images
+    others = set(subjects.folders_of_others.values())
+    taught = {name: files for name, files in there.items() if name not in others}
+    found = choose(taught, dataset.classes, dataset.images_per_class)
+    described = [name for name in found if subjects.of(name).class_word]
+    return images_of(found, len(described) if params.evaluate.proof else 0)
+
+
+def _image_folder(root: Path, name: str) -> Path:
+    """The folder of the images; before the first `dvc repro`, that from which data.dvc imports them."""
+    from bestiary.yaml_file import read_yaml
+
+    folder = root / name
+    if folder.is_dir():
+        return folder
+    pointer = folder.with_name(f"{folder.name}.dvc")
+    content = read_yaml(pointer) if pointer.is_file() else {}
+    deps = content.get("deps") if isinstance(content, dict) else None
+    source = root / str(deps[0].get("path", "")) if deps and isinstance(deps[0], dict) else folder
+    return source if source != root and source.is_dir() else folder
+
+
+def project_estimate(root: Path, params: Params) -> Iterator[str]:
+    """The lines that `bestiary estimate` prints about the project at `root`.
+
+    Raises BestiaryError when there are no images to count, or when nothing can be measured.
+    """
+    images = project_images(root, params)
     rates, found_lines = estimate(params, images)
     yield from render(params, images, rates, found_lines)

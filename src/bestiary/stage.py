@@ -64,7 +64,8 @@ def stage(name: str) -> Iterator[tuple[Params, StageRun]]:
         definition = _read_definition(name)
         if missing := [path for path in definition.deps if not Path(path).exists()]:
             raise BestiaryError(
-                f"{', '.join(missing)} does not exist. `dvc repro {definition.address}` runs the stages before this one."
+                f"{', '.join(missing)} does not exist. "
+                f"`dvc repro {definition.address}` runs the stages before this one."
             )
         if os.environ.get("RANK", "0") != "0":
             yield params, StageRun(name, None)

@@ -51,7 +51,7 @@ def test_a_missing_base_is_named(model: str, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_hub_id_without_a_network_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(BestiaryError, match="nobody/nothing is not on this machine"):
+    with pytest.raises(BestiaryError, match="nobody/nothing is not complete on this machine"):
         load_unet("nobody/nothing")
 
 

@@ -81,8 +81,8 @@ def test_distilling_brings_the_student_closer_to_where_the_teachers_path_ends(
     prediction_type: str, base: Path, v_prediction_base: Path, latents: Latents
 ) -> None:
     chosen = base if prediction_type == "epsilon" else v_prediction_base
-    result, _ = run_distillation(chosen, latents, steps=16, validate_every=16)
-    assert result.val_loss < 0.95 * result.base_val_loss
+    result, _ = run_distillation(chosen, latents, steps=40, validate_every=40)
+    assert result.val_loss < 0.9 * result.base_val_loss
     assert result.val_loss_by_band.keys() == {"999", "399"}
 
 

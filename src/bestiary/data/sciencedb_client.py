@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import httpx
 import tenacity
@@ -65,6 +66,7 @@ _MAGIC = (  # how images and archives start
 Sleep = Callable[[float], object]
 Tell = Callable[[str], object]
 Content = Mapping[str, str | int]
+Listed = TypeVar("Listed")
 
 
 class Client:
@@ -103,8 +105,27 @@ class Client:
         The folder listing has sizes and checksums; the address list is the fallback. Raises BestiaryError when neither
         can be used.
         """
+        files = self._first_that_answers(self._list_folders, self._list_addresses)
+        return sorted(files, key=lambda file: (file.path, file.file_id))
+
+    def check(self) -> None:
+        """Ask for the first page of the folder listing, or else for the address list.
+
+        Raises BestiaryError as `list_files` does.
+        """
+
+        def first_page() -> list[Entry | RemoteFile]:
+            return [*self._request_page(f"/{self.settings.version}", "*", 0)]
+
+        def addresses() -> list[Entry | RemoteFile]:
+            return [*self._list_addresses()]
+
+        self._first_that_answers(first_page, addresses)
+
+    def _first_that_answers(self, *listings: Callable[[], list[Listed]]) -> list[Listed]:
+        """What the first of two listings gives that can be used and is not empty."""
         problems = []
-        for listing in (self._list_folders, self._list_addresses):
+        for listing in listings:
             try:
                 files = listing()
             except OfflineError as error:
@@ -115,7 +136,7 @@ class Client:
                 problems.append(reason_of(error))
                 continue
             if files:
-                return sorted(files, key=lambda file: (file.path, file.file_id))
+                return files
             problems.append("it is empty")
         raise BestiaryError(
             f"{self.api} does not list the files of dataset {self.settings.dataset_id}, version "

@@ -20,6 +20,7 @@ import torch
 from bestiary.diffusion.single_file import CONFIGS, clip_tokenizer, is_single_file, read_part
 from bestiary.errors import BestiaryError, shown
 from bestiary.files import is_folder
+from bestiary.hub import HubModel, download, is_hub_id
 from bestiary.memory import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -87,21 +88,16 @@ def base_folder(model: str | Path, revision: str | None = None) -> Path:
 
 
 def _download(model: str, revision: str | None) -> Path:
-    path = Path(model)
-    # "models/base" also looks like a hub id: if its first part is a folder here, it is meant as a path.
-    if path.is_absolute() or len(path.parts) != 2 or is_folder(path.parts[0]):
+    if not is_hub_id(model):
         raise BestiaryError(
             f"The base {shown(model, 200)} does not exist. Give a folder, or an owner/name on the Hugging Face hub."
         )
-    import huggingface_hub
+    return download(on_hub(model, revision))
 
-    try:
-        return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=list(FILES)))
-    except (OSError, ValueError) as error:
-        raise BestiaryError(
-            f"The base {shown(model, 200)} is not on this machine and cannot be downloaded from the Hugging Face hub "
-            f"({type(error).__name__}). Connect to the internet once, or give a folder."
-        ) from None
+
+def on_hub(model: str, revision: str | None) -> HubModel:
+    """The files of a base on the hub."""
+    return HubModel("base", model, revision, FILES, weights=(), key="base")
 
 
 def _check_files(folder: Path, model: str | Path) -> None:

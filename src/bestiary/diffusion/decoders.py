@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bestiary.errors import BestiaryError
+from bestiary.hub import HubModel, download, is_hub_id
 from bestiary.samplers import Sampling
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny, StableDiffusionPipeline
 
 ATTRIBUTE = "bestiary_tiny_decoder"
+
+
+def on_hub(model: str, revision: str | None) -> HubModel:
+    """The files of a tiny decoder on the hub."""
+    weights = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+    return HubModel("tiny decoder", model, revision, ("config.json",), weights, key="tiny_decoder")
+
+
+def find_tiny_decoder(model: str, revision: str | None) -> str:
+    """The folder of a tiny decoder, downloaded if it is on the hub. Raises BestiaryError when that fails."""
+    return model if Path(model).is_dir() or not is_hub_id(model) else str(download(on_hub(model, revision)))
 
 
 def load_tiny_decoder(model: str, revision: str | None, pipeline: StableDiffusionPipeline) -> AutoencoderTiny:
@@ -21,9 +34,10 @@ def load_tiny_decoder(model: str, revision: str | None, pipeline: StableDiffusio
     """
     from diffusers import AutoencoderTiny
 
+    folder = find_tiny_decoder(model, revision)
     try:
-        vae = AutoencoderTiny.from_pretrained(model, revision=revision, torch_dtype=pipeline.unet.dtype)
-    except Exception as error:  # diffusers, the hub and safetensors raise different types
+        vae = AutoencoderTiny.from_pretrained(folder, torch_dtype=pipeline.unet.dtype, local_files_only=True)
+    except Exception as error:  # diffusers and safetensors raise different types
         reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
         raise BestiaryError(
             f"The decoder {model!r} of tiny_decoder cannot be loaded: {reason}. Name another in params.yaml, or null."

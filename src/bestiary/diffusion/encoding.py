@@ -36,6 +36,7 @@ from bestiary.diffusion.base import (
     size_factors,
 )
 from bestiary.diffusion.fast_step import waiting_bar
+from bestiary.diffusion.full_memory import Halving
 from bestiary.errors import BestiaryError
 from bestiary.files import write_atomically
 from bestiary.subjects import Subjects, caption, templates_of
@@ -128,10 +129,11 @@ def encode_images(
     todo = {path: shards[path] for path in list(shards)[state.process_index :: state.num_processes] if path not in done}
     count = sum(len(rows) for rows in todo.values())
     encoder = VaeEncoder(vae, compiled=settings.compile)
+    fitting = Halving("Encoding", "encode.batch_size")
     with tqdm(total=count, desc="encode images", unit="image", disable=not state.is_local_main_process) as bar:
         for path, rows in todo.items():
             batches = (pixels.to(state.device) for pixels in _pixel_batches(clean, rows, settings))
-            write_atomically(path, _encode_shard(encoder, batches, bar.update))
+            write_atomically(path, _encode_shard(encoder, fitting, batches, bar.update))
     state.wait_for_everyone()
     if state.is_main_process:
         write_atomically(folder / "images.csv", _csv(images))
@@ -356,11 +358,14 @@ class VaeEncoder:
 
 
 @torch.inference_mode()
-def _encode_shard(encode: VaeEncoder, batches: Iterable[torch.Tensor], count: Callable[[int], object]) -> bytes:
+def _encode_shard(
+    encode: VaeEncoder, fitting: Halving, batches: Iterable[torch.Tensor], count: Callable[[int], object]
+) -> bytes:
     """The content of a shard's file from batches of pixels (B, V, 3, H, W); counts the images that are encoded."""
     means, stds = [], []
     for pixels in batches:
-        mean, std = encode(pixels.flatten(0, 1))
+        parts = fitting.parts(encode, pixels.flatten(0, 1))
+        mean, std = (torch.cat(moments) for moments in zip(*parts, strict=True))
         means.append(mean.unflatten(0, pixels.shape[:2]))  # (B, V, C, h, w)
         stds.append(std.unflatten(0, pixels.shape[:2]))
         count(len(pixels))

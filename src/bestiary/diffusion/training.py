@@ -18,6 +18,7 @@ from bestiary.diffusion.base import device_and_dtype, processes
 from bestiary.diffusion.batches import Batch, TrainingStream, ValidationGrid, collate, seeded_number
 from bestiary.diffusion.checkpoints import Checkpoint, load_checkpoint, save_checkpoint, stop_on_sigterm
 from bestiary.diffusion.fast_step import CompileChoice, FastPrediction, check_compiler, graphs_fit
+from bestiary.diffusion.full_memory import explained
 from bestiary.diffusion.half_precision import TrainedWeights
 from bestiary.diffusion.latents import Latents
 from bestiary.diffusion.objective import (
@@ -39,9 +40,15 @@ if TYPE_CHECKING:
     from bestiary.diffusion.preservation import Preserved
     from bestiary.params import Train
 
+FULL_MEMORY = (
+    "Raise train.accumulation (train.batch_size must stay a multiple of it), or set train.gradient_checkpointing to "
+    "true; docs/real-run.md has settings for small GPUs. A run with unchanged settings resumes from its checkpoint."
+)
+
 OnValidation = Callable[[int], float | None]  # step; returns the CLIP score of what it drew, if any
 
 
+@explained("A training step", FULL_MEMORY)
 def train(
     unet: UNet2DConditionModel,
     scheduler: DDPMScheduler,
@@ -63,7 +70,7 @@ def train(
     checkpoint and ends with the same adapter as an uninterrupted run. SIGTERM saves a checkpoint before training stops.
 
     Raises BestiaryError when the base and the latents do not match, this machine cannot do what the settings ask for,
-    the loss is not finite, the disk is full, or SIGTERM arrived.
+    the loss is not finite, the GPU's memory or the disk is full, or SIGTERM arrived.
     """
     check_fit(unet, scheduler, latents)
     saved = load_checkpoint(checkpoints) if checkpoints else None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bestiary.errors import BestiaryError
 from bestiary.evaluation.judge import BATCH_SIZE
+from bestiary.hub import HubModel, download, is_hub_id
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedModel
 
 CLASS_TOKENS = ("cls_token", "class_embedding")  # what the parameter is called in vision transformers
+
+
+def on_hub(model: str, revision: str | None) -> HubModel:
+    """The files of an image judge on the hub."""
+    return HubModel("image judge", model, revision, key="evaluate.proof.image_judge")
 
 
 class ImageJudge:
@@ -38,14 +43,17 @@ class ImageJudge:
 
         from bestiary.diffusion.base import quiet_loading
 
-        is_folder = Path(model).is_dir()
-        where = {"revision": revision, "local_files_only": is_folder}
+        if not Path(model).is_dir() and not is_hub_id(model):
+            raise BestiaryError(
+                f"The image judge {model!r} cannot be loaded: the folder does not exist. Check its name."
+            )
+        folder = model if Path(model).is_dir() else download(on_hub(model, revision))
         try:
-            with quiet_loading() if is_folder else nullcontext():
-                loaded = AutoModel.from_pretrained(model, dtype=torch.float32, **where)
+            with quiet_loading():
+                loaded = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
                 # The Pillow backend: torchvision is not installed.
-                processor = AutoImageProcessor.from_pretrained(model, backend="pil", **where)
-        except Exception as error:  # transformers, the hub and safetensors raise different types
+                processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
+        except Exception as error:  # transformers and safetensors raise different types
             reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
             raise BestiaryError(f"The image judge {model!r} cannot be loaded: {reason}. Check its name.") from error
         judge = cls(loaded, processor, device)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bestiary.errors import BestiaryError
+from bestiary.hub import HubModel, download, is_hub_id
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 BATCH_SIZE = 64
+
+
+def on_hub(model: str, revision: str | None) -> HubModel:
+    """The files of a judge on the hub."""
+    return HubModel("judge", model, revision, key="judge")
 
 
 class Judge:
@@ -45,17 +50,18 @@ class Judge:
 
         from bestiary.diffusion.base import quiet_loading
 
-        is_folder = Path(model).is_dir()
-        if not is_folder and Path(model).parent.is_dir():  # "models/judge" also has the form of a hub id
+        if not Path(model).is_dir() and not is_hub_id(model):
             raise BestiaryError(f"The judge {model!r} cannot be loaded: the folder does not exist. Check its name.")
-        where = {"revision": revision, "local_files_only": is_folder}
+        folder = model if Path(model).is_dir() else download(on_hub(model, revision))
         try:
-            with quiet_loading() if is_folder else nullcontext():  # a download from the hub shows its progress
+            with quiet_loading():
                 # Always in float32: half precision changes a cosine by more than adapters differ.
-                clip, loading = CLIPModel.from_pretrained(model, dtype=torch.float32, output_loading_info=True, **where)
-                tokenizer = CLIPTokenizer.from_pretrained(model, **where)
-                image_processor = CLIPImageProcessorPil.from_pretrained(model, **where)
-        except Exception as error:  # transformers, the hub and safetensors raise different types
+                clip, loading = CLIPModel.from_pretrained(
+                    folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+                )
+                tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+                image_processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # transformers and safetensors raise different types
             reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
             raise BestiaryError(f"The judge {model!r} cannot be loaded: {reason}. Check its name.") from error
         if loading["missing_keys"]:  # transformers would fill them with random numbers

@@ -88,6 +88,7 @@ class Rates(BaseModel):
     caption_bytes: int
     value_bytes: int
     latent_factor: int  # pixels a side of one latent
+    device_free_mib: float | None = None  # of the GPU, before measuring
 
 
 @dataclass(frozen=True)
@@ -188,10 +189,11 @@ class _Bench:
             self._prediction(size)
 
     def training(self) -> tuple[Callable[[Size], None], int]:
-        """A function that trains on one micro-batch, and the number of trainable parameters."""
+        """A function that trains on one micro-batch as `train` does, and the number of trainable parameters."""
         import torch
 
         from bestiary.diffusion.adapter import inject
+        from bestiary.diffusion.half_precision import TrainedWeights
         from bestiary.diffusion.optimization import make_optimizer
 
         train = self.params.train
@@ -205,17 +207,21 @@ class _Bench:
             use_rslora=train.use_rslora,
             use_dora=train.use_dora,
         )
-        self.unet.to(self.device, memory_format=torch.channels_last).train()
+        half = self.dtype is torch.bfloat16
+        self.unet.to(self.device, memory_format=torch.contiguous_format if half else torch.channels_last).train()
+        trained = TrainedWeights(parameters, torch.bfloat16 if half else torch.float32)
         if train.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
-        optimizer = make_optimizer(parameters, train)
+        optimizer = make_optimizer(trained.weights, train)
 
         def step(size: Size) -> None:
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is torch.float16):
                 prediction = self._prediction(size)
             prediction.float().square().mean().backward()
+            trained.collect_gradients()
             optimizer.step()
             optimizer.zero_grad()
+            trained.spread()
 
         return step, sum(parameter.numel() for parameter in parameters)
 
@@ -431,6 +437,7 @@ def _run(request: Request) -> Rates:
 
     before = load_average()
     params = Params.model_validate_json(request.params)
+    free = torch.cuda.mem_get_info()[0] / MIB if torch.cuda.is_available() else None
     bench = _Bench(params, request.seconds)
     start_s = time.perf_counter() - started
     side, batch, train = params.encode.resolution, params.evaluate.batch_size, params.train
@@ -465,6 +472,7 @@ def _run(request: Request) -> Rates:
         caption_bytes=bench.tokens * bench.unet.config.cross_attention_dim * bench.dtype.itemsize,
         value_bytes=bench.dtype.itemsize,
         latent_factor=bench.factor,
+        device_free_mib=free,
     )
 
 

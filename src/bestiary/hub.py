@@ -1,0 +1,196 @@
+"""The Hugging Face hub: download a model's files or look them up, and say in one sentence what went wrong.
+
+A download resumes: complete files stay in the hub's cache, so whoever runs the same command again loses nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+from bestiary.errors import BestiaryError, shown
+from bestiary.files import is_folder
+
+KNOCK_SECONDS = 5.0
+AGAIN = "Then run the same command again: finished work is kept."
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """A model on the hub, and the files that its loader reads.
+
+    what names it in errors, such as "judge". `weights` are patterns of the same weights in several formats, the
+    preferred one first: the first that the hub has is downloaded.
+    """
+
+    what: str
+    model: str
+    revision: str | None
+    files: tuple[str, ...] = ("*.json", "*.txt")  # what transformers reads beside the weights
+    weights: tuple[str, ...] = ("model*.safetensors", "pytorch_model*.bin")
+    key: str = field(default="", compare=False)  # of params.yaml, for errors
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether a name has the form owner/name and is not meant as a path: no folder here has the owner's name.
+
+    >>> is_hub_id("openai/clip-vit-base-patch32"), is_hub_id("/models/base"), is_hub_id("base")
+    (True, False, False)
+    """
+    path = Path(model)
+    return not path.is_absolute() and len(path.parts) == 2 and not is_folder(path.parts[0])
+
+
+def download(wanted: HubModel) -> Path:
+    """The folder of the model's files in the hub's cache. What is missing there is downloaded.
+
+    A pinned model that is complete in the cache is used without asking the hub. Raises BestiaryError when the hub
+    cannot be reached, does not have the model or its revision, or does not let this user download it.
+    """
+    import huggingface_hub
+
+    try:
+        for patterns in _choices(wanted):
+            folder = Path(
+                huggingface_hub.snapshot_download(wanted.model, revision=wanted.revision, allow_patterns=list(patterns))
+            )
+            if not wanted.weights or any(folder.glob(patterns[-1])):
+                return folder
+    except Exception as error:  # the hub's client, its HTTP library and the file system raise different types
+        raise explain(error, wanted) from error
+    raise _lacks(wanted, " or ".join(wanted.weights))
+
+
+def bytes_to_download(wanted: HubModel) -> int:
+    """The bytes that `download` would bring; 0 when the whole model is on this machine. Raises what `download` does."""
+    import huggingface_hub
+
+    if is_complete(wanted):
+        return 0
+    try:
+        # The hub's own client retries for half a minute, for each model.
+        httpx.head(huggingface_hub.constants.ENDPOINT, timeout=KNOCK_SECONDS)
+        for patterns in _choices(wanted):
+            with _quiet():
+                found = huggingface_hub.snapshot_download(
+                    wanted.model, revision=wanted.revision, allow_patterns=list(patterns), dry_run=True
+                )
+            names = {file.filename for file in found}
+            if missing := [name for name in wanted.files if "*" not in name and name not in names]:
+                raise _lacks(wanted, missing[0])
+            if not wanted.weights or any(Path(name).match(patterns[-1]) for name in names):
+                return sum(int(file.file_size or 0) for file in found if file.will_download)
+    except BestiaryError:
+        raise
+    except Exception as error:  # as in `download`
+        raise explain(error, wanted) from error
+    raise _lacks(wanted, " or ".join(wanted.weights))
+
+
+def is_complete(wanted: HubModel) -> bool:
+    """Whether all of the model's files are on this machine, as far as its cache can tell."""
+    import huggingface_hub
+
+    for patterns in _choices(wanted):
+        try:
+            with _quiet():
+                found = huggingface_hub.snapshot_download(
+                    wanted.model, revision=wanted.revision, allow_patterns=list(patterns), local_files_only=True
+                )
+        except (OSError, ValueError):
+            continue
+        if all(any(Path(found).glob(pattern)) for pattern in patterns if pattern != "*.txt"):
+            return True
+    return False
+
+
+def _lacks(wanted: HubModel, file: str) -> BestiaryError:
+    return BestiaryError(
+        f"The {wanted.what} {shown(wanted.model, 200)} has no {file} on the Hugging Face hub. Choose another model."
+    )
+
+
+def _choices(wanted: HubModel) -> Iterator[tuple[str, ...]]:
+    """The patterns to ask for, one kind of weights after the other."""
+    for weights in wanted.weights:
+        yield (*wanted.files, weights)
+    if not wanted.weights:
+        yield wanted.files
+
+
+def explain(error: BaseException, wanted: HubModel) -> BestiaryError:
+    """What the user can do about an error of the hub's client, in one sentence."""
+    from huggingface_hub import constants, errors
+
+    name = f"The {wanted.what} {shown(wanted.model, 200)}"
+    where = f"Check {wanted.key} in params.yaml" if wanted.key else "Check its name"
+    found = list(_chain(error))
+
+    def has(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(each, kinds) for each in found)
+
+    status = next((each.response.status_code for each in found if isinstance(each, errors.HfHubHTTPError)), None)
+    if any(getattr(each, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for each in found):
+        return BestiaryError(
+            f"{name} does not fit onto the disk of {constants.HF_HUB_CACHE}. Free space, or set HF_HOME to a folder on "
+            f"a larger disk. {AGAIN}"
+        )
+    if has(errors.GatedRepoError):
+        return BestiaryError(
+            f"{name} is gated, and the Hugging Face hub does not let you download it. Accept its licence at "
+            f"{constants.ENDPOINT}/{wanted.model} and log in with `hf auth login`. {AGAIN}"
+        )
+    if has(errors.RevisionNotFoundError):
+        return BestiaryError(
+            f"{name} has no revision {shown(str(wanted.revision))} on the Hugging Face hub. {where}. {AGAIN}"
+        )
+    if has(errors.RepositoryNotFoundError) or status in (401, 403):
+        return BestiaryError(
+            f"{name} is not on the Hugging Face hub, or it is private, or your login has expired. {where}, or log in "
+            f"with `hf auth login`. {AGAIN}"
+        )
+    if has(errors.OfflineModeIsEnabled):
+        return BestiaryError(
+            f"{name} is not complete on this machine, and HF_HUB_OFFLINE forbids downloading it. Unset that variable, "
+            f"or give a folder. {AGAIN}"
+        )
+    if status:
+        return BestiaryError(
+            f"{name} cannot be downloaded: the Hugging Face hub answers HTTP {status}. Wait some minutes. {AGAIN}"
+        )
+    return BestiaryError(
+        f"{name} is not complete on this machine and cannot be downloaded from the Hugging Face hub "
+        f"({type(found[-1]).__name__}). Check the network connection, or give a folder. {AGAIN}"
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide the hub client's bars and its lines about retries."""
+    from huggingface_hub.utils import logging as hub_logging
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    verbosity, shows_bars = hub_logging.get_verbosity(), not are_progress_bars_disabled()
+    hub_logging.set_verbosity(logging.ERROR)
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(verbosity)
+        if shows_bars:
+            enable_progress_bars()
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what caused it, the first cause last."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__

@@ -1,0 +1,311 @@
+"""Check before a long run that it will not fail half-way: device, models, services, memory, disk and time."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from bestiary.errors import BestiaryError
+from bestiary.estimating import Images, Line, duration, estimate, project_images, shown_size, total_line
+from bestiary.evaluation.rates import Rates
+from bestiary.files import is_file, is_folder
+from bestiary.hub import HubModel, bytes_to_download, is_hub_id
+from bestiary.memory import MIB
+from bestiary.params import Model, Params, ScienceDB
+
+CPU_SECONDS, GPU_SECONDS = 6.0, 60.0  # to measure for; a GPU must get to the real size
+MEMORY_SHARE = 0.95  # of the free memory; the rest is for what the networks' libraries take themselves
+FAR = 8.0  # a step this much smaller than the real one tells little about memory
+SCIENCEDB_TIMEOUT_SECONDS = 15.0
+SHRINK = {
+    "encode": "Lower encode.batch_size.",
+    "train": "Raise train.accumulation, or set train.gradient_checkpointing to true (docs/real-run.md).",
+    "evaluate": "Lower evaluate.batch_size.",
+    "benchmark": "Lower benchmark.batch_sizes.",
+}
+HALVES = ("encode", "evaluate")  # halve their batches themselves when a GPU's memory is full
+
+
+@dataclass(frozen=True)
+class Check:
+    """The result of one check. FAIL: the run would fail. note: it would not, but the user should know."""
+
+    name: str
+    text: str
+    mark: Literal["ok", "note", "FAIL"] = "ok"
+
+    def __str__(self) -> str:
+        return f"{self.mark:6}{self.name:13}{self.text}"
+
+
+def checks(root: Path, params: Params, hours: float) -> Iterator[Check]:
+    """The checks of a run of the project at `root`, each as soon as it is done. The slow ones come last."""
+    yield _checked("device", _device)
+    yield _checked("processes", lambda: _processes(params))
+    found: list[Images] = []
+    yield _checked("images", lambda: _images(root, params, found))
+    sizes: list[int] = []
+    for model in _models(params):
+        yield _model(root, model, sizes)
+    if params.dataset.source == "sciencedb" and params.dataset.sciencedb:
+        settings = params.dataset.sciencedb
+        yield _checked("ScienceDB", lambda: _sciencedb(settings))
+    yield _checked("MLflow", lambda: _tracking(root))
+    yield _checked("DVC", lambda: _dvc(root))
+    if found:
+        yield from _measured(root, params, found[0], sum(sizes), hours)
+
+
+def _checked(name: str, work: Callable[[], str]) -> Check:
+    try:
+        return Check(name, work())
+    except BestiaryError as error:
+        return Check(name, str(error), "FAIL")
+
+
+# ---- this machine ----
+
+
+def _device() -> str:
+    import torch
+
+    from bestiary.diffusion.base import device_and_dtype
+
+    device, dtype = device_and_dtype()
+    precision = str(dtype).removeprefix("torch.")
+    if device.type == "cuda":
+        size = shown_size(torch.cuda.get_device_properties(device).total_memory / MIB)
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}, {size}, {precision}"
+    if device.type == "mps":
+        return f"Apple GPU, {precision}"
+    if os.environ.get("CUDA_VISIBLE_DEVICES") is None and _nvidia_gpus():
+        reason = "torch was installed without CUDA" if torch.version.cuda is None else "its driver is older than torch"
+        raise BestiaryError(
+            f"torch cannot use this machine's NVIDIA GPU: perhaps {reason}. Install a torch that fits the driver."
+        )
+    return f"{torch.get_num_threads()} CPU threads, {precision}; there is no GPU"
+
+
+def _nvidia_gpus() -> bool:
+    with contextlib.suppress(OSError):
+        return any(Path("/proc/driver/nvidia/gpus").iterdir())
+    return False
+
+
+def _processes(params: Params) -> str:
+    launch = os.environ.get("BESTIARY_LAUNCH", "")
+    found = re.search(r"--num[_-]processes[ =](\d+)", launch)
+    count = int(found[1]) if found else 1
+    parts = count * params.train.accumulation
+    if params.train.batch_size % parts:
+        raise BestiaryError(
+            f"train.batch_size is {params.train.batch_size} and cannot be split evenly over {count} processes with "
+            f"train.accumulation {params.train.accumulation}. Choose a multiple of {parts}."
+        )
+    each = params.train.batch_size // parts
+    return f"{count}, each with {each} images at a time" + (f" ({launch})" if launch else "; BESTIARY_LAUNCH is empty")
+
+
+def _images(root: Path, params: Params, found: list[Images]) -> str:
+    """The images, which are also put into `found`."""
+    images = project_images(root, params)
+    found.append(images)
+    about = "about " if params.dataset.source == "sciencedb" else ""
+    return f"{about}{images.count} of {images.classes} subject{'s' * (images.classes != 1)} ({params.dataset.source})"
+
+
+# ---- models ----
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A model of params.yaml. A run needs it, unless `only_for` names the command that does."""
+
+    on_hub: HubModel
+    only_for: str = ""
+
+
+def _models(params: Params) -> list[_Wanted]:
+    from bestiary import captioning
+    from bestiary.diffusion import base, decoders
+    from bestiary.evaluation import image_judge, judge
+
+    def at(model: Model) -> tuple[str, str | None]:
+        return model.model, model.revision
+
+    evaluate = params.evaluate
+    wanted = [_Wanted(base.on_hub(*at(params.base))), _Wanted(judge.on_hub(*at(params.judge)))]
+    if evaluate.second_judge:
+        wanted.append(_Wanted(judge.on_hub(*at(evaluate.second_judge))))
+    if evaluate.proof and evaluate.proof.image_judge:
+        wanted.append(_Wanted(image_judge.on_hub(*at(evaluate.proof.image_judge))))
+    if params.tiny_decoder:
+        wanted.append(_Wanted(decoders.on_hub(*at(params.tiny_decoder))))
+    if params.captioner:
+        wanted.append(_Wanted(captioning.on_hub(*at(params.captioner)), "bestiary captions --write"))
+    return wanted
+
+
+def _model(root: Path, wanted: _Wanted, sizes: list[int]) -> Check:
+    """Whether a model can be loaded. The bytes to download are put into `sizes`."""
+    on_hub = wanted.on_hub
+    name = on_hub.what.replace("captioning model", "captioner")
+    if is_folder(root / on_hub.model) or is_file(root / on_hub.model):
+        return Check(name, on_hub.model)
+    fails: Literal["note", "FAIL"] = "note" if wanted.only_for else "FAIL"
+    reason = f" Only `{wanted.only_for}` needs it." if wanted.only_for else ""
+    if not is_hub_id(on_hub.model):
+        return Check(name, f"There is no folder {on_hub.model}. Check {on_hub.key} in params.yaml.{reason}", fails)
+    try:
+        size = bytes_to_download(on_hub)
+    except BestiaryError as error:
+        return Check(name, f"{error}{reason}", fails)
+    sizes.append(size)
+    place = f"{shown_size(size / MIB)} to download" if size else "on this machine"
+    if on_hub.revision is None:
+        return Check(name, f"{on_hub.model}: {place}. It has no revision, so it may change: pin a commit.", "note")
+    return Check(name, f"{on_hub.model} at {on_hub.revision[:7]}: {place}")
+
+
+# ---- services ----
+
+
+def _sciencedb(settings: ScienceDB) -> str:
+    from bestiary.data.sciencedb_client import Client
+
+    timeout = min(settings.timeout_s, SCIENCEDB_TIMEOUT_SECONDS)
+    with Client(settings.model_copy(update={"retries": 1, "timeout_s": timeout})) as client:
+        client.check()
+        return f"{client.api} lists dataset {settings.dataset_id}, version {settings.version}"
+
+
+def _tracking(root: Path) -> str:
+    from bestiary.tracking.addresses import shown_address, sqlite_path
+    from bestiary.tracking.store import check_database, explain, open_client, registry_uri, switched_off, tracking_uri
+
+    if switched_off():
+        return "runs are not recorded (BESTIARY_TRACKING=off)"
+    uris = list(dict.fromkeys([tracking_uri(), registry_uri()]))
+    for uri in uris:
+        check_database(uri)
+        if sqlite_path(uri) is None:
+            try:
+                open_client(uri, root).search_experiments(max_results=1)
+            except Exception as error:  # MLflow and its HTTP library raise different types
+                raise BestiaryError(explain(error, uri)) from None
+    return ", ".join(map(shown_address, uris))
+
+
+def _dvc(root: Path) -> str:
+    """Raise BestiaryError when another `dvc` command or a stage works in this project."""
+    import psutil
+
+    busy = "Wait until it ends, or end it."
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        held = json.loads((root / ".dvc" / "tmp" / "rwlock").read_text(encoding="utf-8"))
+        readers = [reader for readers in held.get("read", {}).values() for reader in readers]
+        for holder in [*held.get("write", {}).values(), *readers]:
+            if psutil.pid_exists(int(holder["pid"])):
+                raise BestiaryError(f"`{holder['cmd']}` is running in this project (process {holder['pid']}). {busy}")
+    locks = [root / ".dvc" / "tmp" / "lock", *sorted((root / ".cache" / "locks").glob("stage-*"))]
+    for path in locks:
+        if _is_locked(path):
+            raise BestiaryError(f"Another program works in this project: it holds {path.relative_to(root)}. {busy}")
+    return "no other command is running in this project"
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with path.open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # it does not exist, or may not be written
+        return False
+    return False
+
+
+# ---- what a real step takes ----
+
+
+def _measured(root: Path, params: Params, images: Images, download_bytes: int, hours: float) -> Iterator[Check]:
+    from bestiary.diffusion.base import device_and_dtype
+
+    seconds = CPU_SECONDS if device_and_dtype()[0].type == "cpu" else GPU_SECONDS
+    try:
+        rates, lines = estimate(params, images, seconds)
+    except BestiaryError as error:
+        yield Check("memory", str(error), "FAIL")
+        return
+    yield memory(rates, lines)
+    yield disk(root, sum(line.disk_bytes for line in lines), download_bytes)
+    yield time_needed(params, rates, lines, hours)
+
+
+def memory(rates: Rates, lines: Sequence[Line], free_mib: float | None = None) -> Check:
+    """Whether each stage fits into the memory that is free. `free_mib` is the machine's, as measured when None."""
+    import psutil
+
+    free_mib = psutil.virtual_memory().available / MIB if free_mib is None else free_mib
+    shown, problems, fails = [], [], False
+    for line in lines:
+        on_gpu = line.device_mib is not None and rates.device_free_mib is not None
+        need, free = (line.device_mib, rates.device_free_mib) if on_gpu else (line.memory_mib, free_mib)
+        if need is None or free is None:
+            continue
+        shown.append(f"{line.stage} {shown_size(need)}")
+        if need > free * MEMORY_SHARE:
+            halves = on_gpu and line.stage in HALVES
+            fails = fails or not halves
+            advice = "It will halve its batches." if halves else SHRINK.get(line.stage, "")
+            problems.append(f"{line.stage} needs {shown_size(need)} of {shown_size(free)}. {advice}".strip())
+    kind = "GPU memory" if rates.device_free_mib is not None else "memory"
+    free = rates.device_free_mib if rates.device_free_mib is not None else free_mib
+    how = "by a real step" if rates.step.scaled_by == 1 else f"extrapolated from a step of {rates.step.measured_at}"
+    text = f"{', '.join(shown)} of {shown_size(free)} free {kind}; training {how}"
+    if problems:
+        return Check("memory", f"{' '.join(problems)} ({text})", "FAIL" if fails else "note")
+    if rates.step.scaled_by > FAR:
+        return Check("memory", f"at least {text}, so it will need more", "note")
+    return Check("memory", text)
+
+
+def disk(root: Path, need: float, download_bytes: float) -> Check:
+    """Whether the project's files, and the models to download, fit onto their disks."""
+    from huggingface_hub import constants
+
+    needs: dict[int, tuple[Path, float]] = {}
+    for folder, size in ((root, need), (Path(constants.HF_HUB_CACHE), download_bytes)):
+        place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+        device = place.stat().st_dev
+        first, before = needs.get(device, (place, 0.0))
+        needs[device] = (first, before + size)
+    texts, fails = [], False
+    for place, size in needs.values():
+        free = shutil.disk_usage(place).free
+        texts.append(f"{shown_size(size / MIB)} of {shown_size(free / MIB)} free in {place}")
+        fails = fails or size > free
+    text = f"the run needs {', '.join(texts)}"
+    if fails:
+        return Check("disk", f"{text}. Free space, or use a larger disk (HF_HOME says where models go).", "FAIL")
+    return Check("disk", text)
+
+
+def time_needed(params: Params, rates: Rates, lines: Sequence[Line], hours: float) -> Check:
+    """Whether the run ends within `hours`."""
+    seconds = total_line(lines).seconds
+    longest = max(lines, key=lambda line: line.seconds)
+    text = f"about {duration(seconds)} on {rates.device}, {duration(longest.seconds)} of it {longest.stage}"
+    if params.dataset.source == "sciencedb":
+        text += ", besides the download of the images"
+    if seconds > hours * 3600:
+        return Check("time", f"{text}: more than --hours {hours:g}. Use a faster device, or fewer steps.", "FAIL")
+    return Check("time", text)

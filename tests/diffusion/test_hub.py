@@ -1,0 +1,130 @@
+"""Models from the Hugging Face hub, and what is said and kept when it fails in the middle of a run."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderTiny
+from support.hub_server import COMMIT, Hub, Served, hub_server
+from support.settings import train_settings
+
+from bestiary.captioning import Captioner
+from bestiary.diffusion.base import base_commit, load_scheduler, load_unet
+from bestiary.diffusion.decoders import find_tiny_decoder
+from bestiary.diffusion.latents import Latents
+from bestiary.diffusion.training import train
+from bestiary.errors import BestiaryError
+from bestiary.evaluation.image_judge import ImageJudge
+from bestiary.evaluation.judge import Judge
+from bestiary.hub import HubModel, bytes_to_download, is_complete
+
+ROOT = Path(__file__).parents[2]
+BASE, JUDGE = "some-org/base", "some-org/judge"
+LOADERS: dict[str, Callable[[str], object]] = {
+    "base": lambda model: load_unet(model, COMMIT),
+    "judge": lambda model: Judge.load(model, COMMIT),
+    "image judge": lambda model: ImageJudge.load(model, COMMIT),
+    "captioning model": lambda model: Captioner.load(model, COMMIT),
+    "tiny decoder": lambda model: find_tiny_decoder(model, COMMIT),
+}
+
+
+@pytest.fixture
+def hub(tmp_path: Path, base: Path) -> Iterator[Hub]:
+    """A hub with a tiny base, the embedded judges and a distilled decoder."""
+    AutoencoderTiny(latent_channels=4, decoder_block_out_channels=(8, 8, 8, 8)).save_pretrained(tmp_path / "decoder")
+    models = {
+        BASE: Served(base),
+        JUDGE: Served(ROOT / "models" / "judge"),
+        "some-org/image-judge": Served(ROOT / "models" / "image_judge"),
+        "some-org/decoder": Served(tmp_path / "decoder"),
+    }
+    with hub_server(models, tmp_path / "hub") as server:
+        yield server
+
+
+def judge(revision: str = COMMIT) -> HubModel:
+    return HubModel("judge", JUDGE, revision, key="judge")
+
+
+def test_what_was_downloaded_once_loads_without_the_hub(hub: Hub) -> None:
+    expected = sum(file.stat().st_size for file in hub.models[JUDGE].folder.iterdir() if file.suffix != ".md")
+    assert bytes_to_download(judge()) == expected
+    assert not is_complete(judge())
+    loaded = {"base": BASE, "judge": JUDGE, "image judge": "some-org/image-judge", "tiny decoder": "some-org/decoder"}
+    for kind, model in loaded.items():
+        LOADERS[kind](model)
+    assert base_commit(BASE, COMMIT) == COMMIT
+    hub.gone, before = True, len(hub.requests)
+    for kind, model in loaded.items():
+        LOADERS[kind](model)
+    assert is_complete(judge())
+    assert bytes_to_download(judge()) == 0
+    assert len(hub.requests) == before
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_each_loader_says_what_to_do_about_a_hub_that_does_not_answer(hub: Hub, kind: str) -> None:
+    hub.gone = True
+    with pytest.raises(BestiaryError, match=f"^The {kind} some-org/x is not complete on this machine .* network"):
+        LOADERS[kind]("some-org/x")
+
+
+def test_gated_absent_and_busy_are_told_apart(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.models[JUDGE].gated = True
+    for ask in (bytes_to_download, lambda wanted: Judge.load(wanted.model, wanted.revision)):
+        with pytest.raises(BestiaryError, match=rf"is gated.*{hub.url}/{JUDGE} .*`hf auth login`.*again"):
+            ask(judge())
+    with pytest.raises(BestiaryError, match=rf"has no revision {'f' * 40} .*Check judge in params.yaml"):
+        bytes_to_download(judge("f" * 40))
+    with pytest.raises(BestiaryError, match=r"some-org/other is not on the Hugging Face hub, or it is private"):
+        bytes_to_download(HubModel("judge", "some-org/other", COMMIT))
+    hub.status = 503
+    with pytest.raises(BestiaryError, match=r"answers HTTP 503\. Wait some minutes"):
+        bytes_to_download(judge())
+    hub.status = None
+    monkeypatch.setenv("HF_TOKEN", "hf_ofSomebodyWhoAcceptedTheLicence")
+    assert Judge.load(JUDGE, COMMIT)
+
+
+def test_half_a_file_is_never_loaded_and_is_completed_by_the_next_try(hub: Hub) -> None:
+    hub.breaks_off = {"model.safetensors"}
+    with pytest.raises(BestiaryError, match="is not complete on this machine"):
+        Judge.load(JUDGE, COMMIT)
+    hub.gone = True
+    with pytest.raises(BestiaryError, match="is not complete on this machine"):
+        Judge.load(JUDGE, COMMIT)  # although a part of it is here
+    hub.gone, hub.breaks_off = False, set()
+    assert Judge.load(JUDGE, COMMIT)
+    files = [request for request in hub.requests if request.startswith("GET") and "/config.json" in request]
+    assert len(files) == 1
+
+
+def test_a_training_that_the_hub_stopped_resumes_from_its_checkpoint(
+    hub: Hub, tmp_path: Path, latents: Latents
+) -> None:
+    def trained_batches() -> int:
+        """Train twelve steps with a judge that is loaded after the eighth, counting the batches."""
+        unet, batches = load_unet(BASE, COMMIT), 0
+
+        def count(module: torch.nn.Module, _inputs: object) -> None:
+            nonlocal batches
+            batches += module.training
+
+        unet.register_forward_pre_hook(count)
+
+        def watch(step: int) -> None:
+            if step == 8:
+                Judge.load(JUDGE, COMMIT)
+
+        settings, scheduler = train_settings(steps=12), load_scheduler(BASE, COMMIT)
+        train(unet, scheduler, latents, settings, seed=0, on_validation=watch, checkpoints=tmp_path / "checkpoints")
+        return batches
+
+    hub.models[JUDGE].gated = True
+    with pytest.raises(BestiaryError, match="is gated"):
+        trained_batches()
+    hub.models[JUDGE].gated = False
+    hub.models.pop(BASE)  # nobody asks for it again
+    assert trained_batches() == 8  # the checkpoint is of step 4

@@ -1,0 +1,122 @@
+"""Which engine draws: what the user says, what an export can do, and what this machine gains from it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bestiary.diffusion import engines
+from bestiary.diffusion.export_format import MANIFEST
+from bestiary.engine_choice import Wish, choose_engine
+from bestiary.errors import BestiaryError
+from bestiary.registry.resolving import Adapter, resolve
+from bestiary.samplers import DrawingDefaults, Sampling, SamplingChanges
+
+FEW_STEPS = DrawingDefaults("a {}", Sampling("lcm", 2, 1.0, timesteps=(999, 399), decoder="tiny"))
+
+
+@pytest.fixture
+def export(tmp_path: Path) -> Path:
+    """The folder of an export, without its networks."""
+    manifest = {
+        "format": 1,
+        "engine": "openvino",
+        "precision": "int8",
+        "decoder": "tiny",
+        "base": "./models/base",
+        "base_revision": None,
+        "base_sha256": "b",
+        "adapter": "models/few_step",
+        "adapter_sha256": "a",
+        "few_step": True,
+        "drawing": FEW_STEPS.to_dict(),
+        "side": 64,
+        "processor": "any",
+        "versions": {},
+        "files": {},
+    }
+    folder = tmp_path / "fast"
+    folder.mkdir()
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.fixture
+def registered(export: Path, tmp_path: Path) -> Adapter:
+    """A registered adapter whose fast variant was accepted."""
+    return Adapter(tmp_path / "x.safetensors", "models:/bestiary/3", "base", None, None, export=export)
+
+
+@pytest.fixture(autouse=True)
+def gains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine gains from every export."""
+    monkeypatch.setattr(engines, "reason_against", lambda _: None)
+
+
+def test_auto_takes_an_accepted_fast_variant_as_it_is_drawn(registered: Adapter, export: Path) -> None:
+    (chosen,), note = choose_engine([registered], Wish())
+    assert (chosen.is_export, chosen.export, chosen.uri, note) == (True, export, "models:/bestiary/3", None)
+    assert (chosen.defaults, chosen.few_step) == (FEW_STEPS, True)
+
+
+def test_torch_draws_with_the_adapter_itself(registered: Adapter) -> None:
+    assert choose_engine([registered], Wish("torch")) == ([registered], None)
+
+
+@pytest.mark.parametrize(
+    ("wish", "reason"),
+    [
+        (Wish(has_image=True), "cannot start from an image"),
+        (Wish(weighted=True), "cannot have another weight"),
+        (Wish(base="other"), "no other to choose"),
+        (Wish(device="cuda"), "on the CPU and not on cuda"),
+        (Wish(changes=SamplingChanges(decoder="full")), "has the tiny decoder and no other"),
+    ],
+)
+def test_what_an_export_cannot_do_is_drawn_by_torch_or_refused(
+    registered: Adapter, export: Path, wish: Wish, reason: str
+) -> None:
+    chosen, note = choose_engine([registered], wish)
+    assert chosen == [registered]
+    assert note is not None
+    assert reason in note
+    explicit = Wish("openvino", wish.changes, wish.has_image, wish.weighted, wish.base, wish.device)
+    with pytest.raises(BestiaryError, match=f"{reason}.*--engine torch"):
+        choose_engine([registered], explicit)
+    with pytest.raises(BestiaryError, match=reason):
+        choose_engine([resolve(str(export))], wish)
+
+
+def test_auto_says_why_this_machine_gains_nothing(registered: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "reason_against", lambda _: "this machine has a GPU, which torch uses")
+    chosen, note = choose_engine([registered], Wish())
+    assert chosen == [registered]
+    assert note == "Drawing with torch and not with the fast variant: this machine has a GPU, which torch uses."
+
+
+@pytest.mark.parametrize("changes", [SamplingChanges(steps=9), SamplingChanges(sampler="ddim")])
+def test_auto_leaves_other_steps_to_torch(registered: Adapter, changes: SamplingChanges) -> None:
+    assert choose_engine([registered], Wish(changes=changes)) == ([registered], None)
+
+
+def test_openvino_without_an_export_says_how_to_make_one(tmp_path: Path, registered: Adapter) -> None:
+    plain = Adapter(tmp_path / "x.safetensors", "x.safetensors", None, None, None)
+    assert choose_engine([plain], Wish()) == ([plain], None)
+    with pytest.raises(BestiaryError, match=r"`bestiary export x\.safetensors --to openvino --out DIR`"):
+        choose_engine([plain], Wish("openvino"))
+    with pytest.raises(BestiaryError, match="draws with an exported adapter"):
+        choose_engine([], Wish("openvino"))
+    with pytest.raises(BestiaryError, match="one exported adapter"):
+        choose_engine([registered, plain], Wish("openvino"))
+
+
+def test_an_export_takes_no_adapter_beside_it_and_no_torch(export: Path, tmp_path: Path) -> None:
+    exported = resolve(str(export))
+    assert choose_engine([exported], Wish()) == ([exported], None)
+    plain = Adapter(tmp_path / "x.safetensors", "x.safetensors", None, None, None)
+    with pytest.raises(BestiaryError, match="no other adapter can be applied to it"):
+        choose_engine([plain, exported], Wish())
+    with pytest.raises(BestiaryError, match="which torch cannot draw with"):
+        choose_engine([exported], Wish("torch"))
+    with pytest.raises(BestiaryError, match="holds no adapter file"):
+        exported.check_is_file()

@@ -1,0 +1,151 @@
+"""`bestiary preflight`: what would end a long run is found before it starts."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from diffusers import AutoencoderTiny
+from support.hub_server import Hub, Served, hub_server
+from support.rates import SAMPLE, measured, rate
+from support.sciencedb_server import serving
+
+from bestiary import cli, preflight
+from bestiary.errors import BestiaryError
+from bestiary.estimating import lines
+from bestiary.evaluation.rates import Rates
+from bestiary.learning import params_with_profile
+from bestiary.params import Params, load_params
+from bestiary.preflight import Check, checks, disk, memory, time_needed
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks that take the rates of two idle cores for granted."""
+    monkeypatch.setattr(
+        preflight, "estimate", lambda params, images, _: (measured(), lines(params, images, measured()))
+    )
+
+
+@pytest.fixture
+def night() -> Params:
+    """The profile sciencedb, with so few images that they fit onto the disk of any machine."""
+    params = params_with_profile(ROOT, "sciencedb")
+    return params.model_copy(update={"dataset": params.dataset.model_copy(update={"images_per_class": 10})})
+
+
+@pytest.fixture
+def hub(night: Params, tmp_path: Path) -> Iterator[Hub]:
+    """A hub that has every pinned model of the profile sciencedb, at its revision."""
+    assert night.captioner
+    assert night.tiny_decoder
+    wanted = [night.base, night.judge, night.captioner, night.tiny_decoder]
+    AutoencoderTiny(decoder_block_out_channels=(8, 8, 8, 8)).save_pretrained(tmp_path / "decoder")
+    folders = [*(ROOT / "models" / name for name in ("base", "judge", "judge")), tmp_path / "decoder"]
+    served = {model.model: Served(folder, model.revision or "") for model, folder in zip(wanted, folders, strict=True)}
+    with hub_server(served, tmp_path / "hub") as server:
+        yield server
+
+
+def by_name(found: Sequence[Check]) -> dict[str, Check]:
+    return {check.name: check for check in found}
+
+
+def test_a_night_is_checked_from_the_hub_to_the_disk(
+    night: Params, hub: Hub, project: Path, unmeasured: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving({"/V1/cat/1.jpg": b"\xff\xd8\xff"}) as service:
+        monkeypatch.setenv("SCIENCEDB_API_URL", service.url)
+        found = by_name(list(checks(project, night, hours=1000)))
+        assert [str(check) for check in found.values() if check.mark != "ok"] == []
+        assert found["base"].text.startswith("stable-diffusion-v1-5/stable-diffusion-v1-5 at 451f4fe: ")
+        assert found["base"].text.endswith(" MiB to download")
+        assert set(found) >= {"device", "judge", "tiny decoder", "captioner", "ScienceDB", "MLflow", "DVC", "memory"}
+        hub.models[night.judge.model].gated = True
+        hub.models.pop(night.captioner.model if night.captioner else "")
+        service.listing_faults = ["always html"]
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        found = by_name(list(checks(project, night, hours=0.001)))
+    assert {name for name, check in found.items() if check.mark == "FAIL"} == {"judge", "ScienceDB", "MLflow", "time"}
+    assert "Accept its licence" in found["judge"].text
+    assert found["captioner"].mark == "note"  # only `bestiary captions` needs it
+
+
+def test_the_command_ends_with_1_when_the_run_would_fail(unmeasured: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("BESTIARY_TRACKING", "off")
+    done = CliRunner().invoke(cli.cli, ["preflight"])
+    assert done.exit_code == 0, done.output
+    assert "ok    base         models/base\n" in done.output
+    assert CliRunner().invoke(cli.cli, ["preflight", "--hours", "0.001"]).exit_code == 1
+
+
+def test_another_dvc_command_and_a_batch_that_cannot_be_split_are_found(
+    project: Path, night: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = project / ".dvc" / "tmp" / "rwlock"
+    held.parent.mkdir(parents=True)
+    held.write_text(json.dumps({"write": {"data": {"pid": os.getpid(), "cmd": "dvc repro"}}, "read": {}}))
+    monkeypatch.setenv("BESTIARY_LAUNCH", "accelerate launch --num_processes 3")
+    with pytest.raises(BestiaryError, match="`dvc repro` is running"):
+        preflight._dvc(project)
+    with pytest.raises(BestiaryError, match="cannot be split evenly over 3 processes"):
+        preflight._processes(night)
+    held.unlink()
+    lock = held.with_name("lock")
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(BestiaryError, match=r"holds \.dvc/tmp/lock"):
+            preflight._dvc(project)
+    assert "no other" in preflight._dvc(project)
+
+
+def on_gpu(**changes: object) -> Rates:
+    """Rates of a GPU with 8 GiB, 7 of them free."""
+    return measured(device_free_mib=7168.0, **changes)
+
+
+def needing(device_mib: float) -> object:
+    return rate(0.1).model_copy(update={"peak_device_mib": device_mib})
+
+
+def test_memory_counts_the_gpu_and_says_what_to_lower(night: Params) -> None:
+    small = needing(2048.0)
+    others = {"encode": small, "row": small, "single_row": small, "decode": small}
+    for train_mib, mark in ((6000.0, "ok"), (9000.0, "FAIL")):
+        rates = on_gpu(step=needing(train_mib), **others)
+        check = memory(rates, lines(night, SAMPLE, rates))
+        assert check.mark == mark
+        assert ("train needs 8.8 GiB of 7.0 GiB. Raise train.accumulation" in check.text) == (mark == "FAIL")
+    rates = on_gpu(step=small, **others | {"encode": needing(9000.0)})
+    check = memory(rates, lines(night, SAMPLE, rates))
+    assert check.mark == "note"
+    assert "encode needs 8.8 GiB of 7.0 GiB. It will halve its batches." in check.text
+    rates = measured(step=rate(900.0, scaled_by=1024.0))
+    check = memory(rates, lines(night, SAMPLE, rates), free_mib=65536.0)
+    assert check.mark == "note"
+    assert check.text.startswith("at least ")
+
+
+def test_disk_and_time_have_limits(tmp_path: Path, night: Params) -> None:
+    assert disk(tmp_path / "not" / "there", 1e6, 1e6).mark == "ok"
+    check = disk(tmp_path, 1e18, 0)
+    assert check.mark == "FAIL"
+    assert "Free space" in check.text
+    found = lines(night, SAMPLE, measured())
+    assert time_needed(night, measured(), found, hours=1000).mark == "ok"
+    assert "more than --hours 0.01" in time_needed(night, measured(), found, hours=0.01).text
+
+
+@pytest.mark.slow
+def test_the_sample_is_ready_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BESTIARY_TRACKING", "off")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(preflight, "CPU_SECONDS", 1.0)
+    found = list(checks(ROOT, load_params(ROOT / "params.yaml"), hours=24))
+    assert [str(check) for check in found if check.mark == "FAIL"] == []

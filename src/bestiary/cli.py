@@ -810,6 +810,7 @@ def app(
     from bestiary.app.offers import Offerings
     from bestiary.app.server import launch
     from bestiary.app.tokens import read_token
+    from bestiary.diffusion.export_format import is_export
     from bestiary.diffusion.stored_adapter import adapter_file
     from bestiary.files import project_root
     from bestiary.generation import named_base, no_base_error
@@ -820,13 +821,15 @@ def app(
     if default is None:
         raise no_base_error()
     for file in adapters:
-        adapter_file(file)
+        if not is_export(file):
+            adapter_file(file)
     launch(
         Offerings(
             bases=(default, *named[1:]),
-            adapters=(str(project_root() / "models" / "adapter"), *adapters),
+            adapters=(*(str(project_root() / "models" / name) for name in ("adapter", "fast")), *adapters),
             defaults=drawing_defaults(params),
             registered_name=params.register_.name if params else registered_name(),
+            tiny_decoder=project_tiny_decoder(params),
         ),
         host=host,
         port=port,

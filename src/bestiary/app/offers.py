@@ -7,11 +7,14 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from bestiary.app.errors import RefusedError
 from bestiary.app.taught import Evaluated, evaluated, taught_by_file, taught_by_version
+from bestiary.diffusion.export_format import is_export
+from bestiary.engine_choice import as_export
 from bestiary.errors import BestiaryError
 from bestiary.evaluation.report import HEADLINES
 from bestiary.generation import Base, read_start_image
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+FAST = "#fast"  # ends the key of a registered version's fast variant
+
 
 @dataclass(frozen=True)
 class Offerings:
@@ -37,6 +42,7 @@ class Offerings:
     adapters: tuple[str, ...] = ("models/adapter",)  # files or folders, beside the registered versions
     defaults: DrawingDefaults = field(default_factory=DrawingDefaults)  # for adapters that are not registered
     registered_name: str = "bestiary"
+    tiny_decoder: Base | None = None  # for the default base
 
 
 @dataclass(frozen=True)
@@ -142,6 +148,11 @@ class Offers:
 
         if offer.kind != "registry":
             return resolve(offer.what)
+        if offer.key.endswith(FAST):
+            found = resolve(offer.what, fast=True)
+            if found.export is None:  # refused since the page was loaded
+                raise gone()
+            return as_export(found, found.export)
         if offer.key not in self._resolved:  # a registered version never changes
             self._resolved[offer.key] = resolve(offer.what)
         return self._resolved[offer.key]
@@ -224,6 +235,7 @@ class Offers:
             raise BestiaryError(sentence) from None
 
     def _registered(self) -> list[Offer]:
+        from bestiary.registry.fast_variant import is_accepted
         from bestiary.registry.versions import versions
 
         try:
@@ -232,7 +244,12 @@ class Offers:
             log.info("%s", error)
             return []
         last = evaluated()
-        return [_registered_offer(version, last) for version in reversed(found)]
+        offers = []
+        for version in reversed(found):
+            offers.append(_registered_offer(version, last))
+            if is_accepted(version) and find_spec("openvino"):
+                offers.append(_fast_offer(version, offers[-1]))
+        return offers
 
     def _folders(self) -> list[Offer]:
         from bestiary.diffusion.stored_adapter import adapter_file
@@ -240,7 +257,10 @@ class Offers:
         offers = []
         last = evaluated()
         for number, path in enumerate(self._local):
-            with contextlib.suppress(BestiaryError):  # models/adapter exists only after a training
+            with contextlib.suppress(BestiaryError):  # models/adapter and models/fast exist only after a run
+                if is_export(path):
+                    offers.append(_export_offer(number, Path(path)))
+                    continue
                 about = self._about(adapter_file(path))
                 offers.append(
                     Offer(
@@ -275,6 +295,38 @@ class Offers:
     def _few_step(self, sampling: Sampling | None) -> DrawingDefaults | None:
         """The usual defaults with the sampling of a few-step adapter."""
         return replace(self.defaults, sampling=sampling) if sampling else None
+
+
+def _fast_offer(version: Version, offer: Offer) -> Offer:
+    """The offer of a version's accepted fast variant, beside the `offer` of the version itself."""
+    from bestiary.registry.fast_variant import read_fast_tags
+
+    return replace(
+        offer,
+        key=f"{version.uri}{FAST}",
+        label=f"{offer.label}, fast (OpenVINO)",
+        aliases=(),
+        scores={},
+        defaults=read_fast_tags(version).defaults,
+        few_step=True,
+    )
+
+
+def _export_offer(number: int, folder: Path) -> Offer:
+    """The offer of an export, which OpenVINO draws with. Raises BestiaryError when its manifest is damaged."""
+    from bestiary.diffusion.export_format import read_manifest
+
+    manifest = read_manifest(folder)
+    return Offer(
+        f"local:{number}",
+        "local",
+        f"{short_name(str(folder))} (OpenVINO {manifest.precision}, {manifest.decoder} decoder)",
+        str(folder),
+        defaults=manifest.defaults,
+        side=manifest.side,
+        sha256=manifest.adapter_sha256,
+        few_step=manifest.few_step,
+    )
 
 
 def _registered_offer(version: Version, last: Evaluated) -> Offer:

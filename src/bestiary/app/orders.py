@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from bestiary import samplers
 from bestiary.app.errors import InvalidError, RefusedError
 from bestiary.params import rising
-from bestiary.samplers import DEFAULT_DENOISE, MAX_ADAPTER_WEIGHT, MAX_ADAPTERS, SamplerName, SamplingChanges
+from bestiary.samplers import DEFAULT_DENOISE, MAX_ADAPTER_WEIGHT, MAX_ADAPTERS, Decoder, SamplerName, SamplingChanges
 
 MAX_SIDE, SIDE_STEP = 1024, 64  # pixels, of the square pictures on offer; others have at most as many pixels
 MAX_WORK = 500_000_000  # of one order, in pixels x steps: 16 pairs of 512 x 512 pixels in 50 steps are 419 million
@@ -52,6 +52,7 @@ class Order(BaseModel):
     height: Side | None = None
     image: str = ""  # the key of an uploaded image to start from; empty: noise
     denoise: float = Field(default=DEFAULT_DENOISE, gt=0, le=1)
+    decoder: Decoder | None = None  # None: as the adapter was evaluated
     compare: bool = False  # also draw the base's picture of each seed
     preview: bool = True
 
@@ -119,6 +120,7 @@ class Order(BaseModel):
             height=self.height,
             negative_prompt=" ".join(self.negative_prompt.split()),
             adapter_weight=self.adapter_weight,
+            decoder=self.decoder,
         )
 
 

@@ -8,7 +8,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from typing import TYPE_CHECKING
@@ -18,10 +18,11 @@ from bestiary.app.errors import RefusedError, Stopped
 from bestiary.app.events import Event, Loading, Note, Picture, Preview, Progress, Role
 from bestiary.app.offers import Offer, Offerings, Offers, gone, short_name
 from bestiary.app.orders import MAX_SIDE, SIDE_STEP, Order
+from bestiary.engine_choice import Wish, choose_engine
 from bestiary.errors import BestiaryError
 from bestiary.generation import Base, Generator, choose_base, decisive, defaults_of
 from bestiary.png_metadata import AppliedAdapter, PictureSettings, StartImage, as_a1111, write_png
-from bestiary.samplers import SAMPLERS, Sampling
+from bestiary.samplers import SAMPLERS, Sampling, SamplingChanges
 from bestiary.subjects import ANIMALS, Subject, caption, find_subject
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class Studio:
 
     def __init__(self, offerings: Offerings) -> None:
         self.offers = Offers(offerings)
-        self._generator = Generator()
+        self._generator = Generator(offerings.tiny_decoder)
 
     def catalog(self) -> dict[str, object]:
         """Everything that the page offers, and its initial choices, ready for JSON."""
@@ -173,6 +174,7 @@ class Studio:
         """Find and load what the order needs."""
         offers = [(self.offers.find(each.adapter), each.weight) for each in order.adapters]
         chosen = tuple(Chosen(offer, self.offers.resolve(offer), weight) for offer, weight in offers)
+        _check_export(order, chosen)
         trusted = [each.adapter for each in chosen if each.offer.kind != "upload"]
         base = choose_base(
             decisive(trusted or [each.adapter for each in chosen]),
@@ -197,7 +199,9 @@ class Studio:
         # The order sets everything else. A few-step adapter is drawn at its own timesteps.
         usual = defaults_of(offers)
         sampling = Sampling(
-            guidance_interval=order.guidance_interval, timesteps=usual.sampling.timesteps if usual else None
+            guidance_interval=order.guidance_interval,
+            timesteps=usual.sampling.timesteps if usual else None,
+            decoder=usual.sampling.decoder if usual else "full",
         )
         sampling = self._generator.sized(order.changes.apply(sampling))
         order.check_work(sampling.width or SIDE_STEP, sampling.height or SIDE_STEP)
@@ -210,6 +214,8 @@ class Studio:
             adapter=None,
             adapter_sha256=None,
             start=work.start,
+            engine=self._generator.export.engine if self._generator.export else "torch",
+            export_sha256=self._generator.export.sha256 if self._generator.export else None,
         )
         plain = self._generator.prompted(plain, prompt, literal=not order.prompt.strip())
         adapted = plain
@@ -254,14 +260,33 @@ class Studio:
 @contextlib.contextmanager
 def stoppable(pipeline: StableDiffusionPipeline, check: Callable[[], None]) -> Iterator[None]:
     """Inside, call `check` before every block of the UNet and of the decoder. What it raises stops the drawing."""
+    from bestiary.diffusion.engines import is_exported
+
     unet, decoder = pipeline.unet, pipeline.vae.decoder
-    blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks, *getattr(decoder, "up_blocks", ())]
+    if is_exported(pipeline):  # OpenVINO computes each network in one piece
+        blocks = [unet, decoder]
+    else:
+        blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks, *getattr(decoder, "up_blocks", ())]
     hooks = [block.register_forward_pre_hook(lambda *_: check()) for block in blocks if block is not None]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _check_export(order: Order, chosen: Sequence[Chosen]) -> None:
+    """Raise BestiaryError when the order names an export and asks for more than that can draw."""
+    wish = Wish(
+        changes=SamplingChanges(decoder=order.decoder),
+        has_image=bool(order.image),
+        weighted=any(each.weight != 1 for each in chosen),
+        base=order.base,
+        device=order.device,
+    )
+    chosen_engine, _ = choose_engine([each.adapter for each in chosen], wish)
+    if order.compare and any(adapter.is_export for adapter in chosen_engine):
+        raise BestiaryError("An export holds no base to compare with. Turn off the comparison.")
 
 
 def native_side(base: Base) -> int:

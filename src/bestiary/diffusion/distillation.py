@@ -72,18 +72,12 @@ def distill(
     first_step = saved.progress.step if saved else 0
     run = _Run(unet, scheduler, latents, settings, seed, first_step, on_log)
     progress = run.progress
-
-    def validate() -> None:
-        with run.averaged():
-            score = on_validation(progress.step) if on_validation else None
-            progress.add_validation(run.validation_loss(), score, run.ema.average)
-
     if saved:
         if on_validation:
             on_validation(0)  # the student still is the teacher
         run.restore(saved)
     else:
-        validate()
+        run.validate(on_validation)
     progress.start_clock()
     with (
         progress_bar(settings.steps, first_step, "distil the adapter", run.accelerator) as bar,
@@ -95,7 +89,7 @@ def distill(
             if progress.row_due:
                 progress.average_losses()
                 if progress.validation_due:
-                    validate()
+                    run.validate(on_validation)
                     progress.start_clock()
                 else:
                     progress.log()
@@ -345,13 +339,13 @@ class _Run:
             guess = path.schedule.split(noisy, path.predict(noisy, timesteps, features), timesteps)[0]
         return pseudo_huber(guess - target, self.settings.huber_c)
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Inside, the UNet has the averaged weights, as a saved adapter would have them."""
+    def validate(self, on_validation: OnValidation | None) -> None:
+        """Measure the averaged weights, draw with them, and keep them if they are the best so far."""
         with self.ema.applied():
             self.trained.spread()
-            with self.trained.in_float32():
-                yield
+            with self.trained.in_float32():  # as a saved adapter has them
+                score = on_validation(self.progress.step) if on_validation else None
+                self.progress.add_validation(self.validation_loss(), score, self.ema.average)
         self.trained.spread()
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 import warnings
@@ -316,6 +317,7 @@ def _write_parts(pipeline: StableDiffusionPipeline, fused: Fused, folder: Path) 
     with quiet_loading():
         scheduler = make_scheduler(sampling.sampler, pipeline.scheduler.config, sampling.steps)
     scheduler.save_pretrained(folder / "scheduler")
+    _write_finite(folder / "scheduler" / "scheduler_config.json")
     pipeline.tokenizer.save_pretrained(folder / "tokenizer")
     _write_tokenizer(pipeline.tokenizer, folder / "tokenizer")
     names = {"scheduler": type(scheduler).__name__, "text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer"}
@@ -324,6 +326,13 @@ def _write_parts(pipeline: StableDiffusionPipeline, fused: Fused, folder: Path) 
     index |= {part: [library, names[part]] for part, library in CLASSES.items()}
     index |= {part: [None, None] for part in ("feature_extractor", "image_encoder", "safety_checker")}
     write_json(folder / "model_index.json", {**index, "requires_safety_checker": False})
+
+
+def _write_finite(path: Path) -> None:
+    """Leave infinite numbers out of a scheduler's config: they are defaults, and no JSON for other readers."""
+    config = json.loads(path.read_bytes())
+    finite = {key: value for key, value in config.items() if not (isinstance(value, float) and math.isinf(value))}
+    write_json(path, finite)
 
 
 def _write_tokenizer(tokenizer: Any, folder: Path) -> None:

@@ -42,6 +42,7 @@ export function readOrder() {
     height,
     image: startImage?.key ?? '',
     denoise: Number($('denoise').value),
+    decoder: $('decoder').value || null,
     compare: $('compare').checked && [$('adapter').value, $('second').value].some((key) => key !== 'none'),
     preview: $('preview').checked,
   };
@@ -60,6 +61,7 @@ export function repeatOrder(order) {
   chooseInterval(order.guidance_interval);
   chooseStart(order.image);
   $('denoise').value = order.denoise;
+  $('decoder').value = order.decoder ?? '';
   showWeights();
   $('guidance').value = order.guidance_scale;
   $('compare').checked = order.compare || isBaseAlone(order);

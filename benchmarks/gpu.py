@@ -6,6 +6,7 @@ encoded at every step, autocast, the adapter in bfloat16, AdamW that is not fuse
 reading of files is left out.
 
     python benchmarks/gpu.py                 # 5 minutes, plus what torch.compile needs the first time
+    python benchmarks/gpu.py --low-memory    # instead: peaks of the stages with settings for GPUs of 8 and 6 GB
     python benchmarks/gpu.py --quick         # a small trial of the benchmark, on a CPU too: its numbers mean nothing
 
 Prints a line of JSON for each measurement while it runs; the last line is JSON with all of them.
@@ -14,14 +15,17 @@ Prints a line of JSON for each measurement while it runs; the last line is JSON 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -45,21 +49,38 @@ from training import (
     random_weights,
     seconds,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from bestiary.diffusion.adapter import inject
 from bestiary.diffusion.encoding import VaeEncoder
 from bestiary.diffusion.latents import Latents
 from bestiary.diffusion.sampling import generate
 from bestiary.diffusion.training import train
+from bestiary.evaluation.judge import Judge
 from bestiary.evaluation.profiling import environment
+from bestiary.evaluation.watching import TrainingWatch
 from bestiary.samplers import Sampling
+from bestiary.subjects import Subject
 
 RANK = PARAMS.train.rank or 4
 STEPS = 30  # of a measured training, the first ten to warm up
 # Our batches by resolution, and the one at which the official script was fastest.
 BATCHES = {256: (16, 64, 256), 512: (16, 64)}
 OFFICIAL = {256: 64, 512: 32}
+# GPUs by their gigabytes, and docs/real-run.md's settings for them. Everything is done one image at a time.
+LOW_MEMORY = (8, 6)
+OUTSIDE_GIB = 1.0  # of a card's memory that is left to CUDA and its libraries
+LOW_MEMORY_TRAIN = {
+    "batch_size": 4,
+    "accumulation": 4,
+    "gradient_checkpointing": True,
+    "compile": "never",
+    "sheet_animals": 1,
+    "sheet_seeds": 1,
+    "sheet_guidance_scale": 7.5,
+    "min_snr_gamma": 5.0,
+}
 
 
 def main() -> None:
@@ -67,6 +88,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small models")
     parser.add_argument("--only", nargs="*", metavar="NAME", help="only these, by the start of a name")
     parser.add_argument("--compile-official", action="store_true", help="compile the official script's UNet as well")
+    parser.add_argument("--low-memory", action="store_true", help="the stages on GPUs of 8 and 6 GB, and nothing else")
     arguments = parser.parse_args()
     machine = asdict(environment())
     result: dict[str, Any] = {"benchmark": "gpu", "quick": arguments.quick, "environment": machine, "gpu": None}
@@ -77,7 +99,10 @@ def main() -> None:
     sizes = SMALL if arguments.quick else STABLE_DIFFUSION
     rate = matmul_tflops(256 if arguments.quick else 4096)
     result |= {"gpu": torch.cuda.get_device_name() if GPU else "cpu", "matmul_tflops": rate, "rows": {}}
-    for name, measure in measurements(sizes, rate, arguments.quick, arguments.compile_official).items():
+    jobs = {} if arguments.low_memory else measurements(sizes, rate, arguments.quick, arguments.compile_official)
+    if arguments.low_memory or arguments.quick:
+        jobs |= low_memory(sizes, arguments.quick)
+    for name, measure in jobs.items():
         if arguments.only and not name.startswith(tuple(arguments.only)):
             continue
         started = time.perf_counter()
@@ -227,6 +252,122 @@ def encoding(sizes: Models, side: int, compiled: bool) -> dict[str, float]:
 
 def drawing(sizes: Models, side: int, steps: int, scale: float, batch: int) -> dict[str, float]:
     """Pictures a second as `bestiary generate` draws them."""
+    pipeline = _pipeline(sizes)
+    sampling = Sampling("dpmsolver++", steps=steps, guidance_scale=scale, width=side, height=side)
+
+    def draw() -> None:
+        generate(pipeline, ["a zebra"] * batch, range(batch), sampling, batch_size=batch)
+
+    draw()
+    return _rate(median(seconds(draw) for _ in range(3)) / batch)
+
+
+# ---- GPUs with little memory ----
+
+
+def low_memory(sizes: Models, quick: bool) -> dict[str, Callable[[], dict[str, float]]]:
+    """The three stages that hold networks, one image at a time, with a part of the card's memory."""
+    jobs: dict[str, Callable[[], dict[str, float]]] = {}
+    side = 64 if quick else 512
+    for gigabytes in LOW_MEMORY[: 1 if quick else 2]:
+        for stage, work in {"encode": _encode_alone, "train": _train_alone, "evaluate": _evaluate_alone}.items():
+            jobs[f"low memory {gigabytes} GB, {stage}"] = partial(_capped, gigabytes, partial(work, sizes, side))
+    return jobs
+
+
+def _capped(gigabytes: int, work: Callable[[], float]) -> dict[str, float]:
+    """Do `work`, which returns images per second, as if the card had only so much memory. Nothing is capped on a CPU.
+
+    peak_gib, which `main` adds, is what torch's allocator held; outside_gib is what CUDA and its libraries take.
+    """
+    if not GPU:
+        return {"images_per_second": work()}
+    free, total = torch.cuda.mem_get_info()
+    limit = (gigabytes - OUTSIDE_GIB) * 2**30
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
+    try:
+        rate = work()
+        free, total = torch.cuda.mem_get_info()
+        outside = total - free - torch.cuda.memory_reserved()
+        return {"images_per_second": rate, "limit_gib": limit / 2**30, "outside_gib": outside / 2**30}
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def _encode_alone(sizes: Models, side: int) -> float:
+    """One image and its mirror image through the autoencoder's encoder."""
+    vae = random_weights(lambda: AutoencoderKL(**sizes.vae)).to(memory_format=torch.channels_last)
+    pixels = torch.randint(0, 256, (2, 3, side, side), device=DEVICE, dtype=torch.uint8)
+    encoder = VaeEncoder(vae, compiled=False)
+    with torch.inference_mode():
+        encoder(pixels)
+        return 3 * len(pixels) / seconds(lambda: [encoder(pixels) for _ in range(3)])
+
+
+def _train_alone(sizes: Models, side: int) -> float:
+    """Training with everything that the stage holds: the pipeline, the judge, and the sheet that they draw."""
+    pipeline, judge = _pipeline(sizes), _judge(sizes)
+    steps = 2 if sizes is SMALL else 8
+    settings = PARAMS.train.model_copy(
+        update={
+            **LOW_MEMORY_TRAIN,
+            "optimizer": "adamw8bit" if importlib.util.find_spec("bitsandbytes") else "adamw",
+            "steps": steps,
+            "validate_every": steps // 2,
+            "learning_rate": 1e-4,
+            "warmup_steps": 0,
+            "rank": RANK,
+            "alpha": float(RANK),
+            "sheet_steps": 2,
+        }
+    )
+    latents = Latents(random_cache(8, 4, side // 8, 77, 768), random_cache(1, 4, side // 8, 77, 768))
+    rates: list[float] = []
+
+    def on_log(step: int, row: Mapping[str, float]) -> None:
+        if step:
+            rates.append(row["images_per_second"])
+
+    with tempfile.TemporaryDirectory() as folder:
+        subjects = [Subject("zebra", "zebra", "斑马")]
+        sampling = settings.sheet_sampling(side)
+        watch = TrainingWatch(pipeline, judge, subjects, settings, sampling, seed=0, folder=Path(folder))
+        train(
+            pipeline.unet,
+            pipeline.scheduler,
+            latents,
+            settings,
+            seed=0,
+            on_log=on_log,
+            on_validation=watch.draw,
+        )
+    return rates[-1]
+
+
+def _evaluate_alone(sizes: Models, side: int) -> float:
+    """Pictures drawn one at a time, guided, and judged, with pipeline and judge on the card."""
+    pipeline, judge = _pipeline(sizes), _judge(sizes)
+    sampling = Sampling("dpmsolver++", steps=4, guidance_scale=7.5, width=side, height=side)
+
+    def evaluate() -> None:
+        judge.image_features(generate(pipeline, ["a zebra"] * 2, range(2), sampling, batch_size=1))
+
+    evaluate()
+    return 2 / seconds(evaluate)
+
+
+def _judge(sizes: Models) -> Judge:
+    """A CLIP ViT-B/32 with random weights, with as many layers as the text encoder."""
+    layers = {"num_hidden_layers": sizes.text["num_hidden_layers"]}
+    config = CLIPConfig(text_config=layers, vision_config=layers)
+    return Judge(CLIPModel(config), _tokenizer(), CLIPImageProcessorPil(), DEVICE.type)
+
+
+# ---- tools ----
+
+
+def _pipeline(sizes: Models) -> StableDiffusionPipeline:
+    """A base with random weights."""
     pipeline = StableDiffusionPipeline(
         vae=random_weights(lambda: AutoencoderKL(**sizes.vae)),
         text_encoder=CLIPTextModel(CLIPTextConfig(**sizes.text)).to(DEVICE, DTYPE),
@@ -237,13 +378,8 @@ def drawing(sizes: Models, side: int, steps: int, scale: float, batch: int) -> d
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    sampling = Sampling("dpmsolver++", steps=steps, guidance_scale=scale, width=side, height=side)
-
-    def draw() -> None:
-        generate(pipeline, ["a zebra"] * batch, range(batch), sampling, batch_size=batch)
-
-    draw()
-    return _rate(median(seconds(draw) for _ in range(3)) / batch)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

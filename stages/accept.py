@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bestiary.stage import CACHE, REPORTS, stage
 
-CLEAN, SPLIT = Path("build/clean"), Path("build/split")
+CLEAN, SPLIT, OTHERS = Path("build/clean"), Path("build/split"), Path("build/others")
 FEW_STEP, FAST = Path("models/few_step"), Path("models/fast")
 
 
@@ -15,17 +15,18 @@ def main() -> None:
         from bestiary.diffusion.base import base_sha256, device_and_dtype, load_pipeline, processes
         from bestiary.evaluation.fast_variant import DefaultWay, Trial, accept, read_fast_variant, write
         from bestiary.evaluation.judge import Judge
+        from bestiary.evaluation.likeness import read_likeness
         from bestiary.evaluation.pictures import PictureCache
         from bestiary.evaluation.sweep import read_operating_point
 
-        evaluate, base, resolution = (
-            params.evaluate,
-            (params.base.model, params.base.revision),
-            params.encode.resolution,
-        )
+        evaluate, base = params.evaluate, (params.base.model, params.base.revision)
+        resolution = params.encode.resolution  # that the adapter was trained at
         point = read_operating_point(REPORTS / "operating_point")
         fast = read_fast_variant(FEW_STEP, FAST, adapter_sha256=point.adapter_sha256, side=resolution)
         processes()  # gives each process its GPU
+        # Evaluate has drawn most of the pictures of the default way; it drops from its cache what it does not need.
+        of_evaluate, own = (PictureCache(run.hold(CACHE / name), base_sha256(*base)) for name in ("evaluate", "accept"))
+        sampling = replace(evaluate.sampling(resolution), guidance_scale=point.guidance_scale)
         trial = Trial(
             load_pipeline(*base),
             Judge.load(params.judge.model, params.judge.revision, device_and_dtype()[0].type),
@@ -37,9 +38,8 @@ def main() -> None:
             template=evaluate.template,
             classes=evaluate.classes,
         )
-        # Evaluate has drawn most of the pictures of the default way; it drops from its cache what it does not need.
-        of_evaluate, own = (PictureCache(run.hold(CACHE / name), base_sha256(*base)) for name in ("evaluate", "accept"))
-        sampling = replace(evaluate.sampling(resolution), guidance_scale=point.guidance_scale)
+        if evaluate.proof:
+            trial = replace(trial, likeness=read_likeness(trial, OTHERS, evaluate.proof, sampling, own))
         default = DefaultWay(point.adapter, sampling, evaluate.seeds, of_evaluate)
         acceptance = accept(trial, default, fast, params.accept, own)
         if run.is_main:

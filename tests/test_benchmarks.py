@@ -46,6 +46,7 @@ def test_a_gpus_speed_is_measured_beside_other_ways_and_each_row_says_what_it_is
         "VAE encoder",
         "drawing",
         "memory",
+        "low memory 8 GB",
     }
     assert all(row["images_per_second"] > 0 for row in rows.values())
     assert result["gpu"] == "cpu"  # the tests hide a GPU

@@ -333,6 +333,7 @@ class Losses(Section):
     margin: float = Field(ge=0)
     top1: float = Field(ge=0)  # percentage points
     cmmd: float = Field(ge=0)
+    likeness: float = Field(ge=0)  # of one subject, instead of the others: share of the way to its photos
 
 
 class Accept(Section):

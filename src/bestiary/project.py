@@ -228,11 +228,14 @@ def render_results(
 
 def _fast_lines(acceptance: AcceptanceReport) -> Iterator[str]:
     from bestiary.evaluation.acceptance import as_text
+    from bestiary.registry.result_page.page import is_about
 
     yield from as_text(acceptance)
-    sheet = project_root() / "reports" / "accept" / "sheet.png"
+    sheet, page = (project_root() / "reports" / name for name in ("accept/sheet.png", "fast.html"))
     if sheet.exists():
-        yield f"Look      {short_path(sheet)}: the default way, the reference and the fast variant"
+        yield f"\nLook      {short_path(sheet)}: the default way, the reference and the fast variant"
+    if is_about(page, acceptance.adapter_sha256):
+        yield f"          {short_path(page)}: the result with the fast variant as one page to pass on"
 
 
 def _holds_adapter(evaluation: EvaluationReport) -> bool:

@@ -285,7 +285,7 @@ def test_a_few_step_adapter_that_is_not_there_or_does_not_say_how_to_draw_is_ref
     def offline(*_: object) -> Path:
         raise OSError("no network")
 
-    with pytest.raises(BestiaryError, match=r"somebody/lcm-lora has no pytorch_lora_weights.safetensors on this mach"):
+    with pytest.raises(BestiaryError, match=r"The few-step adapter somebody/lcm-lora is not complete on this machine"):
         find_few_step(chosen.model_copy(update={"model": "somebody/lcm-lora"}), offline)
 
 
@@ -339,8 +339,13 @@ def test_the_stage_writes_an_adapter_that_draws_in_its_few_steps(
     (tmp_path / "lcm-lora" / FILE_NAME).write_bytes(lcm.to_bytes())
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     params["profiles"]["sample"]["encode"]["resolution"] = 32
-    changes: dict[str, object] = {"steps": 2}
-    changes |= {"batch_size": 2, "validate_every": 2, "sheet_animals": 1, "teacher_steps": 2}
+    changes: dict[str, object] = {
+        "steps": 2,
+        "batch_size": 2,
+        "validate_every": 2,
+        "sheet_animals": 1,
+        "teacher_steps": 2,
+    }
     if source == "of others":
         changes |= {"from": {"model": "lcm-lora", "revision": None, "file": None, "weight": 0.7}}
     params["profiles"]["sample"]["distill"] |= changes

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -289,3 +290,29 @@ def test_the_fastest_good_setting_is_the_fastest_within_a_hundredth_of_the_best(
 
     rows = [row(30.0, 1.0), row(29.8, 4.0), row(29.0, 9.0)]
     assert benchmark.fastest_good(rows) == rows[1]
+
+
+def test_a_setting_that_compiles_too_long_or_does_not_fit_is_skipped_and_the_others_are_measured(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = benchmark._measure_setting
+
+    def compile_for_ever(unet: torch.nn.Module) -> torch.nn.Module:
+        unet.register_forward_pre_hook(lambda *_: time.sleep(60))
+        return unet
+
+    def full(bench: Bench, pipeline: StableDiffusionPipeline, setting: Setting, converged: object) -> benchmark.Row:
+        if setting.batch > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return measure(bench, pipeline, setting, None)
+
+    monkeypatch.setattr(benchmark, "this_machine", lambda _: CAPABLE)
+    monkeypatch.setattr(benchmark, "_draw_converged", lambda *_: {})
+    monkeypatch.setattr(benchmark, "_measure_setting", full)
+    monkeypatch.setattr(benchmark, "COMPILE_LIMIT_SECONDS", 0.1)
+    monkeypatch.setattr(torch, "compile", compile_for_ever)
+    default = Setting("ddim", 1, batch=1, fused=False)
+    rows, skipped = benchmark.run(bench, [default, replace(default, batch=2), replace(default, compiled=True)])
+    assert [row.setting for row in rows] == [default]
+    reasons = {each.setting.batch: each.reason for each in skipped}
+    assert reasons == {2: "the GPU's memory is too small", 1: "compiling takes more than 0 s"}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from support.fast_variant import acceptance, estimate
 from support.registry import make_adapter
 from support.settings import encode_settings
@@ -25,10 +26,12 @@ from bestiary.errors import BestiaryError
 from bestiary.evaluation.acceptance import Drawn, Identity, Measured, Way, as_markdown, as_text, decide, read_acceptance
 from bestiary.evaluation.fast_variant import Acceptance, DefaultWay, FastVariant, Trial, accept, count_passes, write
 from bestiary.evaluation.judge import Judge
+from bestiary.evaluation.likeness import read_likeness
 from bestiary.evaluation.pictures import PictureCache
 from bestiary.evaluation.report import Row
-from bestiary.params import Accept, load_params
+from bestiary.params import Accept, Proof, load_params
 from bestiary.samplers import Sampling
+from bestiary.subjects import Subject, Subjects
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 RULES = Accept.model_validate(
     {
-        "max_loss": {"clip_score": 2.0, "margin": 2.0, "top1": 3.0, "cmmd": 0.05},
+        "max_loss": {"clip_score": 2.0, "margin": 2.0, "top1": 3.0, "cmmd": 0.05, "likeness": 0.1},
         "min_diversity": 0.8,
         "max_copied": 0.1,
         "reference_steps": 2,
@@ -98,6 +101,20 @@ def test_each_rule_alone_refuses_by_the_worse_end_of_its_interval(change: dict[s
     assert not accepted
     assert len(reasons) == 1
     assert re.search(reason, reasons[0])
+
+
+def test_one_subject_is_judged_by_its_likeness_to_few_photos() -> None:
+    def of_one(likeness: float) -> Measured:
+        return measured(
+            difference={"likeness": estimate(likeness, 0.05), "clip_score": estimate(-9.0), "cmmd": estimate(9.0)},
+            real_pictures=4,
+        )
+
+    assert decide(of_one(-0.02), RULES).accepted
+    accepted, reasons = decide(of_one(-0.08), RULES)
+    assert not accepted
+    assert len(reasons) == 1
+    assert "likeness to the photos (0 others, 1 its own) -0.08" in reasons[0]
 
 
 def test_one_class_is_judged_by_the_scores_that_it_has() -> None:
@@ -225,6 +242,41 @@ def test_the_default_way_itself_is_accepted_and_noise_is_refused(
     # What was lost was lost by the export: the few-step adapter in torch draws as before.
     assert noise.report.differences.distillation["clip_score"].mean == 0
     assert noise.report.differences.export == noise.report.differences.fast_default
+
+
+def test_likeness_tells_a_subjects_own_photos_from_those_of_others(trial: Trial, tmp_path: Path) -> None:
+    examples = ROOT / "examples" / "pip" / "photos"
+    photos = sorted((examples / "pip").glob("*.jpg"))
+    for name, half in (("train", photos[:8]), ("val", photos[8:])):
+        rows = [{"path": f"pip/{path.name}", "class": "pip"} for path in half]
+        pd.DataFrame(rows).to_csv(tmp_path / f"{name}.csv", index=False)
+    pip = Subject("pip", "sks penguin", "", class_word="penguin")
+    Subjects({"pip": pip}).write_to(tmp_path)
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "pip").symlink_to(examples / "other-penguins")
+    proof = Proof.model_validate(
+        {
+            "contexts": ["a photo of {}"],
+            "unrelated": ["a photo of a bee"],
+            "seeds": 2,
+            "class_seeds": 2,
+            "image_judge": {"model": str(ROOT / "models" / "image_judge"), "revision": None},
+        }
+    )
+    sampling = replace(SAMPLING, steps=2)
+    of_pip = replace(trial, clean=examples, split=tmp_path)
+    likeness = read_likeness(of_pip, tmp_path / "others", proof, sampling, None)
+    assert likeness is not None
+    own, others = (
+        likeness.way([Image.open(path) for path in paths])
+        for paths in (photos[:8], sorted((examples / "other-penguins").glob("*.jpg")))
+    )
+    assert own is not None
+    assert others is not None
+    assert own.mean == pytest.approx(1.0)
+    assert others.mean == pytest.approx(0.0)
+    assert (own - others).ci95[0] > 0.1
+    assert read_likeness(trial, tmp_path / "others", proof, sampling, None) is None  # two classes
 
 
 @pytest.mark.slow

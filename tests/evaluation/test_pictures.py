@@ -25,6 +25,7 @@ from bestiary.diffusion.sampling import generate
 from bestiary.errors import BestiaryError
 from bestiary.evaluation import pictures
 from bestiary.evaluation.judge import Judge
+from bestiary.evaluation.judging_ahead import JudgingAhead
 from bestiary.evaluation.pictures import Jobs, PictureCache, draw, draw_pairs
 from bestiary.samplers import Sampling
 
@@ -264,3 +265,18 @@ def test_pictures_that_do_not_fit_together_are_drawn_one_by_one(
     for one, other in zip(together, alone, strict=True):
         assert np.abs(np.asarray(one, np.int16) - np.asarray(other, np.int16)).max() <= 1
     assert "Continuing with 1 at a time: lower evaluate.batch_size" in capsys.readouterr().out
+
+
+def test_pictures_judged_while_others_are_drawn_have_the_features_of_pictures_judged_afterwards(
+    pipeline: StableDiffusionPipeline, judge: Judge, tmp_path: Path
+) -> None:
+    ahead, cache = JudgingAhead([judge]), PictureCache(tmp_path, "base")
+    drawn = draw(pipeline, None, JOBS, SAMPLING, batch_size=2, cache=cache, on_drawn=ahead.see)
+    unseen = Image.new("RGB", (64, 64), "red")
+    images = [*drawn, unseen, drawn[0]]
+    torch.testing.assert_close(ahead.features(judge, images), judge.image_features(images), atol=1e-5, rtol=0)
+    assert len(ahead._known) == 3
+    assert len(ahead.features(judge, [])) == 0
+    again: list[object] = []
+    draw(pipeline, None, JOBS, SAMPLING, batch_size=2, cache=cache, on_drawn=again.append)
+    assert again == []  # nothing is drawn, so nothing can be judged meanwhile

@@ -15,10 +15,14 @@ from bestiary.diffusion.adapter_format import Provenance
 from bestiary.diffusion.base import load_pipeline, load_scheduler, load_unet, load_vae
 from bestiary.diffusion.encoding import VaeEncoder
 from bestiary.diffusion.fast_step import FastPrediction
+from bestiary.diffusion.full_memory import Halving
 from bestiary.diffusion.latents import LatentCache, Latents
 from bestiary.diffusion.progress import TrainingResult
 from bestiary.diffusion.sampling import generate
 from bestiary.diffusion.training import train
+from bestiary.evaluation.judge import Judge
+from bestiary.evaluation.judging_ahead import JudgingAhead
+from bestiary.evaluation.pictures import Jobs, draw
 from bestiary.samplers import Sampling
 
 pytestmark = pytest.mark.skipif(
@@ -108,3 +112,28 @@ def test_a_picture_is_drawn(base_folder: Path) -> None:
     (image,) = generate(pipeline, ["a zebra"], [0], Sampling("dpmsolver++", steps=4, guidance_scale=3.0), batch_size=1)
     assert image.size == (64, 64)
     assert len(set(image.convert("L").getdata())) > 20
+
+
+def test_a_second_thread_judges_on_the_gpu_while_pictures_are_drawn(base_folder: Path, judge_folder: Path) -> None:
+    pipeline, judge = load_pipeline(base_folder, device="cuda", dtype=HALF), Judge.load(str(judge_folder), None, "cuda")
+    ahead, jobs = JudgingAhead([judge]), Jobs([0] * 6, ["a zebra"] * 6, list(range(6)))
+    drawn = draw(pipeline, None, jobs, Sampling("dpmsolver++", steps=4), batch_size=2, on_drawn=ahead.see)
+    features = ahead.features(judge, drawn)
+    assert len(ahead._known) == 6
+    torch.testing.assert_close(features, judge.image_features(drawn), atol=1e-3, rtol=0)
+
+
+def test_what_does_not_fit_into_the_memory_is_halved(base_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vae = load_vae(base_folder, dtype=HALF).to("cuda", memory_format=torch.channels_last)
+    pixels = torch.randint(0, 256, (64, 3, 256, 256), device="cuda", dtype=torch.uint8)
+    encode, halving = VaeEncoder(vae, compiled=False), Halving("Encoding", "encode.batch_size")
+    torch.cuda.empty_cache()
+    taken = torch.cuda.memory_reserved() + 2**29
+    torch.cuda.set_per_process_memory_fraction(taken / torch.cuda.mem_get_info()[1])
+    try:
+        with torch.inference_mode():
+            means = torch.cat([mean for mean, _ in halving.parts(encode, pixels)])
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert len(means) == 64
+    assert "Continuing with" in capsys.readouterr().out

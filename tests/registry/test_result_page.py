@@ -11,14 +11,17 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from support.fast_variant import acceptance
 from support.registry import DEFAULTS, evaluation, make_adapter, make_submission, one_subject
 
 from bestiary.diffusion.adapter import adapter_sha256
 from bestiary.diffusion.base import base_sha256
+from bestiary.errors import BestiaryError
 from bestiary.evaluation.report import EvaluationReport, describe_proof, read_evaluation, table_rows
 from bestiary.project import render_results
 from bestiary.registry.registering import Registration, read_registration
 from bestiary.registry.result_page import page as result_page
+from bestiary.registry.result_page.fast_page import write_fast_page
 from bestiary.registry.result_page.page import Source, render, write_page
 
 ROOT = Path(__file__).parents[2]
@@ -151,3 +154,16 @@ def test_register_writes_the_page_and_results_name_it_for_this_adapter_only(
     assert "reports/index.html: the result as one page" in printed(submission.evaluation)
     other = submission.evaluation.model_copy(update={"adapter_sha256": "0" * 64})
     assert "index.html" not in printed(other)
+
+
+def test_the_page_gets_a_section_about_the_fast_variant(pictures: Path, tmp_path: Path) -> None:
+    page, out = tmp_path / "index.html", tmp_path / "fast.html"
+    page.write_text(render(evaluation("a" * 64), CHALLENGER, SOURCE, DEFAULTS, pictures), encoding="utf-8")
+    write_fast_page(out, page, CHALLENGER, acceptance("a" * 64, "f" * 64), pictures / "sheet.png")
+    before, after = (Parsed(path.read_text(encoding="utf-8")) for path in (page, out))
+    assert len(after.rows) == len(before.rows) + 6
+    assert "The fast variant: accepted Fast variant accepted: openvino in int8 with the tiny decoder" in after.text
+    assert "bestiary pull models:/bestiary/2 --fast --out my-fast-variant" in after.text
+    assert result_page.is_about(out, "a" * 64)
+    with pytest.raises(BestiaryError, match=r"index\.html is missing, or about another adapter"):
+        write_fast_page(out, page, CHALLENGER, acceptance("b" * 64, "f" * 64), pictures / "sheet.png")

@@ -26,6 +26,7 @@ from bestiary.diffusion.adapter import inject
 from bestiary.diffusion.base import device_and_dtype, processes
 from bestiary.diffusion.batches import Batch, Sample, TrainingStream, ValidationGrid, collate
 from bestiary.diffusion.checkpoints import Checkpoint, load_checkpoint, save_checkpoint, stop_on_sigterm
+from bestiary.diffusion.full_memory import explained
 from bestiary.diffusion.half_precision import TrainedWeights
 from bestiary.diffusion.objective import Validation, pseudo_huber, squared
 from bestiary.diffusion.optimization import Ema, assign, learning_rate_factor
@@ -45,6 +46,7 @@ BETAS = (0.9, 0.99)  # a shorter memory than Adam's usual 0.999, because the tar
 OnValidation = Callable[[int], float]  # step; returns the CLIP score of what it drew
 
 
+@explained("A distillation step", "Lower distill.batch_size.")
 def distill(
     unet: UNet2DConditionModel,
     scheduler: DDPMScheduler,
@@ -70,18 +72,12 @@ def distill(
     first_step = saved.progress.step if saved else 0
     run = _Run(unet, scheduler, latents, settings, seed, first_step, on_log)
     progress = run.progress
-
-    def validate() -> None:
-        with run.averaged():
-            score = on_validation(progress.step) if on_validation else None
-            progress.add_validation(run.validation_loss(), score, run.ema.average)
-
     if saved:
         if on_validation:
             on_validation(0)  # the student still is the teacher
         run.restore(saved)
     else:
-        validate()
+        run.validate(on_validation)
     progress.start_clock()
     with (
         progress_bar(settings.steps, first_step, "distil the adapter", run.accelerator) as bar,
@@ -93,7 +89,7 @@ def distill(
             if progress.row_due:
                 progress.average_losses()
                 if progress.validation_due:
-                    validate()
+                    run.validate(on_validation)
                     progress.start_clock()
                 else:
                     progress.log()
@@ -343,13 +339,13 @@ class _Run:
             guess = path.schedule.split(noisy, path.predict(noisy, timesteps, features), timesteps)[0]
         return pseudo_huber(guess - target, self.settings.huber_c)
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Inside, the UNet has the averaged weights, as a saved adapter would have them."""
+    def validate(self, on_validation: OnValidation | None) -> None:
+        """Measure the averaged weights, draw with them, and keep them if they are the best so far."""
         with self.ema.applied():
             self.trained.spread()
-            with self.trained.in_float32():
-                yield
+            with self.trained.in_float32():  # as a saved adapter has them
+                score = on_validation(self.progress.step) if on_validation else None
+                self.progress.add_validation(self.validation_loss(), score, self.ema.average)
         self.trained.spread()
 
     @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
@@ -17,6 +18,7 @@ from bestiary.errors import BestiaryError
 from bestiary.evaluation.pictures import Jobs, make_jobs, read_class_texts
 from bestiary.evaluation.profiling import Cost, Machine, environment, measure, this_machine
 from bestiary.evaluation.scoring import ClassTexts, JudgedImages, score, unit
+from bestiary.evaluation.timing import TooLongError, time_limit
 from bestiary.samplers import SAMPLERS, Sampling
 from bestiary.subjects import Subjects
 
@@ -36,6 +38,8 @@ OPTIONAL = ("peak_device_memory_mib", "compile_s", "with_loading_s")  # missing 
 CONVERGED_SAMPLER, MIN_CONVERGED_STEPS, MAX_CONVERGED_STEPS = "dpmsolver++", 100, 1000
 CONVERGED_FACTOR = 2.5
 WARM_UP_STEPS = 2  # allocate as much memory as more steps would
+COMPILE_SECONDS = 60.0  # that the bar expects
+COMPILE_LIMIT_SECONDS = 600.0  # after which a compiled setting is skipped
 
 
 @dataclass(frozen=True)
@@ -387,9 +391,12 @@ def _measure_group(
         pipeline.unet = torch.compile(unet) if setting.compiled else unet
         limit = None if SAMPLERS[setting.scheduler].stochastic else converged.get(setting.guidance)
         try:
-            yield _measure_setting(bench, pipeline, setting, limit)
+            found: Row | Skipped = _measure_setting(bench, pipeline, setting, limit)
         except torch.OutOfMemoryError:
-            yield Skipped(setting, "the GPU's memory is too small")
+            found = Skipped(setting, "the GPU's memory is too small")
+        except TooLongError:
+            found = Skipped(setting, f"compiling takes more than {COMPILE_LIMIT_SECONDS:.0f} s")
+        yield found
 
 
 def _measure_setting(
@@ -398,7 +405,8 @@ def _measure_setting(
     jobs, sampling = bench.trial.jobs, setting.sampling(bench.sampling)
     # torch.compile compiles once for each input shape, so the warm-up of a compiled UNet is the call that is timed.
     short = sampling if setting.compiled else replace(sampling, steps=min(WARM_UP_STEPS, sampling.steps))
-    warm_up, _ = draw_timed(pipeline, jobs, short, setting.batch, repeats=1)
+    with _compiling() if setting.compiled else nullcontext():
+        warm_up, _ = draw_timed(pipeline, jobs, short, setting.batch, repeats=1)
     cost, images = draw_timed(pipeline, jobs, sampling, setting.batch, bench.repeats)
     rest = [index for index in range(len(jobs.seeds)) if index not in images]
     if rest:
@@ -406,6 +414,15 @@ def _measure_setting(
         images |= dict(zip(rest, drawn, strict=True))
     compile_s = warm_up.p50_s - cost.p50_s if setting.compiled else None
     return Row(setting, cost, judge_quality(images, bench.trial, converged), compile_s)
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Show a moving bar while the model compiles. Raises TooLongError after COMPILE_LIMIT_SECONDS."""
+    from bestiary.diffusion.fast_step import waiting_bar
+
+    with waiting_bar(COMPILE_SECONDS), time_limit(COMPILE_LIMIT_SECONDS):
+        yield
 
 
 def _draw(pipeline: StableDiffusionPipeline, jobs: Jobs, sampling: Sampling, batch_size: int) -> list[Image]:

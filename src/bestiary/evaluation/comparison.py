@@ -15,6 +15,7 @@ from bestiary.diffusion.stored_adapter import adapter_file
 from bestiary.errors import BestiaryError
 from bestiary.evaluation import pictures, plots, scoring, sweep
 from bestiary.evaluation.image_judge import ImageJudge
+from bestiary.evaluation.judging_ahead import JudgingAhead
 from bestiary.evaluation.pictures import Jobs, PictureCache, make_jobs
 from bestiary.evaluation.proof import Named, Photos, Proved, Prover, photos_of_others
 from bestiary.evaluation.report import EvaluationReport, OperatingPointReport, Rows, ScaleZero, ScoreReport
@@ -146,11 +147,13 @@ def evaluate(
         sweep_jobs = make_jobs(texts.classes, tried, settings.template, seed + len(jobs.seeds), subjects)
         result = _sweep(compared, settings, settings.sweep, chosen, sweep_jobs, texts, cache, timer)
         chosen = result.best
+    ahead = JudgingAhead(compared.judges) if compared.pipeline.device.type == "cuda" else None
+    see, size = ahead.see if ahead else None, settings.batch_size
     images = pictures.draw_pairs(
-        compared.pipeline, chosen.checkpoint, jobs, chosen.sampling, batch_size=settings.batch_size, cache=cache
+        compared.pipeline, chosen.checkpoint, jobs, chosen.sampling, batch_size=size, cache=cache, on_drawn=see
     )
     timer.lap("draw")
-    judged = [_judge(each.judge, images, jobs) for each in references]
+    judged = [_judge(each.judge, images, jobs, ahead) for each in references]
     timer.lap("judge")
     scores = [
         scoring.compare(
@@ -178,12 +181,12 @@ def evaluate(
 
 
 def _judge(
-    judge: Judge, images: tuple[Sequence[Image], Sequence[Image]], jobs: Jobs
+    judge: Judge, images: tuple[Sequence[Image], Sequence[Image]], jobs: Jobs, ahead: JudgingAhead | None
 ) -> tuple[JudgedImages, JudgedImages]:
     """The judge's view of the base's pictures and of the adapter's."""
     return (
-        pictures.view(judge, images[0], jobs.labels, "judge the base's pictures"),
-        pictures.view(judge, images[1], jobs.labels, "judge the adapter's pictures"),
+        pictures.view(judge, images[0], jobs.labels, "judge the base's pictures", ahead),
+        pictures.view(judge, images[1], jobs.labels, "judge the adapter's pictures", ahead),
     )
 
 

@@ -17,6 +17,7 @@ from bestiary.errors import BestiaryError
 from bestiary.evaluation import pictures, plots, scoring
 from bestiary.evaluation.acceptance import (
     LABELS,
+    LIKENESS,
     MAKE,
     AcceptanceReport,
     Differences,
@@ -26,6 +27,7 @@ from bestiary.evaluation.acceptance import (
     Way,
     decide,
 )
+from bestiary.evaluation.likeness import Likeness
 from bestiary.evaluation.pictures import Jobs, PictureCache, make_jobs
 from bestiary.evaluation.report import Estimate, Row
 from bestiary.evaluation.scoring import Array, Bootstrap, ClassTexts, JudgedImages
@@ -58,6 +60,7 @@ class Trial:
     batch_size: int
     template: str
     classes: Sequence[str] | None  # None: all
+    likeness: Likeness | None = None  # to the photos of the only subject
 
 
 @dataclass(frozen=True)
@@ -323,10 +326,11 @@ def _measure(trial: Trial, references: _References, sides: Mapping[Way, Side]) -
             "diversity": scoring.bootstrap_diversity(images, counts),
         }
 
-    every = {way: scores(side.judged) for way, side in sides.items()}
+    every = {way: scores(side.judged) | _likeness(trial, side.images) for way, side in sides.items()}
     rows = list(sides["reference"].rows)
     fast = sides["fast"].judged
     shared = scores(JudgedImages(fast.features[rows], fast.labels[rows]))
+    shared |= _likeness(trial, sides["fast"].images_of(rows))
     train_counts = scoring.resample_counts(len(train.labels), trial.resamples, trial.seed + 2)
     of_real = {"cmmd": scoring.bootstrap_cmmd(real.features, train.features, real_counts, train_counts)}
     return Measured(
@@ -354,6 +358,11 @@ def _drawn(trial: Trial, references: _References, side: Side, scores: Mapping[st
         scores=_estimates(scores),
         copied=copied.estimate(),
     )
+
+
+def _likeness(trial: Trial, images: Sequence[Image]) -> dict[str, Bootstrap]:
+    way = trial.likeness.way(images) if trial.likeness else None
+    return {LIKENESS: way} if way else {}
 
 
 def _difference(one: Mapping[str, Bootstrap], other: Mapping[str, Bootstrap]) -> Row:

@@ -37,6 +37,8 @@ from bestiary.tables import read_table
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
+    from bestiary.evaluation.judging_ahead import JudgingAhead
+
 PACKAGE = Path(__file__).parents[1]
 # The code that decides a picture's pixels.
 DRAWING_CODE = (
@@ -55,6 +57,7 @@ WEIGHT_ZERO_PICTURES = 2  # enough to show whether an adapter with weight 0 chan
 READER_THREADS = 4  # decoding an image releases Python's lock
 
 Source = TypeVar("Source")
+OnDrawn = Callable[[Sequence[Image.Image]], object]
 
 
 @dataclass(frozen=True)
@@ -130,9 +133,18 @@ def read_class_texts(
     return ClassTexts(classes, features(template), {name: features(name) for name in templates_of(shown)})
 
 
-def view(judge: Judge, images: Sequence[Image.Image], labels: ArrayLike, task: str = "judge pictures") -> JudgedImages:
-    """The judge's features of pictures that should show the classes `labels` (N,). `task` names the progress bar."""
-    return _view(judge.image_features, images, labels, task)
+def view(
+    judge: Judge,
+    images: Sequence[Image.Image],
+    labels: ArrayLike,
+    task: str = "judge pictures",
+    ahead: JudgingAhead | None = None,
+) -> JudgedImages:
+    """The judge's features of pictures that should show the classes `labels` (N,). `task` names the progress bar.
+
+    Pictures that the judge has seen `ahead` are not judged again.
+    """
+    return _view(partial(ahead.features, judge) if ahead else judge.image_features, images, labels, task)
 
 
 def view_files(
@@ -201,10 +213,11 @@ def draw(
     batch_size: int,
     cache: PictureCache | None = None,
     task: str = "draw pictures",
+    on_drawn: OnDrawn | None = None,
 ) -> list[Image.Image]:
     """One picture for each job, by the base or with an adapter. Accelerate's processes share the work.
 
-    `task` names the progress bar.
+    `task` names the progress bar. `on_drawn` gets the pictures that this process draws, batch by batch.
     A batch is drawn, cached and read again as a whole, because rounding may depend on the other pictures of its batch.
     Only what does not fit into a GPU's memory is drawn in parts.
     Raises BestiaryError when the adapter does not fit the base or a picture is not finite.
@@ -215,7 +228,7 @@ def draw(
     else:
         apply_adapter(pipeline, adapter, sampling.adapter_weight)
     key = _settings_key(pipeline, adapter, sampling, batch_size) if cache else ""
-    return _draw_batches(pipeline, jobs, sampling, batch_size, task, cache, key)
+    return _draw_batches(pipeline, jobs, sampling, batch_size, task, cache, key, on_drawn)
 
 
 def draw_as_loaded(
@@ -233,13 +246,17 @@ def _draw_batches(
     task: str,
     cache: PictureCache | None = None,
     key: str = "",
+    on_drawn: OnDrawn | None = None,
 ) -> list[Image.Image]:
     prompts_and_seeds = list(zip(jobs.prompts, jobs.seeds, strict=True))
     batches = [prompts_and_seeds[start : start + batch_size] for start in range(0, len(prompts_and_seeds), batch_size)]
     fitting = Halving("Drawing", "evaluate.batch_size")
 
     def paint(batch: Sequence[tuple[str, int]]) -> list[Image.Image]:
-        return [image for part in fitting.parts(partial(_generate, pipeline, sampling), batch) for image in part]
+        images = [image for part in fitting.parts(partial(_generate, pipeline, sampling), batch) for image in part]
+        if on_drawn:
+            on_drawn(images)
+        return images
 
     strips = map_across_processes(partial(_draw_batch, paint, cache, key), batches, task, "batch")
     return [image for strip, batch in zip(strips, batches, strict=True) for image in _cut(strip, len(batch))]
@@ -253,6 +270,7 @@ def draw_pairs(
     *,
     batch_size: int,
     cache: PictureCache | None = None,
+    on_drawn: OnDrawn | None = None,
 ) -> tuple[list[Image.Image], list[Image.Image]]:
     """The base's and the adapter's pictures of the same prompts and noise, drawn as `draw` does.
 
@@ -267,9 +285,8 @@ def draw_pairs(
             f"The adapter {adapter} with weight 0 does not give the base's pictures, so a comparison would be unfair. "
             "Train it again."
         )
-    by_base = draw(pipeline, None, jobs, sampling, batch_size=size, cache=cache, task="draw with the base")
-    by_adapter = draw(pipeline, adapter, jobs, sampling, batch_size=size, cache=cache, task="draw with the adapter")
-    return by_base, by_adapter
+    drawer = partial(draw, pipeline, jobs=jobs, sampling=sampling, batch_size=size, cache=cache, on_drawn=on_drawn)
+    return drawer(adapter=None, task="draw with the base"), drawer(adapter=adapter, task="draw with the adapter")
 
 
 def _settings_key(pipeline: StableDiffusionPipeline, adapter: Path | None, sampling: Sampling, batch_size: int) -> str:

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from bestiary.diffusion.full_memory import Halving
 from bestiary.diffusion.sampling import generate
 from bestiary.diffusion.sheet import Sheet
 from bestiary.subjects import Subject, caption, templates_of
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
+    from PIL.Image import Image
 
     from bestiary.evaluation.judge import Judge
     from bestiary.samplers import Sampling
@@ -55,15 +57,21 @@ class TrainingWatch:
         self.sampling = sampling
         self.prompts = [caption(subject, templates_of([subject])[0]) for subject in shown] * settings.sheet_seeds
         self.seeds = [seed + number for number in range(settings.sheet_seeds) for _ in shown]
+        self.fitting = Halving("Drawing the sheet", "train.sheet_animals")
         self.text_features = judge.text_features(self.prompts)  # (B, D)
         self.sheet = Sheet(folder, [subject.name for subject in shown], first)
         self._saved: set[int] = set()  # steps
 
     def draw(self, step: int) -> float:
         """Add the pictures of this step to the sheet and return their CLIP score, 100 x the mean cosine."""
-        pictures = generate(self.pipeline, self.prompts, self.seeds, self.sampling, batch_size=BATCH_SIZE)
+        jobs = list(zip(self.prompts, self.seeds, strict=True))
+        pictures = [picture for part in self.fitting.parts(self._generate, jobs) for picture in part]
         self.sheet.add(step, pictures[: len(self.sheet.columns)])  # only the first seed
         return 100 * float((self.judge.image_features(pictures) * self.text_features).sum(dim=1).mean())
+
+    def _generate(self, jobs: Sequence[tuple[str, int]]) -> list[Image]:
+        prompts, seeds = zip(*jobs, strict=True)
+        return generate(self.pipeline, prompts, seeds, self.sampling, batch_size=BATCH_SIZE)
 
     def save_sheet(self, path: Path) -> dict[int, Path]:
         """Write the sheet so far to `path`; returns the files of the rows that are new since the last call, by step."""

@@ -74,29 +74,37 @@ def render(
         (cells, verdict(score, report.delta[score.key]))
         for score, cells in zip(report.table, table_rows(report), strict=True)
     ]
-    environment = Environment(
+    return (
+        environment()
+        .get_template("page.html")
+        .render(
+            report=report,
+            registration=registration,
+            source=source,
+            defaults=defaults,
+            subjects=subjects,
+            proof=proof,
+            heading=heading(report),
+            rows=rows,
+            sentences=list(describe_proof(proof)) if proof else [],
+            copied=report.memorisation.adapter.copied.describe(),
+            sheet=read_picture(pictures / "sheet.png"),
+            contexts=read_picture(pictures / "contexts" / f"{folder}.png") if proof else None,
+            closest=read_picture(pictures / "memorisation.png"),
+            commands=commands(registration, proof.name if proof else subjects[0].name),
+            documentation=DOCUMENTATION,
+        )
+    )
+
+
+def environment() -> Environment:
+    """Jinja2 with this folder's templates."""
+    return Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,  # names of folders come from users
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-    )
-    return environment.get_template("page.html").render(
-        report=report,
-        registration=registration,
-        source=source,
-        defaults=defaults,
-        subjects=subjects,
-        proof=proof,
-        heading=heading(report),
-        rows=rows,
-        sentences=list(describe_proof(proof)) if proof else [],
-        copied=report.memorisation.adapter.copied.describe(),
-        sheet=read_picture(pictures / "sheet.png"),
-        contexts=read_picture(pictures / "contexts" / f"{folder}.png") if proof else None,
-        closest=read_picture(pictures / "memorisation.png"),
-        commands=commands(registration, proof.name if proof else subjects[0].name),
-        documentation=DOCUMENTATION,
     )
 
 

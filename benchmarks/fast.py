@@ -27,7 +27,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from inference import ORIGINAL, find_adapter, print_table, random_pipeline, real_sampling, time_steps
 from training import SMALL, STABLE_DIFFUSION, TARGETS, Models, in_another_process, random_weights, show
 
@@ -150,7 +150,7 @@ def time_export(folder: Path, sampling: Sampling) -> Way:
     return timed(open_export(folder), sampling)
 
 
-def timed(pipeline: object, sampling: Sampling) -> Way:
+def timed(pipeline: StableDiffusionPipeline, sampling: Sampling) -> Way:
     """The median seconds of several pictures, after one that is not timed."""
     calls: list[CallSeconds] = []
     passes = 0
@@ -159,7 +159,7 @@ def timed(pipeline: object, sampling: Sampling) -> Way:
         nonlocal passes
         passes += len(inputs[0])
 
-    hook = pipeline.unet.register_forward_hook(count)  # type: ignore[attr-defined]
+    hook = pipeline.unet.register_forward_hook(count)
     for seed in range(TIMED_CALLS + 1):
         passes = 0
         with stopwatch(pipeline) as spent:

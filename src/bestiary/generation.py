@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from bestiary.diffusion.adapter import Applied
     from bestiary.diffusion.sampling import Progress
     from bestiary.registry.resolving import Adapter
-    from bestiary.samplers import DrawingDefaults, Sampling
+    from bestiary.samplers import Decoder, DrawingDefaults, Sampling
 
 MAX_STEM = 60  # characters of a file name
 
@@ -207,7 +207,12 @@ def choose_base(
 
 
 def base_of_picture(settings: PictureSettings, picture: Path, default: Base | None) -> Base:
-    """The base that a picture was drawn with. Raises BestiaryError when it is on the hub and not the default."""
+    """The base that a picture was drawn with; of one that an export drew, it is inside the export.
+
+    Raises BestiaryError when it is on the hub and not the default.
+    """
+    if settings.export_sha256:
+        return Base(settings.base, settings.base_revision)
     return Base(locate_known_base(settings.base, str(picture), _models(default)), settings.base_revision)
 
 
@@ -231,6 +236,7 @@ class Export:
     sha256: str
     adapter_sha256: str
     engine: str  # with the precision: openvino-int8
+    decoder: Decoder
 
     @staticmethod
     def of(folder: Path) -> Export:
@@ -239,7 +245,7 @@ class Export:
 
         manifest = read_manifest(folder)
         engine = f"{manifest.engine}-{manifest.precision}"
-        return Export(file_sha256(folder / MANIFEST), manifest.adapter_sha256, engine)
+        return Export(file_sha256(folder / MANIFEST), manifest.adapter_sha256, engine, manifest.decoder)
 
 
 class Generator:
@@ -337,7 +343,13 @@ class Generator:
         self._applied, self.adapter_hashes, self.applied = versions, hashes, tuple(applied)
 
     def applied_files(self, adapters: Sequence[Adapter]) -> list[str]:
-        """What the base took of each adapter that is a file, in words. A registered version was verified before."""
+        """What the base took of each adapter that is a file, in words. A registered version was verified before.
+
+        Of an export, which engine and which decoder draw.
+        """
+        if self.export:
+            (adapter,) = adapters
+            return [f"{adapter.uri}: drawing with {self.export.engine} and the {self.export.decoder} decoder."]
         return [
             f"{adapter.uri}: {applied}."
             for adapter, applied in zip(adapters, self.applied, strict=True)

@@ -14,14 +14,16 @@ from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from PIL.Image import Image
 from support.adapters import make_adapter
 
+from bestiary import cli
 from bestiary.diffusion import engines
 from bestiary.diffusion.adapter import apply_adapter
 from bestiary.diffusion.base import base_sha256, load_pipeline, load_unet
 from bestiary.diffusion.engines import Processor, is_exported, open_export
 from bestiary.diffusion.export import Calibration, Exported, Format, Fused, TinyDecoder, export
-from bestiary.diffusion.export_format import MANIFEST, check_files, read_manifest
+from bestiary.diffusion.export_format import MANIFEST, check_files, file_sha256, read_manifest
 from bestiary.diffusion.sampling import generate
 from bestiary.errors import BestiaryError
+from bestiary.png_metadata import as_a1111, read_settings
 from bestiary.samplers import DrawingDefaults, Sampling
 
 if not all(map(find_spec, ("openvino", "openvino_tokenizers", "nncf"))):  # not imported: that would count as a use
@@ -214,3 +216,40 @@ def test_openvino_sends_no_statistics() -> None:
 def test_what_was_compiled_is_kept_for_the_next_process(opened: StableDiffusionPipeline) -> None:
     generate(opened, PROMPTS[:1], [0], FEW_STEPS, batch_size=1)
     assert len(list(engines.compiled_cache().glob("*.blob"))) >= 3
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["bestiary", "generate", "--prompt", "zebra", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+def test_the_command_draws_with_an_export_and_repeats_its_picture(
+    exported: tuple[Path, Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where there is no base
+    folder, done = exported
+    assert command(monkeypatch, "--adapter", str(folder), "--out", "drawn") == 0
+    (picture,) = Path("drawn").iterdir()
+    settings = read_settings(picture)
+    assert (settings.engine, settings.export_sha256) == ("openvino-fp32", file_sha256(folder / MANIFEST))
+    assert (settings.base, settings.adapter_sha256) == ("./models/base", done.manifest.adapter_sha256)
+    assert settings.sampling == replace(FEW_STEPS, width=32, height=32)
+    assert "Engine: openvino-fp32" in as_a1111(settings)
+
+    monkeypatch.setattr(sys, "argv", ["bestiary", "generate", "--like", str(picture), "--out", "again"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert Path("again", picture.name).read_bytes() == picture.read_bytes()
+
+    capsys.readouterr()
+    for options, sentence in (
+        (["--adapter", f"{folder}:0.5"], "cannot have another weight"),
+        (["--adapter", str(folder), "--engine", "torch"], "which torch cannot draw with"),
+        (["--adapter", str(folder), "--resolution", "36"], "36 is not a multiple of 8"),
+        (["--adapter", str(folder), "--decoder", "tiny"], "has the full decoder and no other"),
+    ):
+        assert command(monkeypatch, *options, "--out", "none") == 1
+        assert sentence in capsys.readouterr().err
+    assert not Path("none").exists()

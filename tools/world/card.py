@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -32,7 +32,7 @@ PROMPTS = dict(zip(STYLES, ("a drawing of {}", "a photo of {}"), strict=True))
 def write(models: Path, pictures: Path, fresh: Pictures, minutes: dict[str, float]) -> None:
     """Measure the saved models on unseen pictures and write README.md, quality.json and sheets to `models`."""
     base, judge = load_pipeline(str(models / "base")), Judge.load(str(models / "judge"))
-    quality = _on_renders(base.vae, judge, fresh)
+    quality = _on_renders(base.vae, judge, fresh) | tiny_decoder_quality(models, base.vae, fresh)
     drawn: dict[str, list[list[Image.Image]]] = {}
     for style in STYLES:
         prompts = [caption(subject_of(animal), PROMPTS[style]) for animal in ANIMALS for _ in range(SEEDS)]
@@ -74,6 +74,15 @@ def _on_renders(vae: AutoencoderKL, judge: Judge, fresh: Pictures) -> dict[str, 
     return quality
 
 
+def tiny_decoder_quality(models: Path, vae: AutoencoderKL, fresh: Pictures) -> dict[str, float]:
+    """How exactly the tiny decoder gives back unseen pictures that the full VAE has encoded."""
+    tiny = AutoencoderTiny.from_pretrained(models / "tiny_decoder").float().eval()
+    chosen = {style: np.flatnonzero(fresh.styles == STYLES.index(style))[:256] for style in STYLES}
+    return {
+        f"tiny_decoder_psnr_{style}_db": _psnr(vae, fresh.batch(indices), tiny) for style, indices in chosen.items()
+    }
+
+
 def _in_places(base: StableDiffusionPipeline, judge: Judge, sheet: Path) -> dict[str, float]:
     """The share of the base's and of real pictures whose place the judge names; a sheet of the base's pictures."""
     quality, rows = {}, []
@@ -108,6 +117,6 @@ def _nearest(judge: Judge, images: list[Image.Image], style: Style) -> NDArray[n
 
 
 @torch.no_grad()
-def _psnr(vae: AutoencoderKL, pixels: torch.Tensor) -> float:
-    output = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
+def _psnr(vae: AutoencoderKL, pixels: torch.Tensor, decoder: AutoencoderTiny | None = None) -> float:
+    output = (decoder or vae).decode(vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
     return float(10 * torch.log10(4 / (output - pixels).square().mean()))

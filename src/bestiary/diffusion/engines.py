@@ -217,7 +217,8 @@ class _UNet(_Module):
         **_: object,
     ) -> tuple[torch.Tensor]:
         """The prediction (B, C, h, w) for noisy latents, one timestep for all of them, and text features (B, T, D)."""
-        timesteps = torch.as_tensor(timestep, dtype=torch.float32).reshape(1)
+        # OpenVINO's own pipelines give whole timesteps, so the network has no others. Euler's differ by less than 1.
+        timesteps = torch.as_tensor(timestep).float().round().long().reshape(1)
         return (self.network(sample.float(), timesteps, encoder_hidden_states.float()),)
 
 

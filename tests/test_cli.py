@@ -418,8 +418,12 @@ def test_a_few_step_adapter_draws_as_it_was_distilled_beside_a_style_too(
     assert Path("again/tiger-0.png").read_bytes() == Path("out/tiger-0.png").read_bytes()
     capsys.readouterr()
     for option, value, words in (
-        ("--steps", "4", "was distilled for 2 steps, not for 4. Leave out the number of steps."),
-        ("--guidance", "7", "was distilled for 2 steps without guidance, not for the guidance scale 7."),
+        ("--steps", "4", "was distilled for 2 steps, not for 4. Draw with 2 steps."),
+        (
+            "--guidance",
+            "7",
+            "was distilled for 2 steps without guidance, not for the guidance scale 7. Draw with the guidance scale 1.",
+        ),
     ):
         assert call(monkeypatch, "generate", "tiger", "--adapter", "fast", option, value) == 1
         assert words in capsys.readouterr().err

@@ -42,18 +42,18 @@ def check_few_step(sampling: Sampling) -> None:
     distilled = f"{len(sampling.timesteps)} step{'s' if len(sampling.timesteps) > 1 else ''}"
     if sampling.steps != len(sampling.timesteps):
         raise BestiaryError(
-            f"This adapter was distilled for {distilled}, not for {sampling.steps}. Leave out the number of steps."
+            f"This adapter was distilled for {distilled}, not for {sampling.steps}. Draw with {distilled}."
         )
     if sampling.guidance_scale > 1:
         raise BestiaryError(
             f"This adapter was distilled for {distilled} without guidance, not for the guidance scale "
-            f"{sampling.guidance_scale:g}. Leave out the guidance scale."
+            f"{sampling.guidance_scale:g}. Draw with the guidance scale 1."
         )
     if sampling.sampler not in AT_TIMESTEPS:
         samplers = " or ".join(AT_TIMESTEPS)
         raise BestiaryError(
             f"The sampler {SAMPLERS[sampling.sampler].label} cannot draw at the timesteps that this adapter was "
-            f"distilled for. Leave out the sampler, or use {samplers}."
+            f"distilled for. Draw with {samplers}."
         )
 
 

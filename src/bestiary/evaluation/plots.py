@@ -97,7 +97,7 @@ def quality_against_seconds(ways: Mapping[str, tuple[float, Mapping[str, Estimat
             axes.errorbar([seconds], [estimate.mean], yerr=error, fmt="o", color=f"C{number}", capsize=3, label=name)
         axes.set(xlabel="seconds per picture (median, one at a time)", ylabel=BY_KEY[key].title, xscale="log")
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")  # several decades: labels of all ticks would overlap
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=8)
     _save(figure, path)

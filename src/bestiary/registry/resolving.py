@@ -168,11 +168,6 @@ def fast_variant(version: Version) -> Path | None:
     return fast.find_stored(version, fast_cache()).export if fast.is_accepted(version) else None
 
 
-def few_step_adapter(version: Version) -> Path | None:
-    """The folder of the few-step adapter of a version's fast variant, otherwise as `fast_variant`."""
-    return fast.find_stored(version, fast_cache()).few_step if fast.is_accepted(version) else None
-
-
 def fast_cache() -> Path:
     """The folder for fast variants from servers, beside the one for adapters."""
     return cache_folder().with_name("fast")

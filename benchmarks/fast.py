@@ -93,6 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few steps, and small models")
     parser.add_argument("--precision", choices=["int8", "bf16", "fp32"], default=Processor.here().best())
+    parser.add_argument("--part", choices=["both", "bundled", "sd15"], default="both", help="what to measure")
     arguments = parser.parse_args()
     machine = asdict(environment())
     show("environment", machine)
@@ -101,22 +102,30 @@ def main() -> None:
         print("OpenVINO is not installed, so there is no fast variant to measure.")
         print(json.dumps(result))
         return
-    bundled = measure_bundled(arguments.quick)
-    print_table({name: asdict(way) for name, way in bundled.items()})
-    if "fast" not in bundled:
-        print(f"There is no fast variant in {FAST.relative_to(ROOT)}: run `make fast` to measure it, too.")
-    side, models = (64, SMALL) if arguments.quick else (RESOLUTION, STABLE_DIFFUSION)
+    if arguments.part in ("both", "bundled"):
+        bundled = measure_bundled(arguments.quick)
+        print_table({name: asdict(way) for name, way in bundled.items()})
+        if "fast" not in bundled:
+            print(f"There is no fast variant in {FAST.relative_to(ROOT)}: run `make fast` to measure it, too.")
+        result["bundled"] = {name: asdict(way) for name, way in bundled.items()}
+    if arguments.part in ("both", "sd15"):
+        result |= report_large(arguments.precision, arguments.quick)
+    print(json.dumps(result))
+
+
+def report_large(precision: Precision, quick: bool) -> dict[str, object]:
+    """Measure and print everything at Stable Diffusion's size."""
+    side, models = (64, SMALL) if quick else (RESOLUTION, STABLE_DIFFUSION)
     with TemporaryDirectory() as folder:
         exported = Path(folder, "export")
-        exporting = in_another_process(export_random, models, arguments.precision, exported)
-        large = measure_large(models, side, exported)
+        exporting = in_another_process(export_random, models, precision, exported)
+        show("export", asdict(exporting))
         cold = start_cold(exported, side, Path(folder, "cache"))
+        show("cold `bestiary generate` with the fast variant", asdict(cold))
+        large = measure_large(models, side, exported)
     print_table({name: asdict(way) for name, way in large.items()})
-    show("cold `bestiary generate` with the fast variant", asdict(cold))
-    show("export", asdict(exporting))
-    result["bundled"] = {name: asdict(way) for name, way in bundled.items()}
-    result["sd15_size"] = {"resolution": side, **{name: asdict(way) for name, way in large.items()}}
-    print(json.dumps(result | {"cold": asdict(cold), "export": asdict(exporting)}))
+    ways = {name: asdict(way) for name, way in large.items()}
+    return {"sd15_size": {"resolution": side, **ways}, "cold": asdict(cold), "export": asdict(exporting)}
 
 
 # ---- the bundled base ----

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ NEAR = ("resize", "re-encode", "crop", "mirror")
 pytestmark = pytest.mark.slow
 
 
-def quick(name: str) -> tuple[str, dict[str, Any]]:  # JSON, whose keys each test knows
+def quick(name: str, *options: str) -> tuple[str, dict[str, Any]]:  # JSON, whose keys each test knows
     """A benchmark's output, and its last line parsed."""
-    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--quick"]
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--quick", *options]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return output, json.loads(output.splitlines()[-1])
 
@@ -61,6 +62,18 @@ def test_our_default_way_of_drawing_is_compared_with_the_originals() -> None:
         assert default["times_faster"] > 0
     low, high = result["bundled"]["default"]["clip_score_minus_original"]["ci95"]
     assert low <= high
+    assert "| times_faster | 1 |" in output
+
+
+@pytest.mark.skipif(not find_spec("openvino"), reason="the extra openvino is not installed")
+def test_the_fast_variant_is_timed_whole_and_the_other_ways_are_extrapolated() -> None:
+    output, result = quick("fast", "--part", "sd15", "--precision", "fp32")  # quantizing would take half a minute
+    original, default, fast = (result["sd15_size"][name] for name in ("original", "default", "fast"))
+    assert (original["passes"], fast["passes"]) == (200, 2)
+    assert (original["extrapolated"], default["extrapolated"], fast["extrapolated"]) == (True, True, False)
+    assert fast["times_faster"] == pytest.approx(original["total_s"] / fast["total_s"])
+    assert result["cold"]["seconds"] > 0
+    assert result["export"]["unet_error"] < 1e-3
     assert "| times_faster | 1 |" in output
 
 

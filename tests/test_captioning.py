@@ -236,7 +236,9 @@ def test_a_model_on_the_hub_is_loaded_at_its_commit_from_either_kind_of_weights(
     (snapshot / "model.safetensors").unlink()  # the hub's BLIP has only pytorch_model.bin
     asked: list[tuple[str, str, str]] = []
 
-    def download(model: str, *, revision: str, allow_patterns: list[str]) -> str:
+    def download(model: str, *, revision: str, allow_patterns: list[str], local_files_only: bool = False) -> str:
+        if local_files_only:
+            raise FileNotFoundError
         asked.append((model, revision, allow_patterns[-1]))
         if allow_patterns[-1] == "pytorch_model*.bin":
             torch.save(load_file(blip / "model.safetensors"), snapshot / "pytorch_model.bin")

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,10 @@ def test_small_runs_of_stages_and_commands_look_up_no_name(watched: Watched) -> 
     watched.run("-c", BESTIARY, "promote", "1", "--because", "test")
     # Importing MLflow starts a thread that asks its telemetry's host; the pause lets it.
     watched.run("-c", "import bestiary.stage, mlflow, mlflow.diffusers, diffusers, transformers, time; time.sleep(2)")
+    if find_spec("openvino"):
+        code = "import torch, time; from bestiary.diffusion.engines import openvino; "
+        code += "openvino().convert_model(torch.nn.Linear(2, 2), example_input=torch.ones(1, 2)); time.sleep(2)"
+        watched.run("-c", code)
     assert watched.lookups == ""
 
 

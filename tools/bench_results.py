@@ -28,6 +28,7 @@ def main() -> None:
         f"Environment: {environment}.",
         training(found["training"]),
         inference(found["inference"], shown),
+        *([fast(found["fast"])] if "cold" in found["fast"] else []),
         data(found["data"], shown),
         using(found["using"]),
         programs(found["programs"]),
@@ -81,7 +82,7 @@ def overhead(row: dict[str, Any], name: str) -> str:
 
 
 def inference(result: dict[str, Any], shown: list[str]) -> str:
-    bundled, large = (block for block in shown if block.startswith("|  | original | default |"))
+    bundled, large = (block for name in ("cmmd_to_original", "step_s") for block in shown if f"\n| {name} |" in block)
     return (
         "## Inference (`python benchmarks/inference.py`)\n\n"
         "The default setting is compared with the original's way: DDPM, 100 steps, guidance at every step. Both\n"
@@ -90,6 +91,45 @@ def inference(result: dict[str, Any], shown: list[str]) -> str:
         f"On the bundled base, {result['bundled']['pictures']} pictures:\n\n{bundled}\n\n"
         f"At Stable Diffusion 1.5's size, {result['sd15_size']['resolution']} px, "
         f"scaled from {result['sd15_size']['timed_steps']} steps:\n\n{large}"
+    )
+
+
+def fast(result: dict[str, Any]) -> str:
+    def seconds(size: str) -> str:
+        ways = {name: way for name, way in result[size].items() if isinstance(way, dict)}
+        rows = [
+            "| way | passes | text s | denoise s | decode s | total s | times faster | peak MiB |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for name, way in ways.items():
+            parts = (f"{way[part]:,.3g}" for part in ("text_s", "denoise_s", "decode_s"))
+            total = f"{way['total_s']:,.3g}{' (extrapolated)' if way['extrapolated'] else ''}"
+            cells = [
+                name,
+                way["passes"],
+                *parts,
+                total,
+                f"{way['times_faster']:,.0f}",
+                f"{way['peak_memory_mib']:,.0f}",
+            ]
+            rows.append(f"| {' | '.join(map(str, cells))} |")
+        return "\n".join(rows)
+
+    cold, export, large = result["cold"], result["export"], result["sd15_size"]
+    aims = [
+        ("times faster than the original's way, warm", f"{large['fast']['times_faster']:,.0f}", "200"),
+        ("a cold `bestiary generate`", f"{cold['seconds']:.1f} s (compiling: {cold['first_s']:.1f} s)", "15 s"),
+        ("its peak memory", f"{cold['peak_memory_mib']:,.0f} MiB", "4,096 MiB"),
+        (f"export to {export['precision']}", f"{export['seconds']:.0f} s, {export['size_mib']:,.0f} MiB", ""),
+        ("error of the UNet's predictions", f"{export['unet_error']:.1%}", ""),
+    ]
+    return (
+        "## The fast variant (`python benchmarks/fast.py`)\n\n"
+        "Two passes with OpenVINO and a tiny decoder, beside our default and the original's way with torch. Single\n"
+        "pictures, warm. What is extrapolated was timed for a few guided steps.\n\n"
+        f"On the bundled base:\n\n{seconds('bundled')}\n\n"
+        f"At Stable Diffusion 1.5's size with random weights, {large['resolution']} px:\n\n{seconds('sd15_size')}\n\n"
+        f"{table(aims)}"
     )
 
 

@@ -99,8 +99,8 @@ def main(
                 tiny_decoder.load(cache / "tiny_decoder.pt").half().save_pretrained(ROOT / "models" / "tiny_decoder")
         elif part == "card" and first:
             fresh = rendered(cache, per_style=800, first_seed=FRESH_SEEDS)
-            trained = ("text", "judge", "vae", "unet", "tiny_decoder")
-            minutes = {name: minutes_spent(cache / f"{name}.pt") for name in trained}
+            names = ("text", "judge", "vae", "unet", "tiny_decoder")
+            minutes = {name: minutes_spent(cache / f"{name}.pt") for name in names}
             card.write(ROOT / "models", ROOT / "docs" / "pictures", fresh, minutes)
         _wait()
 

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -330,7 +331,8 @@ def generate(
     weighted = [generation.Weighted.parse(text) for text in source.adapters]
     named = _adapters_of(original, like, weighted) if original and like else [each.what for each in weighted]
     engine = _engine(source, original, grid)
-    with generation.resolving_all(named, fast=engine != "torch") as resolved:
+    fast = engine == "openvino" or (engine == "auto" and find_spec("openvino") is not None)
+    with generation.resolving_all(named, fast=fast) as resolved:
         import bestiary.diffusion.sampling  # noqa: F401  imports torch while a second process may ask MLflow
 
         adapters = resolved()

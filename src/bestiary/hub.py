@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,11 +55,14 @@ def download(wanted: HubModel) -> Path:
     """
     import huggingface_hub
 
+    complete = is_complete(wanted)  # then there is nothing to show
     try:
         for patterns in _choices(wanted):
-            folder = Path(
-                huggingface_hub.snapshot_download(wanted.model, revision=wanted.revision, allow_patterns=list(patterns))
-            )
+            with _quiet() if complete else nullcontext():
+                found = huggingface_hub.snapshot_download(
+                    wanted.model, revision=wanted.revision, allow_patterns=list(patterns)
+                )
+            folder = Path(found)
             if not wanted.weights or any(folder.glob(patterns[-1])):
                 return folder
     except Exception as error:  # the hub's client, its HTTP library and the file system raise different types

@@ -75,23 +75,20 @@ def _checked(name: str, work: Callable[[], str]) -> Check:
 
 
 def _device() -> str:
+    """What a run would compute on. Only counts GPUs: using one would take memory that is measured afterwards."""
     import torch
 
-    from bestiary.diffusion.base import device_and_dtype
-
-    device, dtype = device_and_dtype()
-    precision = str(dtype).removeprefix("torch.")
-    if device.type == "cuda":
-        size = shown_size(torch.cuda.get_device_properties(device).total_memory / MIB)
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}, {size}, {precision}"
-    if device.type == "mps":
-        return f"Apple GPU, {precision}"
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        return f"{count} GPU{'s' * (count != 1)} that torch {torch.__version__} can use"
+    if torch.backends.mps.is_available():
+        return "an Apple GPU"
     if os.environ.get("CUDA_VISIBLE_DEVICES") is None and _nvidia_gpus():
         reason = "torch was installed without CUDA" if torch.version.cuda is None else "its driver is older than torch"
         raise BestiaryError(
             f"torch cannot use this machine's NVIDIA GPU: perhaps {reason}. Install a torch that fits the driver."
         )
-    return f"{torch.get_num_threads()} CPU threads, {precision}; there is no GPU"
+    return f"{torch.get_num_threads()} CPU threads; there is no GPU"
 
 
 def _nvidia_gpus() -> bool:
@@ -102,7 +99,9 @@ def _nvidia_gpus() -> bool:
 
 def _processes(params: Params) -> str:
     launch = os.environ.get("BESTIARY_LAUNCH", "")
-    found = re.search(r"--num[_-]processes[ =](\d+)", launch)
+    found = re.search(r"--(?:num[_-]processes|nproc[_-]per[_-]node)[ =](\d+)", launch)
+    if launch and not found:
+        return f"as the launcher's own settings say ({launch})"
     count = int(found[1]) if found else 1
     parts = count * params.train.accumulation
     if params.train.batch_size % parts:
@@ -110,8 +109,9 @@ def _processes(params: Params) -> str:
             f"train.batch_size is {params.train.batch_size} and cannot be split evenly over {count} processes with "
             f"train.accumulation {params.train.accumulation}. Choose a multiple of {parts}."
         )
-    each = params.train.batch_size // parts
-    return f"{count}, each with {each} images at a time" + (f" ({launch})" if launch else "; BESTIARY_LAUNCH is empty")
+    images = params.train.batch_size // parts
+    each = f"{images} image{'s' * (images != 1)} at a time"
+    return f"{count}, each trains on {each} ({launch or 'BESTIARY_LAUNCH is empty'})"
 
 
 def _images(root: Path, params: Params, found: list[Images]) -> str:
@@ -135,7 +135,7 @@ class _Wanted:
 
 def _models(params: Params) -> list[_Wanted]:
     from bestiary import captioning
-    from bestiary.diffusion import base, decoders
+    from bestiary.diffusion import base, decoders, few_step_adapter
     from bestiary.evaluation import image_judge, judge
 
     def at(model: Model) -> tuple[str, str | None]:
@@ -149,6 +149,8 @@ def _models(params: Params) -> list[_Wanted]:
         wanted.append(_Wanted(image_judge.on_hub(*at(evaluate.proof.image_judge))))
     if params.tiny_decoder:
         wanted.append(_Wanted(decoders.on_hub(*at(params.tiny_decoder))))
+    if params.distill.from_:
+        wanted.append(_Wanted(few_step_adapter.on_hub(params.distill.from_), "make fast"))
     if params.captioner:
         wanted.append(_Wanted(captioning.on_hub(*at(params.captioner)), "bestiary captions --write"))
     return wanted
@@ -237,9 +239,9 @@ def _is_locked(path: Path) -> bool:
 
 
 def _measured(root: Path, params: Params, images: Images, download_bytes: int, hours: float) -> Iterator[Check]:
-    from bestiary.diffusion.base import device_and_dtype
+    import torch
 
-    seconds = CPU_SECONDS if device_and_dtype()[0].type == "cpu" else GPU_SECONDS
+    seconds = GPU_SECONDS if torch.cuda.is_available() else CPU_SECONDS
     try:
         rates, lines = estimate(params, images, seconds)
     except BestiaryError as error:

@@ -285,7 +285,7 @@ def test_a_few_step_adapter_that_is_not_there_or_does_not_say_how_to_draw_is_ref
     def offline(*_: object) -> Path:
         raise OSError("no network")
 
-    with pytest.raises(BestiaryError, match=r"somebody/lcm-lora has no pytorch_lora_weights.safetensors on this mach"):
+    with pytest.raises(BestiaryError, match=r"The few-step adapter somebody/lcm-lora is not complete on this machine"):
         find_few_step(chosen.model_copy(update={"model": "somebody/lcm-lora"}), offline)
 
 

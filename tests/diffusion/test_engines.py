@@ -1,6 +1,7 @@
 """OpenVINO as an engine: an exported folder draws what torch draws, and whatever is wrong with it is one sentence."""
 
 import json
+import runpy
 import shutil
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from PIL.Image import Image
 from support.adapters import make_adapter
@@ -17,18 +19,22 @@ from support.adapters import make_adapter
 from bestiary import cli
 from bestiary.diffusion import engines
 from bestiary.diffusion.adapter import apply_adapter
+from bestiary.diffusion.adapter_format import FILE_NAME, Provenance
+from bestiary.diffusion.adapter_reading import read_adapter
 from bestiary.diffusion.base import base_sha256, load_pipeline, load_unet
 from bestiary.diffusion.engines import Processor, is_exported, open_export
 from bestiary.diffusion.export import Calibration, Exported, Format, Fused, TinyDecoder, export
 from bestiary.diffusion.export_format import MANIFEST, check_files, file_sha256, read_manifest
 from bestiary.diffusion.sampling import generate
 from bestiary.errors import BestiaryError
+from bestiary.files import write_atomically
 from bestiary.png_metadata import as_a1111, read_settings
 from bestiary.samplers import DrawingDefaults, Sampling
 
 if not all(map(find_spec, ("openvino", "openvino_tokenizers", "nncf"))):  # not imported: that would count as a use
     pytest.skip("the extra openvino is not installed", allow_module_level=True)
 
+ROOT = Path(__file__).parents[2]
 FEW_STEPS = Sampling("lcm", steps=2, guidance_scale=1.0)
 GUIDED = Sampling("ddim", steps=2, guidance_scale=3.0, width=40, height=32)
 PROMPTS = ["zebra", "antelope"]
@@ -253,3 +259,35 @@ def test_the_command_draws_with_an_export_and_repeats_its_picture(
         assert command(monkeypatch, *options, "--out", "none") == 1
         assert sentence in capsys.readouterr().err
     assert not Path("none").exists()
+
+
+@pytest.mark.slow
+def test_the_stage_exports_the_few_step_adapter(
+    base: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("stages", "src", "fast"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "dvc.yaml").write_bytes((ROOT / "dvc.yaml").read_bytes())
+    (tmp_path / "models").mkdir()
+    (tmp_path / "build").mkdir()
+    (tmp_path / "models" / "base").symlink_to(base)
+    (tmp_path / "build" / "split").symlink_to(pictures)
+    trained = read_adapter(make_adapter(load_unet(base), tmp_path / "trained"))
+    distilled = Provenance.model_validate(
+        {"base_sha256": base_sha256(base), "distilled_from": {"adapter_sha256": "of the adapter"}}
+    )
+    few_step = replace(trained, few_step=replace(FEW_STEPS, timesteps=(999, 399)), provenance=distilled)
+    write_atomically(tmp_path / "models" / "few_step" / FILE_NAME, few_step.to_bytes())
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    params["export"] |= {"precision": "fp32", "decoder": "full"}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    monkeypatch.setenv("BESTIARY_TRACKING", "off")
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path("stages/export.py", run_name="__main__")
+    report = json.loads(Path("reports/results/export.json").read_text())
+    manifest = read_manifest(Path("models/fast"))
+    assert manifest.distilled_from_sha256 == "of the adapter"
+    assert manifest.defaults.sampling == few_step.few_step
+    assert report["export_sha256"] == file_sha256(Path("models/fast") / MANIFEST)
+    assert report["unet_error"] < 1e-4

@@ -26,6 +26,7 @@ from bestiary.diffusion.adapter import inject
 from bestiary.diffusion.base import device_and_dtype, processes
 from bestiary.diffusion.batches import Batch, Sample, TrainingStream, ValidationGrid, collate
 from bestiary.diffusion.checkpoints import Checkpoint, load_checkpoint, save_checkpoint, stop_on_sigterm
+from bestiary.diffusion.full_memory import explained
 from bestiary.diffusion.half_precision import TrainedWeights
 from bestiary.diffusion.objective import Validation, pseudo_huber, squared
 from bestiary.diffusion.optimization import Ema, assign, learning_rate_factor
@@ -45,6 +46,7 @@ BETAS = (0.9, 0.99)  # a shorter memory than Adam's usual 0.999, because the tar
 OnValidation = Callable[[int], float]  # step; returns the CLIP score of what it drew
 
 
+@explained("A distillation step", "Lower distill.batch_size.")
 def distill(
     unet: UNet2DConditionModel,
     scheduler: DDPMScheduler,

@@ -20,6 +20,7 @@ from bestiary.diffusion.sampling import is_lcm
 from bestiary.diffusion.stored_adapter import adapter_file
 from bestiary.errors import BestiaryError, shown
 from bestiary.files import is_file, is_folder
+from bestiary.hub import HubModel, explain
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -79,11 +80,13 @@ def find_few_step(chosen: FewStepModel, download: Callable[[str, str, str | None
     try:
         return (download or _download)(chosen.model, file, chosen.revision)
     except (OSError, ValueError) as error:
-        raise BestiaryError(
-            f"distill.from: {shown(chosen.model, 200)} has no {shown(file)} on this machine, and it cannot be "
-            f"downloaded from the Hugging Face hub ({type(error).__name__}). Connect to the internet once, or name a "
-            "folder."
-        ) from None
+        raise explain(error, on_hub(chosen)) from error
+
+
+def on_hub(chosen: FewStepModel) -> HubModel:
+    """The file of a few-step adapter on the hub."""
+    file = chosen.file or FILE_NAME
+    return HubModel("few-step adapter", chosen.model, chosen.revision, (file,), weights=(), key="distill.from")
 
 
 def _download(model: str, file: str, revision: str | None) -> Path:

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from bestiary.app.offers import Offerings, Offers
 from bestiary.diffusion import engines
 from bestiary.diffusion.export_format import MANIFEST
 from bestiary.engine_choice import Wish, choose_engine
 from bestiary.errors import BestiaryError
+from bestiary.generation import Base, choose_base
 from bestiary.registry.resolving import Adapter, resolve
 from bestiary.samplers import DrawingDefaults, Sampling, SamplingChanges
 
@@ -120,3 +122,12 @@ def test_an_export_takes_no_adapter_beside_it_and_no_torch(export: Path, tmp_pat
         choose_engine([exported], Wish("torch"))
     with pytest.raises(BestiaryError, match="holds no adapter file"):
         exported.check_is_file()
+
+
+def test_the_page_offers_an_export_by_its_engine_and_decoder(export: Path) -> None:
+    offers = Offers(Offerings(bases=(Base("models/base"),), adapters=(str(export),)))
+    offer = offers.find("local:0")
+    assert offer.label.endswith("/fast (OpenVINO int8, tiny decoder)")
+    assert (offer.defaults, offer.few_step, offer.side) == (FEW_STEPS, True, 64)
+    assert offers.resolve(offer).is_export
+    assert choose_base(offers.resolve(offer), None, Base("another")) == Base("./models/base")

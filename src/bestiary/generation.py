@@ -281,6 +281,11 @@ class Generator:
         """Whether this base is in memory on this device."""
         return self._pipeline is not None and self.export is None and (self._base, self.device) == (base, device)
 
+    def has_open(self, adapters: Sequence[Adapter]) -> bool:
+        """Whether these adapters are an export that is in memory."""
+        export = adapters[0].export if adapters and adapters[0].is_export else None
+        return export is not None and self.export == Export.of(export)
+
     def prepare(self, base: Base, adapters: Sequence[Adapter], device: str = "", *, any_base: bool = False) -> None:
         """Load `base` on `device` (empty: the best one) and apply `adapters`, in place of what was there.
 

@@ -245,7 +245,7 @@ class Studio:
         device = work.device or best
         if device not in (best, "cpu"):
             raise RefusedError("noDevice", "There is no device {device} here.", device=device)
-        if not self._generator.is_loaded(work.base, device):
+        if not self._generator.is_loaded(work.base, device) and not self._generator.has_open(work.adapters):
             tell(Loading())
         try:
             self._generator.prepare(work.base, work.adapters, device, any_base=work.any_base)

@@ -42,7 +42,6 @@ INSTRUCTIONS: Mapping[Precision, frozenset[str]] = {
     "bf16": frozenset({"avx512_bf16", "amx_bf16", "bf16"}),
 }
 MAX_COMPILED = 2  # shapes of a network in memory: a guided step has twice the batch of one without guidance
-HINTS: Mapping[Precision, str] = {"int8": "f32", "bf16": "bf16", "fp32": "f32"}
 
 
 @dataclass(frozen=True)
@@ -155,6 +154,14 @@ def _tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder)
 
 
+def _hint(network: str, precision: Precision) -> str:
+    """What OpenVINO computes a network's layers in that are not int8.
+
+    In the UNet it is bfloat16, where the processor has it. Text encoder and decoder cost little, and stay exact.
+    """
+    return "bf16" if network == "unet" and precision != "fp32" and Processor.here().has("bf16") else "f32"
+
+
 class _Network:
     """A network in OpenVINO's format, compiled for the shapes that it is called with."""
 
@@ -165,13 +172,10 @@ class _Network:
         self.decoder = manifest.decoder
         self._core, self._file = core, folder / NETWORK_FILE
         self._options = {
-            "INFERENCE_PRECISION_HINT": HINTS[manifest.precision],
+            "INFERENCE_PRECISION_HINT": _hint(folder.name, manifest.precision),
             "PERFORMANCE_HINT": "LATENCY",
             "CACHE_DIR": str(compiled_cache()),
         }
-        # int8 covers the large layers; bfloat16 the rest of them, where the processor has it.
-        if manifest.precision == "int8" and Processor.here().has("bf16"):
-            self._options["INFERENCE_PRECISION_HINT"] = "bf16"
         self._compiled: dict[tuple[torch.Size, ...], Any] = {}  # by the shapes of the inputs, the last used last
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:

@@ -42,6 +42,8 @@ FREE_AXES = {
     "encoder_hidden_states": (0, 1),
     "latent_sample": (0, 2, 3),
 }
+# Layers of the UNet that stay exact: they cost almost nothing, and without them the error fell by a tenth.
+EXACT = ("conv_in", "conv_out", "time_emb")
 # The classes that readers of the layout know. A tiny decoder stands in the place of an AutoencoderKL's.
 CLASSES = {
     "scheduler": "diffusers",
@@ -292,6 +294,7 @@ def _quantized(model: Any, samples: Sequence[Latents]) -> Any:
             nncf.Dataset(samples),
             model_type=nncf.ModelType.TRANSFORMER,
             subset_size=len(samples),
+            ignored_scope=nncf.IgnoredScope(patterns=[f".*{name}.*" for name in EXACT], validate=False),
             # Without bias correction, a UNet of Stable Diffusion's size takes two minutes on two cores.
             advanced_parameters=nncf.AdvancedQuantizationParameters(disable_bias_correction=True),
         )

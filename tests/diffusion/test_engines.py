@@ -104,6 +104,8 @@ def test_an_export_says_where_it_comes_from(fused: Fused, exported: tuple[Path, 
     assert {"openvino", "nncf", "torch", "bestiary"} <= manifest.versions.keys()
     assert done.unet_error < 1e-4
     check_files(folder, manifest)
+    for config in folder.rglob("*.json"):  # the same export on every machine, without the names of its folders
+        assert str(Path(fused.base).parent) not in config.read_text(), config
 
 
 def test_an_export_has_the_files_that_openvinos_own_pipelines_read(exported: tuple[Path, Exported]) -> None:
@@ -157,6 +159,23 @@ def test_a_failed_export_leaves_nothing_behind(fused: Fused, tmp_path: Path) -> 
     (tmp_path / "notes.txt").touch()
     with pytest.raises(BestiaryError, match="exists and is no export"):
         export(fused, Format("fp32"), Calibration(PROMPTS), tmp_path)
+    with pytest.raises(BestiaryError, match=r"cannot be written, because .*notes\.txt is no folder"):
+        export(fused, Format("fp32"), Calibration(PROMPTS), tmp_path / "notes.txt" / "out")
+
+
+def test_an_export_takes_the_place_of_an_older_one_and_of_nothing_else(
+    fused: Fused, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to(folder)
+    picture = folder / "zebra-0.png"  # drawn with `--out` of the same name
+    picture.touch()
+    with pytest.raises(BestiaryError, match=r"holds zebra-0\.png, which is no part of an export"):
+        export(fused, Format("fp32"), Calibration(PROMPTS), tmp_path / "link")
+    picture.unlink()
+    remove_a_file(folder)
+    export(fused, Format("fp32"), Calibration(PROMPTS), tmp_path / "link")
+    check_files(folder, read_manifest(folder))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "link"]
 
 
 def remove_a_file(folder: Path) -> None:

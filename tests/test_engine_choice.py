@@ -33,6 +33,7 @@ def export(tmp_path: Path) -> Path:
         "few_step": True,
         "drawing": FEW_STEPS.to_dict(),
         "side": 64,
+        "side_step": 32,
         "processor": "any",
         "versions": {},
         "files": {},
@@ -73,6 +74,7 @@ def test_torch_draws_with_the_adapter_itself(registered: Adapter) -> None:
         (Wish(base="other"), "no other to choose"),
         (Wish(device="cuda"), "on the CPU and not on cuda"),
         (Wish(changes=SamplingChanges(decoder="full")), "has the tiny decoder and no other"),
+        (Wish(changes=SamplingChanges(width=64, height=40)), "sides are multiples of 32 pixels"),
     ],
 )
 def test_what_an_export_cannot_do_is_drawn_by_torch_or_refused(

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bestiary.diffusion.export_format import MANIFEST, EngineChoice, read_manifest
+from bestiary.diffusion.export_format import MANIFEST, EngineChoice, Manifest, read_manifest
 from bestiary.errors import BestiaryError
 from bestiary.registry.resolving import Adapter
-from bestiary.samplers import Decoder, SamplingChanges
+from bestiary.samplers import SamplingChanges
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Wish:
     base: str = ""
     device: str = ""
 
-    def obstacle(self, decoder: Decoder) -> str | None:
-        """What an export with this decoder cannot do, as a clause; None when it can draw all of this."""
+    def obstacle(self, manifest: Manifest) -> str | None:
+        """What the export with this manifest cannot do, as a clause; None when it can draw all of this."""
         if self.has_image:
             return "an export has no encoder, so it cannot start from an image"
         if self.weighted:
@@ -36,8 +36,11 @@ class Wish:
             return "the base is part of an export, so there is no other to choose"
         if self.device not in ("", "cpu"):
             return f"an export draws on the CPU and not on {self.device}"
-        if self.changes.decoder not in (None, decoder):
-            return f"the export has the {decoder} decoder and no other"
+        if self.changes.decoder not in (None, manifest.decoder):
+            return f"the export has the {manifest.decoder} decoder and no other"
+        step = manifest.side_step
+        if any(side is not None and side % step for side in (self.changes.width, self.changes.height)):
+            return f"the export draws pictures whose sides are multiples of {step} pixels"
         return None
 
     @property
@@ -71,7 +74,7 @@ def choose_engine(adapters: Sequence[Adapter], wish: Wish) -> tuple[list[Adapter
     from bestiary.diffusion.engines import reason_against
 
     manifest = read_manifest(first.export)
-    reason = wish.obstacle(manifest.decoder) or reason_against(manifest)
+    reason = wish.obstacle(manifest) or reason_against(manifest)
     if reason:
         return list(adapters), f"Drawing with torch and not with the fast variant: {reason}."
     return [as_export(first, first.export)], None
@@ -104,7 +107,7 @@ def _chosen_export(export: Adapter, adapters: Sequence[Adapter], wish: Wish) -> 
             "adapter that it was made of."
         )
     assert export.export is not None
-    if reason := wish.obstacle(read_manifest(export.export).decoder):
+    if reason := wish.obstacle(read_manifest(export.export)):
         raise BestiaryError(f"{export.uri} cannot draw this: {reason}. Leave that out, or name the adapter's own file.")
     return export
 
@@ -121,6 +124,6 @@ def _openvino(adapters: Sequence[Adapter], wish: Wish) -> Adapter:
             f"{adapter.uri} has no export. Make one with `bestiary export {adapter.uri} --to openvino --out DIR`, then "
             "draw with --adapter DIR."
         )
-    if reason := wish.obstacle(read_manifest(adapter.export).decoder):
+    if reason := wish.obstacle(read_manifest(adapter.export)):
         raise BestiaryError(f"The engine openvino cannot draw this: {reason}. Draw with --engine torch.")
     return as_export(adapter, adapter.export)

@@ -195,6 +195,16 @@ def manifest_with(**changes: object) -> Callable[[Path], None]:
     return change
 
 
+def without(name: str) -> Callable[[Path], None]:
+    """Remove a file that the manifest does not name."""
+
+    def change(folder: Path) -> None:
+        manifest_with(files={})(folder)
+        (folder / name).unlink()
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
@@ -205,6 +215,9 @@ def manifest_with(**changes: object) -> Callable[[Path], None]:
         (manifest_with(drawing={}), r"bestiary\.json in .* is damaged"),
         (manifest_with(files={"../x": "0"}), "which is outside of it"),
         (lambda folder: (folder / MANIFEST).write_text("{"), r"bestiary\.json in .* is damaged"),
+        (lambda folder: (folder / MANIFEST).write_text("[" * 100_000), r"bestiary\.json in .* is damaged"),
+        (without("unet/config.json"), "cannot be loaded. Export the adapter again"),
+        (without("scheduler/scheduler_config.json"), "cannot be loaded. Export the adapter again"),
         (lambda folder: (folder / MANIFEST).unlink(), r"has no bestiary\.json, so it is no export"),
     ],
 )
@@ -212,6 +225,30 @@ def test_a_damaged_export_is_refused(folder: Path, damage: Callable[[Path], None
     damage(folder)
     with pytest.raises(BestiaryError, match=sentence):
         open_export(folder)
+
+
+def test_a_network_that_openvino_cannot_read_is_refused(folder: Path) -> None:
+    without("unet/openvino_model.bin")(folder)
+    with pytest.raises(BestiaryError, match=r"cannot compute .*unet/openvino_model\.xml\. Export the adapter again"):
+        generate(open_export(folder), PROMPTS[:1], [0], FEW_STEPS, batch_size=1)
+
+
+def test_an_export_draws_only_sizes_that_its_unet_halves_without_a_rest(
+    opened: StableDiffusionPipeline, exported: tuple[Path, Exported], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert exported[1].manifest.side_step == opened.unet.side_step == 8  # 4 pixels a latent, halved once
+    monkeypatch.setattr(opened.unet, "side_step", 16)
+    with pytest.raises(BestiaryError, match="The resolution 40 is not a multiple of 16"):
+        generate(opened, PROMPTS[:1], [0], replace(FEW_STEPS, width=48, height=40), batch_size=1)
+
+
+def test_an_export_draws_without_a_cache(
+    exported: tuple[Path, Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("BESTIARY_CACHE", str(tmp_path / "file"))
+    (image,) = generate(open_export(exported[0]), PROMPTS[:1], [0], FEW_STEPS, batch_size=1)
+    assert image.size == (32, 32)
 
 
 def test_a_processor_without_the_instructions_is_told_what_to_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,7 +309,7 @@ def test_the_command_draws_with_an_export_and_repeats_its_picture(
     for options, sentence in (
         (["--adapter", f"{folder}:0.5"], "cannot have another weight"),
         (["--adapter", str(folder), "--engine", "torch"], "which torch cannot draw with"),
-        (["--adapter", str(folder), "--resolution", "36"], "36 is not a multiple of 8"),
+        (["--adapter", str(folder), "--resolution", "36"], "sides are multiples of 8 pixels"),
         (["--adapter", str(folder), "--decoder", "tiny"], "has the full decoder and no other"),
     ):
         assert command(monkeypatch, *options, "--out", "none") == 1

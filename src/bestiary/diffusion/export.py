@@ -156,7 +156,6 @@ def export(fused: Fused, form: Format, calibration: Calibration, out: Path) -> E
         vae = load_tiny_decoder(form.tiny_decoder.model, form.tiny_decoder.revision, pipeline)
     with _replacing(out) as folder:
         _write_parts(pipeline, fused, folder)
-        side = base_side(pipeline)
         for name, module, config, example in _networks(pipeline, vae):
             model = _converted(ov, module, example)
             if name == "unet" and form.precision == "int8":
@@ -166,7 +165,7 @@ def export(fused: Fused, form: Format, calibration: Calibration, out: Path) -> E
                 unet_error = _error(ov, model, held_out)
             ov.save_model(model, folder / name / NETWORK_FILE, compress_to_fp16=form.precision != "fp32")
             write_json(folder / name / "config.json", config)
-        manifest = _manifest(fused, form, side, hash_files(folder))
+        manifest = _manifest(fused, form, pipeline, hash_files(folder))
         write_json(folder / MANIFEST, manifest.model_dump())
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return Exported(manifest, size / 2**20, unet_error)
@@ -389,7 +388,7 @@ def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
     openvino().save_model(converted, folder / "openvino_tokenizer.xml")
 
 
-def _manifest(fused: Fused, form: Format, side: int, files: dict[str, str]) -> Manifest:
+def _manifest(fused: Fused, form: Format, pipeline: StableDiffusionPipeline, files: dict[str, str]) -> Manifest:
     decoder: Decoder = "tiny" if form.tiny_decoder else "full"
     # The weight is in the weights: the export is drawn as it is.
     sampling = replace(fused.defaults.sampling, adapter_weight=1.0, decoder=decoder)
@@ -407,7 +406,9 @@ def _manifest(fused: Fused, form: Format, side: int, files: dict[str, str]) -> M
         distilled_from_sha256=_distilled_from(fused.adapter),
         few_step=fused.few_step,
         drawing=json.loads(drawing.to_json()),
-        side=side,
+        side=base_side(pipeline),
+        # A converted UNet enlarges latents as often as it halves them, and cannot cut off what was rounded up.
+        side_step=pipeline.vae_scale_factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1),
         processor=Processor.here().name,
         versions={"bestiary": __version__, **{name: version(name) for name in PACKAGES if _is_installed(name)}},
         files=files,

@@ -69,8 +69,10 @@ def choose_engine(adapters: Sequence[Adapter], wish: Wish) -> tuple[list[Adapter
     first = adapters[0]
     if wish.engine == "openvino":
         return [_openvino(adapters, wish)], None
-    if first.export is None or len(adapters) > 1 or wish.changes_steps:
+    if len(adapters) > 1 or wish.changes_steps:
         return list(adapters), None
+    if first.export is None:
+        return list(adapters), f"Drawing with torch. {first.no_export}" if first.no_export else None
     from bestiary.diffusion.engines import reason_against
 
     manifest = read_manifest(first.export)
@@ -120,9 +122,9 @@ def _openvino(adapters: Sequence[Adapter], wish: Wish) -> Adapter:
         )
     (adapter,) = adapters
     if adapter.export is None:
+        make = f"`bestiary export {adapter.uri} --to openvino --out DIR`"
         raise BestiaryError(
-            f"{adapter.uri} has no export. Make one with `bestiary export {adapter.uri} --to openvino --out DIR`, then "
-            "draw with --adapter DIR."
+            adapter.no_export or f"{adapter.uri} has no export. Make one with {make}, then draw with --adapter DIR."
         )
     if reason := wish.obstacle(read_manifest(adapter.export)):
         raise BestiaryError(f"The engine openvino cannot draw this: {reason}. Draw with --engine torch.")

@@ -130,6 +130,6 @@ def test_the_page_offers_an_export_by_its_engine_and_decoder(export: Path) -> No
     offers = Offers(Offerings(bases=(Base("models/base"),), adapters=(str(export),)))
     offer = offers.find("local:0")
     assert offer.label.endswith("/fast (OpenVINO int8, tiny decoder)")
-    assert (offer.defaults, offer.few_step, offer.side) == (FEW_STEPS, True, 64)
+    assert (offer.defaults, offer.few_step, offer.side, offer.public()["export"]) == (FEW_STEPS, True, 64, True)
     assert offers.resolve(offer).is_export
     assert choose_base(offers.resolve(offer), None, Base("another")) == Base("./models/base")

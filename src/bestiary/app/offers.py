@@ -66,6 +66,7 @@ class Offer:
     sha256: str | None = None
     modules: Mapping[str, int] = field(default_factory=dict)
     few_step: bool = False  # distilled for a few steps, which `defaults` then are for
+    export: bool = False  # drawn by OpenVINO, on the CPU; it holds no base to compare with, and has one weight
 
     @property
     def name(self) -> str:
@@ -86,6 +87,7 @@ class Offer:
             "sha256": self.sha256 and self.sha256[:8],  # tells two files of one name apart
             "modules": self.modules,
             "few_step": self.few_step,
+            "export": self.export,
         }
 
 
@@ -316,6 +318,7 @@ def _fast_offer(version: Version, offer: Offer) -> Offer:
         scores={},
         defaults=read_fast_tags(version).defaults,
         few_step=True,
+        export=True,
     )
 
 
@@ -333,6 +336,7 @@ def _export_offer(number: int, folder: Path) -> Offer:
         side=manifest.side,
         sha256=manifest.adapter_sha256,
         few_step=manifest.few_step,
+        export=True,
     )
 
 

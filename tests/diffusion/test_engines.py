@@ -100,6 +100,7 @@ def test_an_export_says_where_it_comes_from(fused: Fused, exported: tuple[Path, 
     manifest = read_manifest(folder)
     assert manifest == done.manifest
     assert manifest.base_sha256 == base_sha256(fused.base)
+    assert manifest.adapter_weight == 0.5
     assert manifest.defaults == replace(fused.defaults, sampling=replace(FEW_STEPS, adapter_weight=1.0))
     assert {"openvino", "nncf", "torch", "bestiary"} <= manifest.versions.keys()
     assert done.unet_error < 1e-4

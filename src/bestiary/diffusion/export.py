@@ -403,6 +403,7 @@ def _manifest(fused: Fused, form: Format, pipeline: StableDiffusionPipeline, fil
         base_sha256=base_sha256(fused.base, fused.base_revision),
         adapter=fused.adapter_name,
         adapter_sha256=adapter_sha256(fused.adapter),
+        adapter_weight=fused.weight,
         distilled_from_sha256=_distilled_from(fused.adapter),
         few_step=fused.few_step,
         drawing=json.loads(drawing.to_json()),

@@ -42,6 +42,7 @@ class Manifest(BaseModel):
     base_sha256: str
     adapter: str
     adapter_sha256: str
+    adapter_weight: float = Field(default=1.0, gt=0)  # that the adapter was fused with
     distilled_from_sha256: str | None = None
     few_step: bool
     drawing: dict[str, Any]  # the fields of `DrawingDefaults`, as `to_dict` gives them

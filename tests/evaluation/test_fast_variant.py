@@ -92,7 +92,7 @@ def test_a_fast_variant_that_loses_nothing_is_accepted_with_a_reason_for_each_ru
         ({"ways": with_way("fast", copied=estimate(0.4, 0.2))}, r"copies its training images: 40%.*limit is 10%"),
         ({"ways": with_way("fast", pictures=19)}, r"only 19 pictures of the fast variant.*at least 20"),
         ({"ways": with_way("reference", pictures=19)}, r"only 19 pictures of the reference.*at least 20"),
-        ({"real_pictures": 19}, r"only 19 real validation images.*at least 20"),
+        ({"real_pictures": 19}, r"only 19 real images.*at least 20"),
     ],
     ids=["clip", "margin", "top1", "cmmd", "diversity", "collapsed reference", "copies", "few", "reference", "real"],
 )

@@ -310,7 +310,7 @@ def test_a_distillation_of_20_steps_is_refused_for_what_distilling_lost(
 
 
 def test_passes_count_guided_steps_twice(pipeline: StableDiffusionPipeline) -> None:
-    assert count_passes(pipeline, Sampling("lcm", steps=2, guidance_scale=1.0, timesteps=(999, 399))) == 2
+    assert count_passes(pipeline, Sampling("lcm", steps=2, guidance_scale=1.0, timesteps=(999, 699))) == 2
     assert count_passes(pipeline, Sampling("ddpm", steps=100, guidance_scale=7.0)) == 200
     sampling = Sampling("dpmsolver++sde", steps=13, guidance_scale=7.0, guidance_interval=(2, 1000))
     assert count_passes(pipeline, sampling) == 19

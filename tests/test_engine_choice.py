@@ -70,9 +70,9 @@ def test_torch_draws_with_the_adapter_itself(registered: Adapter) -> None:
     [
         (Wish(has_image=True), "cannot start from an image"),
         (Wish(weighted=True), "cannot have another weight"),
-        (Wish(base="other"), "no other to choose"),
-        (Wish(device="cuda"), "on the CPU and not on cuda"),
-        (Wish(changes=SamplingChanges(decoder="full")), "has the tiny decoder and no other"),
+        (Wish(base="other"), "base is part of an export"),
+        (Wish(device="cuda"), "on the CPU, not on cuda"),
+        (Wish(changes=SamplingChanges(decoder="full")), "has only the tiny decoder"),
     ],
 )
 def test_what_an_export_cannot_do_is_drawn_by_torch_or_refused(
@@ -93,7 +93,7 @@ def test_auto_says_why_this_machine_gains_nothing(registered: Adapter, monkeypat
     monkeypatch.setattr(engines, "reason_against", lambda _: "this machine has a GPU, which torch uses")
     chosen, note = choose_engine([registered], Wish())
     assert chosen == [registered]
-    assert note == "Drawing with torch and not with the fast variant: this machine has a GPU, which torch uses."
+    assert note == "Drawing with torch instead of the fast variant: this machine has a GPU, which torch uses."
 
 
 @pytest.mark.parametrize("changes", [SamplingChanges(steps=9), SamplingChanges(sampler="ddim")])

@@ -97,7 +97,7 @@ def test_another_dvc_command_and_a_batch_that_cannot_be_split_are_found(
     with pytest.raises(BestiaryError, match="cannot be split evenly over 3 processes"):
         preflight._processes(night)
     monkeypatch.setenv("BESTIARY_LAUNCH", "torchrun --nproc-per-node 2")
-    assert preflight._processes(night).startswith("2, each trains on 8 images at a time")
+    assert preflight._processes(night).startswith("2, each training on 8 images at a time")
     held.unlink()
     lock = held.with_name("lock")
     with lock.open("w") as file:

@@ -298,7 +298,7 @@ def test_what_cannot_be_distilled_is_refused_in_one_sentence(
     pipeline, model = load_pipeline(base, device="cpu"), Model(model=str(base), revision=None)
     with pytest.raises(BestiaryError, match="There is no adapter at"):
         make_teacher(pipeline, tmp_path, model)
-    with pytest.raises(BestiaryError, match="is a few-step adapter already"):
+    with pytest.raises(BestiaryError, match="is already a few-step adapter"):
         make_teacher(pipeline, few_step, model)
     foreign = save_adapter(foreign_unet(base), tmp_path / "foreign", Provenance(base_sha256="0" * 64))
     with pytest.raises(BestiaryError, match="was trained on another base than"):
@@ -306,10 +306,10 @@ def test_what_cannot_be_distilled_is_refused_in_one_sentence(
     make_adapter(load_unet(base), tmp_path / "dora", use_dora=True)
     dora = replace(read_adapter(tmp_path / "dora" / FILE_NAME), provenance=Provenance())
     (tmp_path / "dora" / FILE_NAME).write_bytes(dora.to_bytes())
-    with pytest.raises(BestiaryError, match="holds DoRA, and only plain LoRA"):
+    with pytest.raises(BestiaryError, match="holds DoRA, but only a plain LoRA"):
         make_teacher(pipeline, tmp_path / "dora", model)
     pipeline.unet = type(pipeline.unet).from_config(pipeline.unet.config, time_cond_proj_dim=16)
-    with pytest.raises(BestiaryError, match="is a latent consistency model, which draws in a few steps already"):
+    with pytest.raises(BestiaryError, match="is a latent consistency model, which already draws in a few steps"):
         make_teacher(pipeline, style, model)
 
 

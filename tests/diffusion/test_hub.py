@@ -81,7 +81,7 @@ def test_gated_absent_and_busy_are_told_apart(hub: Hub, monkeypatch: pytest.Monk
     with pytest.raises(BestiaryError, match=r"some-org/other is not on the Hugging Face hub, or it is private"):
         bytes_to_download(HubModel("judge", "some-org/other", COMMIT))
     hub.status = 503
-    with pytest.raises(BestiaryError, match=r"answers HTTP 503\. Wait some minutes"):
+    with pytest.raises(BestiaryError, match=r"answers HTTP 503\. Wait a few minutes"):
         bytes_to_download(judge())
     hub.status = None
     monkeypatch.setenv("HF_TOKEN", "hf_ofSomebodyWhoAcceptedTheLicence")

@@ -120,7 +120,7 @@ def test_an_export_takes_no_adapter_beside_it_and_no_torch(export: Path, tmp_pat
         choose_engine([plain, exported], Wish())
     with pytest.raises(BestiaryError, match="which torch cannot draw with"):
         choose_engine([exported], Wish("torch"))
-    with pytest.raises(BestiaryError, match="holds no adapter file"):
+    with pytest.raises(BestiaryError, match="has no adapter file"):
         exported.check_is_file()
 
 

@@ -305,9 +305,7 @@ def disk(root: Path, need: float, download_bytes: float) -> Check:
         fails = fails or size > free
     text = f"the run needs {', '.join(texts)}"
     if fails:
-        return Check(
-            "disk", f"{text}. Free some space, or use a larger disk (HF_HOME sets the folder for models).", "FAIL"
-        )
+        return Check("disk", f"{text}. Free space, or use a larger disk (HF_HOME sets the folder for models).", "FAIL")
     return Check("disk", text)
 
 

@@ -135,7 +135,7 @@ def test_of_a_refused_fast_variant_only_the_reasons_are_stored(made: Made, proje
     assert fast_folders() == []
     version = find_version(URI)
     assert fast_variant(version) is None
-    with pytest.raises(BestiaryError, match=r"models:/bestiary/1 was refused: It may lose more: CLIP score -9.00\."):
+    with pytest.raises(BestiaryError, match=r"models:/bestiary/1 was refused: It may lose too much: CLIP score -9"):
         pull_fast(URI, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -169,7 +169,7 @@ def test_a_report_about_another_fast_variant_is_refused(
 ) -> None:
     other = make_adapter(base_folder, tmp_path / "other", 7)
     candidate = replace(made.candidate, few_step=other)
-    with pytest.raises(BestiaryError, match=r"accept\.json describes another fast variant .*`dvc repro fast/"):
+    with pytest.raises(BestiaryError, match=r"accept\.json does not describe the fast variant .*`dvc repro fast/"):
         attach_as_stage(replace(made, candidate=candidate), project)
     assert "fast" not in find_version(URI).tags
 

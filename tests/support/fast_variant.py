@@ -67,5 +67,5 @@ def acceptance(
         differences=Differences(fast_default=row, fast_reference=row, distillation=row, export=row),
         diversity_ratio=estimate(1.0, 0.1),
         accepted=accepted,
-        reasons=("It loses little.",) if accepted else ("It may lose more: CLIP score -9.00.",),
+        reasons=("It loses little.",) if accepted else ("It may lose too much: CLIP score -9.00.",),
     )

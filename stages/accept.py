@@ -24,7 +24,7 @@ def main() -> None:
         point = read_operating_point(REPORTS / "operating_point")
         fast = read_fast_variant(FEW_STEP, FAST, adapter_sha256=point.adapter_sha256, side=resolution)
         processes()  # gives each process its GPU
-        # Evaluate has drawn most pictures of the default way. It drops unused ones from its cache, so accept has its own.
+        # Evaluate has drawn most pictures of the default way. It drops others from its cache, so accept has its own.
         of_evaluate, own = (PictureCache(run.hold(CACHE / name), base_sha256(*base)) for name in ("evaluate", "accept"))
         sampling = replace(evaluate.sampling(resolution), guidance_scale=point.guidance_scale)
         trial = Trial(

@@ -1,4 +1,4 @@
-"""OpenVINO as an engine: an exported folder draws what torch draws, and whatever is wrong with it is one sentence."""
+"""OpenVINO as an engine: an export draws what torch draws, and every problem with it is reported in one sentence."""
 
 import json
 import runpy
@@ -95,7 +95,7 @@ def test_an_export_draws_what_torch_draws(
     assert difference(generate(opened, PROMPTS, seeds, sampling, batch_size=2), expected) <= 1
 
 
-def test_an_export_says_where_it_comes_from(fused: Fused, exported: tuple[Path, Exported]) -> None:
+def test_an_export_records_its_lineage(fused: Fused, exported: tuple[Path, Exported]) -> None:
     folder, done = exported
     manifest = read_manifest(folder)
     assert manifest == done.manifest
@@ -195,7 +195,9 @@ def test_a_damaged_export_is_refused(folder: Path, damage: Callable[[Path], None
         open_export(folder)
 
 
-def test_a_processor_without_the_instructions_is_told_what_to_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_on_a_processor_without_the_instructions_says_what_to_do(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Processor, "here", lambda: Processor(frozenset({"avx2"}), "old"))
     assert is_exported(open_export(folder))  # float32 runs everywhere
     manifest_with(precision="int8")(folder)
@@ -219,7 +221,7 @@ def test_openvino_sends_no_statistics() -> None:
     assert sys.modules["openvino_telemetry"] is None
 
 
-def test_what_was_compiled_is_kept_for_the_next_process(opened: StableDiffusionPipeline) -> None:
+def test_compiled_networks_are_cached_for_the_next_process(opened: StableDiffusionPipeline) -> None:
     generate(opened, PROMPTS[:1], [0], FEW_STEPS, batch_size=1)
     assert len(list(engines.compiled_cache().glob("*.blob"))) >= 3
 

@@ -1,4 +1,4 @@
-"""Fast variants for tests: an export with files that nothing opens, and the report of the stage accept."""
+"""Fast variants for tests: an export with placeholder files, and the report of the stage accept."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Fast variants for tests: an export with files that nothing opens, and the report of the stage accept."""
+"""Fast variants for tests: an export with placeholder files, and the report of the stage accept."""
 
 import json
 from collections.abc import Mapping
@@ -67,5 +67,5 @@ def acceptance(
         differences=Differences(fast_default=row, fast_reference=row, distillation=row, export=row),
         diversity_ratio=estimate(1.0, 0.1),
         accepted=accepted,
-        reasons=("It loses little.",) if accepted else ("It may lose more: CLIP score -9.00.",),
+        reasons=("It loses little.",) if accepted else ("It may lose too much: CLIP score -9.00.",),
     )

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FAST = "#fast"  # ends the key of a registered version's fast variant
+FAST = "#fast"  # suffix of the key of a registered version's fast variant
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Offers:
             return resolve(offer.what)
         if offer.key.endswith(FAST):
             found = resolve(offer.what, fast=True)
-            if found.export is None:  # refused since the page was loaded
+            if found.export is None:  # it was refused after the page had loaded
                 raise gone()
             return as_export(found, found.export)
         if offer.key not in self._resolved:  # a registered version never changes
@@ -313,7 +313,7 @@ def _fast_offer(version: Version, offer: Offer) -> Offer:
 
 
 def _export_offer(number: int, folder: Path) -> Offer:
-    """The offer of an export, which OpenVINO draws with. Raises BestiaryError when its manifest is damaged."""
+    """The offer of an OpenVINO export. Raises BestiaryError when its manifest is damaged."""
     from bestiary.diffusion.export_format import read_manifest
 
     manifest = read_manifest(folder)

@@ -41,9 +41,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@.venv/bin/$(PIP) --editable '.[app,dev]'
 	@touch $@
 
-# A second engine, which only `make fast`, the tests and the benchmarks use. Where it has no packages, they do without it.
+# A second engine. Only `make fast`, the tests and the benchmarks use it. They skip it where it cannot be installed.
 $(OPENVINO): $(INSTALLED)
-	@echo "Installing OpenVINO into .venv: a minute."
+	@echo "Installing OpenVINO into .venv. This takes about a minute."
 	@.venv/bin/$(PIP) --editable '.[openvino]' || echo "OpenVINO cannot be installed here."
 	@touch $@
 

@@ -1,14 +1,14 @@
-"""The fast variant beside our default and the original's way of drawing: DDPM, 100 steps, guidance at every step.
+"""The fast variant compared with our default and the original's way of drawing: DDPM, 100 steps, guided at every step.
 
-On the bundled base with the export that `make fast` wrote, if it is there, and at the exact size of Stable Diffusion
-1.5 with random weights, 512 pixels and a decoder of TAESD's size. There the original's way and our default are
-extrapolated: a few guided steps are timed, and their median is multiplied by the number of steps. The fast variant is
-timed whole: warm in a process that has drawn before, and cold as `bestiary generate` starts.
+It measures the bundled base with the export that `make fast` wrote, if there is one, and a base of exactly Stable
+Diffusion 1.5's size with random weights, 512 pixels and a decoder of TAESD's size. At that size the original's way and
+our default are extrapolated: a few guided steps are timed, and their median is multiplied by the number of steps. The
+fast variant is timed in full: warm, in a process that has drawn before, and cold, as `bestiary generate` starts.
 
-    python benchmarks/fast.py                # about 8 minutes on two cores, and 12 GB of memory to export
-    python benchmarks/fast.py --quick        # a small trial of the benchmark itself: its numbers mean nothing
+    python benchmarks/fast.py                # about 8 minutes on two cores; the export needs 12 GB of memory
+    python benchmarks/fast.py --quick        # a small test of the benchmark itself; its numbers mean nothing
 
-Prints a table of each; the last line is JSON.
+Prints a table for each size. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ FEW_STEPS = Sampling("lcm", steps=2, guidance_scale=1.0, timesteps=(999, 399), d
 
 @dataclass(frozen=True)
 class Way:
-    """Seconds of one picture, batch 1, and the largest memory of the process that drew it.
+    """Seconds of one picture at batch 1, and the peak memory of the process that drew it.
 
-    passes counts calls of the UNet for one latent: a guided step is two. extrapolated: only a few steps were timed.
+    passes counts UNet calls for one picture: a guided step is two. extrapolated: only a few steps were timed.
     """
 
     sampler: str
@@ -72,7 +72,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Cold:
-    """`bestiary generate` from its start to its exit: when OpenVINO compiles the networks, and when it has before."""
+    """`bestiary generate` from start to exit: when OpenVINO compiles the networks, and with cached networks."""
 
     first_s: float
     seconds: float
@@ -81,7 +81,7 @@ class Cold:
 
 @dataclass(frozen=True)
 class Exporting:
-    """What one export of Stable Diffusion's size costs, and how exact it is."""
+    """The cost and the error of one export of Stable Diffusion's size."""
 
     precision: str
     seconds: float
@@ -91,7 +91,7 @@ class Exporting:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few steps, and small models")
+    parser.add_argument("--quick", action="store_true", help="few steps and small models")
     parser.add_argument("--precision", choices=["int8", "bf16", "fp32"], default=Processor.here().best())
     parser.add_argument("--part", choices=["both", "bundled", "sd15"], default="both", help="what to measure")
     arguments = parser.parse_args()
@@ -106,7 +106,7 @@ def main() -> None:
         bundled = measure_bundled(arguments.quick)
         print_table({name: asdict(way) for name, way in bundled.items()})
         if "fast" not in bundled:
-            print(f"There is no fast variant in {FAST.relative_to(ROOT)}: run `make fast` to measure it, too.")
+            print(f"There is no fast variant in {FAST.relative_to(ROOT)}. Run `make fast` to measure it, too.")
         result["bundled"] = {name: asdict(way) for name, way in bundled.items()}
     if arguments.part in ("both", "sd15"):
         result |= report_large(arguments.precision, arguments.quick)
@@ -132,7 +132,7 @@ def report_large(precision: Precision, quick: bool) -> dict[str, object]:
 
 
 def measure_bundled(quick: bool) -> dict[str, Way]:
-    """Each way on the bundled base, all of its steps timed."""
+    """Each way on the bundled base, with all steps timed."""
     evaluate = load_params(ROOT / "params.yaml").evaluate
     original = replace(ORIGINAL, steps=4) if quick else ORIGINAL
     default = default_setting(evaluate)
@@ -148,7 +148,7 @@ def measure_bundled(quick: bool) -> dict[str, Way]:
 
 
 def time_torch(adapter: Path, sampling: Sampling) -> Way:
-    """Draw with torch, the adapter beside the weights."""
+    """Draw with torch and the adapter not fused."""
     pipeline = load_pipeline(ROOT / "models" / "base")
     apply_adapter(pipeline, adapter)
     return timed(pipeline, sampling)
@@ -160,7 +160,7 @@ def time_export(folder: Path, sampling: Sampling) -> Way:
 
 
 def timed(pipeline: StableDiffusionPipeline, sampling: Sampling) -> Way:
-    """The median seconds of several pictures, after one that is not timed."""
+    """The median seconds of several pictures, after an untimed one."""
     calls: list[CallSeconds] = []
     passes = 0
 
@@ -210,7 +210,7 @@ def export_random(models: Models, precision: Precision, out: Path) -> Exporting:
 
 
 def measure_large(models: Models, side: int, exported: Path) -> dict[str, Way]:
-    """Each way at Stable Diffusion's size, in processes of their own."""
+    """Each way at Stable Diffusion's size, each in its own process."""
     sampling = real_sampling(side)
     return compared(
         {
@@ -232,13 +232,13 @@ def time_few_steps(models: Models, sampling: Sampling) -> Way:
 
 
 def compared(ways: Mapping[str, Way]) -> dict[str, Way]:
-    """The ways with how many times faster than the original's each is."""
+    """The ways, with the speedup of each over the original's."""
     original = ways["original"].total_s
     return {name: replace(way, times_faster=original / way.total_s) for name, way in ways.items()}
 
 
 def start_cold(exported: Path, side: int, cache: Path) -> Cold:
-    """Run the command twice: with an empty cache of compiled networks, and with the one that the first run filled."""
+    """Run the command twice: with an empty cache of compiled networks, then with the cache of the first run."""
     first, _ = run_command(exported, side, cache)
     second, memory = run_command(exported, side, cache)
     return Cold(first, second, memory)

@@ -6,7 +6,7 @@ encoded at every step, autocast, the adapter in bfloat16, AdamW that is not fuse
 reading of files is left out.
 
     python benchmarks/gpu.py                 # 5 minutes, plus what torch.compile needs the first time
-    python benchmarks/gpu.py --low-memory    # instead: peaks of the stages with settings for GPUs of 8 and 6 GB
+    python benchmarks/gpu.py --low-memory    # only the stages' peak memory, with settings for 8 and 6 GB GPUs
     python benchmarks/gpu.py --quick         # a small trial of the benchmark, on a CPU too: its numbers mean nothing
 
 Prints a line of JSON for each measurement while it runs; the last line is JSON with all of them.
@@ -68,9 +68,9 @@ STEPS = 30  # of a measured training, the first ten to warm up
 # Our batches by resolution, and the one at which the official script was fastest.
 BATCHES = {256: (16, 64, 256), 512: (16, 64)}
 OFFICIAL = {256: 64, 512: 32}
-# GPUs by their gigabytes, and docs/real-run.md's settings for them. Everything is done one image at a time.
+# Gigabytes of small GPUs, and the settings for them in docs/real-run.md. Everything runs one image at a time.
 LOW_MEMORY = (8, 6)
-OUTSIDE_GIB = 1.0  # of a card's memory that is left to CUDA and its libraries
+OUTSIDE_GIB = 1.0  # of a card's memory, reserved for CUDA and its libraries
 LOW_MEMORY_TRAIN = {
     "batch_size": 4,
     "accumulation": 4,
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small models")
     parser.add_argument("--only", nargs="*", metavar="NAME", help="only these, by the start of a name")
     parser.add_argument("--compile-official", action="store_true", help="compile the official script's UNet as well")
-    parser.add_argument("--low-memory", action="store_true", help="the stages on GPUs of 8 and 6 GB, and nothing else")
+    parser.add_argument("--low-memory", action="store_true", help="only the stages, limited to 8 and 6 GB")
     arguments = parser.parse_args()
     machine = asdict(environment())
     result: dict[str, Any] = {"benchmark": "gpu", "quick": arguments.quick, "environment": machine, "gpu": None}
@@ -262,11 +262,11 @@ def drawing(sizes: Models, side: int, steps: int, scale: float, batch: int) -> d
     return _rate(median(seconds(draw) for _ in range(3)) / batch)
 
 
-# ---- GPUs with little memory ----
+# ---- small GPUs ----
 
 
 def low_memory(sizes: Models, quick: bool) -> dict[str, Callable[[], dict[str, float]]]:
-    """The three stages that hold networks, one image at a time, with a part of the card's memory."""
+    """The three stages that load networks, one image at a time, with a part of the card's memory."""
     jobs: dict[str, Callable[[], dict[str, float]]] = {}
     side = 64 if quick else 512
     for gigabytes in LOW_MEMORY[: 1 if quick else 2]:
@@ -276,7 +276,7 @@ def low_memory(sizes: Models, quick: bool) -> dict[str, Callable[[], dict[str, f
 
 
 def _capped(gigabytes: int, work: Callable[[], float]) -> dict[str, float]:
-    """Do `work`, which returns images per second, as if the card had only so much memory. Nothing is capped on a CPU.
+    """Run `work`, which returns images per second, with limited GPU memory. On a CPU there is no limit.
 
     peak_gib, which `main` adds, is what torch's allocator held; outside_gib is what CUDA and its libraries take.
     """
@@ -305,7 +305,7 @@ def _encode_alone(sizes: Models, side: int) -> float:
 
 
 def _train_alone(sizes: Models, side: int) -> float:
-    """Training with everything that the stage holds: the pipeline, the judge, and the sheet that they draw."""
+    """Training with everything that the stage loads: the pipeline, the judge, and the sheet that they draw."""
     pipeline, judge = _pipeline(sizes), _judge(sizes)
     steps = 2 if sizes is SMALL else 8
     settings = PARAMS.train.model_copy(
@@ -345,7 +345,7 @@ def _train_alone(sizes: Models, side: int) -> float:
 
 
 def _evaluate_alone(sizes: Models, side: int) -> float:
-    """Pictures drawn one at a time, guided, and judged, with pipeline and judge on the card."""
+    """Draw guided pictures one at a time and judge them, with pipeline and judge on the card."""
     pipeline, judge = _pipeline(sizes), _judge(sizes)
     sampling = Sampling("dpmsolver++", steps=4, guidance_scale=7.5, width=side, height=side)
 

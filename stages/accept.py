@@ -1,4 +1,4 @@
-"""Prove what the fast variant costs: draw with it, in the default way and with DDPM, and decide by intervals."""
+"""Measure what the fast variant costs against the default way and DDPM, and accept or refuse it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +20,11 @@ def main() -> None:
         from bestiary.evaluation.sweep import read_operating_point
 
         evaluate, base = params.evaluate, (params.base.model, params.base.revision)
-        resolution = params.encode.resolution  # that the adapter was trained at
+        resolution = params.encode.resolution  # of the adapter's training
         point = read_operating_point(REPORTS / "operating_point")
         fast = read_fast_variant(FEW_STEP, FAST, adapter_sha256=point.adapter_sha256, side=resolution)
         processes()  # gives each process its GPU
-        # Evaluate has drawn most of the pictures of the default way; it drops from its cache what it does not need.
+        # Evaluate has drawn most pictures of the default way. It drops others from its cache, so accept has its own.
         of_evaluate, own = (PictureCache(run.hold(CACHE / name), base_sha256(*base)) for name in ("evaluate", "accept"))
         sampling = replace(evaluate.sampling(resolution), guidance_scale=point.guidance_scale)
         trial = Trial(

@@ -1,4 +1,4 @@
-"""Store the fast variant with the registered version of its adapter, if it was accepted; write the page about it."""
+"""Store the fast variant with the registered version of its adapter if it was accepted, and write its page."""
 
 from dataclasses import asdict
 from pathlib import Path

@@ -39,7 +39,7 @@ def main() -> None:
         device, dtype = device_and_dtype()
         judge = Judge.load(params.judge.model, params.judge.revision, device.type)
         tiny = params.tiny_decoder
-        if tiny:  # a download that fails must not end a benchmark that has measured
+        if tiny:  # download it first, so that a failure does not lose measurements
             find_tiny_decoder(tiny.model, tiny.revision)
         bench = benchmark.Bench(
             load=lambda name: load_pipeline(*base, dtype=getattr(torch, name)),

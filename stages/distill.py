@@ -30,7 +30,7 @@ def main() -> None:
         sampling = sampling_of(chosen, difference) if chosen and difference else settings.sampling()
         pipeline = load_pipeline(base.model, base.revision)
         make_teacher(pipeline, ADAPTER, base)
-        # Not in models/few_step, which DVC empties before each run.
+        # Not in models/few_step, because DVC empties that folder before each run.
         unfinished = run.hold(CACHE / "distill" / checkpoint_key(provenance, settings, content_of(params.judge)))
         subjects = [latents.subjects.of(name) for name in sorted(set(latents.training.images["class"]))]
         watch = TrainingWatch(

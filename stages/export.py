@@ -24,11 +24,11 @@ def main() -> None:
 
         settings, base, tiny = params.export, params.base, params.tiny_decoder
         if settings.decoder == "tiny" and tiny is None:
-            raise BestiaryError("export.decoder is tiny, but there is no tiny_decoder. Name one in params.yaml.")
+            raise BestiaryError("export.decoder is tiny, but tiny_decoder is empty. Set it in params.yaml.")
         check_trained_on(FEW_STEP, base.model, base.revision)
         few_step = read_adapter(adapter_file(FEW_STEP)).few_step
         if few_step is None:
-            raise BestiaryError(f"The adapter in {FEW_STEP} is no few-step adapter: run `dvc repro fast/dvc.yaml`.")
+            raise BestiaryError(f"The adapter in {FEW_STEP} is not a few-step adapter. Run `dvc repro fast/dvc.yaml`.")
         template = params.evaluate.template
         subjects = Subjects.read_from(SPLIT)
         classes = sorted(read_table(SPLIT / "val.csv")["class"].unique())

@@ -66,7 +66,7 @@ def test_our_default_way_of_drawing_is_compared_with_the_originals() -> None:
 
 
 @pytest.mark.skipif(not find_spec("openvino"), reason="the extra openvino is not installed")
-def test_the_fast_variant_is_timed_whole_and_the_other_ways_are_extrapolated() -> None:
+def test_the_fast_variant_is_timed_in_full_and_the_other_ways_are_extrapolated() -> None:
     output, result = quick("fast", "--part", "sd15", "--precision", "fp32")  # quantizing would take half a minute
     original, default, fast = (result["sd15_size"][name] for name in ("original", "default", "fast"))
     assert (original["passes"], fast["passes"]) == (200, 2)

@@ -1,4 +1,4 @@
-"""Which engine draws: what the user says, what an export can do, and what this machine gains from it."""
+"""Which engine draws: the user's choice, what an export can draw, and whether it is faster on this machine."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from bestiary.generation import Base, choose_base
 from bestiary.registry.resolving import Adapter, resolve
 from bestiary.samplers import DrawingDefaults, Sampling, SamplingChanges
 
-FEW_STEPS = DrawingDefaults("a {}", Sampling("lcm", 2, 1.0, timesteps=(999, 399), decoder="tiny"))
+FEW_STEPS = DrawingDefaults("a {}", Sampling("lcm", 2, 1.0, timesteps=(999, 699), decoder="tiny"))
 
 
 @pytest.fixture
@@ -52,11 +52,11 @@ def registered(export: Path, tmp_path: Path) -> Adapter:
 
 @pytest.fixture(autouse=True)
 def gains(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This machine gains from every export."""
+    """Every export is faster on this machine."""
     monkeypatch.setattr(engines, "reason_against", lambda _: None)
 
 
-def test_auto_takes_an_accepted_fast_variant_as_it_is_drawn(registered: Adapter, export: Path) -> None:
+def test_auto_draws_with_an_accepted_fast_variant_and_its_settings(registered: Adapter, export: Path) -> None:
     (chosen,), note = choose_engine([registered], Wish())
     assert (chosen.is_export, chosen.export, chosen.uri, note) == (True, export, "models:/bestiary/3", None)
     assert (chosen.defaults, chosen.few_step) == (FEW_STEPS, True)
@@ -71,13 +71,13 @@ def test_torch_draws_with_the_adapter_itself(registered: Adapter) -> None:
     [
         (Wish(has_image=True), "cannot start from an image"),
         (Wish(weighted=True), "cannot have another weight"),
-        (Wish(base="other"), "no other to choose"),
-        (Wish(device="cuda"), "on the CPU and not on cuda"),
-        (Wish(changes=SamplingChanges(decoder="full")), "has the tiny decoder and no other"),
+        (Wish(base="other"), "base is part of an export"),
+        (Wish(device="cuda"), "on the CPU, not on cuda"),
+        (Wish(changes=SamplingChanges(decoder="full")), "has only the tiny decoder"),
         (Wish(changes=SamplingChanges(width=64, height=40)), "sides are multiples of 32 pixels"),
     ],
 )
-def test_what_an_export_cannot_do_is_drawn_by_torch_or_refused(
+def test_requests_that_an_export_cannot_draw_fall_back_to_torch_or_are_refused(
     registered: Adapter, export: Path, wish: Wish, reason: str
 ) -> None:
     chosen, note = choose_engine([registered], wish)
@@ -91,15 +91,17 @@ def test_what_an_export_cannot_do_is_drawn_by_torch_or_refused(
         choose_engine([resolve(str(export))], wish)
 
 
-def test_auto_says_why_this_machine_gains_nothing(registered: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_says_why_the_export_is_not_faster_on_this_machine(
+    registered: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(engines, "reason_against", lambda _: "this machine has a GPU, which torch uses")
     chosen, note = choose_engine([registered], Wish())
     assert chosen == [registered]
-    assert note == "Drawing with torch and not with the fast variant: this machine has a GPU, which torch uses."
+    assert note == "Drawing with torch instead of the fast variant: this machine has a GPU, which torch uses."
 
 
 @pytest.mark.parametrize("changes", [SamplingChanges(steps=9), SamplingChanges(sampler="ddim")])
-def test_auto_leaves_other_steps_to_torch(registered: Adapter, changes: SamplingChanges) -> None:
+def test_auto_falls_back_to_torch_for_other_steps(registered: Adapter, changes: SamplingChanges) -> None:
     assert choose_engine([registered], Wish(changes=changes)) == ([registered], None)
 
 
@@ -114,7 +116,7 @@ def test_openvino_without_an_export_says_how_to_make_one(tmp_path: Path, registe
         choose_engine([registered, plain], Wish("openvino"))
 
 
-def test_an_export_takes_no_adapter_beside_it_and_no_torch(export: Path, tmp_path: Path) -> None:
+def test_an_export_is_refused_with_other_adapters_and_with_torch(export: Path, tmp_path: Path) -> None:
     exported = resolve(str(export))
     assert choose_engine([exported], Wish()) == ([exported], None)
     plain = Adapter(tmp_path / "x.safetensors", "x.safetensors", None, None, None)
@@ -122,7 +124,7 @@ def test_an_export_takes_no_adapter_beside_it_and_no_torch(export: Path, tmp_pat
         choose_engine([plain, exported], Wish())
     with pytest.raises(BestiaryError, match="which torch cannot draw with"):
         choose_engine([exported], Wish("torch"))
-    with pytest.raises(BestiaryError, match="holds no adapter file"):
+    with pytest.raises(BestiaryError, match="has no adapter file"):
         exported.check_is_file()
 
 

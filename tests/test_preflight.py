@@ -1,4 +1,4 @@
-"""`bestiary preflight`: what would end a long run is found before it starts."""
+"""`bestiary preflight` finds problems that would end a long run, before it starts."""
 
 import fcntl
 import json
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checks that take the rates of two idle cores for granted."""
+    """Checks that use stored rates of two idle cores instead of measuring."""
     monkeypatch.setattr(
         preflight, "estimate", lambda params, images, _: (measured(), lines(params, images, measured()))
     )
@@ -56,7 +56,7 @@ def by_name(found: Sequence[Check]) -> dict[str, Check]:
     return {check.name: check for check in found}
 
 
-def test_a_night_is_checked_from_the_hub_to_the_disk(
+def test_a_long_run_is_checked_from_the_hub_to_the_disk(
     night: Params, hub: Hub, project: Path, unmeasured: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving({"/V1/cat/1.jpg": b"\xff\xd8\xff"}) as service:
@@ -97,7 +97,7 @@ def test_another_dvc_command_and_a_batch_that_cannot_be_split_are_found(
     with pytest.raises(BestiaryError, match="cannot be split evenly over 3 processes"):
         preflight._processes(night)
     monkeypatch.setenv("BESTIARY_LAUNCH", "torchrun --nproc-per-node 2")
-    assert preflight._processes(night).startswith("2, each trains on 8 images at a time")
+    assert preflight._processes(night).startswith("2, each training on 8 images at a time")
     held.unlink()
     lock = held.with_name("lock")
     with lock.open("w") as file:
@@ -116,7 +116,7 @@ def needing(device_mib: float) -> object:
     return rate(0.1).model_copy(update={"peak_device_mib": device_mib})
 
 
-def test_memory_counts_the_gpu_and_says_what_to_lower(night: Params) -> None:
+def test_the_memory_check_counts_the_gpus_memory_and_says_what_to_lower(night: Params) -> None:
     small = needing(2048.0)
     others = {"encode": small, "row": small, "single_row": small, "decode": small}
     for train_mib, mark in ((6000.0, "ok"), (9000.0, "FAIL")):

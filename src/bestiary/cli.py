@@ -198,7 +198,7 @@ source_options = option_group(
         default=lambda: [_champion()],
         show_default=CHAMPION,
         metavar="WHAT[:WEIGHT]",
-        help="Adapter, or folder of an export, to draw with; adapters are repeatable.",
+        help="Adapter to draw with, or folder of an export. Repeat for several adapters.",
     ),
     base=base_option,
     engine=click.option(
@@ -206,7 +206,7 @@ source_options = option_group(
         type=click.Choice(["auto", "torch", "openvino"]),
         default="auto",
         show_default=True,
-        help="What computes. auto: the accepted fast variant, where this machine gains from it.",
+        help="What runs the networks. auto: the accepted fast variant if it is faster here.",
     ),
 )
 
@@ -259,7 +259,7 @@ sampling_options = option_group(
     decoder=click.option(
         "--decoder",
         type=click.Choice(["full", "tiny"]),
-        help="The base's own decoder, or a tiny one: faster, less exact.  [default: as evaluated]",
+        help="full: the base's own. tiny: faster, less exact.  [default: as evaluated]",
     ),
 )
 colour_options = option_group(
@@ -373,7 +373,7 @@ def generate(
 
 
 def _engine(source: Source, original: PictureSettings | None, grid: Grid | None) -> EngineChoice:
-    """The engine to draw with: a picture's own one, and torch for a grid unless the user chose another."""
+    """The engine to draw with: the one that drew the original picture. A grid uses torch unless the user chose one."""
     if original:
         return "openvino" if original.export_sha256 else "torch"
     return "torch" if grid and source.engine == "auto" else source.engine
@@ -505,10 +505,10 @@ def _draw_grids(
 @cli.command()
 @click.argument("what", metavar="URI")
 @base_option
-@click.option("--fast", is_flag=True, help="Copy the fast variant: OUT/few_step and OUT/openvino.")
+@click.option("--fast", is_flag=True, help="Copy the fast variant to OUT/few_step and OUT/openvino.")
 @click.option("--out", required=True, type=FOLDER, help="Folder for the adapter.")
 def pull(what: str, base: str | None, fast: bool, out: Path) -> None:
-    """Copy a registered adapter, or its fast variant, verified, to this disk."""
+    """Copy a registered adapter, or its fast variant, to this disk and verify it."""
     from bestiary.registry import resolving
 
     if fast and base:
@@ -520,18 +520,20 @@ def pull(what: str, base: str | None, fast: bool, out: Path) -> None:
 @cli.command("export")
 @click.argument("what", metavar="WHAT[:WEIGHT]", default=_champion)
 @click.option("--to", required=True, type=click.Choice(["openvino"]), help="Engine to export for.")
-@click.option("--int8", "precision", flag_value="int8", help="Quantize the UNet: the fastest, on VNNI or AMX.")
-@click.option("--bf16", "precision", flag_value="bf16", help="bfloat16, on AVX512-BF16 or AMX.")
+@click.option("--int8", "precision", flag_value="int8", help="Quantize the UNet. Fastest with VNNI or AMX.")
+@click.option("--bf16", "precision", flag_value="bf16", help="bfloat16, for AVX512-BF16 or AMX.")
 @click.option("--fp32", "precision", flag_value="fp32", help="float32.  [default: the fastest for this processor]")
-@click.option("--decoder", type=click.Choice(["full", "tiny"]), default="full", show_default=True, help="Decoder.")
+@click.option(
+    "--decoder", type=click.Choice(["full", "tiny"]), default="full", show_default=True, help="Decoder to export."
+)
 @base_option
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the export.")
 def export_adapter(
     what: str, to: Literal["openvino"], precision: Precision | None, decoder: Decoder, base: str | None, out: Path
 ) -> None:
-    """Write an adapter, fused into its base, for a fast engine.
+    """Export an adapter, fused into its base, for a fast engine.
 
-    `bestiary generate --adapter OUT` draws with it; so do OpenVINO's own pipelines, without this program.
+    `bestiary generate --adapter OUT` draws with the export. OpenVINO's own pipelines can draw with it, too.
     """
     from bestiary.exporting import ExportRequest, Surroundings
     from bestiary.exporting import export_adapter as export
@@ -541,8 +543,8 @@ def export_adapter(
     done = export(ExportRequest(what, out, precision, decoder, base), project)
     form = done.manifest
     click.echo(
-        f"{out}: for {to}, {form.precision}, {form.decoder} decoder, {done.mib:.0f} MiB, "
-        f"UNet's error {done.unet_error:.2%}"
+        f"{out}: exported for {to} in {form.precision} with the {form.decoder} decoder, {done.mib:.0f} MiB, "
+        f"error of the UNet {done.unet_error:.2%}"
     )
 
 
@@ -724,7 +726,7 @@ def learn(
 
 
 @cli.command("estimate")
-@click.option("--profile", help="Profile in params.yaml, else the one that it names.")
+@click.option("--profile", help="Profile in params.yaml.  [default: the one chosen there]")
 def estimate_run(profile: str | None) -> None:
     """Estimate the time, memory and disk of a run on this machine, from a few measured steps."""
     from bestiary.estimating import project_estimate
@@ -739,11 +741,11 @@ def estimate_run(profile: str | None) -> None:
 
 
 @cli.command()
-@click.option("--profile", help="Profile in params.yaml, else the one that it names.")
+@click.option("--profile", help="Profile in params.yaml.  [default: the one chosen there]")
 @click.option("--hours", default=24.0, show_default=True, type=Number(0, min_open=True), help="Longest run to accept.")
 @click.pass_context
 def preflight(context: click.Context, profile: str | None, hours: float) -> None:
-    """Check before a long run that it will not fail: device, models, memory, disk, time. Exit status 1 if it would."""
+    """Find problems before a long run: device, models, memory, disk, time. Exits with 1 if it would fail."""
     from bestiary.files import find_project, no_project_error
     from bestiary.learning import params_with_profile
     from bestiary.preflight import checks

@@ -1,4 +1,4 @@
-"""Choose the engine that draws: torch with a base and adapters, or OpenVINO with an export that holds both."""
+"""Choose the engine that draws: torch with a base and adapters, or OpenVINO with an export that contains both."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from bestiary.samplers import SamplingChanges
 
 @dataclass(frozen=True)
 class Wish:
-    """What a user asks for that decides which engine can draw it.
+    """The parts of a user's request that decide which engine can draw it.
 
-    `weighted`: an adapter has a weight of its own. `base` and `device` are chosen ones; empty: not chosen.
+    `weighted`: the user gave an adapter a weight. `base` and `device` are empty if the user did not choose them.
     """
 
     engine: EngineChoice = "auto"
@@ -27,17 +27,17 @@ class Wish:
     device: str = ""
 
     def obstacle(self, manifest: Manifest) -> str | None:
-        """What the export with this manifest cannot do, as a clause; None when it can draw all of this."""
+        """Why the export with this manifest cannot draw this, as a clause; None if it can."""
         if self.has_image:
             return "an export has no encoder, so it cannot start from an image"
         if self.weighted:
-            return "the adapter is part of an export's weights, so it cannot have another weight"
+            return "the adapter is fused into an export, so it cannot have another weight"
         if self.base:
-            return "the base is part of an export, so there is no other to choose"
+            return "the base is part of an export, so it cannot be changed"
         if self.device not in ("", "cpu"):
-            return f"an export draws on the CPU and not on {self.device}"
+            return f"an export draws on the CPU, not on {self.device}"
         if self.changes.decoder not in (None, manifest.decoder):
-            return f"the export has the {manifest.decoder} decoder and no other"
+            return f"the export has only the {manifest.decoder} decoder"
         step = manifest.side_step
         if any(side is not None and side % step for side in (self.changes.width, self.changes.height)):
             return f"the export draws pictures whose sides are multiples of {step} pixels"
@@ -45,7 +45,7 @@ class Wish:
 
     @property
     def changes_steps(self) -> bool:
-        """Whether it asks for other steps than those that an export was made for."""
+        """Whether the user chose a sampler, steps, guidance or a negative prompt. An export is made for its own."""
         changes = self.changes
         return any(
             value is not None
@@ -54,10 +54,10 @@ class Wish:
 
 
 def choose_engine(adapters: Sequence[Adapter], wish: Wish) -> tuple[list[Adapter], str | None]:
-    """The adapters to draw with, of which one is an export if OpenVINO is to draw; and a note for the user.
+    """The adapters to draw with, and a note for the user. If OpenVINO draws, the only adapter is an export.
 
-    `auto` takes an adapter's accepted export if the export can draw what is asked for and this machine gains from it.
-    Raises BestiaryError when the engine that the user chose cannot draw this.
+    `auto` takes an adapter's accepted export if it can draw what the user asks for and is faster on this machine.
+    Raises BestiaryError when the chosen engine cannot draw this.
     """
     exports = [adapter for adapter in adapters if adapter.is_export]
     if exports:
@@ -78,12 +78,12 @@ def choose_engine(adapters: Sequence[Adapter], wish: Wish) -> tuple[list[Adapter
     manifest = read_manifest(first.export)
     reason = wish.obstacle(manifest) or reason_against(manifest)
     if reason:
-        return list(adapters), f"Drawing with torch and not with the fast variant: {reason}."
+        return list(adapters), f"Drawing with torch instead of the fast variant: {reason}."
     return [as_export(first, first.export)], None
 
 
 def as_export(adapter: Adapter, folder: Path) -> Adapter:
-    """The adapter as its export draws it."""
+    """The adapter with its export in place of its own file."""
     manifest = read_manifest(folder)
     return replace(
         adapter,
@@ -100,25 +100,25 @@ def as_export(adapter: Adapter, folder: Path) -> Adapter:
 def _chosen_export(export: Adapter, adapters: Sequence[Adapter], wish: Wish) -> Adapter:
     if len(adapters) > 1:
         raise BestiaryError(
-            f"{export.uri} is an export, which holds its base and adapter, so no other adapter can be applied to it. "
-            "Draw with the export alone, or name the adapters' own files."
+            f"{export.uri} is an export with its base and adapter fused, so no other adapter can be applied to it. "
+            "Draw with the export alone, or name the adapter files instead."
         )
     if wish.engine == "torch":
         raise BestiaryError(
             f"{export.uri} is an export for OpenVINO, which torch cannot draw with. Leave out --engine, or name the "
-            "adapter that it was made of."
+            "adapter that it was exported from."
         )
     assert export.export is not None
     if reason := wish.obstacle(read_manifest(export.export)):
-        raise BestiaryError(f"{export.uri} cannot draw this: {reason}. Leave that out, or name the adapter's own file.")
+        raise BestiaryError(f"{export.uri} cannot draw this: {reason}. Leave that out, or name the adapter file.")
     return export
 
 
 def _openvino(adapters: Sequence[Adapter], wish: Wish) -> Adapter:
     if len(adapters) > 1:
         raise BestiaryError(
-            "The engine openvino draws with one exported adapter. Merge the adapters and export the result, or draw "
-            "with --engine torch."
+            "The engine openvino draws with only one exported adapter. Merge the adapters and export the result, or "
+            "draw with --engine torch."
         )
     (adapter,) = adapters
     if adapter.export is None:
@@ -127,5 +127,5 @@ def _openvino(adapters: Sequence[Adapter], wish: Wish) -> Adapter:
             adapter.no_export or f"{adapter.uri} has no export. Make one with {make}, then draw with --adapter DIR."
         )
     if reason := wish.obstacle(read_manifest(adapter.export)):
-        raise BestiaryError(f"The engine openvino cannot draw this: {reason}. Draw with --engine torch.")
+        raise BestiaryError(f"The engine openvino cannot draw this: {reason}. Use --engine torch.")
     return as_export(adapter, adapter.export)

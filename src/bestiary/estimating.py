@@ -223,7 +223,7 @@ def images_of(files: Mapping[str, Sequence[Path]], proved: int = 0) -> Images:
 
 
 def project_images(root: Path, params: Params) -> Images:
-    """The images that a run of the project at `root` would take. Raises BestiaryError when there are none to count."""
+    """The images that a run of the project at `root` would use. Raises BestiaryError when there are none to count."""
     from bestiary.data.folder import choose
     from bestiary.data.listing import list_images
     from bestiary.files import dvc_cache
@@ -245,7 +245,7 @@ def project_images(root: Path, params: Params) -> Images:
 
 
 def _image_folder(root: Path, name: str) -> Path:
-    """The folder of the images; before the first `dvc repro`, that from which data.dvc imports them."""
+    """The folder of the images. Before the first `dvc repro`, the folder that data.dvc imports from."""
     from bestiary.yaml_file import read_yaml
 
     folder = root / name

@@ -1,4 +1,4 @@
-"""From what a user names to an exported folder: find the adapter and its base, choose the precision, export."""
+"""Export the adapter that a user names: find it and its base, choose the precision, write the folder."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from bestiary.subjects import ANIMALS, Subject, caption
 if TYPE_CHECKING:
     from bestiary.diffusion.export import Exported
 
-CALIBRATION_PICTURES = 8  # whose activations int8 must cover; `make fast` takes export.calibration_pictures
+CALIBRATION_PICTURES = 8  # to measure activations for int8; `make fast` uses export.calibration_pictures
 
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What to export and to which folder. precision None: the fastest that this processor has instructions for.
+    """What to export, and to which folder. A precision of None is the fastest that this processor supports.
 
-    `base` replaces the one that the adapter names.
+    `base` overrides the base that the adapter names.
     """
 
     what: str
@@ -36,7 +36,7 @@ class ExportRequest:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What the project decides: its base, its tiny decoder, and how it draws what does not say."""
+    """The project's settings: its base, its tiny decoder, and how to draw with an adapter that has no settings."""
 
     base: Base | None
     tiny_decoder: Base | None
@@ -46,18 +46,16 @@ class Surroundings:
 def export_adapter(request: ExportRequest, project: Surroundings) -> Exported:
     """Export an adapter, fused into its base, for OpenVINO.
 
-    Raises BestiaryError when there is no adapter, base or tiny decoder, and what `bestiary.diffusion.export` raises.
+    Raises BestiaryError when there is no adapter, base or tiny decoder, or when `bestiary.diffusion.export` fails.
     """
     named = Weighted.parse(request.what)
     if named.what == "none":
-        raise BestiaryError("An export holds an adapter. Name one.")
+        raise BestiaryError("An export needs an adapter, and 'none' is not one. Name an adapter.")
     if request.decoder == "tiny" and project.tiny_decoder is None:
-        raise BestiaryError(
-            "There is no tiny decoder. Name one as tiny_decoder in params.yaml, or leave out --decoder."
-        )
+        raise BestiaryError("There is no tiny decoder. Set tiny_decoder in params.yaml, or leave out --decoder.")
     adapter = resolve(named.what)
     adapter.check_is_file()
-    from bestiary.diffusion import engines, export  # torch, which a refusal does not wait for
+    from bestiary.diffusion import engines, export  # imports torch, so do the cheap checks first
 
     export.check_target(request.out)
     engines.openvino()
@@ -90,12 +88,12 @@ def export_adapter(request: ExportRequest, project: Surroundings) -> Exported:
 
 
 def calibration_prompts(adapter: Adapter, defaults: DrawingDefaults) -> list[str]:
-    """Captions of what the adapter was taught; of some of the 100 animals if it does not say."""
+    """Captions of the adapter's subjects, or of some of the 100 animals if it names none."""
     return spread_captions(adapter.subjects or ANIMALS, defaults.template, CALIBRATION_PICTURES)
 
 
 def spread_captions(subjects: Sequence[Subject], template: str, count: int) -> list[str]:
-    """The captions of `count` subjects, spread evenly over all of them.
+    """Captions of `count` subjects, spread evenly over all of them.
 
     >>> spread_captions(ANIMALS, "a photo of {}", 2)
     ['a photo of an antelope', 'a photo of a lizard']

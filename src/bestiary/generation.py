@@ -77,7 +77,7 @@ class Weighted:
 
 @contextmanager
 def resolving(what: str, *, fast: bool = False) -> Iterator[Callable[[], Adapter | None]]:
-    """Find the adapter that `what` names; "none" is no adapter. With `fast`, also its accepted export.
+    """Find the adapter that `what` names; "none" is no adapter. With `fast`, also find its accepted export.
 
     Yields a function that waits for the result. If MLflow is needed, a second process asks it, because importing MLflow
     takes as long as importing torch, which the caller can do meanwhile. The function raises what `resolve` raises.
@@ -190,7 +190,7 @@ def choose_base(
     """The base to draw with: the one that the user chose, else the one that the adapter names, else the default.
 
     Set `trusted` to False for a stranger's adapter: the base that it names is then ignored. A base on the hub that an
-    adapter names is used only if it is the default or one of the `known` ones. An export's base is inside it.
+    adapter names is used only if it is the default or one of the `known` ones. An export contains its base.
 
     Raises BestiaryError when there is no base to draw with.
     """
@@ -209,7 +209,7 @@ def choose_base(
 
 
 def base_of_picture(settings: PictureSettings, picture: Path, default: Base | None) -> Base:
-    """The base that a picture was drawn with; of one that an export drew, it is inside the export.
+    """The base that a picture was drawn with. If an export drew it, the export contains that base.
 
     Raises BestiaryError when it is on the hub and not the default.
     """
@@ -233,16 +233,16 @@ def _models(default: Base | None, known: Collection[Base] = ()) -> set[str]:
 
 @dataclass(frozen=True)
 class Export:
-    """A loaded export: the SHA-256 of its manifest, which covers its files, and what pictures say of it."""
+    """A loaded export: the SHA-256 of its manifest, which covers all of its files, and what PNGs record of it."""
 
     sha256: str
     adapter_sha256: str
-    engine: str  # with the precision: openvino-int8
+    engine: str  # with the precision, such as openvino-int8
     decoder: Decoder
 
     @staticmethod
     def of(folder: Path) -> Export:
-        """What the manifest in the folder says."""
+        """Read it from the manifest in the folder."""
         from bestiary.diffusion.export_format import MANIFEST, file_sha256, read_manifest
 
         manifest = read_manifest(folder)
@@ -253,13 +253,13 @@ class Export:
 class Generator:
     """Draws with one base in memory and any adapters on it, or with an export. They stay loaded for the next picture.
 
-    `tiny_decoder` names a tiny decoder for the base, which is loaded when a picture's sampling asks for it.
+    `tiny_decoder` names a tiny decoder for the base. It is loaded when the sampling of a picture asks for it.
     """
 
     def __init__(self, tiny_decoder: Base | None = None) -> None:
         self._tiny_decoder = tiny_decoder
         self._base: Base | None = None
-        self.export: Export | None = None  # what draws, if it is an export
+        self.export: Export | None = None  # the loaded export, if an export draws
         self.device = ""
         self.adapter_hashes: tuple[str, ...] = ()  # SHA-256 of the applied adapters, in their order
         self.applied: tuple[Applied, ...] = ()  # what the base took of each
@@ -284,7 +284,7 @@ class Generator:
         return self._pipeline is not None and self.export is None and (self._base, self.device) == (base, device)
 
     def has_open(self, adapters: Sequence[Adapter]) -> bool:
-        """Whether these adapters are an export that is in memory."""
+        """Whether the first of these adapters is an export that is in memory."""
         export = adapters[0].export if adapters and adapters[0].is_export else None
         return export is not None and self.export == Export.of(export)
 
@@ -292,7 +292,7 @@ class Generator:
         """Load `base` on `device` (empty: the best one) and apply `adapters`, in place of what was there.
 
         Raises BestiaryError when the base cannot be loaded, when an adapter does not fit it or is given twice, or when
-        an adapter was trained on another base, unless `any_base`. An export takes the place of base and adapter.
+        an adapter was trained on another base, unless `any_base`. An export replaces base and adapter.
         """
         if adapters and adapters[0].is_export:
             self._open(base, adapters[0])
@@ -352,7 +352,7 @@ class Generator:
     def applied_files(self, adapters: Sequence[Adapter]) -> list[str]:
         """What the base took of each adapter that is a file, in words. A registered version was verified before.
 
-        Of an export, which engine and which decoder draw.
+        For an export, the line names its engine and its decoder.
         """
         if self.export:
             (adapter,) = adapters
@@ -406,8 +406,7 @@ class Generator:
             self._add_tiny_decoder(settings.sampling)
         elif weights != [1.0]:
             raise BestiaryError(
-                "An export holds its adapter at the weight that it was exported with, so no other can be drawn. Draw "
-                "with --engine torch."
+                "An export has its adapter fused at one weight, so it cannot draw with another. Use --engine torch."
             )
         (drawn,) = generate(
             self.pipeline,
@@ -422,7 +421,7 @@ class Generator:
         return drawn
 
     def _add_tiny_decoder(self, sampling: Sampling) -> None:
-        """Load the tiny decoder if the sampling asks for it and the pipeline does not have it yet."""
+        """Load the tiny decoder if the sampling asks for it and the pipeline has none yet."""
         from bestiary.diffusion.decoders import add_tiny_decoder, has_tiny_decoder, load_tiny_decoder
 
         if sampling.decoder == "tiny" and self._tiny_decoder and not has_tiny_decoder(self.pipeline):
@@ -474,7 +473,7 @@ def save_png(data: bytes, folder: Path, name: str) -> Path:
 def check_same_adapters(
     adapters: Sequence[Adapter], original: PictureSettings, like: Path, named: Sequence[str]
 ) -> None:
-    """Raise BestiaryError when these are not the adapters, or the export, that the picture `like` was drawn with."""
+    """Raise BestiaryError when these are not the adapters or the export that the picture `like` was drawn with."""
     from bestiary.diffusion.adapter import adapter_sha256
 
     exports = [Export.of(adapter.export) for adapter in adapters if adapter.is_export and adapter.export]
@@ -482,7 +481,7 @@ def check_same_adapters(
     if exports or original.export_sha256:
         if [export.sha256 for export in exports] != [original.export_sha256]:
             raise BestiaryError(
-                f"{like} was not drawn with the export that {', '.join(named)} names. Name the right one with "
+                f"{like} was not drawn with the export that {', '.join(named)} names. Name the right export with "
                 "--adapter."
             )
     elif [adapter_sha256(adapter.file) for adapter in adapters] != made_with:

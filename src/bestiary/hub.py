@@ -1,6 +1,6 @@
-"""The Hugging Face hub: download a model's files or look them up, and say in one sentence what went wrong.
+"""The Hugging Face hub: download a model's files or look up their size, and explain errors in one sentence.
 
-A download resumes: complete files stay in the hub's cache, so whoever runs the same command again loses nothing.
+Downloads resume: complete files stay in the hub's cache, so running the same command again loses nothing.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ AGAIN = "Then run the same command again: finished work is kept."
 class HubModel:
     """A model on the hub, and the files that its loader reads.
 
-    what names it in errors, such as "judge". `weights` are patterns of the same weights in several formats, the
-    preferred one first: the first that the hub has is downloaded.
+    what names it in errors, such as "judge". `weights` are patterns for the same weights in several formats, the
+    preferred one first. The first format that the hub has is downloaded.
     """
 
     what: str
     model: str
     revision: str | None
-    files: tuple[str, ...] = ("*.json", "*.txt")  # what transformers reads beside the weights
+    files: tuple[str, ...] = ("*.json", "*.txt")  # what transformers reads besides the weights
     weights: tuple[str, ...] = ("model*.safetensors", "pytorch_model*.bin")
-    key: str = field(default="", compare=False)  # of params.yaml, for errors
+    key: str = field(default="", compare=False)  # in params.yaml, for errors
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether a name has the form owner/name and is not meant as a path: no folder here has the owner's name.
+    """Whether a name has the form owner/name and is not a path: no folder here has the owner's name.
 
     >>> is_hub_id("openai/clip-vit-base-patch32"), is_hub_id("/models/base"), is_hub_id("base")
     (True, False, False)
@@ -48,7 +48,7 @@ def is_hub_id(model: str) -> bool:
 
 
 def download(wanted: HubModel) -> Path:
-    """The folder of the model's files in the hub's cache. What is missing there is downloaded.
+    """The folder of the model's files in the hub's cache. Missing files are downloaded.
 
     A pinned model that is complete in the cache is used without asking the hub. Raises BestiaryError when the hub
     cannot be reached, does not have the model or its revision, or does not let this user download it.
@@ -71,13 +71,13 @@ def download(wanted: HubModel) -> Path:
 
 
 def bytes_to_download(wanted: HubModel) -> int:
-    """The bytes that `download` would bring; 0 when the whole model is on this machine. Raises what `download` does."""
+    """The bytes that `download` would fetch; 0 when the whole model is on this machine. Raises as `download` does."""
     import huggingface_hub
 
     if is_complete(wanted):
         return 0
     try:
-        # The hub's own client retries for half a minute, for each model.
+        # Fails fast without a network: the hub's own client would retry for half a minute, for each model.
         httpx.head(huggingface_hub.constants.ENDPOINT, timeout=KNOCK_SECONDS)
         for patterns in _choices(wanted):
             with _quiet():
@@ -97,7 +97,7 @@ def bytes_to_download(wanted: HubModel) -> int:
 
 
 def is_complete(wanted: HubModel) -> bool:
-    """Whether all of the model's files are on this machine, as far as its cache can tell."""
+    """Whether all of the model's files are on this machine, as far as the hub's cache can tell."""
     import huggingface_hub
 
     for patterns in _choices(wanted):
@@ -120,7 +120,7 @@ def _lacks(wanted: HubModel, file: str) -> BestiaryError:
 
 
 def _choices(wanted: HubModel) -> Iterator[tuple[str, ...]]:
-    """The patterns to ask for, one kind of weights after the other."""
+    """The patterns to request, one weights format after the other."""
     for weights in wanted.weights:
         yield (*wanted.files, weights)
     if not wanted.weights:
@@ -128,7 +128,7 @@ def _choices(wanted: HubModel) -> Iterator[tuple[str, ...]]:
 
 
 def explain(error: BaseException, wanted: HubModel) -> BestiaryError:
-    """What the user can do about an error of the hub's client, in one sentence."""
+    """Turn an error of the hub's client into one that says what to do."""
     from huggingface_hub import constants, errors
 
     name = f"The {wanted.what} {shown(wanted.model, 200)}"
@@ -161,21 +161,21 @@ def explain(error: BaseException, wanted: HubModel) -> BestiaryError:
     if has(errors.OfflineModeIsEnabled):
         return BestiaryError(
             f"{name} is not complete on this machine, and HF_HUB_OFFLINE forbids downloading it. Unset that variable, "
-            f"or give a folder. {AGAIN}"
+            f"or name a local folder. {AGAIN}"
         )
     if status:
         return BestiaryError(
-            f"{name} cannot be downloaded: the Hugging Face hub answers HTTP {status}. Wait some minutes. {AGAIN}"
+            f"{name} cannot be downloaded: the Hugging Face hub answers HTTP {status}. Wait a few minutes. {AGAIN}"
         )
     return BestiaryError(
         f"{name} is not complete on this machine and cannot be downloaded from the Hugging Face hub "
-        f"({type(found[-1]).__name__}). Check the network connection, or give a folder. {AGAIN}"
+        f"({type(found[-1]).__name__}). Check the network connection, or name a local folder. {AGAIN}"
     )
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide the hub client's bars and its lines about retries."""
+    """Hide the hub client's progress bars and retry messages."""
     from huggingface_hub.utils import logging as hub_logging
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
@@ -191,7 +191,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what caused it, the first cause last."""
+    """An error and its causes, the root cause last."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

@@ -59,11 +59,11 @@ Interval = Annotated[GuidanceInterval, BeforeValidator(_as_tuple), AfterValidato
 
 
 def falling(timesteps: Timesteps) -> Timesteps:
-    """Reject timesteps that do not fall from the first pass to the last, or that no base has."""
+    """Reject timesteps that do not decrease from pass to pass, or that no base has."""
     if any(early <= late for early, late in pairwise(timesteps)):
         raise PydanticCustomError("falling", "each timestep must be below the one before")
     if min(timesteps) < 0 or max(timesteps) >= MAX_STEPS:
-        raise PydanticCustomError("falling", f"timesteps are from 0 to {MAX_STEPS - 1}")
+        raise PydanticCustomError("falling", f"timesteps must be from 0 to {MAX_STEPS - 1}")
     return timesteps
 
 
@@ -214,16 +214,17 @@ class FewStepModel(Section):
 
     model: str = Field(min_length=1)  # a folder, a file, or an id on the Hugging Face hub
     revision: str | None
-    file: str | None = Field(min_length=1)  # in a repository or folder with several; None: the only one
-    weight: float = Field(gt=0, le=MAX_ADAPTER_WEIGHT)  # that it is combined with the trained adapter at
+    file: str | None = Field(min_length=1)  # one of several in the repository or folder; None: the only one
+    weight: float = Field(gt=0, le=MAX_ADAPTER_WEIGHT)  # of this adapter, when it is combined with the trained one
 
 
 class Distill(Section):
     """How to distil base and adapter into a few-step adapter."""
 
-    from_: FewStepModel | None = Field(alias="from")  # None: distil one
+    from_: FewStepModel | None = Field(alias="from")  # None: distil one here
     timesteps: Annotated[Timesteps, BeforeValidator(_as_tuple), AfterValidator(falling)] = Field(min_length=1)
-    teacher_steps: int = Field(ge=2, le=MAX_STEPS)  # of its DDIM path over the whole schedule
+    path_end: int = Field(ge=0)  # timestep at which the teacher's path ends with its clean prediction
+    teacher_steps: int = Field(ge=2, le=MAX_STEPS)  # of the teacher, if its path covered the whole schedule
     guidance_scale: GuidanceScale  # of the teacher
     guidance_interval: Interval | None  # None: every step is guided
     rank: int = Positive
@@ -242,8 +243,14 @@ class Distill(Section):
     sheet_animals: int = Positive  # classes that are drawn at a validation
     sheet_seeds: int = Positive  # pictures of each of them, for the CLIP score
 
+    @model_validator(mode="after")
+    def _draws_on_the_path(self) -> Distill:
+        if min(self.timesteps) <= self.path_end:
+            raise ValueError(f"the timesteps must be above path_end, which is {self.path_end}")
+        return self
+
     def sampling(self) -> Sampling:
-        """How the few-step adapter is drawn: a clean guess at each timestep, with fresh noise between them."""
+        """How to draw with the few-step adapter: predict the clean picture at each timestep, add noise in between."""
         return Sampling("lcm", steps=len(self.timesteps), guidance_scale=1.0, timesteps=self.timesteps)
 
 
@@ -323,17 +330,17 @@ class Export(Section):
 
     precision: Literal["int8", "bf16", "fp32"]  # of the UNet
     decoder: Decoder
-    calibration_pictures: int = Positive  # drawn to measure the UNet's activations, for int8
+    calibration_pictures: int = Positive  # drawn to measure the UNet's activations for int8
 
 
 class Losses(Section):
-    """How far the fast variant may fall behind the default way, by score: the end of the 95 % interval counts."""
+    """How much worse than the default way the fast variant may be, by the worse end of the 95 % interval."""
 
     clip_score: float = Field(ge=0)
     margin: float = Field(ge=0)
     top1: float = Field(ge=0)  # percentage points
     cmmd: float = Field(ge=0)
-    likeness: float = Field(ge=0)  # of one subject, instead of the others: share of the way to its photos
+    likeness: float = Field(ge=0)  # for one subject, instead of the four above: 0 as other individuals, 1 as its photos
 
 
 class Accept(Section):
@@ -343,9 +350,9 @@ class Accept(Section):
     min_diversity: float = Field(ge=0, le=1)  # share of the reference's diversity
     max_copied: float = Field(ge=0, le=1)  # share of pictures that look copied from training images
     reference_steps: Steps  # of DDPM, guided at every step
-    timed_pictures: int = Positive  # for the seconds of one picture
-    extra_seeds: int = Field(ge=0)  # pictures a class beside those that evaluate drew
-    reference_seeds: int = Field(ge=2)  # pictures a class by the reference, which is expensive
+    timed_pictures: int = Positive  # drawn to measure the seconds of one picture
+    extra_seeds: int = Field(ge=0)  # more pictures of each class than evaluate draws
+    reference_seeds: int = Field(ge=2)  # pictures of each class that the reference draws, which is slow
 
 
 class Register(Section):
@@ -364,7 +371,7 @@ class Params(Section):
     base: Model
     judge: Model
     captioner: Model | None  # writes captions on request
-    tiny_decoder: Model | None  # a small decoder that was distilled from the base's own
+    tiny_decoder: Model | None  # a small decoder, distilled from the base's own
     dataset: Dataset
     clean: Clean
     split: Split

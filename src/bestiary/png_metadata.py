@@ -72,7 +72,7 @@ class PictureSettings:
     colours: Colours = Colours()
     more_adapters: tuple[AppliedAdapter, ...] = ()
     start: StartImage | None = None  # None: noise
-    engine: str = "torch"  # or openvino with the precision of the export: openvino-int8
+    engine: str = "torch"  # or OpenVINO with the precision of the export, such as openvino-int8
     export_sha256: str | None = None  # of the export that drew it
     a1111_prompt: bool = False  # both prompts are read by A1111's rules: with emphasis, and in chunks of 75 tokens
 

@@ -1,4 +1,4 @@
-"""Check before a long run that it will not fail half-way: device, models, services, memory, disk and time."""
+"""Find problems before a long run: device, models, services, memory, disk and time."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from bestiary.hub import HubModel, bytes_to_download, is_hub_id
 from bestiary.memory import MIB
 from bestiary.params import Model, Params, ScienceDB
 
-CPU_SECONDS, GPU_SECONDS = 6.0, 60.0  # to measure for; a GPU must get to the real size
-MEMORY_SHARE = 0.95  # of the free memory; the rest is for what the networks' libraries take themselves
-FAR = 8.0  # a step this much smaller than the real one tells little about memory
+CPU_SECONDS, GPU_SECONDS = 6.0, 60.0  # time limits for measuring; a GPU must reach the real size
+MEMORY_SHARE = 0.95  # of the free memory; the libraries need the rest for themselves
+FAR = 8.0  # a measured step this many times smaller than the real one says little about memory
 SCIENCEDB_TIMEOUT_SECONDS = 15.0
 SHRINK = {
     "encode": "Lower encode.batch_size.",
@@ -31,12 +31,12 @@ SHRINK = {
     "evaluate": "Lower evaluate.batch_size.",
     "benchmark": "Lower benchmark.batch_sizes.",
 }
-HALVES = ("encode", "evaluate")  # halve their batches themselves when a GPU's memory is full
+HALVES = ("encode", "evaluate")  # stages that halve their batches when a GPU's memory is full
 
 
 @dataclass(frozen=True)
 class Check:
-    """The result of one check. FAIL: the run would fail. note: it would not, but the user should know."""
+    """The result of one check. FAIL: the run would fail. note: the run would not fail, but the user should know."""
 
     name: str
     text: str
@@ -47,7 +47,7 @@ class Check:
 
 
 def checks(root: Path, params: Params, hours: float) -> Iterator[Check]:
-    """The checks of a run of the project at `root`, each as soon as it is done. The slow ones come last."""
+    """Check a run of the project at `root`. Yields each result as soon as it is known, the slow checks last."""
     yield _checked("device", _device)
     yield _checked("processes", lambda: _processes(params))
     found: list[Images] = []
@@ -75,7 +75,7 @@ def _checked(name: str, work: Callable[[], str]) -> Check:
 
 
 def _device() -> str:
-    """What a run would compute on. Only counts GPUs: using one would take memory that is measured afterwards."""
+    """The device of a run. Only counts GPUs, because using one would take memory, which is measured later."""
     import torch
 
     if torch.cuda.is_available():
@@ -84,11 +84,11 @@ def _device() -> str:
     if torch.backends.mps.is_available():
         return "an Apple GPU"
     if os.environ.get("CUDA_VISIBLE_DEVICES") is None and _nvidia_gpus():
-        reason = "torch was installed without CUDA" if torch.version.cuda is None else "its driver is older than torch"
+        reason = "torch was installed without CUDA" if torch.version.cuda is None else "its driver is too old for torch"
         raise BestiaryError(
-            f"torch cannot use this machine's NVIDIA GPU: perhaps {reason}. Install a torch that fits the driver."
+            f"torch cannot use this machine's NVIDIA GPU: perhaps {reason}. Install a torch build that fits the driver."
         )
-    return f"{torch.get_num_threads()} CPU threads; there is no GPU"
+    return f"{torch.get_num_threads()} CPU threads, no GPU"
 
 
 def _nvidia_gpus() -> bool:
@@ -101,7 +101,7 @@ def _processes(params: Params) -> str:
     launch = os.environ.get("BESTIARY_LAUNCH", "")
     found = re.search(r"--(?:num[_-]processes|nproc[_-]per[_-]node)[ =](\d+)", launch)
     if launch and not found:
-        return f"as the launcher's own settings say ({launch})"
+        return f"set by the launcher ({launch})"
     count = int(found[1]) if found else 1
     parts = count * params.train.accumulation
     if params.train.batch_size % parts:
@@ -111,11 +111,11 @@ def _processes(params: Params) -> str:
         )
     images = params.train.batch_size // parts
     each = f"{images} image{'s' * (images != 1)} at a time"
-    return f"{count}, each trains on {each} ({launch or 'BESTIARY_LAUNCH is empty'})"
+    return f"{count}, each training on {each} ({launch or 'BESTIARY_LAUNCH is empty'})"
 
 
 def _images(root: Path, params: Params, found: list[Images]) -> str:
-    """The images, which are also put into `found`."""
+    """Describe the images and append them to `found`."""
     images = project_images(root, params)
     found.append(images)
     about = "about " if params.dataset.source == "sciencedb" else ""
@@ -127,7 +127,7 @@ def _images(root: Path, params: Params, found: list[Images]) -> str:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """A model of params.yaml. A run needs it, unless `only_for` names the command that does."""
+    """A model of params.yaml. Every run needs it, unless `only_for` names the only command that does."""
 
     on_hub: HubModel
     only_for: str = ""
@@ -157,7 +157,7 @@ def _models(params: Params) -> list[_Wanted]:
 
 
 def _model(root: Path, wanted: _Wanted, sizes: list[int]) -> Check:
-    """Whether a model can be loaded. The bytes to download are put into `sizes`."""
+    """Whether a model can be loaded. Appends the bytes to download to `sizes`."""
     on_hub = wanted.on_hub
     name = on_hub.what.replace("captioning model", "captioner")
     if is_folder(root / on_hub.model) or is_file(root / on_hub.model):
@@ -173,7 +173,9 @@ def _model(root: Path, wanted: _Wanted, sizes: list[int]) -> Check:
     sizes.append(size)
     place = f"{shown_size(size / MIB)} to download" if size else "on this machine"
     if on_hub.revision is None:
-        return Check(name, f"{on_hub.model}: {place}. It has no revision, so it may change: pin a commit.", "note")
+        return Check(
+            name, f"{on_hub.model}: {place}. It is not pinned, so it may change. Set its revision to a commit.", "note"
+        )
     return Check(name, f"{on_hub.model} at {on_hub.revision[:7]}: {place}")
 
 
@@ -207,10 +209,10 @@ def _tracking(root: Path) -> str:
 
 
 def _dvc(root: Path) -> str:
-    """Raise BestiaryError when another `dvc` command or a stage works in this project."""
+    """Raise BestiaryError when another `dvc` command or a stage is running in this project."""
     import psutil
 
-    busy = "Wait until it ends, or end it."
+    busy = "Wait until it finishes, or stop it."
     with contextlib.suppress(OSError, ValueError, AttributeError):
         held = json.loads((root / ".dvc" / "tmp" / "rwlock").read_text(encoding="utf-8"))
         readers = [reader for readers in held.get("read", {}).values() for reader in readers]
@@ -220,7 +222,9 @@ def _dvc(root: Path) -> str:
     locks = [root / ".dvc" / "tmp" / "lock", *sorted((root / ".cache" / "locks").glob("stage-*"))]
     for path in locks:
         if _is_locked(path):
-            raise BestiaryError(f"Another program works in this project: it holds {path.relative_to(root)}. {busy}")
+            raise BestiaryError(
+                f"Another program is running in this project: it holds {path.relative_to(root)}. {busy}"
+            )
     return "no other command is running in this project"
 
 
@@ -230,12 +234,12 @@ def _is_locked(path: Path) -> bool:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # it does not exist, or may not be written
+    except OSError:  # it does not exist or is not writable
         return False
     return False
 
 
-# ---- what a real step takes ----
+# ---- resources, measured with a real step ----
 
 
 def _measured(root: Path, params: Params, images: Images, download_bytes: int, hours: float) -> Iterator[Check]:
@@ -253,7 +257,7 @@ def _measured(root: Path, params: Params, images: Images, download_bytes: int, h
 
 
 def memory(rates: Rates, lines: Sequence[Line], free_mib: float | None = None) -> Check:
-    """Whether each stage fits into the memory that is free. `free_mib` is the machine's, as measured when None."""
+    """Whether each stage fits into the free memory. `free_mib` is this machine's free memory; None: measure it."""
     import psutil
 
     free_mib = psutil.virtual_memory().available / MIB if free_mib is None else free_mib
@@ -271,7 +275,11 @@ def memory(rates: Rates, lines: Sequence[Line], free_mib: float | None = None) -
             problems.append(f"{line.stage} needs {shown_size(need)} of {shown_size(free)}. {advice}".strip())
     kind = "GPU memory" if rates.device_free_mib is not None else "memory"
     free = rates.device_free_mib if rates.device_free_mib is not None else free_mib
-    how = "by a real step" if rates.step.scaled_by == 1 else f"extrapolated from a step of {rates.step.measured_at}"
+    how = (
+        "measured with a real step"
+        if rates.step.scaled_by == 1
+        else f"extrapolated from a step of {rates.step.measured_at}"
+    )
     text = f"{', '.join(shown)} of {shown_size(free)} free {kind}; training {how}"
     if problems:
         return Check("memory", f"{' '.join(problems)} ({text})", "FAIL" if fails else "note")
@@ -281,7 +289,7 @@ def memory(rates: Rates, lines: Sequence[Line], free_mib: float | None = None) -
 
 
 def disk(root: Path, need: float, download_bytes: float) -> Check:
-    """Whether the project's files, and the models to download, fit onto their disks."""
+    """Whether the project's files and the models to download fit onto their disks."""
     from huggingface_hub import constants
 
     needs: dict[int, tuple[Path, float]] = {}
@@ -297,17 +305,19 @@ def disk(root: Path, need: float, download_bytes: float) -> Check:
         fails = fails or size > free
     text = f"the run needs {', '.join(texts)}"
     if fails:
-        return Check("disk", f"{text}. Free space, or use a larger disk (HF_HOME says where models go).", "FAIL")
+        return Check("disk", f"{text}. Free space, or use a larger disk (HF_HOME sets the folder for models).", "FAIL")
     return Check("disk", text)
 
 
 def time_needed(params: Params, rates: Rates, lines: Sequence[Line], hours: float) -> Check:
-    """Whether the run ends within `hours`."""
+    """Whether the run finishes within `hours`."""
     seconds = total_line(lines).seconds
     longest = max(lines, key=lambda line: line.seconds)
     text = f"about {duration(seconds)} on {rates.device}, {duration(longest.seconds)} of it {longest.stage}"
     if params.dataset.source == "sciencedb":
         text += ", besides the download of the images"
     if seconds > hours * 3600:
-        return Check("time", f"{text}: more than --hours {hours:g}. Use a faster device, or fewer steps.", "FAIL")
+        return Check(
+            "time", f"{text}. This is more than --hours {hours:g}. Use a faster device, or fewer steps.", "FAIL"
+        )
     return Check("time", text)

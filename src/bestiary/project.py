@@ -49,7 +49,7 @@ def project_base(params: Params | None) -> Base | None:
 
 
 def project_tiny_decoder(params: Params | None) -> Base | None:
-    """The tiny decoder that params.yaml names; None for none, and outside a project."""
+    """The tiny decoder that params.yaml names; None if it names none, or outside a project."""
     from bestiary.generation import located_base
 
     tiny = params.tiny_decoder if params else None
@@ -77,7 +77,7 @@ def last_results() -> tuple[EvaluationReport, Registration | None]:
 
 
 def last_acceptance(evaluation: EvaluationReport) -> AcceptanceReport | None:
-    """What the last `make fast` measured of the evaluated adapter's fast variant; None when it has not measured it.
+    """The last `make fast` report about the evaluated adapter's fast variant; None if there is none.
 
     Raises BestiaryError when the report is damaged.
     """
@@ -181,7 +181,7 @@ def render_results(
 ) -> Iterator[str]:
     """The lines that `bestiary results` prints. `program` is how the user starts this program.
 
-    `acceptance` is about the adapter's fast variant.
+    `acceptance` is the report about the adapter's fast variant.
     """
     from bestiary.evaluation.report import as_text, heading
     from bestiary.registry.result_page.page import is_about

@@ -26,7 +26,7 @@ SamplerName = Literal[
     "ddim-trailing",
     "tcd",
 ]
-Decoder = Literal["full", "tiny"]  # of the latents: the base's own, or a small one that was distilled from it
+Decoder = Literal["full", "tiny"]  # full: the base's own; tiny: a small one that was distilled from it
 # Noise levels (low, high]: only the steps inside are guided (arXiv:2404.07724).
 GuidanceInterval = tuple[float, float]
 Timesteps = tuple[int, ...]
@@ -107,8 +107,8 @@ class Sampling:
 
     width and height are in pixels (None: the size that the base was trained at). guidance_interval None guides every
     step. adapter_weight is the factor that the adapter is applied with: 1.0 as trained. Guidance leads away from the
-    negative_prompt. timesteps are those that a few-step adapter was distilled for, falling and one for each step; None:
-    as the sampler spaces them.
+    negative_prompt. timesteps are those that a few-step adapter was distilled for, one for each step, in falling order;
+    None: as the sampler spaces them.
     """
 
     sampler: str = "dpmsolver++"
@@ -254,7 +254,7 @@ def sampling_to_json(sampling: Sampling) -> str:
 
 
 def sampling_from_json(text: str) -> Sampling:
-    """Read what `sampling_to_json` wrote. Raises ValueError for anything else."""
+    """Parse the output of `sampling_to_json`. Raises ValueError for anything else."""
     sampling = from_stored(_stored_sampling().validate_json(text, strict=True))
     if not sampling.is_possible:
         raise ValueError(text)

@@ -279,7 +279,7 @@ class _Definition:
     outs: list[str]
     metrics: list[str]
     persistent: list[str]  # the outs that DVC does not delete before a run
-    address: str  # what `dvc repro` calls the stage
+    address: str  # the stage's name for `dvc repro`
 
 
 Entry: TypeAlias = "str | dict[str, object]"  # `path` or `path: {options}`

@@ -378,6 +378,7 @@ def test_an_export_is_ordered_as_it_can_be_drawn(browser: Browser, server: Runni
     with page.expect_request("**/api/draw") as sent:
         page.click("#draw")
     order = sent.value.post_data_json
+    assert order is not None
     assert (order["adapter"], order["compare"], order["adapter_weight"], order["device"]) == (key, False, 1, "cpu")
     page.close()
 

@@ -33,7 +33,7 @@ from bestiary.params import FewStepModel, Model
 from bestiary.registry.resolving import resolve
 from bestiary.samplers import Sampling
 
-TWO_STEPS = Sampling("lcm", steps=2, guidance_scale=1.0, timesteps=(999, 399))
+TWO_STEPS = Sampling("lcm", steps=2, guidance_scale=1.0, timesteps=(999, 699))
 
 
 def run_distillation(
@@ -64,7 +64,7 @@ def style(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def few_step(base: Path, style: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few-step adapter that was made of the style and of a LoRA that also changes convolutions."""
+    """A few-step adapter made from the style and a LoRA that also changes convolutions."""
     folder = tmp_path_factory.mktemp("few")
     difference = make_adapter(load_unet(base), folder / "difference", seed=1, rank=3, targets=["to_q", "conv1"])
     difference.write_bytes(replace(read_adapter(difference), provenance=Provenance()).to_bytes())
@@ -83,7 +83,7 @@ def test_distilling_brings_the_student_closer_to_where_the_teachers_path_ends(
     chosen = base if prediction_type == "epsilon" else v_prediction_base
     result, _ = run_distillation(chosen, latents, steps=40, validate_every=40)
     assert result.val_loss < 0.9 * result.base_val_loss
-    assert result.val_loss_by_band.keys() == {"999", "399"}
+    assert result.val_loss_by_band.keys() == {"999", "699"}
 
 
 def test_distilling_twice_gives_the_same_bytes(
@@ -141,12 +141,12 @@ def test_the_teachers_path_ends_where_the_guided_probability_flow_does(v_predict
     scheduler = load_scheduler(v_prediction_base)
     schedule = NoiseSchedule.of(scheduler, torch.device("cpu"))
     unet = Gaussian(schedule)
-    settings = distill_settings(timesteps=[999], teacher_steps=10, guidance_interval=None)
+    settings = distill_settings(timesteps=[999], path_end=4, teacher_steps=25, guidance_interval=None)
     path = TeacherPath(cast("UNet2DConditionModel", unet), scheduler, settings)
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     prompted, empty = torch.full((2, 6, 32), 0.2), torch.full((1, 6, 32), -0.1)
     found = path.end(noise, 999, prompted, empty)
-    assert unet.passes == 2 * 11 * 2 * 2  # pictures, steps, halves of a step, guidance
+    assert unet.passes == 2 * (25 * 2 + 1) * 2  # pictures, halves of the steps and the last guess, guidance
     # Guidance of 3 moves the mean to -0.1 + 3 * 0.3, and the flow of a Gaussian only scales.
     deviation = (0.25 * schedule.alpha[999] ** 2 + schedule.sigma[999] ** 2).sqrt()
     exact = 0.8 + 0.5 * (noise - schedule.alpha[999] * 0.8) / deviation
@@ -196,7 +196,7 @@ def test_the_few_step_adapter_is_exactly_the_style_and_the_difference(base: Path
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_few_step_adapter_says_how_it_is_drawn_beside_a_style_too(style: Path, few_step: Path) -> None:
+def test_a_few_step_adapter_sets_how_to_draw_with_a_style_adapter_too(style: Path, few_step: Path) -> None:
     adapter = resolve(str(few_step))
     assert adapter.few_step
     assert adapter.notes == (
@@ -208,7 +208,7 @@ def test_a_few_step_adapter_says_how_it_is_drawn_beside_a_style_too(style: Path,
     assert beside.sampling == TWO_STEPS
 
 
-def test_each_pass_guesses_the_clean_picture_at_its_timestep_with_fresh_noise_between(
+def test_each_pass_predicts_the_clean_picture_at_its_timestep_with_fresh_noise_between(
     v_prediction_base: Path, style: Path
 ) -> None:
     pipeline = load_pipeline(v_prediction_base, device="cpu")
@@ -217,7 +217,7 @@ def test_each_pass_guesses_the_clean_picture_at_its_timestep_with_fresh_noise_be
     hook = pipeline.unet.register_forward_pre_hook(lambda _, inputs: seen.append((inputs[0].clone(), int(inputs[1]))))
     generate(pipeline, ["a zebra"], [7], TWO_STEPS, batch_size=1)
     hook.remove()
-    assert [timestep for _, timestep in seen] == [999, 399]
+    assert [timestep for _, timestep in seen] == [999, 699]
     generator = seeded(7)
     noise, fresh = torch.randn(4, 8, 8, generator=generator)[None], torch.randn(1, 4, 8, 8, generator=generator)
     torch.testing.assert_close(seen[0][0], noise)
@@ -226,7 +226,7 @@ def test_each_pass_guesses_the_clean_picture_at_its_timestep_with_fresh_noise_be
     with torch.no_grad():
         prediction = pipeline.unet(noise, torch.tensor([999]), features).sample
     clean = schedule.split(noise, prediction, torch.tensor([999]))[0]
-    torch.testing.assert_close(seen[1][0], schedule.noised(clean, fresh, torch.tensor([399])), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(seen[1][0], schedule.noised(clean, fresh, torch.tensor([699])), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_each_pass_guesses_the_clean_picture_at_its_timestep_with_fresh_noise_be
         (replace(TWO_STEPS, sampler="ddim"), "The sampler DDIM cannot draw at the timesteps"),
     ],
 )
-def test_an_adapter_is_drawn_only_as_it_was_distilled(
+def test_a_few_step_adapter_rejects_other_steps_guidance_and_samplers(
     sampling: Sampling, message: str, base: Path, few_step: Path
 ) -> None:
     pipeline = load_pipeline(base, device="cpu")
@@ -252,7 +252,7 @@ def test_an_adapter_is_drawn_only_as_it_was_distilled(
 # ---- one that others distilled ----
 
 
-def test_a_few_step_adapter_of_others_is_combined_with_the_trained_one_at_its_weight(
+def test_a_downloaded_few_step_adapter_is_combined_with_the_trained_one_at_its_weight(
     base: Path, style: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "lcm-lora-sdv1-5"
@@ -275,7 +275,7 @@ def test_a_few_step_adapter_of_others_is_combined_with_the_trained_one_at_its_we
     assert len(generate(alone, ["a zebra"], [0], sampling_of(chosen, file), batch_size=1)) == 1
 
 
-def test_a_few_step_adapter_that_is_not_there_or_does_not_say_how_to_draw_is_refused(
+def test_a_few_step_adapter_that_is_missing_or_does_not_say_how_to_draw_is_refused(
     base: Path, style: Path, tmp_path: Path
 ) -> None:
     chosen = FewStepModel(model=str(style), revision=None, file=None, weight=1.0)
@@ -292,13 +292,13 @@ def test_a_few_step_adapter_that_is_not_there_or_does_not_say_how_to_draw_is_ref
 # ---- bad input ----
 
 
-def test_what_cannot_be_distilled_is_refused_in_one_sentence(
+def test_adapters_and_bases_that_cannot_be_distilled_are_refused_in_one_sentence(
     base: Path, style: Path, few_step: Path, tmp_path: Path
 ) -> None:
     pipeline, model = load_pipeline(base, device="cpu"), Model(model=str(base), revision=None)
     with pytest.raises(BestiaryError, match="There is no adapter at"):
         make_teacher(pipeline, tmp_path, model)
-    with pytest.raises(BestiaryError, match="is a few-step adapter already"):
+    with pytest.raises(BestiaryError, match="is already a few-step adapter"):
         make_teacher(pipeline, few_step, model)
     foreign = save_adapter(foreign_unet(base), tmp_path / "foreign", Provenance(base_sha256="0" * 64))
     with pytest.raises(BestiaryError, match="was trained on another base than"):
@@ -306,10 +306,10 @@ def test_what_cannot_be_distilled_is_refused_in_one_sentence(
     make_adapter(load_unet(base), tmp_path / "dora", use_dora=True)
     dora = replace(read_adapter(tmp_path / "dora" / FILE_NAME), provenance=Provenance())
     (tmp_path / "dora" / FILE_NAME).write_bytes(dora.to_bytes())
-    with pytest.raises(BestiaryError, match="holds DoRA, and only plain LoRA"):
+    with pytest.raises(BestiaryError, match="holds DoRA, but only a plain LoRA"):
         make_teacher(pipeline, tmp_path / "dora", model)
     pipeline.unet = type(pipeline.unet).from_config(pipeline.unet.config, time_cond_proj_dim=16)
-    with pytest.raises(BestiaryError, match="is a latent consistency model, which draws in a few steps already"):
+    with pytest.raises(BestiaryError, match="is a latent consistency model, which already draws in a few steps"):
         make_teacher(pipeline, style, model)
 
 

@@ -1,4 +1,4 @@
-"""OpenVINO as an engine: an exported folder draws what torch draws, and whatever is wrong with it is one sentence."""
+"""OpenVINO as an engine: an export draws what torch draws, and every problem with it is reported in one sentence."""
 
 import json
 import runpy
@@ -95,7 +95,7 @@ def test_an_export_draws_what_torch_draws(
     assert difference(generate(opened, PROMPTS, seeds, sampling, batch_size=2), expected) <= 1
 
 
-def test_an_export_says_where_it_comes_from(fused: Fused, exported: tuple[Path, Exported]) -> None:
+def test_an_export_records_its_lineage(fused: Fused, exported: tuple[Path, Exported]) -> None:
     folder, done = exported
     manifest = read_manifest(folder)
     assert manifest == done.manifest
@@ -145,7 +145,7 @@ def test_a_tiny_decoder_is_part_of_the_export_and_never_silent(
     done = export(fused, Format("fp32", TinyDecoder(str(tmp_path / "tiny"))), Calibration(PROMPTS), tmp_path / "out")
     assert done.manifest.defaults.sampling.decoder == "tiny"
     pipeline = open_export(tmp_path / "out")
-    with pytest.raises(BestiaryError, match="has the tiny decoder and no other"):
+    with pytest.raises(BestiaryError, match="has only the tiny decoder"):
         generate(pipeline, PROMPTS[:1], [0], FEW_STEPS, batch_size=1)
     with pytest.raises(BestiaryError, match="no tiny decoder for this base"):
         generate(torch_pipeline, PROMPTS[:1], [0], replace(FEW_STEPS, decoder="tiny"), batch_size=1)
@@ -170,7 +170,7 @@ def test_an_export_takes_the_place_of_an_older_one_and_of_nothing_else(
     (tmp_path / "link").symlink_to(folder)
     picture = folder / "zebra-0.png"  # drawn with `--out` of the same name
     picture.touch()
-    with pytest.raises(BestiaryError, match=r"holds zebra-0\.png, which is no part of an export"):
+    with pytest.raises(BestiaryError, match=r"contains zebra-0\.png, which is not part of an export"):
         export(fused, Format("fp32"), Calibration(PROMPTS), tmp_path / "link")
     picture.unlink()
     remove_a_file(folder)
@@ -219,7 +219,7 @@ def without(name: str) -> Callable[[Path], None]:
         (lambda folder: (folder / MANIFEST).write_text("[" * 100_000), r"bestiary\.json in .* is damaged"),
         (without("unet/config.json"), "cannot be loaded. Export the adapter again"),
         (without("scheduler/scheduler_config.json"), "cannot be loaded. Export the adapter again"),
-        (lambda folder: (folder / MANIFEST).unlink(), r"has no bestiary\.json, so it is no export"),
+        (lambda folder: (folder / MANIFEST).unlink(), r"has no bestiary\.json, so it is not an export"),
     ],
 )
 def test_a_damaged_export_is_refused(folder: Path, damage: Callable[[Path], None], sentence: str) -> None:
@@ -252,7 +252,9 @@ def test_an_export_draws_without_a_cache(
     assert image.size == (32, 32)
 
 
-def test_a_processor_without_the_instructions_is_told_what_to_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_on_a_processor_without_the_instructions_says_what_to_do(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Processor, "here", lambda: Processor(frozenset({"avx2"}), "old"))
     assert is_exported(open_export(folder))  # float32 runs everywhere
     manifest_with(precision="int8")(folder)
@@ -276,7 +278,7 @@ def test_openvino_sends_no_statistics() -> None:
     assert sys.modules["openvino_telemetry"] is None
 
 
-def test_what_was_compiled_is_kept_for_the_next_process(opened: StableDiffusionPipeline) -> None:
+def test_compiled_networks_are_cached_for_the_next_process(opened: StableDiffusionPipeline) -> None:
     generate(opened, PROMPTS[:1], [0], FEW_STEPS, batch_size=1)
     assert len(list(engines.compiled_cache().glob("*.blob"))) >= 3
 
@@ -311,7 +313,7 @@ def test_the_command_draws_with_an_export_and_repeats_its_picture(
         (["--adapter", f"{folder}:0.5"], "cannot have another weight"),
         (["--adapter", str(folder), "--engine", "torch"], "which torch cannot draw with"),
         (["--adapter", str(folder), "--resolution", "36"], "sides are multiples of 8 pixels"),
-        (["--adapter", str(folder), "--decoder", "tiny"], "has the full decoder and no other"),
+        (["--adapter", str(folder), "--decoder", "tiny"], "has only the full decoder"),
     ):
         assert command(monkeypatch, *options, "--out", "none") == 1
         assert sentence in capsys.readouterr().err
@@ -334,7 +336,7 @@ def test_the_stage_exports_the_few_step_adapter(
     distilled = Provenance.model_validate(
         {"base_sha256": base_sha256(base), "distilled_from": {"adapter_sha256": "of the adapter"}}
     )
-    few_step = replace(trained, few_step=replace(FEW_STEPS, timesteps=(999, 399)), provenance=distilled)
+    few_step = replace(trained, few_step=replace(FEW_STEPS, timesteps=(999, 699)), provenance=distilled)
     write_atomically(tmp_path / "models" / "few_step" / FILE_NAME, few_step.to_bytes())
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     params["export"] |= {"precision": "fp32", "decoder": "full"}

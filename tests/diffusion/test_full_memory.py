@@ -1,4 +1,4 @@
-"""A full GPU memory, which no machine without a GPU has: stubs raise what torch raises."""
+"""A full GPU memory. Stubs raise torch's error, because these tests need no GPU."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_a_batch_is_halved_once_and_later_batches_start_small(capsys: pytest.Cap
         Halving("Drawing", "evaluate.batch_size").parts(fits(0, seen), [1, 2])
 
 
-def test_encoding_goes_on_with_smaller_batches_and_gives_the_same_latents(
+def test_encoding_continues_with_smaller_batches_and_gives_the_same_latents(
     base: Path, pictures: Path, latents: Latents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encode = VaeEncoder.__call__

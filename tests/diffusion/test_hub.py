@@ -1,4 +1,4 @@
-"""Models from the Hugging Face hub, and what is said and kept when it fails in the middle of a run."""
+"""Models from the Hugging Face hub: its errors during a run, and what a resumed run still has."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,7 +48,7 @@ def judge(revision: str = COMMIT) -> HubModel:
     return HubModel("judge", JUDGE, revision, key="judge")
 
 
-def test_what_was_downloaded_once_loads_without_the_hub(hub: Hub) -> None:
+def test_a_downloaded_model_loads_without_the_hub(hub: Hub) -> None:
     expected = sum(file.stat().st_size for file in hub.models[JUDGE].folder.iterdir() if file.suffix != ".md")
     assert bytes_to_download(judge()) == expected
     assert not is_complete(judge())
@@ -65,13 +65,13 @@ def test_what_was_downloaded_once_loads_without_the_hub(hub: Hub) -> None:
 
 
 @pytest.mark.parametrize("kind", LOADERS)
-def test_each_loader_says_what_to_do_about_a_hub_that_does_not_answer(hub: Hub, kind: str) -> None:
+def test_each_loader_says_what_to_do_when_the_hub_does_not_answer(hub: Hub, kind: str) -> None:
     hub.gone = True
     with pytest.raises(BestiaryError, match=f"^The {kind} some-org/x is not complete on this machine .* network"):
         LOADERS[kind]("some-org/x")
 
 
-def test_gated_absent_and_busy_are_told_apart(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gated_missing_and_busy_models_get_different_errors(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.models[JUDGE].gated = True
     for ask in (bytes_to_download, lambda wanted: Judge.load(wanted.model, wanted.revision)):
         with pytest.raises(BestiaryError, match=rf"is gated.*{hub.url}/{JUDGE} .*`hf auth login`.*again"):
@@ -81,27 +81,27 @@ def test_gated_absent_and_busy_are_told_apart(hub: Hub, monkeypatch: pytest.Monk
     with pytest.raises(BestiaryError, match=r"some-org/other is not on the Hugging Face hub, or it is private"):
         bytes_to_download(HubModel("judge", "some-org/other", COMMIT))
     hub.status = 503
-    with pytest.raises(BestiaryError, match=r"answers HTTP 503\. Wait some minutes"):
+    with pytest.raises(BestiaryError, match=r"answers HTTP 503\. Wait a few minutes"):
         bytes_to_download(judge())
     hub.status = None
     monkeypatch.setenv("HF_TOKEN", "hf_ofSomebodyWhoAcceptedTheLicence")
     assert Judge.load(JUDGE, COMMIT)
 
 
-def test_half_a_file_is_never_loaded_and_is_completed_by_the_next_try(hub: Hub) -> None:
+def test_a_partial_file_is_never_loaded_and_the_next_download_completes_it(hub: Hub) -> None:
     hub.breaks_off = {"model.safetensors"}
     with pytest.raises(BestiaryError, match="is not complete on this machine"):
         Judge.load(JUDGE, COMMIT)
     hub.gone = True
     with pytest.raises(BestiaryError, match="is not complete on this machine"):
-        Judge.load(JUDGE, COMMIT)  # although a part of it is here
+        Judge.load(JUDGE, COMMIT)  # although a part of it is on this machine
     hub.gone, hub.breaks_off = False, set()
     assert Judge.load(JUDGE, COMMIT)
     files = [request for request in hub.requests if request.startswith("GET") and "/config.json" in request]
     assert len(files) == 1
 
 
-def test_a_training_that_the_hub_stopped_resumes_from_its_checkpoint(
+def test_training_stopped_by_a_hub_error_resumes_from_its_checkpoint(
     hub: Hub, tmp_path: Path, latents: Latents
 ) -> None:
     def trained_batches() -> int:
@@ -126,5 +126,5 @@ def test_a_training_that_the_hub_stopped_resumes_from_its_checkpoint(
     with pytest.raises(BestiaryError, match="is gated"):
         trained_batches()
     hub.models[JUDGE].gated = False
-    hub.models.pop(BASE)  # nobody asks for it again
+    hub.models.pop(BASE)  # it is not requested again
     assert trained_batches() == 8  # the checkpoint is of step 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,19 +13,30 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from support.fast_variant import acceptance, estimate
+from support.fast_variant import acceptance, estimate, make_export
 from support.registry import make_adapter
 from support.settings import encode_settings
 
 from bestiary.diffusion.adapter import adapter_sha256, apply_adapter, save_adapter
-from bestiary.diffusion.adapter_format import Provenance
+from bestiary.diffusion.adapter_format import FILE_NAME, Provenance
+from bestiary.diffusion.adapter_reading import read_adapter
 from bestiary.diffusion.base import load_pipeline, load_scheduler, load_unet
 from bestiary.diffusion.distillation import distill
 from bestiary.diffusion.encoding import encode_images
+from bestiary.diffusion.export_format import MANIFEST
 from bestiary.diffusion.latents import Latents
 from bestiary.errors import BestiaryError
 from bestiary.evaluation.acceptance import Drawn, Identity, Measured, Way, as_markdown, as_text, decide, read_acceptance
-from bestiary.evaluation.fast_variant import Acceptance, DefaultWay, FastVariant, Trial, accept, count_passes, write
+from bestiary.evaluation.fast_variant import (
+    Acceptance,
+    DefaultWay,
+    FastVariant,
+    Trial,
+    accept,
+    count_passes,
+    read_fast_variant,
+    write,
+)
 from bestiary.evaluation.judge import Judge
 from bestiary.evaluation.likeness import read_likeness
 from bestiary.evaluation.pictures import PictureCache
@@ -88,11 +100,11 @@ def test_a_fast_variant_that_loses_nothing_is_accepted_with_a_reason_for_each_ru
         ({"difference": {"top1": estimate(-2.0, 1.5)}}, r"top-1\), points -2\.00 .* the limit is 3"),
         ({"difference": {"cmmd": estimate(0.04, 0.02)}}, r"CMMD \+0\.04 .* the limit is 0\.05"),
         ({"diversity_ratio": estimate(0.85, 0.1)}, r"diversity is 85%.*must be 80%"),
-        ({"diversity_ratio": None}, r"one picture for all seeds"),
+        ({"diversity_ratio": None}, r"the same picture for all seeds"),
         ({"ways": with_way("fast", copied=estimate(0.4, 0.2))}, r"copies its training images: 40%.*limit is 10%"),
         ({"ways": with_way("fast", pictures=19)}, r"only 19 pictures of the fast variant.*at least 20"),
         ({"ways": with_way("reference", pictures=19)}, r"only 19 pictures of the reference.*at least 20"),
-        ({"real_pictures": 19}, r"only 19 real validation images.*at least 20"),
+        ({"real_pictures": 19}, r"only 19 real images.*at least 20"),
     ],
     ids=["clip", "margin", "top1", "cmmd", "diversity", "collapsed reference", "copies", "few", "reference", "real"],
 )
@@ -131,11 +143,27 @@ def test_the_verdict_is_read_back_and_shown_with_its_intervals(tmp_path: Path) -
     text = "\n".join(as_text(report))
     assert "Fast variant refused: openvino in int8 with the tiny decoder, 2 passes" in text
     assert "+0.25 (-0.25 to +0.75)" in text
-    assert text.endswith("It may lose more: CLIP score -9.00.")
+    assert text.endswith("It may lose too much: CLIP score -9.00.")
     assert "| CLIP score | 90.00 | 90.00 | 90.00 | +0.25 (-0.25 to +0.75) |" in "\n".join(as_markdown(report))
     (tmp_path / "accept.json").write_text("{}")
     with pytest.raises(BestiaryError, match=r"accept\.json is damaged\. Delete it and run `make fast`\."):
         read_acceptance(tmp_path / "accept.json")
+
+
+def test_only_the_fast_variant_of_the_registered_adapter_is_measured(base_folder: Path, tmp_path: Path) -> None:
+    few_step = make_adapter(base_folder, tmp_path / "few_step", 0)
+    file, sampling = few_step / FILE_NAME, Sampling("lcm", steps=2, guidance_scale=1.0, timesteps=(999, 399))
+    file.write_bytes(replace(read_adapter(file), few_step=sampling).to_bytes())
+    export = make_export(tmp_path / "fast", adapter_sha256(few_step))
+    read = read_fast_variant(few_step, export, adapter_sha256="1" * 64, side=64)
+    assert (read.identity.adapter_sha256, read.few_step_sampling) == ("1" * 64, replace(sampling, width=64, height=64))
+    manifest = json.loads((export / MANIFEST).read_text())
+    (export / MANIFEST).write_text(json.dumps(manifest | {"distilled_from_sha256": "2" * 64}))
+    with pytest.raises(BestiaryError, match="few_step was distilled from another adapter than models/adapter"):
+        read_fast_variant(few_step, export, adapter_sha256="1" * 64, side=64)
+    other = make_export(tmp_path / "other", "3" * 64)
+    with pytest.raises(BestiaryError, match="other was exported from another adapter than"):
+        read_fast_variant(few_step, other, adapter_sha256="1" * 64, side=64)
 
 
 # ---- drawing ----
@@ -310,7 +338,7 @@ def test_a_distillation_of_20_steps_is_refused_for_what_distilling_lost(
 
 
 def test_passes_count_guided_steps_twice(pipeline: StableDiffusionPipeline) -> None:
-    assert count_passes(pipeline, Sampling("lcm", steps=2, guidance_scale=1.0, timesteps=(999, 399))) == 2
+    assert count_passes(pipeline, Sampling("lcm", steps=2, guidance_scale=1.0, timesteps=(999, 699))) == 2
     assert count_passes(pipeline, Sampling("ddpm", steps=100, guidance_scale=7.0)) == 200
     sampling = Sampling("dpmsolver++sde", steps=13, guidance_scale=7.0, guidance_interval=(2, 1000))
     assert count_passes(pipeline, sampling) == 19

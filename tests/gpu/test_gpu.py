@@ -123,7 +123,9 @@ def test_a_second_thread_judges_on_the_gpu_while_pictures_are_drawn(base_folder:
     torch.testing.assert_close(features, judge.image_features(drawn), atol=1e-3, rtol=0)
 
 
-def test_what_does_not_fit_into_the_memory_is_halved(base_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_batch_that_does_not_fit_into_gpu_memory_is_halved(
+    base_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     vae = load_vae(base_folder, dtype=HALF).to("cuda", memory_format=torch.channels_last)
     pixels = torch.randint(0, 256, (64, 3, 256, 256), device="cuda", dtype=torch.uint8)
     encode, halving = VaeEncoder(vae, compiled=False), Halving("Encoding", "encode.batch_size")

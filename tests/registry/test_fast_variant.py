@@ -1,4 +1,4 @@
-"""A fast variant travels with the registered version of its adapter, and only an accepted one does."""
+"""A fast variant is stored with the registered version of its adapter, but only if it was accepted."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ URI = "models:/bestiary/1"
 
 @dataclass(frozen=True)
 class Made:
-    """A registered adapter, and a fast variant of it that accept has accepted."""
+    """A registered adapter and its accepted fast variant."""
 
     registration: Registration
     candidate: Candidate
@@ -131,14 +131,14 @@ def test_another_fast_variant_replaces_the_earlier_one(made: Made, project: Path
     assert "another network" in (stored / "unet" / "openvino_model.xml").read_text()
 
 
-def test_of_a_refused_fast_variant_only_the_reasons_are_stored(made: Made, project: Path, tmp_path: Path) -> None:
+def test_a_refused_fast_variant_stores_only_its_reasons(made: Made, project: Path, tmp_path: Path) -> None:
     attach_as_stage(made, project)
     attachment = attach_as_stage(changed(made, tmp_path / "other", accepted=False), project)
     assert (attachment.fast, attachment.stored) == ("refused", False)
     assert fast_folders() == []
     version = find_version(URI)
     assert fast_variant(version) is None
-    with pytest.raises(BestiaryError, match=r"models:/bestiary/1 was refused: It may lose more: CLIP score -9.00\."):
+    with pytest.raises(BestiaryError, match=r"bestiary/1 was refused: It may lose too much: CLIP score -9.00\."):
         pull_fast(URI, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -160,7 +160,7 @@ def test_lost_and_changed_files_are_refused_and_nothing_is_written(made: Made, p
     with pytest.raises(BestiaryError, match=r"of models:/bestiary/1 has changed since it was stored.*fast-.*attach`"):
         pull_fast(URI, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    attach_as_stage(made, project)  # mends it
+    attach_as_stage(made, project)  # repairs it
     assert network.read_text() != "damaged"
     shutil.rmtree(folder)
     with pytest.raises(BestiaryError, match=r"has lost the fast variant of models:/bestiary/1.*fast-.*attach`"):
@@ -200,13 +200,13 @@ def test_a_report_about_another_fast_variant_is_refused(
 ) -> None:
     other = make_adapter(base_folder, tmp_path / "other", 7)
     candidate = replace(made.candidate, few_step=other)
-    with pytest.raises(BestiaryError, match=r"accept\.json describes another fast variant .*`dvc repro fast/"):
+    with pytest.raises(BestiaryError, match=r"accept\.json does not describe the fast variant .*`dvc repro fast/"):
         attach_as_stage(replace(made, candidate=candidate), project)
     assert "fast" not in find_version(URI).tags
 
 
 @pytest.mark.slow
-def test_a_fast_variant_goes_to_a_server_and_comes_from_there_once(
+def test_a_fast_variant_is_uploaded_to_a_server_and_downloaded_once(
     made: Made,
     server: str,
     project: Path,

@@ -165,5 +165,5 @@ def test_the_page_gets_a_section_about_the_fast_variant(pictures: Path, tmp_path
     assert "The fast variant: accepted Fast variant accepted: openvino in int8 with the tiny decoder" in after.text
     assert "bestiary pull models:/bestiary/2 --fast --out my-fast-variant" in after.text
     assert result_page.is_about(out, "a" * 64)
-    with pytest.raises(BestiaryError, match=r"index\.html is missing, or about another adapter"):
+    with pytest.raises(BestiaryError, match=r"index\.html is missing or about another adapter"):
         write_fast_page(out, page, CHALLENGER, acceptance("b" * 64, "f" * 64), pictures / "sheet.png")

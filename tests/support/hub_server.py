@@ -1,4 +1,4 @@
-"""An HTTP server on loopback that speaks as much of the Hugging Face hub's protocol as downloads need."""
+"""An HTTP server on loopback with the parts of the Hugging Face hub's protocol that downloads need."""
 
 import hashlib
 import json
@@ -33,9 +33,9 @@ class Hub(ThreadingHTTPServer):
     def __init__(self, models: dict[str, Served]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.models = models
-        self.gone = False  # hang up on every request, as a network that breaks down does
-        self.status: int | None = None  # answer every request so
-        self.breaks_off: set[str] = set()  # files of which only the first half is sent
+        self.gone = False  # close the connection on every request, like a failing network
+        self.status: int | None = None  # the status for every request
+        self.breaks_off: set[str] = set()  # files that are cut off after the first half
         self.requests: list[str] = []
 
     @property
@@ -43,7 +43,7 @@ class Hub(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, *_: object) -> None:
-        """Print no traceback: clients hang up."""
+        """Print no traceback when a client closes the connection."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -118,7 +118,7 @@ def _tree(model: Served) -> list[dict[str, str | int]]:
 
 @contextmanager
 def hub_server(models: dict[str, Served], cache: Path) -> Iterator[Hub]:
-    """Serve the models to this process, which downloads into the folder `cache`. Retries do not wait."""
+    """Serve the models to this process, which downloads to the folder `cache`. Retries do not wait."""
     hub = Hub(models)
     threading.Thread(target=hub.serve_forever, args=(0.02,), daemon=True).start()
     constants = {

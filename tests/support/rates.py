@@ -1,4 +1,4 @@
-"""Rates as two idle cores measured them for the profile sample, without measuring."""
+"""Stored rates of two idle cores for the profile sample, for tests that must not measure."""
 
 from bestiary.estimating import Images
 from bestiary.evaluation.rates import Rate, Rates
@@ -13,7 +13,7 @@ def rate(seconds: float, scaled_by: float = 1.0) -> Rate:
 
 
 def measured(**changes: object) -> Rates:
-    """What two idle cores measured for the profile sample."""
+    """The rates that two idle cores measured for the profile sample."""
     known = {
         "device": "2 CPU threads",
         "load_average": 0.1,

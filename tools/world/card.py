@@ -75,7 +75,7 @@ def _on_renders(vae: AutoencoderKL, judge: Judge, fresh: Pictures) -> dict[str, 
 
 
 def tiny_decoder_quality(models: Path, vae: AutoencoderKL, fresh: Pictures) -> dict[str, float]:
-    """How exactly the tiny decoder gives back unseen pictures that the full VAE has encoded."""
+    """How exactly the tiny decoder reconstructs unseen pictures from the full VAE's latents."""
     tiny = AutoencoderTiny.from_pretrained(models / "tiny_decoder").float().eval()
     chosen = {style: np.flatnonzero(fresh.styles == STYLES.index(style))[:256] for style in STYLES}
     return {

@@ -1,4 +1,4 @@
-"""Train the bundled tiny decoder: latents of 16 x 16 x 8 to 64 x 64 pictures, as TAESD does it for Stable Diffusion."""
+"""Train the bundled tiny decoder, from 16 x 16 x 8 latents to 64 x 64 pictures, like TAESD for Stable Diffusion."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def build() -> AutoencoderTiny:
 
 
 def train(pictures: Pictures, full: AutoencoderKL, folder: Path, minutes: float) -> None:
-    """Train to give back the pictures from the latents of the `full` VAE (L1, L2, L1 of gradients and of mean colours).
+    """Train to reconstruct the pictures from the `full` VAE's latents (L1, L2, L1 of gradients and of mean colours).
 
-    The small encoder learns the full one's latents, so that the whole folder works as an autoencoder. `load` reads the
-    checkpoint.
+    The small encoder learns the full VAE's latents, so that the whole folder works as an autoencoder. `load` reads
+    the checkpoint.
     """
     torch.manual_seed(2)
     tiny = build().to(memory_format=torch.channels_last)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FAST = "#fast"  # ends the key of a registered version's fast variant
+FAST = "#fast"  # suffix of the key of a registered version's fast variant
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Offers:
             if found.no_export:
                 log.warning("%s", found.no_export)
                 raise BestiaryError(f"The files of {offer.label} are lost or damaged. Choose another adapter.")
-            if found.export is None:  # refused since the page was loaded
+            if found.export is None:  # it was refused after the page had loaded
                 raise gone()
             self._exports[str(found.export)] = offer.label
             return as_export(found, found.export)
@@ -323,7 +323,7 @@ def _fast_offer(version: Version, offer: Offer) -> Offer:
 
 
 def _export_offer(number: int, folder: Path) -> Offer:
-    """The offer of an export, which OpenVINO draws with. Raises BestiaryError when its manifest is damaged."""
+    """The offer of an OpenVINO export. Raises BestiaryError when its manifest is damaged."""
     from bestiary.diffusion.export_format import read_manifest
 
     manifest = read_manifest(folder)

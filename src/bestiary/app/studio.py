@@ -196,7 +196,7 @@ class Studio:
         prompt, note = _prompt(order, defaults.template, taught)
         if note:
             tell(note)
-        # The order sets everything else. A few-step adapter is drawn at its own timesteps.
+        # The order sets everything else. A few-step adapter draws at its own timesteps.
         usual = defaults_of(offers, [each.weight for each in work.chosen])
         sampling = Sampling(
             guidance_interval=order.guidance_interval,
@@ -263,7 +263,7 @@ def stoppable(pipeline: StableDiffusionPipeline, check: Callable[[], None]) -> I
     from bestiary.diffusion.engines import is_exported
 
     unet, decoder = pipeline.unet, pipeline.vae.decoder
-    if is_exported(pipeline):  # OpenVINO computes each network in one piece
+    if is_exported(pipeline):  # OpenVINO runs each network as one block
         blocks = [unet, decoder]
     else:
         blocks = [*unet.down_blocks, unet.mid_block, *unet.up_blocks, *getattr(decoder, "up_blocks", ())]
@@ -276,7 +276,7 @@ def stoppable(pipeline: StableDiffusionPipeline, check: Callable[[], None]) -> I
 
 
 def _check_export(order: Order, chosen: Sequence[Chosen]) -> None:
-    """Raise BestiaryError when the order names an export and asks for more than that can draw."""
+    """Raise BestiaryError when the order names an export and asks for something that the export cannot draw."""
     wish = Wish(
         changes=SamplingChanges(decoder=order.decoder),
         has_image=bool(order.image),
@@ -286,7 +286,7 @@ def _check_export(order: Order, chosen: Sequence[Chosen]) -> None:
     )
     chosen_engine, _ = choose_engine([each.adapter for each in chosen], wish)
     if order.compare and any(adapter.is_export for adapter in chosen_engine):
-        raise BestiaryError("An export holds no base to compare with. Turn off the comparison.")
+        raise BestiaryError("An export cannot draw without its adapter. Turn off the comparison with the base.")
 
 
 def native_side(base: Base) -> int:

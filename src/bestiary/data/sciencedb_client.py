@@ -109,7 +109,7 @@ class Client:
         return sorted(files, key=lambda file: (file.path, file.file_id))
 
     def check(self) -> None:
-        """Ask for the first page of the folder listing, or else for the address list.
+        """Request the first page of the folder listing, or if that fails the address list.
 
         Raises BestiaryError as `list_files` does.
         """
@@ -123,7 +123,7 @@ class Client:
         self._first_that_answers(first_page, addresses)
 
     def _first_that_answers(self, *listings: Callable[[], list[Listed]]) -> list[Listed]:
-        """What the first of two listings gives that can be used and is not empty."""
+        """The result of the first listing that is usable and not empty."""
         problems = []
         for listing in listings:
             try:

@@ -29,7 +29,7 @@ PREFIX = "unet."  # of the UNet's weights and of its config's fields
 TEXT_PREFIX = "text_encoder."  # the same for the text encoder
 CONFIG_KEY = "lora_adapter_metadata"  # where diffusers looks for the config; without one, it takes the rank for alpha
 PROVENANCE_KEY = "bestiary"
-FEW_STEP_KEY = "bestiary.few_step"  # how to draw with an adapter that was distilled for a few steps
+FEW_STEP_KEY = "bestiary.few_step"  # how to draw with a few-step adapter
 # Kohya files keep the config under this key: with diffusers' own key, diffusers would take them for its own format.
 KOHYA_CONFIG_KEY = "bestiary_config"
 MAX_RANK_OR_ALPHA = 1e6  # no adapter needs more, and float16 overflows far below
@@ -164,7 +164,7 @@ class AdapterContent:
 
     @property
     def own_metadata(self) -> dict[str, str]:
-        """What this project writes into every format's header: the provenance, and how to draw in a few steps."""
+        """This project's metadata in every format's header: provenance, and how to draw with a few-step adapter."""
         few_step = {FEW_STEP_KEY: sampling_to_json(self.few_step)} if self.few_step else {}
         return {PROVENANCE_KEY: self.provenance.to_json(), **few_step}
 

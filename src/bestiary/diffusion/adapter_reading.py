@@ -373,12 +373,12 @@ def _producer(
 
 
 def _few_step(stored: StoredAdapter, provenance: Provenance) -> Sampling | None:
-    """How to draw with the adapter if the file, or a name in or of it, says that it was distilled for a few steps."""
+    """How to draw with the adapter, if its file or its name says that it is a few-step adapter."""
     if text := stored.metadata.get(FEW_STEP_KEY):
         try:
             return sampling_from_json(text)
         except ValueError:
-            raise broken_config(stored.path, f"{FEW_STEP_KEY} is no way to draw") from None
+            raise broken_config(stored.path, f"{FEW_STEP_KEY} does not say how to draw") from None
     if provenance.data_sha256:  # this project trained it on images
         return None
     named = [stored.path.stem]

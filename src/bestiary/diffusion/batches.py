@@ -19,7 +19,7 @@ from bestiary.diffusion.latents import LatentCache
 
 
 class StreamSettings(Protocol):
-    """The settings that decide which samples a run uses; params.Train has them."""
+    """The settings that decide which samples a run uses, such as params.Train."""
 
     @property
     def steps(self) -> int: ...

@@ -1,4 +1,4 @@
-"""The decoder of a pipeline: the base's own, or a tiny one that was distilled from it and stands beside it."""
+"""The decoder of a pipeline: the base's own, or an additional tiny one that was distilled from it."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def on_hub(model: str, revision: str | None) -> HubModel:
 
 
 def find_tiny_decoder(model: str, revision: str | None) -> str:
-    """The folder of a tiny decoder, downloaded if it is on the hub. Raises BestiaryError when that fails."""
+    """The folder of a tiny decoder, downloaded if it is on the hub. Raises BestiaryError when the download fails."""
     return model if Path(model).is_dir() or not is_hub_id(model) else str(download(on_hub(model, revision)))
 
 
 def load_tiny_decoder(model: str, revision: str | None, pipeline: StableDiffusionPipeline) -> AutoencoderTiny:
     """Load a tiny decoder in the pipeline's dtype and on its device.
 
-    Raises BestiaryError when it does not load or does not fit the base's latents.
+    Raises BestiaryError when it cannot be loaded or does not fit the base's latents.
     """
     from diffusers import AutoencoderTiny
 
@@ -40,25 +40,25 @@ def load_tiny_decoder(model: str, revision: str | None, pipeline: StableDiffusio
     except Exception as error:  # diffusers and safetensors raise different types
         reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
         raise BestiaryError(
-            f"The decoder {model!r} of tiny_decoder cannot be loaded: {reason}. Name another in params.yaml, or null."
+            f"tiny_decoder {model!r} cannot be loaded: {reason}. Set another in params.yaml, or null."
         ) from error
     channels = pipeline.unet.config.in_channels
     if vae.config.latent_channels != channels:
         raise BestiaryError(
-            f"The decoder {model!r} of tiny_decoder decodes {vae.config.latent_channels} latent channels, "
-            f"but the base has {channels}. Name another in params.yaml, or null."
+            f"tiny_decoder {model!r} decodes {vae.config.latent_channels} latent channels, but the base has "
+            f"{channels}. Set another in params.yaml, or null."
         )
     factor = 2 ** (len(vae.config.decoder_block_out_channels) - 1)
     if factor != pipeline.vae_scale_factor:
         raise BestiaryError(
-            f"The decoder {model!r} of tiny_decoder enlarges latents {factor} times, but the base "
-            f"{pipeline.vae_scale_factor} times. Name another in params.yaml, or null."
+            f"tiny_decoder {model!r} enlarges latents {factor} times, but the base's decoder "
+            f"{pipeline.vae_scale_factor} times. Set another in params.yaml, or null."
         )
     return vae.to(pipeline.device).eval().requires_grad_(False)
 
 
 def add_tiny_decoder(pipeline: StableDiffusionPipeline, decoder: AutoencoderTiny) -> None:
-    """Let pictures whose sampling names the tiny decoder be decoded with this one. The base's own stays for others."""
+    """Decode pictures whose sampling names the tiny decoder with this one. The base's own decodes all others."""
     setattr(pipeline, ATTRIBUTE, decoder)
 
 
@@ -72,17 +72,17 @@ def decoder_of(pipeline: StableDiffusionPipeline, sampling: Sampling) -> Any:
 
     Raises BestiaryError when the pipeline does not have that decoder.
     """
-    only = getattr(pipeline.vae, "kind", None)  # of an export, which has one decoder
+    only = getattr(pipeline.vae, "kind", None)  # set for an export, which has only one decoder
     if only not in (None, sampling.decoder):
         raise BestiaryError(
-            f"This export has the {only} decoder and no other. Draw with --decoder {only}, or export the adapter again."
+            f"This export has only the {only} decoder. Draw with --decoder {only}, or export the adapter again."
         )
     if only or sampling.decoder == "full":
         return pipeline.vae
     tiny = getattr(pipeline, ATTRIBUTE, None)
     if tiny is None:
         raise BestiaryError(
-            "There is no tiny decoder for this base. Name one as tiny_decoder in params.yaml, or use --decoder full."
+            "There is no tiny decoder for this base. Set tiny_decoder in params.yaml, or use --decoder full."
         )
     return tiny
 

@@ -1,11 +1,12 @@
 """Distil a base and its adapter into a few-step adapter: multistep consistency distillation with the guidance built in.
 
-A picture is drawn in a few passes: a clean guess at the first timestep, fresh noise up to the second, a clean guess
-there, and so on. Each pass is a consistency model of its own part of the noise schedule (Heek et al. 2024,
-arXiv:2403.06807): at any timestep of the part, the student guesses where the teacher's path ends. The guess one step
-further down the path is the target (Song et al. 2023, arXiv:2303.01469), and the path is guided, so the student needs
-no guidance (Luo et al. 2023, arXiv:2310.04378). The student is the teacher with a LoRA on its linear and convolution
-layers (arXiv:2311.05556). Letters: B pictures, C, h, w of latents, T tokens, D features.
+A picture is drawn in a few passes: predict the clean picture at the first timestep, add fresh noise for the second,
+predict again, and so on. At any timestep of the teacher's guided path, the student predicts the clean latents that the
+path ends with. Its prediction one step further down the path is the target (consistency distillation, Song et al. 2023,
+arXiv:2303.01469). At the end of the path, where noise hides only details, the target is the teacher's own prediction.
+Because the path is guided, the student needs no guidance (Luo et al. 2023, arXiv:2310.04378). The student is the
+teacher with a LoRA on its linear and convolution layers (arXiv:2311.05556).
+Letters: B pictures, C, h, w of latents, T tokens, D features.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from bestiary.diffusion.latents import Latents
     from bestiary.params import Distill
 
-VALIDATION_IMAGES = 32  # whose paths the teacher draws once, in up to 2 x teacher_steps passes each
+VALIDATION_IMAGES = 32  # the teacher follows the path of each once, in up to 2 x teacher_steps passes
 BETAS = (0.9, 0.99)  # a shorter memory than Adam's usual 0.999, because the targets move with the student
 
 OnValidation = Callable[[int], float]  # step; returns the CLIP score of what it drew
@@ -58,10 +59,10 @@ def distill(
     on_validation: OnValidation | None = None,
     checkpoints: Path | None = None,
 ) -> TrainingResult:
-    """Train a LoRA in `unet`, the teacher, which ends with the averaged weights of the best step.
+    """Train a LoRA in `unet`, the teacher. Afterwards it has the averaged weights of the best step.
 
-    The validation loss is the mean squared distance, in clean latents, between the student's guess in each pass and
-    the end of the teacher's path. The callbacks and the `checkpoints` are those of `training.train`: an interrupted run
+    The validation loss is the mean squared distance, in clean latents, between the student's prediction in each pass
+    and the end of the teacher's path. Callbacks and `checkpoints` work as in `training.train`: an interrupted run
     resumes and ends with the same weights.
 
     Raises BestiaryError when the base and the latents do not match, the loss is not finite, the disk is full, several
@@ -74,7 +75,7 @@ def distill(
     progress = run.progress
     if saved:
         if on_validation:
-            on_validation(0)  # the student still is the teacher
+            on_validation(0)  # at step 0 the student still equals the teacher
         run.restore(saved)
     else:
         run.validate(on_validation)
@@ -109,7 +110,7 @@ def distill(
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """A base's noise schedule: latents at timestep t are alpha[t] x + sigma[t] e, of clean latents x and noise e."""
+    """A base's noise schedule: latents at timestep t are alpha[t] x + sigma[t] e for clean latents x and noise e."""
 
     alpha: torch.Tensor  # (timesteps,)
     sigma: torch.Tensor  # (timesteps,)
@@ -117,7 +118,7 @@ class NoiseSchedule:
 
     @classmethod
     def of(cls, scheduler: DDPMScheduler, device: torch.device) -> NoiseSchedule:
-        """The schedule of a base, whose scheduler predicts the noise or the velocity."""
+        """The schedule of a base that predicts the noise or the velocity."""
         alphas = scheduler.alphas_cumprod.float().to(device)
         return cls(alphas.sqrt(), (1 - alphas).sqrt(), scheduler.config.prediction_type == "v_prediction")
 
@@ -128,7 +129,7 @@ class NoiseSchedule:
     def split(
         self, noisy: torch.Tensor, prediction: torch.Tensor, timesteps: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The clean latents and the noise that a prediction sees in noisy latents: (B, C, h, w) each."""
+        """The clean latents and the noise that a prediction implies for noisy latents: (B, C, h, w) each."""
         alpha, sigma = _at(self.alpha, timesteps), _at(self.sigma, timesteps)
         if self.predicts_v:
             return alpha * noisy - sigma * prediction, sigma * noisy + alpha * prediction
@@ -139,24 +140,21 @@ def _at(values: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
     return values[timesteps][:, None, None, None]
 
 
-def path_timesteps(passes: Sequence[int], teacher_steps: int, total: int) -> list[int]:
-    """The timesteps of the teacher's path, rising: the ends of equal parts of the schedule, and those of the passes.
+def path_timesteps(passes: Sequence[int], path_end: int, teacher_steps: int, total: int) -> list[int]:
+    """The timesteps of the teacher's path, ascending: its end, the ends of equal parts of the schedule, and the passes.
 
-    The last part has one more at a fifth of it, because the clean guess at its end would lack fine details.
-
-    >>> path_timesteps([999, 399], 5, 1000)
-    [39, 199, 399, 599, 799, 999]
+    >>> path_timesteps([999, 699], 399, 5, 1000)
+    [399, 599, 699, 799, 999]
     """
-    ends = {total * (number + 1) // teacher_steps - 1 for number in range(teacher_steps)}
-    ends.add(max(total // (5 * teacher_steps) - 1, 0))
-    return sorted(step for step in ends | set(passes) if step <= max(passes))
+    grid = {total * (number + 1) // teacher_steps - 1 for number in range(teacher_steps)}
+    return [path_end, *sorted(step for step in grid | set(passes) if path_end < step <= max(passes))]
 
 
 class TeacherPath:
-    """The teacher's guided path and where its parts end.
+    """The teacher's guided path, and the clean prediction that it ends with.
 
-    A step is one of DPM-Solver++ (2S) (Lu et al. 2022, arXiv:2211.01095, algorithm 1), with its middle in log-SNR. With
-    as many passes, DDIM's steps end farther from the path's true end, and the student would learn that.
+    A step is one step of DPM-Solver++ (2S) (Lu et al. 2022, arXiv:2211.01095, algorithm 1), with its midpoint in
+    log-SNR. DDIM with as many passes ends farther from the path's true end, and the student would learn that error.
     """
 
     def __init__(self, unet: UNet2DConditionModel, scheduler: DDPMScheduler, settings: Distill) -> None:
@@ -165,22 +163,23 @@ class TeacherPath:
         self.schedule = NoiseSchedule.of(scheduler, self.device)
         total = len(self.schedule.alpha)
         if max(settings.timesteps) >= total:
-            raise BestiaryError(f"distill.timesteps are up to {max(settings.timesteps)}, and the base has {total}.")
-        self.timesteps = path_timesteps(settings.timesteps, settings.teacher_steps, total)
-        # By timestep: the next lower one of the path; -1 below the lowest, where the path ends with the clean guess.
-        self.following = torch.full((total,), -1, device=self.device)
-        self.following[self.timesteps[1:]] = torch.tensor(self.timesteps[:-1], device=self.device)
+            raise BestiaryError(
+                f"distill.timesteps must be below {total} for this base, not {max(settings.timesteps)}."
+            )
+        self.last, *self.timesteps = path_timesteps(
+            settings.timesteps, settings.path_end, settings.teacher_steps, total
+        )
+        # By timestep of the path: the next lower one.
+        self.following = torch.full((total,), self.last, device=self.device)
+        self.following[self.timesteps] = torch.tensor([self.last, *self.timesteps[:-1]], device=self.device)
         log_snr = (self.schedule.alpha / self.schedule.sigma).log()
         self.middle = self.following.clone()
-        for timestep, following in zip(self.timesteps[1:], self.timesteps[:-1], strict=True):
-            self.middle[timestep] = (log_snr - (log_snr[timestep] + log_snr[following]) / 2).abs().argmin()
-        self.middle[self.timesteps[0]] = self.timesteps[0] // 2
-        # A pass ends with the teacher's clean guess at the next pass's timestep: fresh noise hides its details.
-        self.ends = torch.zeros(total, dtype=torch.bool, device=self.device)
-        self.ends[list(settings.timesteps[1:])] = True
+        for timestep in self.timesteps:
+            goal = (log_snr[timestep] + log_snr[self.following[timestep]]) / 2
+            self.middle[timestep] = (log_snr - goal).abs().argmin()
         self.guidance_scale = settings.guidance_scale
         low, high = settings.guidance_interval or (0.0, math.inf)
-        level = self.schedule.sigma / self.schedule.alpha  # of latents whose own scale is 1
+        level = self.schedule.sigma / self.schedule.alpha  # noise level, for latents scaled to 1
         self.guided = (level > low) & (level <= high) & (settings.guidance_scale > 1)
 
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
@@ -205,36 +204,34 @@ class TeacherPath:
 
     def move(
         self, noisy: torch.Tensor, timesteps: torch.Tensor, features: torch.Tensor, empty: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The teacher's step down the path: the latents there, their timesteps, and the clean latents that it leads to.
-
-        Where the path ends the timestep is -1, and the latents mean nothing.
-        """
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The teacher's step down the path: the latents there (B, C, h, w), and their timesteps (B,)."""
         schedule = self.schedule
         middle, following = self.middle[timesteps], self.following[timesteps]
-        clean, noise = schedule.split(noisy, self.teach(noisy, timesteps, features, empty), timesteps)
-        halfway = schedule.noised(clean, noise, middle)  # by DDIM
-        clean = schedule.split(halfway, self.teach(halfway, middle, features, empty), middle)[0]
-        end = following.clamp(min=0)
-        ratio = _at(schedule.sigma, end) / _at(schedule.sigma, timesteps)
-        moved = ratio * noisy + (_at(schedule.alpha, end) - ratio * _at(schedule.alpha, timesteps)) * clean
-        return moved, following, clean
+        halfway = schedule.noised(*self.split(noisy, timesteps, features, empty), middle)  # by DDIM
+        clean = self.split(halfway, middle, features, empty)[0]
+        ratio = _at(schedule.sigma, following) / _at(schedule.sigma, timesteps)
+        moved = ratio * noisy + (_at(schedule.alpha, following) - ratio * _at(schedule.alpha, timesteps)) * clean
+        return moved, following
+
+    def split(
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, features: torch.Tensor, empty: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The clean latents and the noise that the teacher sees in noisy latents: (B, C, h, w) each."""
+        return self.schedule.split(noisy, self.teach(noisy, timesteps, features, empty), timesteps)
 
     @torch.no_grad()
     def end(self, noisy: torch.Tensor, timestep: int, features: torch.Tensor, empty: torch.Tensor) -> torch.Tensor:
-        """Where the path from this timestep ends: clean latents (B, C, h, w)."""
+        """The clean prediction that the path from this timestep ends with: (B, C, h, w)."""
         timesteps = torch.full((len(noisy),), timestep, device=self.device)
-        while True:
-            noisy, timesteps, clean = self.move(noisy, timesteps, features, empty)
-            if timesteps[0] < 0:
-                return clean
-            if self.ends[timesteps[0]]:
-                return self.schedule.split(noisy, self.teach(noisy, timesteps, features, empty), timesteps)[0]
+        while timesteps[0] != self.last:
+            noisy, timesteps = self.move(noisy, timesteps, features, empty)
+        return self.split(noisy, timesteps, features, empty)[0]
 
 
 @contextmanager
 def _as_teacher(unet: UNet2DConditionModel) -> Iterator[None]:
-    """Inside, the LoRA has no effect."""
+    """Disable the LoRA in the body."""
     from diffusers.utils import set_adapter_layers
 
     set_adapter_layers(unet, enabled=False)
@@ -249,7 +246,7 @@ def _as_teacher(unet: UNet2DConditionModel) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Draws:
-    """How the stream draws samples: every timestep of the path equally often."""
+    """How the stream chooses samples: every timestep of the path equally often."""
 
     steps: int
     batch_size: int
@@ -280,7 +277,7 @@ class _Run:
         self.trained = TrainedWeights(parameters, torch.bfloat16 if half else torch.float32)
         if settings.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
-        # Evaluation mode: nothing has dropout, and PEFT would add its own in training mode.
+        # Evaluation mode: no layer has dropout, and PEFT would add its own in training mode.
         unet.eval()
         self.features = latents.training.features.to(unet.device, unet.dtype)  # (captions, T, D)
         self.path = TeacherPath(unet, scheduler, settings)
@@ -309,7 +306,7 @@ class _Run:
         progress.learning_rate = settings.learning_rate * learning_rate_factor(settings, progress.step)
         for group in self.optimizer.param_groups:
             group["lr"] = progress.learning_rate
-        losses = torch.cat([self.loss(batch) for batch in batches])  # several only where images differ in size
+        losses = torch.cat([self.loss(batch) for batch in batches])  # several batches only if images differ in size
         loss = losses.mean()
         self.accelerator.backward(loss)
         self.trained.collect_gradients()
@@ -327,9 +324,10 @@ class _Run:
         features, empty = self.features[batch["captions"]], self.features[:1]
         noisy = path.schedule.noised(batch["latents"], batch["noise"], timesteps)
         with torch.no_grad(), self.accelerator.autocast():
-            moved, following, target = path.move(noisy, timesteps, features, empty)
-            for ends in (True, False):  # at the end of a part the teacher guesses, before it the student
-                at = torch.nonzero((following >= 0) & (path.ends[following.clamp(min=0)] == ends))[:, 0]
+            moved, following = path.move(noisy, timesteps, features, empty)
+            target = torch.empty_like(moved)
+            for ends in (True, False):  # the teacher predicts at the path's end, the student before it
+                at = torch.nonzero((following == path.last) == ends)[:, 0]
                 if not len(at):
                     continue
                 there = moved[at], following[at], features[at]
@@ -340,17 +338,17 @@ class _Run:
         return pseudo_huber(guess - target, self.settings.huber_c)
 
     def validate(self, on_validation: OnValidation | None) -> None:
-        """Measure the averaged weights, draw with them, and keep them if they are the best so far."""
+        """Measure the averaged weights, draw with them, and save them if they are the best so far."""
         with self.ema.applied():
             self.trained.spread()
-            with self.trained.in_float32():  # as a saved adapter has them
+            with self.trained.in_float32():  # as in a saved adapter
                 score = on_validation(self.progress.step) if on_validation else None
                 self.progress.add_validation(self.validation_loss(), score, self.ema.average)
         self.trained.spread()
 
     @torch.no_grad()
     def validation_loss(self) -> Validation:
-        """How far the student's guesses in each pass are from the ends of the teacher's path."""
+        """The distance between the student's predictions in each pass and the ends of the teacher's path."""
         errors: dict[int, list[float]] = {}
         of_class: dict[str, list[float]] = {}
         for lesson in self.lessons:
@@ -365,7 +363,7 @@ class _Run:
         by_pass = {str(timestep): float(np.mean(found)) for timestep, found in errors.items()}
         overall = float(np.mean(list(by_pass.values())))
         if not math.isfinite(overall):
-            raise BestiaryError("The validation loss is not a finite number: lower distill.learning_rate.")
+            raise BestiaryError("The validation loss is not a finite number. Lower distill.learning_rate.")
         return Validation(overall, by_pass, {name: float(np.mean(found)) for name, found in sorted(of_class.items())})
 
     def checkpoint(self) -> Checkpoint:
@@ -397,7 +395,7 @@ class _Run:
 
 def _accelerator() -> Accelerator:
     if processes().num_processes > 1:
-        raise BestiaryError("distill runs in one process. Start it without accelerate launch.")
+        raise BestiaryError("distill runs in one process only. Start it without accelerate launch.")
     return Accelerator(mixed_precision="fp16" if device_and_dtype()[1] is torch.float16 else "no")
 
 
@@ -413,7 +411,7 @@ class _Lesson:
 
 
 def _lessons(path: TeacherPath, latents: Latents, settings: Distill) -> list[_Lesson]:
-    """A lesson in each pass for evenly chosen validation images; the first pass starts from noise alone."""
+    """Lessons in each pass for evenly spaced validation images. The first pass starts from pure noise."""
     cache = latents.validation
     grid = ValidationGrid(cache, len(path.schedule.alpha))
     count = min(VALIDATION_IMAGES, len(grid))

@@ -1,8 +1,8 @@
-"""Engines: what runs the networks of a pipeline. torch, or OpenVINO on an exported folder.
+"""Engines run the networks of a pipeline: torch, or OpenVINO with an exported folder.
 
-`open_export` gives diffusers' pipeline with networks that OpenVINO computes, so that everything that draws with a
-pipeline draws with an export, too. OpenVINO compiles a network for the shapes that it is called with, because fixed
-shapes take a third less time than free ones, and keeps what it compiled for the next process.
+`open_export` returns diffusers' pipeline with networks that OpenVINO runs, so everything that draws with a pipeline
+can also draw with an export. OpenVINO compiles a network for the shapes that it is called with, because fixed shapes
+take a third less time than dynamic ones. It caches compiled networks for the next process.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 INSTALL = "pip install 'bestiary[openvino]'"
-# Instructions that make a precision faster than float32, by Linux's names.
+# Instructions that make a precision faster than float32, as Linux names them.
 INSTRUCTIONS: Mapping[Precision, frozenset[str]] = {
     "int8": frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}),
     "bf16": frozenset({"avx512_bf16", "amx_bf16", "bf16"}),
 }
-MAX_COMPILED = 2  # shapes of a network in memory: a guided step has twice the batch of one without guidance
+MAX_COMPILED = 2  # shapes in memory per network: a guided step has twice the batch of one without guidance
 
 
 @dataclass(frozen=True)
 class Processor:
-    """A processor by its name and the instructions that it has; None where the system does not say."""
+    """A processor: its name, and the instructions that it has; None if the system does not list them."""
 
     flags: frozenset[str] | None
     name: str = "unknown"
@@ -62,7 +62,7 @@ class Processor:
         return Processor(frozenset(flags.split()) if flags else None, first.get("model name", platform.machine()))
 
     def has(self, precision: Precision) -> bool:
-        """Whether this precision is faster here than float32, which every processor has."""
+        """Whether the processor has instructions for this precision. Every processor has float32."""
         return precision == "fp32" or self.flags is None or bool(INSTRUCTIONS[precision] & self.flags)
 
     def best(self) -> Precision:
@@ -73,7 +73,7 @@ class Processor:
 def openvino() -> Any:
     """The openvino package. It sends no usage statistics unless the user sets DO_NOT_TRACK=false.
 
-    Raises BestiaryError that says what to install when it is missing.
+    Raises BestiaryError when it is not installed.
     """
     if find_spec("openvino") is None:
         raise BestiaryError(f"The engine openvino is not installed. Install it with `{INSTALL}`.")
@@ -84,13 +84,13 @@ def openvino() -> Any:
 
 
 def refuse_statistics() -> None:
-    """Keep OpenVINO's packages from importing the one that sends usage statistics; they then do without it."""
+    """Keep OpenVINO's packages from importing the package that sends usage statistics. They work without it."""
     if os.environ.get("DO_NOT_TRACK", "").lower() not in ("", "0", "false"):
-        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # Python's way to refuse an import
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # makes the import fail
 
 
 def reason_against(manifest: Manifest) -> str | None:
-    """Why this machine gains nothing from the export; None when it does."""
+    """Why the export is not faster on this machine, as a clause; None if it is."""
     if device_and_dtype()[0].type != "cpu":
         return "this machine has a GPU, which torch uses"
     if find_spec("openvino") is None:
@@ -110,10 +110,10 @@ def check_processor(folder: Path, precision: Precision) -> None:
 
 
 def open_export(folder: Path) -> StableDiffusionPipeline:
-    """A pipeline whose networks OpenVINO computes on the CPU. Its UNet holds the adapter, and no torch weights.
+    """A pipeline whose networks OpenVINO runs on the CPU. Its UNet contains the adapter and has no torch weights.
 
-    The pipeline cannot start from an image, because an export has no encoder. Raises BestiaryError when OpenVINO is
-    not installed, when a file is missing, has changed or does not load, and when the processor lacks instructions.
+        The pipeline cannot start from an image, because an export has no encoder. Raises BestiaryError when OpenVINO is
+    not installed, a file is missing, has changed or does not load, or the processor lacks the instructions.
     """
     manifest = read_manifest(folder)
     core = openvino().Core()
@@ -159,7 +159,7 @@ def _cache_options() -> dict[str, str]:
 
 
 def is_exported(pipeline: StableDiffusionPipeline) -> bool:
-    """Whether OpenVINO computes this pipeline's networks."""
+    """Whether OpenVINO runs this pipeline's networks."""
     return isinstance(pipeline.unet, _UNet)
 
 
@@ -170,9 +170,10 @@ def _tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def _hint(network: str, precision: Precision) -> str:
-    """What OpenVINO computes a network's layers in that are not int8.
+    """The precision in which OpenVINO computes a network's layers that are not int8.
 
-    In the UNet it is bfloat16, where the processor has it. Text encoder and decoder cost little, and stay exact.
+    It is bfloat16 for the UNet if the processor supports it. Text encoder and decoder take little time, so they use
+    float32.
     """
     return "bf16" if network == "unet" and precision != "fp32" and Processor.here().has("bf16") else "f32"
 
@@ -191,7 +192,7 @@ class _Network:
             "PERFORMANCE_HINT": "LATENCY",
             **_cache_options(),
         }
-        self._compiled: dict[tuple[torch.Size, ...], Any] = {}  # by the shapes of the inputs, the last used last
+        self._compiled: dict[tuple[torch.Size, ...], Any] = {}  # by input shapes, most recently used last
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         """The network's first output."""
@@ -199,11 +200,11 @@ class _Network:
         compiled = self._compiled.pop(shapes, None)
         if compiled is None:
             if len(self._compiled) == MAX_COMPILED:
-                del self._compiled[next(iter(self._compiled))]  # frees its memory before the next one takes some
+                del self._compiled[next(iter(self._compiled))]  # frees its memory before the next one is compiled
             compiled = self._compile(shapes)
         self._compiled[shapes] = compiled
         (first, *_) = compiled([each.numpy() for each in inputs]).values()
-        return torch.from_numpy(first.copy())  # the request's own memory is overwritten by its next call
+        return torch.from_numpy(first.copy())  # the next call overwrites the request's memory
 
     def _compile(self, shapes: Sequence[torch.Size]) -> Any:
         try:
@@ -217,7 +218,7 @@ class _Network:
 
 
 class _Module(torch.nn.Module):
-    """What diffusers asks of a network: its config, device and dtype."""
+    """The attributes that diffusers reads from a network: config, device and dtype."""
 
     device, dtype = torch.device("cpu"), torch.float32
 
@@ -245,7 +246,7 @@ class _UNet(_Module):
         **_: object,
     ) -> tuple[torch.Tensor]:
         """The prediction (B, C, h, w) for noisy latents, one timestep for all of them, and text features (B, T, D)."""
-        # OpenVINO's own pipelines give whole timesteps, so the network has no others. Euler's differ by less than 1.
+        # OpenVINO's own pipelines pass integers, so the network takes integers. Rounding moves Euler's by less than 1.
         timesteps = torch.as_tensor(timestep).float().round().long().reshape(1)
         return (self.network(sample.float(), timesteps, encoder_hidden_states.float()),)
 
@@ -259,7 +260,7 @@ class _TextEncoder(_Module):
 
 
 class _Decoder(_Module):
-    """An autoencoder of which there is only the decoder."""
+    """An autoencoder that has only a decoder."""
 
     def __init__(self, network: _Network) -> None:
         super().__init__(network)

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 PACKAGES = ("openvino", "nncf", "openvino-tokenizers", "torch", "diffusers", "transformers")
-# The axes of each network's inputs whose sizes a drawing chooses: B, T, h and w.
+# The dynamic axes of each network's inputs: B, T, h and w.
 FREE_AXES = {
     "input_ids": (0, 1),
     "sample": (0, 2, 3),
@@ -53,9 +53,9 @@ FREE_AXES = {
 # What lies in an export's folder, by name without suffix.
 CONTENT = {Path(MANIFEST).stem, "model_index", "scheduler", "tokenizer", *NETWORKS}
 ELSEWHERE = "Choose another folder with --out."
-# Layers of the UNet that stay exact: they cost almost nothing, and without them the error fell by a tenth.
+# Layers of the UNet that are not quantized: they take almost no time, and leaving them out cut the error by a tenth.
 EXACT = ("conv_in", "conv_out", "time_emb")
-# The classes that readers of the layout know. A tiny decoder stands in the place of an AutoencoderKL's.
+# The libraries of the classes that readers of this layout expect. A tiny decoder is listed as an AutoencoderKL.
 CLASSES = {
     "scheduler": "diffusers",
     "text_encoder": "transformers",
@@ -75,11 +75,11 @@ class TinyDecoder:
 
 @dataclass(frozen=True)
 class Fused:
-    """The adapter to export, the name and weight to apply it by, its base, and how to draw with it."""
+    """The adapter to export with its name and weight, its base, and how to draw with it."""
 
     base: str
     base_revision: str | None
-    base_name: str  # that means the same on another machine
+    base_name: str  # valid on other machines too
     adapter: Path
     adapter_name: str
     weight: float
@@ -89,7 +89,7 @@ class Fused:
 
 @dataclass(frozen=True)
 class Format:
-    """What to export to: the precision of the UNet, and the tiny decoder; None: the base's own decoder."""
+    """The format of an export: the precision of the UNet, and the tiny decoder; None: the base's own decoder."""
 
     precision: Precision
     tiny_decoder: TinyDecoder | None = None
@@ -97,9 +97,9 @@ class Format:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The pictures that quantization measures the UNet's activations on, drawn as the export will be used.
+    """The pictures on which quantization measures the UNet's activations, drawn as the export will be used.
 
-    One more picture, of the first prompt, is not used to quantize: it measures the error.
+    One more picture, of the first prompt, is not used for calibration. It measures the error.
     """
 
     prompts: Sequence[str]
@@ -112,10 +112,10 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Exported:
-    """A finished export: what its folder says, its size, and the UNet's error.
+    """A finished export: its manifest, its size, and the UNet's error.
 
-    The error is that of the prediction against torch in float32, relative to its norm, on the inputs of one picture
-    that was not used to quantize.
+    The error is that of the UNet's predictions against torch in float32, relative to their norm, on the inputs of one
+    picture that was not used for calibration.
     """
 
     manifest: Manifest
@@ -128,7 +128,7 @@ Latents = tuple[NDArray[np.generic], ...]  # the UNet's inputs: (B, C, h, w), (1
 
 @dataclass(frozen=True)
 class Sample:
-    """A call of the UNet: its inputs and what torch answers."""
+    """A call of the UNet: its inputs and torch's output."""
 
     inputs: Latents
     output: torch.Tensor
@@ -137,15 +137,15 @@ class Sample:
 def export(fused: Fused, form: Format, calibration: Calibration, out: Path) -> Exported:
     """Write the adapter, fused into its base, to the folder `out` for OpenVINO.
 
-    An older export in `out` is replaced. Raises BestiaryError when OpenVINO or NNCF is not installed, when `out` holds
-    anything else or cannot be written, when the adapter or the tiny decoder does not fit the base; nothing is written
-    then.
+    An older export in `out` is replaced. Raises BestiaryError when OpenVINO or NNCF is not installed, `out` contains
+    anything else or cannot be written, or the adapter or the tiny decoder does not fit the base. Then nothing is
+    written.
     """
     out = out.resolve()
     check_target(out)
     ov = openvino()
     if form.precision == "int8" and find_spec("nncf") is None:
-        raise BestiaryError(f"Quantizing to int8 needs nncf, which is not installed. Install it with `{INSTALL}`.")
+        raise BestiaryError(f"Quantizing to int8 needs NNCF, which is not installed. Install it with `{INSTALL}`.")
     pipeline = load_pipeline(fused.base, fused.base_revision, device="cpu", dtype=torch.float32)
     apply_adapter(pipeline, fused.adapter, fused.weight)
     *calls, held_out = _watch(pipeline, fused, calibration if form.precision == "int8" else calibration.shortest())
@@ -172,7 +172,7 @@ def export(fused: Fused, form: Format, calibration: Calibration, out: Path) -> E
 
 
 def check_target(out: Path) -> None:
-    """Raise BestiaryError when `out` holds anything but an export, which would be lost, or cannot be a folder."""
+    """Raise BestiaryError when `out` contains anything but an export, which would be lost, or cannot be written."""
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise BestiaryError(
@@ -181,9 +181,9 @@ def check_target(out: Path) -> None:
     if not out.exists():
         return
     if not is_export(out) and not (out.is_dir() and not any(out.iterdir())):
-        raise BestiaryError(f"{out} exists and is no export, so it is not replaced. {ELSEWHERE}")
+        raise BestiaryError(f"{out} exists and is no export, so it is not overwritten. {ELSEWHERE}")
     if foreign := next((path.name for path in sorted(out.iterdir()) if path.stem not in CONTENT), None):
-        raise BestiaryError(f"{out} holds {foreign}, which is no part of an export and would be lost. {ELSEWHERE}")
+        raise BestiaryError(f"{out} contains {foreign}, which is not part of an export and would be lost. {ELSEWHERE}")
 
 
 @contextmanager
@@ -204,12 +204,12 @@ def _replacing(out: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Write a JSON file that is easy to read."""
+    """Write an indented JSON file."""
     write_atomically(path, f"{json.dumps(content, indent=2, ensure_ascii=False)}\n".encode())
 
 
 def merge_adapters(pipeline: StableDiffusionPipeline) -> None:
-    """Add the applied LoRA to the weights of the layers that it changes, so that it costs nothing. Cannot be undone."""
+    """Add the applied LoRA to the weights of the layers that it changes, so that it takes no time. Cannot be undone."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for network in (pipeline.unet, pipeline.text_encoder):
@@ -220,7 +220,7 @@ def merge_adapters(pipeline: StableDiffusionPipeline) -> None:
 
 @torch.no_grad()
 def _watch(pipeline: StableDiffusionPipeline, fused: Fused, calibration: Calibration) -> list[list[Sample]]:
-    """The calls of the UNet that draw each of the calibration's pictures, and one more at the end."""
+    """The UNet calls that draw each calibration picture, and those of one more picture at the end."""
     seen: list[Sample] = []
 
     def record(_module: object, positional: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
@@ -284,7 +284,7 @@ Network = tuple[str, torch.nn.Module, dict[str, object], dict[str, torch.Tensor]
 
 
 def _networks(pipeline: StableDiffusionPipeline, vae: Any) -> Iterator[Network]:
-    """Each network by its folder: a module with named inputs, its config, and an example of the inputs."""
+    """Each network with the name of its folder: a module with named inputs, its config, and example inputs."""
     unet, text_encoder = pipeline.unet, pipeline.text_encoder
     tokens, side = pipeline.tokenizer.model_max_length, unet.config.sample_size
     text_config = json.loads(text_encoder.config.to_json_string())
@@ -305,10 +305,10 @@ def _config(network: Any) -> dict[str, object]:
 @torch.no_grad()
 def _converted(ov: Any, module: torch.nn.Module, example: Mapping[str, torch.Tensor]) -> Any:
     with warnings.catch_warnings(), quiet_loading():
-        warnings.simplefilter("ignore")  # the tracer warns of every check of a shape in diffusers
+        warnings.simplefilter("ignore")  # the tracer warns about every shape check in diffusers
         from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
-        # Checking the trace by a second one would take most of the time.
+        # Checking the trace with a second trace would take most of the time.
         traced = TorchScriptPythonDecoder(
             module.eval(), example_input=dict(example), trace_kwargs={"check_trace": False}
         )
@@ -323,7 +323,7 @@ def _converted(ov: Any, module: torch.nn.Module, example: Mapping[str, torch.Ten
 
 
 def _quantized(model: Any, samples: Sequence[Latents]) -> Any:
-    """The model with int8 weights and activations, except where NNCF knows that a transformer needs more."""
+    """The model with int8 weights and activations, except where NNCF knows that a transformer needs more precision."""
     with quiet_nncf():
         import nncf
 
@@ -333,7 +333,7 @@ def _quantized(model: Any, samples: Sequence[Latents]) -> Any:
             model_type=nncf.ModelType.TRANSFORMER,
             subset_size=len(samples),
             ignored_scope=nncf.IgnoredScope(patterns=[f".*{name}.*" for name in EXACT], validate=False),
-            # Without bias correction, a UNet of Stable Diffusion's size takes two minutes on two cores.
+            # Without bias correction, quantizing a UNet of Stable Diffusion's size takes two minutes on two cores.
             advanced_parameters=nncf.AdvancedQuantizationParameters(disable_bias_correction=True),
         )
 
@@ -370,14 +370,14 @@ def _write_parts(pipeline: StableDiffusionPipeline, fused: Fused, folder: Path) 
 
 
 def _write_finite(path: Path) -> None:
-    """Leave infinite numbers out of a scheduler's config: they are defaults, and no JSON for other readers."""
+    """Remove infinite numbers from a scheduler's config. They are defaults, and other readers reject them as JSON."""
     config = json.loads(path.read_bytes())
     finite = {key: value for key, value in config.items() if not (isinstance(value, float) and math.isinf(value))}
     write_json(path, finite)
 
 
 def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write the tokenizer as a network too, which OpenVINO GenAI needs, where openvino-tokenizers is installed."""
+    """Also write the tokenizer as a network, which OpenVINO GenAI needs, if openvino-tokenizers is installed."""
     if find_spec("openvino_tokenizers") is None:
         return
     with warnings.catch_warnings():
@@ -390,7 +390,7 @@ def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 def _manifest(fused: Fused, form: Format, pipeline: StableDiffusionPipeline, files: dict[str, str]) -> Manifest:
     decoder: Decoder = "tiny" if form.tiny_decoder else "full"
-    # The weight is in the weights: the export is drawn as it is.
+    # The adapter is fused at its weight, so the export is drawn with weight 1.
     sampling = replace(fused.defaults.sampling, adapter_weight=1.0, decoder=decoder)
     drawing = replace(fused.defaults, sampling=sampling)
     return Manifest(

@@ -1,6 +1,6 @@
-"""The folder that an export for OpenVINO is: which files it has, and what its `bestiary.json` says of them.
+"""The folder of an export for OpenVINO: its files, and the manifest `bestiary.json` that describes them.
 
-Networks, tokenizer and scheduler lie where OpenVINO GenAI's and optimum-intel's own pipelines look for them.
+Networks, tokenizer and scheduler are where OpenVINO GenAI's and optimum-intel's own pipelines look for them.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ NETWORK_FILE = "openvino_model.xml"
 
 
 class Manifest(BaseModel):
-    """What an exported folder says of itself. `files` holds the SHA-256 of every other file by its path in the folder.
+    """The manifest of an exported folder. `files` has the SHA-256 of every other file by its path in the folder.
 
-    adapter_sha256 is that of the adapter in the UNet, and of what it was distilled from, if that is known.
+    adapter_sha256 is the SHA-256 of the adapter in the UNet, and distilled_from_sha256 that of the adapter that it was
+    distilled from, if known.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
@@ -46,15 +47,15 @@ class Manifest(BaseModel):
     distilled_from_sha256: str | None = None
     few_step: bool
     drawing: dict[str, Any]  # the fields of `DrawingDefaults`, as `to_dict` gives them
-    side: int = Field(gt=0)  # pixels a side of the pictures that the base was trained on
-    side_step: int = Field(default=SIDE_STEP, gt=0)  # pixels that the sides of pictures are multiples of
-    processor: str  # that it was made on
+    side: int = Field(gt=0)  # pixels; the size of the pictures that the base was trained on
+    side_step: int = Field(default=SIDE_STEP, gt=0)  # pixels; the sides of pictures are multiples of it
+    processor: str  # of the machine that made the export
     versions: dict[str, str]
     files: dict[str, str]
 
     @property
     def defaults(self) -> DrawingDefaults:
-        """How to draw with it. Raises ValueError when `drawing` holds something else."""
+        """How to draw with it. Raises ValueError when `drawing` is invalid."""
         return DrawingDefaults.from_json(json.dumps(self.drawing))
 
 
@@ -64,22 +65,22 @@ def is_export(path: str | Path) -> bool:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """What the exported folder says of itself.
+    """Read the manifest of an exported folder.
 
-    Raises BestiaryError when it says nothing, is damaged, or has the format of another version.
+    Raises BestiaryError when it is missing, is damaged, or has the format of another version.
     """
     try:
         content = json.loads((folder / MANIFEST).read_bytes())
     except OSError:
         raise BestiaryError(
-            f"{folder} has no {MANIFEST}, so it is no export. Make one with `bestiary export`."
+            f"{folder} has no {MANIFEST}, so it is not an export. Make one with `bestiary export`."
         ) from None
     except (ValueError, RecursionError):
         raise _damaged(folder) from None
     found = content.get("format") if isinstance(content, dict) else None
     if isinstance(found, int) and found != FORMAT:
         raise BestiaryError(
-            f"The export in {folder} has the format {found}, and this version reads {FORMAT}. Export it again."
+            f"The export in {folder} has format {found}, but this version reads format {FORMAT}. Export it again."
         )
     try:
         manifest = Manifest.model_validate_json(json.dumps(content))
@@ -101,7 +102,7 @@ def _damaged(folder: Path) -> BestiaryError:
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """Raise BestiaryError when a file of the export is missing, or is not the one that was written."""
+    """Raise BestiaryError when a file of the export is missing or has changed."""
     for name, sha256 in manifest.files.items():
         if not is_file(folder / name):
             raise BestiaryError(f"The export in {folder} has no {name}. Export the adapter again.")
@@ -110,12 +111,12 @@ def check_files(folder: Path, manifest: Manifest) -> None:
 
 
 def hash_files(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each file in the folder but the manifest, by its path there."""
+    """The SHA-256 of each file in the folder except the manifest, by its path there."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file. Of an export's manifest it stands for the whole folder."""
+    """The SHA-256 of a file. That of an export's manifest identifies the whole folder."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,7 @@
 """Adapters that were distilled to draw in a few steps, and how each kind wants to be drawn.
 
-Their weights look like any other adapter's. Those that this project distils say in their file how to draw them; others
-are known by their names, as their authors publish them.
+Their weights look like any other adapter's. The file of one that this project distilled says how to draw with it.
+Others are recognised by their published names.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from bestiary.samplers import SAMPLERS, Sampling
 LCM = Sampling("lcm", steps=4, guidance_scale=1.0)  # LCM-LoRA, arXiv:2311.05556
 TCD = Sampling("tcd", steps=4, guidance_scale=1.0)  # trajectory consistency distillation, arXiv:2402.19159
 GUIDED = 5.0  # the lowest scale that Hyper-SD's authors advise for the adapters that keep guidance
-AT_TIMESTEPS = ("lcm", "tcd")  # the samplers that draw a clean guess at each of the given timesteps
+AT_TIMESTEPS = ("lcm", "tcd")  # the samplers that predict the clean picture at each given timestep
 MAX_NAME = 1000  # characters of a name that are looked at
 
 
@@ -36,7 +36,7 @@ def few_step_sampling(names: Iterable[str]) -> Sampling | None:
 
 
 def check_few_step(sampling: Sampling) -> None:
-    """Raise BestiaryError when an adapter that was distilled for some timesteps cannot be drawn so."""
+    """Raise BestiaryError when the sampling does not match the timesteps that a few-step adapter was distilled for."""
     if sampling.timesteps is None:
         return
     distilled = f"{len(sampling.timesteps)} step{'s' if len(sampling.timesteps) > 1 else ''}"
@@ -46,8 +46,8 @@ def check_few_step(sampling: Sampling) -> None:
         )
     if sampling.guidance_scale > 1:
         raise BestiaryError(
-            f"This adapter was distilled for {distilled} without guidance, not for the guidance scale "
-            f"{sampling.guidance_scale:g}. Draw with the guidance scale 1."
+            f"This adapter was distilled for {distilled} without guidance, not for guidance scale "
+            f"{sampling.guidance_scale:g}. Draw with guidance scale 1."
         )
     if sampling.sampler not in AT_TIMESTEPS:
         samplers = " or ".join(AT_TIMESTEPS)

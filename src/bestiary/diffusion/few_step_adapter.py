@@ -1,7 +1,7 @@
-"""The few-step adapter: one LoRA of the trained adapter's change and of what makes few steps suffice.
+"""The few-step adapter: one LoRA with the trained adapter's change and the change that makes a few steps suffice.
 
-One file then draws every pass, and other programs need no second adapter with the right weight. The LoRAs are stacked,
-which is exact.
+One file then draws every pass, and other programs need no second adapter with the right weight. Stacking the LoRAs is
+exact.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ if TYPE_CHECKING:
 def make_teacher(pipeline: StableDiffusionPipeline, adapter: Path, base: Model) -> None:
     """Add the trained adapter's change to the pipeline's weights.
 
-    Raises BestiaryError when there is no adapter, when it was trained on another base or is no plain LoRA of the UNet,
-    and when the base draws in a few steps already.
+    Raises BestiaryError when there is no adapter, when it was trained on another base or is not a plain LoRA of the
+    UNet, or when the base already draws in a few steps.
     """
     if is_lcm(pipeline):
         raise BestiaryError(
-            f"The base {shown(base.model, 200)} is a latent consistency model, which draws in a few steps already. "
+            f"The base {shown(base.model, 200)} is a latent consistency model, which already draws in a few steps. "
             "Distil another base."
         )
     check_trained_on(adapter, base.model, base.revision)
     content = read_adapter(adapter_file(adapter))
     if content.few_step:
-        raise BestiaryError(f"{adapter} is a few-step adapter already. Distil the adapter that train makes.")
+        raise BestiaryError(f"{adapter} is already a few-step adapter. Distil the adapter that `train` makes.")
     if content.beyond_unet_lora or content.config.use_dora:
         kind = content.beyond_unet_lora or "DoRA"
-        raise BestiaryError(f"{adapter} holds {kind}, and only plain LoRA of the UNet can be distilled. Train one.")
+        raise BestiaryError(f"{adapter} holds {kind}, but only a plain LoRA of the UNet can be distilled. Train one.")
     apply_adapter(pipeline, adapter)
     pipeline.unet.fuse_lora()
     pipeline.unet.unload_lora()
@@ -55,7 +55,7 @@ def make_teacher(pipeline: StableDiffusionPipeline, adapter: Path, base: Model) 
 def combine(
     adapter: Path, difference: Path, weight: float, sampling: Sampling, provenance: Provenance
 ) -> AdapterContent:
-    """The trained adapter and the few-step LoRA at `difference` with this weight as one adapter: exactly their sum.
+    """The exact sum of the trained adapter and, at this weight, the few-step LoRA in `difference`, as one adapter.
 
     `sampling` says how to draw with it. Raises BestiaryError when the two cannot be merged.
     """
@@ -69,7 +69,7 @@ def combine(
 def find_few_step(chosen: FewStepModel, download: Callable[[str, str, str | None], Path] | None = None) -> Path:
     """The file of a few-step adapter in a folder, or on the Hugging Face hub.
 
-    Raises BestiaryError when there is none, or when it cannot be downloaded.
+    Raises BestiaryError when there is no file or it cannot be downloaded.
     """
     place = Path(chosen.model)
     if is_folder(place):
@@ -96,7 +96,7 @@ def _download(model: str, file: str, revision: str | None) -> Path:
 
 
 def sampling_of(chosen: FewStepModel, file: Path) -> Sampling:
-    """How a few-step adapter is drawn, as its file or its name says.
+    """How to draw with a few-step adapter, from its file or its name.
 
     Raises BestiaryError when neither does.
     """

@@ -1,4 +1,4 @@
-"""What happens when a GPU's memory is full: batches are halved where that changes nothing but rounding."""
+"""Handle a full GPU memory: halve batches where that changes only rounding, else explain what to do."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ Result = TypeVar("Result")
 
 
 class Halving:
-    """Works on batches in parts as large as the GPU's memory holds; what does not fit is halved, for good.
+    """Processes batches in parts that fit into the GPU's memory. A part that does not fit is halved permanently.
 
-    what names the work in messages, such as "Drawing", and key is the parameter with the batch size.
+    what names the work in messages, such as "Drawing". key is the parameter for the batch size.
     """
 
     def __init__(self, what: str, key: str) -> None:
         self.what = what
         self.key = key
-        self.largest: int | None = None  # that fits; None: every batch so far
+        self.largest: int | None = None  # size of a part that fits; None: every batch has fitted so far
 
     def parts(self, work: Callable[[Any], Result], batch: Any) -> list[Result]:
         """`work` on each part of a batch (a sequence, or a tensor that is split by its first dimension), in order.
 
-        Raises BestiaryError when not even one of its items fits.
+        Raises BestiaryError when not even a single item fits.
         """
         results: list[Result] = []
         done = 0
@@ -41,22 +41,22 @@ class Halving:
             except torch.OutOfMemoryError as error:
                 if len(part) == 1:
                     raise BestiaryError(
-                        f"{self.what} does not fit into the GPU's memory, even one at a time. End other programs that "
-                        "use the GPU, or choose a smaller encode.resolution."
+                        f"{self.what} does not fit into the GPU's memory, even one at a time. Close other programs "
+                        "that use the GPU, or choose a smaller encode.resolution."
                     ) from error
-            # Only here, when the error and the tensors that it holds are gone.
+            # After the except block, because the error holds tensors until then.
             torch.cuda.empty_cache()
             self.largest = len(part) // 2
             tqdm.write(
                 f"{self.what} {len(part)} at a time does not fit into the GPU's memory. Continuing with "
-                f"{self.largest} at a time: lower {self.key} to start with that."
+                f"{self.largest} at a time. Lower {self.key} to start with that."
             )
         return results
 
 
 @contextmanager
 def explained(work: str, advice: str) -> Iterator[None]:
-    """Inside, a GPU whose memory is full is an error with the advice that helps."""
+    """Turn a full GPU memory in the body into a BestiaryError with this advice."""
     try:
         yield
     except torch.OutOfMemoryError as error:

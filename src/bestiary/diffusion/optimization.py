@@ -19,7 +19,7 @@ BLOCK = 8192  # parameters; bitsandbytes keeps smaller tensors in 32 bits
 
 
 class LearningRate(Protocol):
-    """The settings that decide the learning rate of a step; params.Train and params.Distill have them."""
+    """The settings that decide the learning rate of a step, such as params.Train and params.Distill."""
 
     @property
     def steps(self) -> int: ...

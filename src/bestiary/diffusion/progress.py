@@ -84,7 +84,7 @@ class TrainingResult:
 
 @dataclass(frozen=True)
 class Pace:
-    """The settings that a run's progress depends on: params.yaml has them in `section`."""
+    """The settings that a run's progress depends on, from `section` of params.yaml."""
 
     section: str
     steps: int
@@ -98,7 +98,7 @@ class Pace:
 
     @classmethod
     def of_training(cls, settings: Train) -> Pace:
-        """The pace of the stage train."""
+        """The settings of the stage train."""
         return cls(
             "train",
             settings.steps,
@@ -215,7 +215,7 @@ class Progress:
             if not math.isfinite(loss):
                 step = self.step - (len(losses) - 1 - index) // self.pace.accumulation
                 raise BestiaryError(
-                    f"The training loss at step {step} is {loss}: lower {self.pace.section}.learning_rate."
+                    f"The training loss at step {step} is {loss}. Lower {self.pace.section}.learning_rate."
                 )
         self.state.train_loss = sum(losses) / len(losses)
 
@@ -306,12 +306,12 @@ class Progress:
 
 
 def progress_bar(steps: int, first_step: int, task: str, accelerator: Accelerator) -> tqdm[NoReturn]:
-    """A bar over the steps of a run, in the first process of each machine only."""
+    """A progress bar over the steps of a run, only in the first process of each machine."""
     return tqdm(total=steps, initial=first_step, desc=task, unit="step", disable=not accelerator.is_local_main_process)
 
 
 def stopped(what: str, step: int, steps: int, checkpoints: Path | None) -> BestiaryError:
-    """The error of a run that SIGTERM ended after a step."""
+    """The error for a run that SIGTERM stopped after a step."""
     rest = "Run the same command again to resume." if checkpoints else "Nothing was saved."
     return BestiaryError(f"{what} stopped on SIGTERM after step {step} of {steps}. {rest}")
 

@@ -1,4 +1,4 @@
-"""What an adapter is made from: the provenance that its file holds, and the name of its run's checkpoints."""
+"""What an adapter is made from: the provenance in its file, and the name of its run's checkpoints."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHEET_SETTINGS = {"sheet_animals", "sheet_seeds", "sheet_steps", "sheet_guidance
 
 
 class Origin(TypedDict):
-    """The base, the data and the size, under the names of `Provenance`."""
+    """The base, the data and the size, with the field names of `Provenance`."""
 
     base: str
     base_revision: str | None
@@ -47,7 +47,7 @@ def training_provenance(base: Model, latents: Latents, settings: Train, *, seed:
 def distillation_provenance(
     base: Model, latents: Latents, settings: Distill, adapter_sha256: str, *, seed: int, resolution: int
 ) -> Provenance:
-    """The provenance of the few-step adapter that these settings distil from this adapter.
+    """The provenance of the few-step adapter that is distilled from this adapter with these settings.
 
     Raises BestiaryError when the latents were encoded with another base.
     """
@@ -57,7 +57,7 @@ def distillation_provenance(
 
 
 def _origin(base: Model, latents: Latents, resolution: int) -> Origin:
-    """What training and distilling start from."""
+    """The common starting point of training and distillation."""
     sha256 = base_sha256(base.model, base.revision)
     if sha256 != latents.training.base_sha256:
         raise BestiaryError(

@@ -77,7 +77,7 @@ def check_sampling(pipeline: StableDiffusionPipeline, sampling: Sampling) -> Non
     """Raise BestiaryError when this base cannot draw so.
 
     The reasons: an unknown sampler, a wrong size, too many LCM steps, a negative prompt without guidance, or a few-step
-    adapter that was distilled to be drawn otherwise.
+    adapter that was distilled for other settings.
     """
     if sampling.sampler not in SAMPLERS:
         raise BestiaryError(f"There is no sampler {sampling.sampler!r}. Choose one of {', '.join(SAMPLERS)}.")
@@ -92,8 +92,8 @@ def check_sampling(pipeline: StableDiffusionPipeline, sampling: Sampling) -> Non
             "a base that is no latent consistency model."
         )
     check_few_step(sampling)
-    # An LCM-LoRA (arXiv:2311.05556) cannot be told from another adapter by its weights. Only a few-step adapter, which
-    # may be fused into the base, comes with timesteps.
+    # An LCM-LoRA (arXiv:2311.05556) cannot be told from another adapter by its weights. Timesteps come only with a
+    # few-step adapter, which may be fused into the base.
     may_be_lcm = is_lcm(pipeline) or _has_adapter(pipeline) or sampling.timesteps is not None
     if sampling.sampler == "lcm" and not may_be_lcm:
         raise BestiaryError("The scheduler 'lcm' needs a latent consistency model, and this base is not one.")
@@ -103,7 +103,7 @@ def check_sampling(pipeline: StableDiffusionPipeline, sampling: Sampling) -> Non
 
 
 def _has_adapter(pipeline: StableDiffusionPipeline) -> bool:
-    fused = getattr(pipeline.unet, "fused_adapter", False)  # of an export
+    fused = getattr(pipeline.unet, "fused_adapter", False)  # set for an export
     return fused or bool(getattr(pipeline.unet, "peft_config", None)) or has_changes(pipeline.unet)
 
 
@@ -143,9 +143,9 @@ def generate(
     contains values that are not finite.
     """
     check_sampling(pipeline, sampling)
-    decoder_of(pipeline, sampling)  # a missing one is reported before anything is drawn
+    decoder_of(pipeline, sampling)  # reports a missing decoder before drawing
     if start and not hasattr(pipeline.vae, "encode"):
-        raise BestiaryError("An export has no encoder, so it cannot start from an image. Draw with --engine torch.")
+        raise BestiaryError("An export has no encoder, so it cannot start from an image. Use --engine torch.")
     width, height = (side or base_side(pipeline) for side in (sampling.width, sampling.height))
     pipeline.scheduler = make_scheduler(sampling.sampler, pipeline.scheduler.config, sampling.steps)
     steps = denoising_steps(sampling.steps, start.denoise) if start else sampling.steps
@@ -215,7 +215,7 @@ def _from_noise(
 
 
 def _timesteps(sampling: Sampling) -> list[int] | None:
-    """The timesteps in diffusers' form; None: as the scheduler spaces them."""
+    """The timesteps as diffusers expects them; None: as the scheduler spaces them."""
     return None if sampling.timesteps is None else list(sampling.timesteps)
 
 

@@ -18,7 +18,7 @@ class Sheet:
     def __init__(self, folder: Path, columns: Sequence[str], first: str = "base") -> None:
         """`folder` holds the rows of this run with these prompts only.
 
-        `columns` name the pictures of a row, and `first` the row of step 0.
+        `columns` are the names of the pictures in a row, and `first` labels the row of step 0.
         """
         self.folder = folder
         self.columns = columns

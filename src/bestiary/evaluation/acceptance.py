@@ -1,4 +1,4 @@
-"""The verdict on a fast variant: what the stage accept measured, the rules that decide, and how people read it."""
+"""The verdict on a fast variant: the measurements of the stage accept, the rules, and the text for people."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LABELS: Mapping[Way, str] = {
     "fast": "fast variant",
 }
 MAKE = "make fast"
-MIN_PICTURES = 20  # with fewer, a bootstrap interval of CMMD or diversity says more about the sample than about the way
+MIN_PICTURES = 20  # with fewer, a bootstrap interval of CMMD or diversity is unreliable
 LIKENESS = "likeness"
 SCORES = {
     LIKENESS: Score(LIKENESS, "likeness to the photos (0 others, 1 its own)", "与真实照片的相似度", per_picture=False),
@@ -29,13 +29,13 @@ SCORES = {
 
 
 class _Table(BaseModel):
-    """Reports of other versions may hold more keys: they are ignored."""
+    """Unknown keys are ignored, because reports of other versions may have more."""
 
     model_config = ConfigDict(frozen=True)
 
 
 class Drawn(_Table):
-    """How one way draws, and what the judge says of its pictures. passes counts those of the UNet for a picture.
+    """How one way draws, and how the judge scores its pictures. passes is the number of UNet passes for a picture.
 
     copied is the share of pictures that look copied from training images.
     """
@@ -62,19 +62,19 @@ class Differences(_Table):
 
 
 class Measured(_Table):
-    """What the rules decide by. diversity_ratio is the fast variant's diversity divided by the reference's."""
+    """The measurements for the rules. diversity_ratio is the fast variant's diversity divided by the reference's."""
 
     ways: Mapping[Way, Drawn]
     real: Row
     real_pictures: int
     differences: Differences
-    diversity_ratio: Estimate | None  # None where the reference has no diversity
+    diversity_ratio: Estimate | None  # None if the reference has no diversity
 
 
 class Identity(_Table):
     """Which fast variant was measured: the SHA-256 of its parts, and how the export computes and decodes."""
 
-    adapter_sha256: str  # of the registered adapter that the fast variant stands for
+    adapter_sha256: str  # of the registered adapter that the fast variant was made from
     few_step_sha256: str
     export_sha256: str
     engine: str
@@ -83,20 +83,20 @@ class Identity(_Table):
 
 
 class AcceptanceReport(Measured, Identity):
-    """What the stage accept reports. reasons are full sentences: of a refused variant, only what speaks against it."""
+    """The report of the stage accept. reasons are full sentences; a refused variant has only those against it."""
 
     accepted: bool
     reasons: tuple[str, ...]
     seconds: Mapping[Way, float] = {}  # of one picture, the median
 
     def results(self) -> dict[str, object]:
-        """Everything but the seconds, which differ every time, ready for JSON."""
+        """Everything except the seconds, which differ between runs, ready for JSON."""
         content = self.model_dump(exclude={"seconds"})
         return {"accepted": content.pop("accepted"), "reasons": content.pop("reasons"), **content}
 
     @property
     def headlines(self) -> tuple[str, ...]:
-        """The keys of the numbers to compare between two runs, joined by dots."""
+        """The dotted keys of the numbers to compare between two runs."""
         return ("accepted", *(f"differences.fast_default.{key}.mean" for key in self.differences.fast_default))
 
 
@@ -110,8 +110,8 @@ class Verdict(NamedTuple):
 def decide(measured: Measured, rules: Accept) -> Verdict:
     """Whether the fast variant loses no more than the rules allow.
 
-    Each rule but that on copying looks at the worse end of a 95 % interval, so a measurement that is too uncertain
-    refuses. All rules must pass, so testing several needs no correction (an intersection-union test, Berger 1982).
+    Each rule but the one on copying uses the worse end of a 95 % interval, so a measurement that is too uncertain leads
+    to a refusal. All rules must pass, so testing several needs no correction (an intersection-union test, Berger 1982).
     """
     good: list[str] = []
     bad: list[str] = []
@@ -126,22 +126,22 @@ def decide(measured: Measured, rules: Accept) -> Verdict:
 
 
 def _shows_likeness(measured: Measured) -> bool:
-    """Whether one subject is judged by its photos, of which there are few, and whose name the judge does not know."""
+    """Whether likeness to its few photos decides: one subject, with a name that the judge does not know."""
     return LIKENESS in measured.differences.fast_default
 
 
 def _enough(measured: Measured) -> Iterator[tuple[bool, str]]:
     for name, count in (
-        ("real validation images", MIN_PICTURES if _shows_likeness(measured) else measured.real_pictures),
+        ("real images", MIN_PICTURES if _shows_likeness(measured) else measured.real_pictures),
         ("pictures of the reference", measured.ways["reference"].pictures),
         ("pictures of the fast variant", measured.ways["fast"].pictures),
     ):
         if count < MIN_PICTURES:
-            yield False, f"There are only {count} {name}, and a comparison needs at least {MIN_PICTURES}."
+            yield False, f"There are only {count} {name}, but a comparison needs at least {MIN_PICTURES}."
 
 
 def _losses(measured: Measured, rules: Accept) -> Iterator[tuple[bool, str]]:
-    """Non-inferiority to the default way, score by score; one subject with a class word has only its likeness."""
+    """Non-inferiority to the default way for each score. One subject with a class word has only its likeness."""
     for key, limit in rules.max_loss.model_dump().items():
         difference = measured.differences.fast_default.get(key)
         if difference is None or (_shows_likeness(measured) and key != LIKENESS):
@@ -149,17 +149,21 @@ def _losses(measured: Measured, rules: Accept) -> Iterator[tuple[bool, str]]:
         score = SCORES[key]
         worst = -difference.ci95[0] if score.higher_is_better else difference.ci95[1]
         described = f"{score.difference_title} {difference.describe('+')} against the default; the limit is {limit:g}"
-        yield (True, f"It loses little: {described}.") if worst <= limit else (False, f"It may lose more: {described}.")
+        passed = worst <= limit
+        yield passed, f"{'It loses little' if passed else 'It may lose too much'}: {described}."
 
 
 def _diversity(measured: Measured, rules: Accept) -> tuple[bool, str]:
     ratio = measured.diversity_ratio
     if ratio is None:
-        return False, "Its diversity cannot be compared: the reference draws one picture for all seeds."
+        return False, "Its diversity cannot be compared: the reference draws the same picture for all seeds."
     share = f"{ratio.mean:.0%} of the reference's (95 % interval {ratio.ci95[0]:.0%} to {ratio.ci95[1]:.0%})"
     if ratio.ci95[0] < rules.min_diversity:
-        return False, f"It may draw too much alike: diversity is {share}, and must be {rules.min_diversity:.0%}."
-    return True, f"It draws as many different pictures: diversity is {share}."
+        return (
+            False,
+            f"Its pictures may be too similar: diversity is {share}, but must be {rules.min_diversity:.0%}.",
+        )
+    return True, f"Its pictures are diverse enough: diversity is {share}."
 
 
 def _copying(measured: Measured, rules: Accept) -> tuple[bool, str]:
@@ -179,7 +183,7 @@ def read_acceptance(path: Path) -> AcceptanceReport:
     except FileNotFoundError:
         raise BestiaryError(f"There is no fast variant yet: {path} does not exist. Run `{MAKE}`.") from None
     except ValidationError:
-        raise BestiaryError(f"{path} is damaged. Delete it and run `make fast`.") from None
+        raise BestiaryError(f"{path} is damaged. Delete it and run `{MAKE}`.") from None
 
 
 def heading(report: AcceptanceReport) -> str:
@@ -193,7 +197,7 @@ def heading(report: AcceptanceReport) -> str:
 
 
 def table_rows(report: AcceptanceReport) -> Iterator[tuple[str, ...]]:
-    """The rows of the table: score, default, reference, fast, fast minus default, what of it the export costs.
+    """The rows of the table: score, default, reference, fast, fast minus default, and the export's share of that.
 
     Differences have their 95 % intervals.
     """

@@ -38,7 +38,7 @@ OPTIONAL = ("peak_device_memory_mib", "compile_s", "with_loading_s")  # missing 
 CONVERGED_SAMPLER, MIN_CONVERGED_STEPS, MAX_CONVERGED_STEPS = "dpmsolver++", 100, 1000
 CONVERGED_FACTOR = 2.5
 WARM_UP_STEPS = 2  # allocate as much memory as more steps would
-COMPILE_SECONDS = 60.0  # that the bar expects
+COMPILE_SECONDS = 60.0  # expected, for the progress bar
 COMPILE_LIMIT_SECONDS = 600.0  # after which a compiled setting is skipped
 
 
@@ -194,8 +194,8 @@ class Bench:
     """What all settings of a benchmark have in common.
 
     load gives the base in a dtype. sampling holds the size, the guidance scale and the guidance interval. repeats is
-    the number of timed calls. untimed_batch is the batch size of pictures that are only judged. load_tiny_decoder gives
-    a distilled decoder for a pipeline.
+    the number of timed calls. untimed_batch is the batch size of pictures that are only judged. load_tiny_decoder loads
+    a tiny decoder for a pipeline.
     """
 
     load: Callable[[str], StableDiffusionPipeline]
@@ -214,7 +214,7 @@ def default_setting(evaluate: Evaluate, dtype: str = "float32") -> Setting:
 
 
 def plan(settings: Benchmark, default: Setting, *, tiny_decoder: bool = False) -> list[Setting]:
-    """The settings to measure, each once. With `tiny_decoder`, also the default with a tiny decoder.
+    """The settings to measure, each once. With `tiny_decoder`, they include the default with a tiny decoder.
 
     First the default, then the default with one thing changed, then every combination of sampler, steps and batch size.
     """

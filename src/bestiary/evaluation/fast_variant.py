@@ -90,8 +90,8 @@ class FastVariant:
 def read_fast_variant(few_step: Path, export: Path, *, adapter_sha256: str, side: int) -> FastVariant:
     """The fast variant in the folders of a few-step adapter and of its export, for the adapter with this SHA-256.
 
-    torch draws at `side` pixels a side. Raises BestiaryError when one of them is missing or damaged, or when the export
-    holds another adapter.
+    torch draws at `side` pixels a side. Raises BestiaryError when one of them is missing or damaged, when the export
+    holds another adapter, or when that was distilled from another one.
     """
     from bestiary.diffusion.adapter import adapter_sha256 as sha256_of
     from bestiary.diffusion.adapter_reading import read_adapter
@@ -102,6 +102,8 @@ def read_fast_variant(few_step: Path, export: Path, *, adapter_sha256: str, side
     manifest, sha256 = read_manifest(export), sha256_of(few_step)
     if manifest.adapter_sha256 != sha256:
         raise BestiaryError(f"{export} was exported from another adapter than {few_step}. Run `{MAKE}`.")
+    if manifest.distilled_from_sha256 not in (None, adapter_sha256):
+        raise BestiaryError(f"{few_step} was distilled from another adapter than models/adapter. Run `{MAKE}`.")
     sampling = read_adapter(adapter_file(few_step)).few_step
     if sampling is None:
         raise BestiaryError(f"{few_step} does not say how to draw with it, so it is no few-step adapter. Run `{MAKE}`.")
@@ -152,6 +154,14 @@ class _References:
     validation: JudgedImages
     train: JudgedImages
     texts: ClassTexts
+
+    @property
+    def real(self) -> JudgedImages:
+        """All real images. All ways draw with what was taught from the same images, so these favor none of them."""
+        splits = (self.validation, self.train)
+        return JudgedImages(
+            np.concatenate([each.features for each in splits]), np.concatenate([each.labels for each in splits])
+        )
 
 
 def accept(
@@ -314,7 +324,7 @@ def _seconds(pipeline: StableDiffusionPipeline, jobs: Jobs, sampling: Sampling, 
 
 
 def _measure(trial: Trial, references: _References, sides: Mapping[Way, Side]) -> Measured:
-    real, train = references.validation, references.train
+    real = references.real  # five times as many images as the validation split has, so the intervals are narrower
     real_counts = scoring.resample_counts(len(real.labels), trial.resamples, trial.seed + 1)
 
     def scores(images: JudgedImages) -> dict[str, Bootstrap]:
@@ -331,8 +341,9 @@ def _measure(trial: Trial, references: _References, sides: Mapping[Way, Side]) -
     fast = sides["fast"].judged
     shared = scores(JudgedImages(fast.features[rows], fast.labels[rows]))
     shared |= _likeness(trial, sides["fast"].images_of(rows))
-    train_counts = scoring.resample_counts(len(train.labels), trial.resamples, trial.seed + 2)
-    of_real = {"cmmd": scoring.bootstrap_cmmd(real.features, train.features, real_counts, train_counts)}
+    splits = (references.validation, references.train)
+    split_counts = [scoring.resample_counts(len(each.labels), trial.resamples, trial.seed + 2) for each in splits]
+    of_real = {"cmmd": scoring.bootstrap_cmmd(*(each.features for each in splits), *split_counts)}
     return Measured(
         ways={way: _drawn(trial, references, side, every[way]) for way, side in sides.items()},
         real=_estimates(of_real),

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 class JudgingAhead:
-    """Features that judges have computed already, by the picture's pixels.
+    """Features that judges have already computed, by the picture's pixels.
 
-    In other batches features may round differently, so a CPU, whose results are the same to the bit, does without.
+    Features may round differently in other batches. A CPU does not use this, so its results stay bit-identical.
     """
 
     def __init__(self, judges: Sequence[Judge]) -> None:
@@ -27,18 +27,18 @@ class JudgingAhead:
 
         self.judges = judges
         self._on_gpu = judges[0].device.startswith("cuda")
-        # A thread starts with the first GPU, not with that of this process.
+        # A new thread uses the first GPU by default, not this process's GPU.
         start = partial(torch.cuda.set_device, torch.cuda.current_device()) if self._on_gpu else None
         self._pool = ThreadPoolExecutor(1, "judge", initializer=start)
         self._begun: list[tuple[Sequence[Image], Future[list[Tensor]]]] = []
         self._known: dict[str, list[Tensor]] = {}  # a feature vector (D,) of each judge
 
     def see(self, pictures: Sequence[Image]) -> None:
-        """Start judging these pictures, and return at once."""
+        """Start to judge these pictures and return immediately."""
         self._begun.append((pictures, self._pool.submit(self._judge, pictures)))
 
     def features(self, judge: Judge, pictures: Sequence[Image]) -> Tensor:
-        """What `judge.image_features` returns: unit vectors (B, D). Only pictures that were not seen are judged now."""
+        """Like `judge.image_features`: unit vectors (B, D). Only pictures that were not seen before are judged now."""
         import torch
 
         self._collect()
@@ -50,16 +50,16 @@ class JudgingAhead:
         return torch.stack(vectors) if vectors else judge.image_features([])
 
     def _collect(self) -> None:
-        """Wait for everything that was begun."""
+        """Wait for all started work."""
         for pictures, future in self._begun:
-            if future.exception() is not None:  # such as a full memory: judged again, after the drawing
+            if future.exception() is not None:  # such as a full memory: these pictures are judged again after drawing
                 continue
             for picture, *vectors in zip(pictures, *future.result(), strict=True):
                 self._known[_key(picture)] = vectors
         self._begun.clear()
 
     def _judge(self, pictures: Sequence[Image]) -> list[Tensor]:
-        """Each judge's features, computed beside the main thread's kernels."""
+        """Each judge's features, computed in parallel to the main thread's kernels."""
         import torch
 
         with torch.cuda.stream(torch.cuda.Stream()) if self._on_gpu else nullcontext():

@@ -1,4 +1,4 @@
-"""How much pictures of one subject look like its photos: 0 as other individuals do, 1 as its own training photos do."""
+"""Likeness of one subject's pictures to its photos, from 0 (like other individuals) to 1 (like its training photos)."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
     from bestiary.evaluation.fast_variant import Trial
 
-CLASS_SEEDS = 2_000_000  # above those of the pictures that are compared
+CLASS_SEEDS = 2_000_000  # above the seeds of the compared pictures
 
 
 @dataclass(frozen=True)
 class Likeness:
-    """What pictures of one subject are compared with, as `Proof` compares them."""
+    """The photos that pictures of one subject are compared with, in the same way as `Proof`."""
 
     image_judge: Judge | ImageJudge
     photos: SubjectPhotos
@@ -39,10 +39,10 @@ class Likeness:
     seed: int
 
     def way(self, images: Sequence[Image]) -> Bootstrap | None:
-        """The pictures' share of the way from other individuals (0) to the training photos (1).
+        """The likeness of these pictures, from other individuals (0) to the training photos (1).
 
-        Two results can be subtracted if they are about the same prompts and seeds. None when the judge does not tell
-        the subject from other individuals for certain.
+        Results for the same prompts and seeds can be subtracted. None when the judge cannot reliably tell the subject
+        from other individuals.
         """
         features = see(self.image_judge, images)
         return fidelity(features, features, self.photos, resamples=self.resamples, seed=self.seed).way
@@ -51,7 +51,7 @@ class Likeness:
 def read_likeness(
     trial: Trial, others: Path, settings: Proof, sampling: Sampling, cache: PictureCache | None
 ) -> Likeness | None:
-    """The likeness to the photos of the only subject; None when there are several, or when it has no class word.
+    """The likeness to the photos of the only subject; None if there are several subjects, or it has no class word.
 
     `others` has photos of other individuals. The base draws the class word with `sampling`.
     """

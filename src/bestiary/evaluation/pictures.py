@@ -142,7 +142,7 @@ def view(
 ) -> JudgedImages:
     """The judge's features of pictures that should show the classes `labels` (N,). `task` names the progress bar.
 
-    Pictures that the judge has seen `ahead` are not judged again.
+    Pictures that were judged `ahead` are not judged again.
     """
     return _view(partial(ahead.features, judge) if ahead else judge.image_features, images, labels, task)
 
@@ -219,7 +219,7 @@ def draw(
 
     `task` names the progress bar. `on_drawn` gets the pictures that this process draws, batch by batch.
     A batch is drawn, cached and read again as a whole, because rounding may depend on the other pictures of its batch.
-    Only what does not fit into a GPU's memory is drawn in parts.
+    Only a batch that does not fit into a GPU's memory is drawn in parts.
     Raises BestiaryError when the adapter does not fit the base or a picture is not finite.
     """
     remove(pipeline)  # the adapter of an earlier call
@@ -234,7 +234,7 @@ def draw(
 def draw_as_loaded(
     pipeline: StableDiffusionPipeline, jobs: Jobs, sampling: Sampling, *, batch_size: int, task: str
 ) -> list[Image.Image]:
-    """One picture for each job by the pipeline as it is, such as an export that holds its adapter; else as `draw`."""
+    """Like `draw`, but with the pipeline as it is, such as an export that contains its adapter."""
     return _draw_batches(pipeline, jobs, sampling, batch_size, task)
 
 

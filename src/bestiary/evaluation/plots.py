@@ -77,7 +77,7 @@ def base_beside_adapter(rows: Sequence[tuple[str, Sequence[Image.Image], Sequenc
 def ways_side_by_side(
     ways: Sequence[str], rows: Sequence[tuple[str, Sequence[Sequence[Image.Image]]]], path: Path
 ) -> None:
-    """Write a sheet with one row for each class: name, then each way's pictures from the same seeds."""
+    """Write a sheet with one row for each class: its name, then each way's pictures from the same seeds."""
     columns = [
         f"{way} {number + 1}" for way, drawn in zip(ways, rows[0][1], strict=True) for number in range(len(drawn))
     ]
@@ -87,7 +87,7 @@ def ways_side_by_side(
 
 
 def quality_against_seconds(ways: Mapping[str, tuple[float, Mapping[str, Estimate]]], path: Path) -> None:
-    """Draw the seconds of a picture against CLIP score and diversity, with 95 % intervals, one point for each way."""
+    """Plot CLIP score and diversity against the seconds of a picture, with 95 % intervals, one point for each way."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, key in zip(figure.subplots(1, 2), ("clip_score", "diversity"), strict=True):
         for number, (name, (seconds, scores)) in enumerate(ways.items()):
@@ -97,7 +97,7 @@ def quality_against_seconds(ways: Mapping[str, tuple[float, Mapping[str, Estimat
             axes.errorbar([seconds], [estimate.mean], yerr=error, fmt="o", color=f"C{number}", capsize=3, label=name)
         axes.set(xlabel="seconds per picture (median, one at a time)", ylabel=BY_KEY[key].title, xscale="log")
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("")  # several decades: labels of all ticks would overlap
+        axes.xaxis.set_minor_formatter("")  # with several decades, labels of all ticks would overlap
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=8)
     _save(figure, path)

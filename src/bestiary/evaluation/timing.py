@@ -1,4 +1,4 @@
-"""Measure what an evaluation spends its time on, and limit what takes too long."""
+"""Measure where an evaluation spends its time, and limit what takes too long."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from types import FrameType
 
 
 class TooLongError(BaseException):
-    """The body of `time_limit` took too long. Compilers catch every Exception, so this is none."""
+    """The body of `time_limit` took too long. Not an Exception, because compilers catch every Exception."""
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TooLongError in the body after so many seconds; without effect outside the main thread."""
+    """Raise TooLongError in the body after this many seconds. Has no effect outside the main thread."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return

@@ -22,7 +22,7 @@ BATCH_SIZE = 8
 
 
 class SheetSettings(Protocol):
-    """How much a validation draws; params.Train and params.Distill say it."""
+    """How much a validation draws, such as params.Train and params.Distill."""
 
     @property
     def sheet_animals(self) -> int: ...
@@ -46,7 +46,7 @@ class TrainingWatch:
         folder: Path,
         first: str = "base",
     ) -> None:
-        """`folder` keeps the sheet's rows until the run has finished, for when it is killed and resumed.
+        """`folder` keeps the sheet's rows until the run finishes, so that a resumed run still has them.
 
         `first` labels the row of step 0.
         """

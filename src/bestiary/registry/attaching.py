@@ -1,4 +1,4 @@
-"""Store an accepted fast variant with the registered version of its adapter; of a refused one, store why."""
+"""Store an accepted fast variant with the registered version of its adapter. For a refused one, store the reasons."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ from bestiary.tracking.store import check_database, locked, open_client, trackin
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-MAX_TAG = 5000  # characters that MLflow stores
+MAX_TAG = 5000  # characters that MLflow can store
 
 
 @dataclass(frozen=True)
 class Attachment:
-    """What `attach` did: the content of reports/results/attach.json. stored is whether the registry has the files."""
+    """The result of `attach`, as in reports/results/attach.json. stored is whether the registry has the files."""
 
     name: str
     version: int
@@ -60,7 +60,7 @@ class Attachment:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A fast variant that was measured: the folders of its two parts, and the file of the stage accept's report."""
+    """A measured fast variant: the folders of its two parts, and the report of the stage accept with its file."""
 
     few_step: Path
     export: Path
@@ -69,11 +69,11 @@ class Candidate:
 
 
 def attach(registration: Registration, candidate: Candidate, run_id: str) -> Attachment:
-    """Store an accepted fast variant with the registered version and mark the version; replace an earlier variant.
+    """Store an accepted fast variant with the registered version and set the version's tags.
 
-    The version of a refused one gets its reasons, and an earlier variant is removed: the tags describe the last one.
-    `run_id` is the MLflow run that does this. Raises BestiaryError when the report is about another adapter or another
-    fast variant, when there is no such version, and when MLflow cannot be written.
+    An earlier fast variant is replaced. For a refused one, only the reasons are stored, and an earlier variant is
+    removed because the tags describe the last one. `run_id` is the MLflow run that does this. Raises BestiaryError when
+    the report is about another adapter or fast variant, the version does not exist, or MLflow cannot be written.
     """
     report = candidate.report
     tags = _check(registration, candidate)
@@ -84,7 +84,7 @@ def attach(registration: Registration, candidate: Candidate, run_id: str) -> Att
         version = find_version(f"models:/{registration.name}/{registration.version}")
         if version.tags.get("adapter_sha256") != report.adapter_sha256:
             raise BestiaryError(
-                f"{version.uri} is another adapter than the one that was measured. Run `dvc repro`, then `{ATTACH}`."
+                f"{version.uri} is not the adapter that was measured. Run `dvc repro`, then `{ATTACH}`."
             )
         with locked(uri):
             if FAST in version.tags:
@@ -106,7 +106,7 @@ def attach(registration: Registration, candidate: Candidate, run_id: str) -> Att
 
 
 def _check(registration: Registration, candidate: Candidate) -> FastTags:
-    """What the tags of this fast variant are. Raises BestiaryError when the report is about something else."""
+    """The tags for this fast variant. Raises BestiaryError when the report is about something else."""
     from bestiary.diffusion.adapter import adapter_sha256
 
     report, manifest = candidate.report, read_manifest(candidate.export)
@@ -114,7 +114,7 @@ def _check(registration: Registration, candidate: Candidate) -> FastTags:
     found = (registration.adapter_sha256, adapter_sha256(candidate.few_step), export_sha256(candidate.export))
     if found != (report.adapter_sha256, report.few_step_sha256, report.export_sha256):
         raise BestiaryError(
-            f"{candidate.report_file} describes another fast variant than the one in {candidate.few_step} and "
+            f"{candidate.report_file} does not describe the fast variant in {candidate.few_step} and "
             f"{candidate.export}. Run `dvc repro fast/dvc.yaml`."
         )
     return FastTags(report.few_step_sha256, report.export_sha256, manifest.defaults)
@@ -129,11 +129,11 @@ def _store(client: MlflowClient, version: Version, candidate: Candidate, tags: F
     store.log_artifact(str(adapter_file(candidate.few_step)), f"{tags.folder}/{FEW_STEP_FOLDER}")
     store.log_artifacts(str(candidate.export), f"{tags.folder}/{EXPORT_FOLDER}")
     if files and not is_intact(files / tags.folder, tags, every_file=True):
-        raise BestiaryError(f"The registry did not store the fast variant whole in {files}. Run `{ATTACH}` again.")
+        raise BestiaryError(f"The fast variant in the registry's folder {files} is incomplete. Run `{ATTACH}` again.")
 
 
 def _mark(client: MlflowClient, version: Version, report: AcceptanceReport, tags: FastTags, run_id: str) -> None:
-    """Set the version's tags, the verdict last: who reads meanwhile finds no fast variant and not half of one."""
+    """Set the version's tags, the verdict last, so that readers never find a half-stored fast variant."""
     values = {
         REASONS: " ".join(report.reasons)[:MAX_TAG],
         FEW_STEP: tags.few_step_sha256,
@@ -150,7 +150,7 @@ def _mark(client: MlflowClient, version: Version, report: AcceptanceReport, tags
 
 
 def _drop_others(client: MlflowClient, version: Version, kept: str) -> None:
-    """Delete earlier fast variants from the version's files. A server may not permit it; then they stay, unused."""
+    """Delete earlier fast variants from the version's files. If a server forbids it, they stay there unused."""
     from mlflow.exceptions import MlflowException
 
     with contextlib.suppress(MlflowException, NotImplementedError, OSError):

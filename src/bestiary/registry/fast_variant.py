@@ -1,7 +1,7 @@
-"""The fast variant of a registered version: its tags, and its stored files, whose content is checked before use.
+"""The fast variant of a registered version: its tags, and its stored files, which are verified before use.
 
-A version's files hold it in one folder, whose name follows from the content: FOLDER/few_step is the few-step adapter,
-FOLDER/openvino the export. Storing another fast variant never touches files that somebody reads.
+Among the version's files, the variant has one folder that is named after its content: FOLDER/few_step is the few-step
+adapter, FOLDER/openvino the export. Storing another fast variant never changes files that somebody is reading.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from bestiary.registry.versions import (
 )
 from bestiary.samplers import DrawingDefaults
 
-# The tags of a version that has been through `make fast`, besides versions.FAST_RUN.
+# The tags that `make fast` sets on a version, besides versions.FAST_RUN.
 FAST, REASONS, DEFAULTS = "fast", "fast_reasons", "fast_usual"
 FEW_STEP, EXPORT = "fast_few_step_sha256", "fast_export_sha256"
 ACCEPTED: Literal["accepted"] = "accepted"
@@ -43,7 +43,7 @@ FEW_STEP_FOLDER, EXPORT_FOLDER = "few_step", "openvino"
 
 @dataclass(frozen=True)
 class FastTags:
-    """What a version's tags say of its accepted fast variant. defaults is how it draws."""
+    """The tags of a version's accepted fast variant. defaults is how to draw with it."""
 
     few_step_sha256: str
     export_sha256: str
@@ -51,7 +51,7 @@ class FastTags:
 
     @property
     def folder(self) -> str:
-        """The folder among the version's files that holds it."""
+        """Its folder among the version's files."""
         return f"{PREFIX}{hashlib.sha256(f'{self.few_step_sha256} {self.export_sha256}'.encode()).hexdigest()[:16]}"
 
 
@@ -65,14 +65,14 @@ class StoredFastVariant:
 
 
 def is_accepted(version: Version) -> bool:
-    """Whether a version has a fast variant that was accepted."""
+    """Whether a version has an accepted fast variant."""
     return version.tags.get(FAST) == ACCEPTED
 
 
 def read_fast_tags(version: Version) -> FastTags:
     """The tags of a version's fast variant.
 
-    Raises BestiaryError when it has none, when it was refused, or when a tag is missing or makes no sense.
+    Raises BestiaryError when it has none, it was refused, or a tag is missing or invalid.
     """
     verdict = version.tags.get(FAST)
     if verdict is None:
@@ -93,10 +93,11 @@ def read_fast_tags(version: Version) -> FastTags:
 
 
 def find_stored(version: Version, cache: Path) -> StoredFastVariant:
-    """A version's fast variant. One from a server is kept in the folder `cache`.
+    """A version's fast variant. One from a server is cached in the folder `cache`.
 
-    The few-step adapter and the export's manifest are checked here, the files that the manifest lists when the export
-    is opened. Raises BestiaryError when the version has none, when it was refused, and when it is lost or has changed.
+    This verifies the few-step adapter and the export's manifest. The files that the manifest lists are verified when
+    the export is opened. Raises BestiaryError when the version has no fast variant, it was refused, or it is lost or
+    has changed.
     """
     tags = read_fast_tags(version)
     kept = cache / tags.folder
@@ -116,8 +117,7 @@ def find_stored(version: Version, cache: Path) -> StoredFastVariant:
 def pull_fast(what: str, out: Path, cache: Path) -> list[Path]:
     """Copy the fast variant of the version `what` to `out`/few_step and `out`/openvino, verified. Returns both folders.
 
-    Raises BestiaryError when `what` is no registered version, and for what `find_stored` raises it; then nothing is
-    written.
+    Raises BestiaryError when `what` is no registered version, or when `find_stored` does. Then nothing is written.
     """
     version = find_version(what)
     stored = find_stored(version, cache)
@@ -136,13 +136,13 @@ def _in(folder: Path, tags: FastTags) -> StoredFastVariant:
 
 
 def is_intact(folder: Path, tags: FastTags, *, every_file: bool = False) -> bool:
-    """Whether the folder holds the fast variant that the tags describe; also by the content of every file."""
+    """Whether the folder contains the fast variant that the tags describe. `every_file` verifies every file."""
     from bestiary.diffusion.adapter import adapter_sha256
 
     few_step, export = folder / FEW_STEP_FOLDER, folder / EXPORT_FOLDER
     if not few_step.is_dir() or not is_export(export):
         return False
-    with contextlib.suppress(BestiaryError):  # of a file that is missing or has changed
+    with contextlib.suppress(BestiaryError):  # a file is missing or has changed
         if every_file:
             check_files(export, read_manifest(export))
         return adapter_sha256(few_step) == tags.few_step_sha256 and export_sha256(export) == tags.export_sha256
@@ -150,12 +150,12 @@ def is_intact(folder: Path, tags: FastTags, *, every_file: bool = False) -> bool
 
 
 def export_sha256(export: Path) -> str:
-    """SHA-256 of an export: of its manifest, which lists those of all its files."""
+    """The SHA-256 of an export: that of its manifest, which lists the SHA-256 of every file."""
     return file_sha256(export / MANIFEST)
 
 
 def _check(version: Version, folder: Path, tags: FastTags, place: str, *, every_file: bool = False) -> None:
-    """Raise BestiaryError when the fast variant in a folder is missing or is not what the tags describe."""
+    """Raise BestiaryError when the fast variant in a folder is missing or does not match the tags."""
     if not folder.is_dir():
         raise _lost(version, place)
     if not is_intact(folder, tags, every_file=every_file):
@@ -176,7 +176,7 @@ def _download(version: Version, tags: FastTags, folder: Path) -> None:
     uri, client = open_registry()
     with plain_errors(uri):
         found = file_store(client, version).list_artifacts(tags.folder)
-    if not found:  # MLflow's own error does not say what is missing
+    if not found:  # MLflow's own error would not say what is missing
         raise _lost(version, f"{tags.folder} on the server")
     download(version, tags.folder, folder)
 
@@ -185,7 +185,7 @@ def _download(version: Version, tags: FastTags, folder: Path) -> None:
 def _written(folder: Path) -> Iterator[Path]:
     """A temporary folder inside `folder`, removed afterwards, and `folder` too if it is new and empty.
 
-    Raises BestiaryError when the disk refuses.
+    Raises BestiaryError when the folder cannot be written.
     """
     is_new, temporary = not folder.exists(), folder / f".{uuid.uuid4().hex}"
     try:
@@ -201,7 +201,7 @@ def _written(folder: Path) -> Iterator[Path]:
 
 
 def _put_in_place(source: Path, target: Path) -> None:
-    """Move a folder to `target`, in place of an earlier one."""
+    """Move a folder to `target`, replacing an earlier one."""
     if target.is_dir():
         target.rename(source.parent / f"replaced-{target.name}")  # removed with the temporary folder
     source.rename(target)

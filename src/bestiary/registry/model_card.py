@@ -121,7 +121,7 @@ def _evaluation(version: Version, runs: Mapping[str, str], folder: Path) -> tupl
 
 
 def _acceptance(version: Version, folder: Path) -> AcceptanceReport | None:
-    """What was measured of the version's fast variant; None when it has none."""
+    """The report about the version's fast variant; None if it has none."""
     if FAST not in version.tags:
         return None
     from bestiary.registry.registering import GATE
@@ -132,7 +132,7 @@ def _acceptance(version: Version, folder: Path) -> AcceptanceReport | None:
 
 def _fast_variant(version: Version, acceptance: AcceptanceReport) -> list[str]:
     use = (
-        f"`bestiary pull {version.uri} --fast --out DIR` copies it: the few-step adapter for torch, and the export for "
+        f"`bestiary pull {version.uri} --fast --out DIR` copies it: the few-step adapter for torch and the export for "
         "OpenVINO."
     )
     return ["## Fast variant", "\n".join(as_fast_markdown(acceptance)), use if acceptance.accepted else ""]

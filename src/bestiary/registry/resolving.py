@@ -27,7 +27,7 @@ MAX_NAME = 200  # characters of an id on the Hugging Face hub; the hub allows 96
 class Adapter:
     """An adapter on this disk, and the base that it was trained on as far as that is known.
 
-    Of an export, `file` is its manifest, and base and adapter are inside.
+    For an export, `file` is its manifest. The export contains base and adapter.
     """
 
     file: Path
@@ -44,13 +44,13 @@ class Adapter:
 
     @property
     def is_export(self) -> bool:
-        """Whether this is an export itself, which only the engine that it was made for can draw with."""
+        """Whether this is itself an export. Only the engine that it was made for can draw with it."""
         return self.export is not None and self.file == self.export / MANIFEST
 
     def check_is_file(self) -> None:
-        """Raise BestiaryError when this is an export, out of which the adapter cannot be taken."""
+        """Raise BestiaryError when this is an export, because an adapter cannot be extracted from it."""
         if self.is_export:
-            raise BestiaryError(f"{self.uri} is an export, which holds no adapter file. Name the adapter itself.")
+            raise BestiaryError(f"{self.uri} is an export, which has no adapter file. Name the adapter itself.")
 
 
 def needs_mlflow(what: str) -> bool:
@@ -61,8 +61,8 @@ def needs_mlflow(what: str) -> bool:
 def resolve(what: str, *, fast: bool = False) -> Adapter:
     """The adapter that `what` names: `models:/...`, a folder, or a file. A registered file's hash is checked.
 
-    With `fast`, a registered adapter comes with the export of its fast variant, if that was accepted, or with the
-    reason why it cannot be used. Raises BestiaryError when there is no such adapter, or when its file has changed.
+    With `fast`, a registered adapter includes the export of its fast variant if that was accepted, or the reason why it
+    cannot be used. Raises BestiaryError when there is no such adapter, or when its file has changed.
     """
     from bestiary.diffusion.stored_adapter import adapter_file, check_size
 
@@ -170,16 +170,16 @@ def cache_folder() -> Path:
 
 
 def fast_variant(version: Version) -> Path | None:
-    """The export of a version's fast variant, its content checked; None when no fast variant was accepted.
+    """The verified export of a version's fast variant; None if no fast variant was accepted.
 
-    One from a server is downloaded once, into the user's cache folder. Raises BestiaryError when its files are lost or
-    have changed.
+    An export from a server is downloaded once, to the user's cache folder. Raises BestiaryError when its files are lost
+    or have changed.
     """
     return fast.find_stored(version, fast_cache()).export if fast.is_accepted(version) else None
 
 
 def fast_cache() -> Path:
-    """The folder for fast variants from servers, beside the one for adapters."""
+    """The cache folder for fast variants from servers, next to the one for adapters."""
     return cache_folder().with_name("fast")
 
 
@@ -240,9 +240,9 @@ def locate_base(named: str, whose: str = "") -> str:
 
 
 def pull_fast(what: str, out: Path) -> list[Path]:
-    """Copy the fast variant of a registered version to `out`, verified. Returns the folders of adapter and export.
+    """Copy the fast variant of a registered version to `out` and verify it. Returns the folders of adapter and export.
 
-    Raises BestiaryError when there is none, when it was refused, and when its files are lost or have changed.
+    Raises BestiaryError when there is none, it was refused, or its files are lost or have changed.
     """
     return fast.pull_fast(what, out, fast_cache())
 

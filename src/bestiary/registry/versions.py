@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 WEIGHTS = "adapter_weights"  # the folder in a version's files that mlflow.diffusers keeps an adapter in
 REGISTER = "dvc repro --force --single-item register"
 
-FAST_RUN = "fast_run"  # the tag with the run that stored a version's fast variant
-FAST_PART = "\n\n### Fast variant\n\n"  # begins the last part of a version's description
+FAST_RUN = "fast_run"  # the tag for the run that stored a version's fast variant
+FAST_PART = "\n\n### Fast variant\n\n"  # starts the last part of a version's description
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def walk(uri: str) -> tuple[Version, list[Step]]:
 
 
 def _with_fast_steps(runs: Runs, version: Version) -> list[Step]:
-    """The runs that a version is based on, then those that only its fast variant is based on."""
+    """The runs behind a version, then those behind only its fast variant."""
     steps = lineage(runs, version.run_id)
     if FAST_RUN not in version.tags:
         return steps
@@ -125,7 +125,7 @@ def _with_fast_steps(runs: Runs, version: Version) -> list[Step]:
     try:
         return steps + [step for step in lineage(runs, version.tags[FAST_RUN]) if step.run_id not in known]
     except KeyError:
-        return steps  # its run was deleted
+        return steps  # the run was deleted
 
 
 def artifact(run_id: str, path: str, folder: Path) -> Path | None:
@@ -188,7 +188,7 @@ def weights(version: Version, folder: Path) -> Path:
 
 
 def local_files(version: Version) -> Path | None:
-    """The folder of a version's files on this disk; None when the registry keeps them elsewhere."""
+    """The folder of a version's files on this disk; None if the registry stores them elsewhere."""
     path = local_database()
     if path is None:
         return None
@@ -197,7 +197,7 @@ def local_files(version: Version) -> Path | None:
 
 
 def download(version: Version, name: str, folder: Path) -> Path:
-    """Copy the folder `name` of a version's files from where the registry keeps them into `folder`; return the copy."""
+    """Copy the folder `name` of a version's files from the registry's store to `folder` and return the copy."""
     uri, client = open_registry()
     with plain_errors(uri):
         import mlflow
@@ -209,7 +209,7 @@ def download(version: Version, name: str, folder: Path) -> Path:
 
 
 def file_store(client: MlflowClient, version: Version) -> ArtifactRepository:
-    """MLflow's store of a version's files, to list, add and delete them."""
+    """MLflow's artifact store of a version, to list, add and delete files."""
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     hide_progress_bars()
@@ -226,12 +226,12 @@ def lost_error(version: Version, what: str) -> BestiaryError:
 
 
 def with_fast_part(description: str, part: str) -> str:
-    """A version's description with this part about its fast variant, in place of an earlier one."""
+    """A version's description with this part about its fast variant, replacing an earlier part."""
     return f"{description.partition(FAST_PART)[0]}{FAST_PART}{part}" if part else description
 
 
 def fast_part(description: str | None) -> str:
-    """What a version's description says of its fast variant; empty if nothing.
+    """The part of a version's description about its fast variant; empty if there is none.
 
     >>> fast_part(with_fast_part(with_fast_part("An adapter.", "refused"), "accepted"))
     'accepted'

@@ -1,6 +1,6 @@
 """The result page with a section about the fast variant: reports/fast.html.
 
-It is a file of its own because register, which comes before, writes the other one.
+It is a separate file because `register`, an earlier stage, writes the other page.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from bestiary.registry.registering import Registration
 from bestiary.registry.result_page.page import environment, is_about, read_picture
 from bestiary.registry.versions import REGISTER
 
-NEXT_SECTION = '<section id="use">'  # after that about the fast variant
+NEXT_SECTION = '<section id="use">'  # follows the section about the fast variant
 
 
 def write_fast_page(path: Path, page: Path, registration: Registration, report: AcceptanceReport, sheet: Path) -> None:
-    """Write the result page `page` to `path` with a section about the fast variant, and with its sheet of pictures.
+    """Write the result page `page` to `path`, with a section about the fast variant and its sheet of pictures.
 
-    Raises BestiaryError when there is no page of this adapter.
+    Raises BestiaryError when there is no page about this adapter.
     """
     if not is_about(page, report.adapter_sha256):
-        raise BestiaryError(f"{page} is missing, or about another adapter. Run `{REGISTER}`.")
+        raise BestiaryError(f"{page} is missing or about another adapter. Run `{REGISTER}`.")
     section = (
         environment()
         .get_template("fast_variant.html")

@@ -235,7 +235,7 @@ def test_each_pass_predicts_the_clean_picture_at_its_timestep_with_fresh_noise_b
         (replace(TWO_STEPS, steps=20), "was distilled for 2 steps, not for 20. Draw with 2 steps."),
         (
             replace(TWO_STEPS, guidance_scale=7.0),
-            "distilled for 2 steps without guidance, not for the guidance scale 7.",
+            "distilled for 2 steps without guidance, not for guidance scale 7.",
         ),
         (replace(TWO_STEPS, sampler="ddim"), "The sampler DDIM cannot draw at the timesteps"),
     ],

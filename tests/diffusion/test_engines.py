@@ -181,12 +181,12 @@ def manifest_with(**changes: object) -> Callable[[Path], None]:
     [
         (remove_a_file, r"has no unet/openvino_model\.bin\. Export the adapter again"),
         (change_a_file, r"openvino_model\.bin has changed since it was exported"),
-        (manifest_with(format=2), "has the format 2, and this version reads 1. Export it again"),
+        (manifest_with(format=2), "has format 2, but this version reads format 1. Export it again"),
         (manifest_with(precision="int4"), r"bestiary\.json in .* is damaged"),
         (manifest_with(drawing={}), r"bestiary\.json in .* is damaged"),
         (manifest_with(files={"../x": "0"}), "which is outside of it"),
         (lambda folder: (folder / MANIFEST).write_text("{"), r"bestiary\.json in .* is damaged"),
-        (lambda folder: (folder / MANIFEST).unlink(), r"has no bestiary\.json, so it is no export"),
+        (lambda folder: (folder / MANIFEST).unlink(), r"has no bestiary\.json, so it is not an export"),
     ],
 )
 def test_a_damaged_export_is_refused(folder: Path, damage: Callable[[Path], None], sentence: str) -> None:

@@ -406,7 +406,7 @@ def test_several_adapters_draw_together_and_are_drawn_again_to_the_byte(
 def test_a_few_step_adapter_draws_as_it_was_distilled_beside_a_style_too(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sampling = Sampling("lcm", steps=2, guidance_scale=1.0, timesteps=(999, 399))
+    sampling = Sampling("lcm", steps=2, guidance_scale=1.0, timesteps=(999, 699))
     make_adapter(workspace / "models" / "base", workspace / "fast", 1, named_base="models/base")
     file = workspace / "fast" / "pytorch_lora_weights.safetensors"
     file.write_bytes(replace(read_adapter(file), few_step=sampling).to_bytes())

@@ -14,7 +14,7 @@ from bestiary.generation import Base, choose_base
 from bestiary.registry.resolving import Adapter, resolve
 from bestiary.samplers import DrawingDefaults, Sampling, SamplingChanges
 
-FEW_STEPS = DrawingDefaults("a {}", Sampling("lcm", 2, 1.0, timesteps=(999, 399), decoder="tiny"))
+FEW_STEPS = DrawingDefaults("a {}", Sampling("lcm", 2, 1.0, timesteps=(999, 699), decoder="tiny"))
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def test_an_evaluation_hands_its_sampling_on_whole() -> None:
 
 
 def test_the_timesteps_and_the_decoder_of_a_few_step_adapter_are_stored_and_checked() -> None:
-    few_step = DrawingDefaults(sampling=Sampling("lcm", 2, 1, timesteps=(999, 399), decoder="tiny"))
+    few_step = DrawingDefaults(sampling=Sampling("lcm", 2, 1, timesteps=(999, 699), decoder="tiny"))
     assert DrawingDefaults.from_json(few_step.to_json()) == few_step
     for timesteps in ((399, 999), (999,), (1000, 0), (999, -1), (500, 500)):
         assert not replace(few_step.sampling, timesteps=timesteps).is_possible

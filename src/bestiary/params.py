@@ -223,7 +223,8 @@ class Distill(Section):
 
     from_: FewStepModel | None = Field(alias="from")  # None: distil one here
     timesteps: Annotated[Timesteps, BeforeValidator(_as_tuple), AfterValidator(falling)] = Field(min_length=1)
-    teacher_steps: int = Field(ge=2, le=MAX_STEPS)  # of the teacher's path over the whole schedule
+    path_end: int = Field(ge=0)  # timestep at which the teacher's path ends with its clean prediction
+    teacher_steps: int = Field(ge=2, le=MAX_STEPS)  # of the teacher, if its path covered the whole schedule
     guidance_scale: GuidanceScale  # of the teacher
     guidance_interval: Interval | None  # None: every step is guided
     rank: int = Positive
@@ -241,6 +242,12 @@ class Distill(Section):
     validate_every: int = Positive  # steps
     sheet_animals: int = Positive  # classes that are drawn at a validation
     sheet_seeds: int = Positive  # pictures of each of them, for the CLIP score
+
+    @model_validator(mode="after")
+    def _draws_on_the_path(self) -> Distill:
+        if min(self.timesteps) <= self.path_end:
+            raise ValueError(f"the timesteps must be above path_end, which is {self.path_end}")
+        return self
 
     def sampling(self) -> Sampling:
         """How to draw with the few-step adapter: predict the clean picture at each timestep, add noise in between."""

@@ -65,13 +65,13 @@ def test_an_uploaded_few_step_adapter_says_what_it_changes_and_how_it_is_drawn(
 def test_a_few_step_adapter_is_drawn_at_its_own_timesteps_and_in_no_other_number_of_steps(
     server: RunningPage, adapter_folder: Path
 ) -> None:
-    sampling = Sampling("lcm", steps=2, guidance_scale=1.0, timesteps=(999, 399))
+    sampling = Sampling("lcm", steps=2, guidance_scale=1.0, timesteps=(999, 699))
     content = replace(read_adapter(adapter_folder / "pytorch_lora_weights.safetensors"), few_step=sampling)
     name = {"name": "fast.safetensors"}
     offer = server.client.put("/api/adapters", params=name, content=content.to_bytes()).json()
     order = {"adapter": offer["key"], "scheduler": "lcm", "guidance_scale": 1.0}
     (drawn,) = pictures(server.draw(**order, steps=2, more_adapters=[{"adapter": "local:0", "weight": 0.5}]))
-    assert json.loads(drawn.info["bestiary"])["timesteps"] == [999, 399]
+    assert json.loads(drawn.info["bestiary"])["timesteps"] == [999, 699]
     assert "was distilled for 2 steps, not for 20" in server.refusal(**order, steps=20)["message"]
 
 

@@ -33,7 +33,7 @@ from bestiary.params import FewStepModel, Model
 from bestiary.registry.resolving import resolve
 from bestiary.samplers import Sampling
 
-TWO_STEPS = Sampling("lcm", steps=2, guidance_scale=1.0, timesteps=(999, 399))
+TWO_STEPS = Sampling("lcm", steps=2, guidance_scale=1.0, timesteps=(999, 699))
 
 
 def run_distillation(
@@ -83,7 +83,7 @@ def test_distilling_brings_the_student_closer_to_where_the_teachers_path_ends(
     chosen = base if prediction_type == "epsilon" else v_prediction_base
     result, _ = run_distillation(chosen, latents, steps=40, validate_every=40)
     assert result.val_loss < 0.9 * result.base_val_loss
-    assert result.val_loss_by_band.keys() == {"999", "399"}
+    assert result.val_loss_by_band.keys() == {"999", "699"}
 
 
 def test_distilling_twice_gives_the_same_bytes(
@@ -141,12 +141,12 @@ def test_the_teachers_path_ends_where_the_guided_probability_flow_does(v_predict
     scheduler = load_scheduler(v_prediction_base)
     schedule = NoiseSchedule.of(scheduler, torch.device("cpu"))
     unet = Gaussian(schedule)
-    settings = distill_settings(timesteps=[999], teacher_steps=10, guidance_interval=None)
+    settings = distill_settings(timesteps=[999], path_end=4, teacher_steps=25, guidance_interval=None)
     path = TeacherPath(cast("UNet2DConditionModel", unet), scheduler, settings)
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     prompted, empty = torch.full((2, 6, 32), 0.2), torch.full((1, 6, 32), -0.1)
     found = path.end(noise, 999, prompted, empty)
-    assert unet.passes == 2 * 11 * 2 * 2  # pictures, steps, halves of a step, guidance
+    assert unet.passes == 2 * (25 * 2 + 1) * 2  # pictures, halves of the steps and the last guess, guidance
     # Guidance of 3 moves the mean to -0.1 + 3 * 0.3, and the flow of a Gaussian only scales.
     deviation = (0.25 * schedule.alpha[999] ** 2 + schedule.sigma[999] ** 2).sqrt()
     exact = 0.8 + 0.5 * (noise - schedule.alpha[999] * 0.8) / deviation
@@ -217,7 +217,7 @@ def test_each_pass_predicts_the_clean_picture_at_its_timestep_with_fresh_noise_b
     hook = pipeline.unet.register_forward_pre_hook(lambda _, inputs: seen.append((inputs[0].clone(), int(inputs[1]))))
     generate(pipeline, ["a zebra"], [7], TWO_STEPS, batch_size=1)
     hook.remove()
-    assert [timestep for _, timestep in seen] == [999, 399]
+    assert [timestep for _, timestep in seen] == [999, 699]
     generator = seeded(7)
     noise, fresh = torch.randn(4, 8, 8, generator=generator)[None], torch.randn(1, 4, 8, 8, generator=generator)
     torch.testing.assert_close(seen[0][0], noise)
@@ -226,7 +226,7 @@ def test_each_pass_predicts_the_clean_picture_at_its_timestep_with_fresh_noise_b
     with torch.no_grad():
         prediction = pipeline.unet(noise, torch.tensor([999]), features).sample
     clean = schedule.split(noise, prediction, torch.tensor([999]))[0]
-    torch.testing.assert_close(seen[1][0], schedule.noised(clean, fresh, torch.tensor([399])), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(seen[1][0], schedule.noised(clean, fresh, torch.tensor([699])), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -279,7 +279,7 @@ def test_the_stage_exports_the_few_step_adapter(
     distilled = Provenance.model_validate(
         {"base_sha256": base_sha256(base), "distilled_from": {"adapter_sha256": "of the adapter"}}
     )
-    few_step = replace(trained, few_step=replace(FEW_STEPS, timesteps=(999, 399)), provenance=distilled)
+    few_step = replace(trained, few_step=replace(FEW_STEPS, timesteps=(999, 699)), provenance=distilled)
     write_atomically(tmp_path / "models" / "few_step" / FILE_NAME, few_step.to_bytes())
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     params["export"] |= {"precision": "fp32", "decoder": "full"}

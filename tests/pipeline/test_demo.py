@@ -120,6 +120,25 @@ def test_the_readmes_bestiary_commands_work(demo: Project) -> None:
     assert (demo.folder / "my-adapter").is_dir()
 
 
+def test_the_readmes_commands_make_store_and_draw_a_fast_variant(demo: Project) -> None:
+    pytest.importorskip("openvino")
+    everything_passes = dict.fromkeys(("clip_score", "margin", "top1", "cmmd", "likeness"), 1000.0)
+    demo.change(
+        distill={"steps": 2, "batch_size": 4, "validate_every": 2, "sheet_animals": 1, "teacher_steps": 5},
+        accept={"max_loss": everything_passes, "min_diversity": 0.0, "max_copied": 1.0, "reference_steps": 2},
+    )
+    demo.change(accept={"extra_seeds": 6, "reference_seeds": 7, "timed_pictures": 1})
+    make, *typed = commands(READMES[0], "Draw faster")
+    assert make == "make fast"
+    recipe = (demo.folder / "Makefile").read_text().partition("\nfast:")[2].split("\n")[1].strip()
+    assert recipe == "@dvc repro fast/dvc.yaml"
+    assert demo.repro(*shlex.split(recipe)[2:]) == ["distill", "export", "accept", "attach"]
+    for command in typed:
+        assert demo.bestiary(*shlex.split(command)[1:]).strip(), command
+    assert (demo.folder / "my-fast-adapter" / "openvino" / "unet" / "openvino_model.xml").is_file()
+    assert len(list((demo.folder / "fast-pictures").glob("tiger-*.png"))) == 4
+
+
 def test_the_readmes_experiment_reruns_train_and_the_stages_after_it_only(demo: Project) -> None:
     for command in ("add --all", "commit --quiet --message demo"):
         demo.run("git", "-c", "user.name=demo", "-c", "user.email=demo@example.org", *shlex.split(command))

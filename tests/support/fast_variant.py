@@ -9,7 +9,7 @@ from bestiary.evaluation.acceptance import AcceptanceReport, Differences, Drawn,
 from bestiary.evaluation.report import Estimate
 from bestiary.samplers import DrawingDefaults, Sampling
 
-DRAWING = DrawingDefaults("a photo of {}", Sampling("lcm", steps=2, guidance_scale=1.0, timesteps=(999, 399)))
+DRAWING = DrawingDefaults("a photo of {}", Sampling("lcm", steps=2, guidance_scale=1.0, timesteps=(999, 699)))
 PASSES: Mapping[Way, int] = {"default": 19, "reference": 200, "few_step": 2, "fast": 2}
 
 

@@ -67,7 +67,8 @@ TRAIN: dict[str, object] = {
 }
 DISTILL: dict[str, object] = {
     "from": None,
-    "timesteps": [999, 399],
+    "timesteps": [999, 699],
+    "path_end": 399,
     "teacher_steps": 5,
     "guidance_scale": 3.0,
     "guidance_interval": [2.0, 1000.0],

@@ -1,11 +1,12 @@
 """Distil a base and its adapter into a few-step adapter: multistep consistency distillation with the guidance built in.
 
 A picture is drawn in a few passes: predict the clean picture at the first timestep, add fresh noise for the second,
-predict again, and so on. Each pass is a consistency model of its own part of the noise schedule (Heek et al. 2024,
-arXiv:2403.06807): at any timestep of the part, the student predicts where the teacher's path ends. Its prediction one
-step further down the path is the target (Song et al. 2023, arXiv:2303.01469). The path is guided, so the student needs
-no guidance (Luo et al. 2023, arXiv:2310.04378). The student is the teacher with a LoRA on its linear and convolution
-layers (arXiv:2311.05556). Letters: B pictures, C, h, w of latents, T tokens, D features.
+predict again, and so on. At any timestep of the teacher's guided path, the student predicts the clean latents that the
+path ends with. Its prediction one step further down the path is the target (consistency distillation, Song et al. 2023,
+arXiv:2303.01469). At the end of the path, where noise hides only details, the target is the teacher's own prediction.
+Because the path is guided, the student needs no guidance (Luo et al. 2023, arXiv:2310.04378). The student is the
+teacher with a LoRA on its linear and convolution layers (arXiv:2311.05556).
+Letters: B pictures, C, h, w of latents, T tokens, D features.
 """
 
 from __future__ import annotations
@@ -139,21 +140,18 @@ def _at(values: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
     return values[timesteps][:, None, None, None]
 
 
-def path_timesteps(passes: Sequence[int], teacher_steps: int, total: int) -> list[int]:
-    """The timesteps of the teacher's path, ascending: the ends of equal parts of the schedule, and the passes.
+def path_timesteps(passes: Sequence[int], path_end: int, teacher_steps: int, total: int) -> list[int]:
+    """The timesteps of the teacher's path, ascending: its end, the ends of equal parts of the schedule, and the passes.
 
-    The last part has one more, at a fifth of it, because otherwise the clean prediction would lack fine details.
-
-    >>> path_timesteps([999, 399], 5, 1000)
-    [39, 199, 399, 599, 799, 999]
+    >>> path_timesteps([999, 699], 399, 5, 1000)
+    [399, 599, 699, 799, 999]
     """
-    ends = {total * (number + 1) // teacher_steps - 1 for number in range(teacher_steps)}
-    ends.add(max(total // (5 * teacher_steps) - 1, 0))
-    return sorted(step for step in ends | set(passes) if step <= max(passes))
+    grid = {total * (number + 1) // teacher_steps - 1 for number in range(teacher_steps)}
+    return [path_end, *sorted(step for step in grid | set(passes) if path_end < step <= max(passes))]
 
 
 class TeacherPath:
-    """The teacher's guided path and where its parts end.
+    """The teacher's guided path, and the clean prediction that it ends with.
 
     A step is one step of DPM-Solver++ (2S) (Lu et al. 2022, arXiv:2211.01095, algorithm 1), with its midpoint in
     log-SNR. DDIM with as many passes ends farther from the path's true end, and the student would learn that error.
@@ -168,18 +166,17 @@ class TeacherPath:
             raise BestiaryError(
                 f"distill.timesteps must be below {total} for this base, not {max(settings.timesteps)}."
             )
-        self.timesteps = path_timesteps(settings.timesteps, settings.teacher_steps, total)
-        # By timestep of the path: the next lower one; -1 for the lowest, where the path ends with the clean prediction.
-        self.following = torch.full((total,), -1, device=self.device)
-        self.following[self.timesteps[1:]] = torch.tensor(self.timesteps[:-1], device=self.device)
+        self.last, *self.timesteps = path_timesteps(
+            settings.timesteps, settings.path_end, settings.teacher_steps, total
+        )
+        # By timestep of the path: the next lower one.
+        self.following = torch.full((total,), self.last, device=self.device)
+        self.following[self.timesteps] = torch.tensor([self.last, *self.timesteps[:-1]], device=self.device)
         log_snr = (self.schedule.alpha / self.schedule.sigma).log()
         self.middle = self.following.clone()
-        for timestep, following in zip(self.timesteps[1:], self.timesteps[:-1], strict=True):
-            self.middle[timestep] = (log_snr - (log_snr[timestep] + log_snr[following]) / 2).abs().argmin()
-        self.middle[self.timesteps[0]] = self.timesteps[0] // 2
-        # A pass ends with the teacher's clean prediction at the next pass's timestep. Fresh noise hides its details.
-        self.ends = torch.zeros(total, dtype=torch.bool, device=self.device)
-        self.ends[list(settings.timesteps[1:])] = True
+        for timestep in self.timesteps:
+            goal = (log_snr[timestep] + log_snr[self.following[timestep]]) / 2
+            self.middle[timestep] = (log_snr - goal).abs().argmin()
         self.guidance_scale = settings.guidance_scale
         low, high = settings.guidance_interval or (0.0, math.inf)
         level = self.schedule.sigma / self.schedule.alpha  # noise level, for latents scaled to 1
@@ -207,31 +204,29 @@ class TeacherPath:
 
     def move(
         self, noisy: torch.Tensor, timesteps: torch.Tensor, features: torch.Tensor, empty: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The teacher's step down the path: the new latents, their timesteps, and the clean latents that it points to.
-
-        At the end of the path, the timestep is -1 and the new latents are meaningless.
-        """
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The teacher's step down the path: the latents there (B, C, h, w), and their timesteps (B,)."""
         schedule = self.schedule
         middle, following = self.middle[timesteps], self.following[timesteps]
-        clean, noise = schedule.split(noisy, self.teach(noisy, timesteps, features, empty), timesteps)
-        halfway = schedule.noised(clean, noise, middle)  # by DDIM
-        clean = schedule.split(halfway, self.teach(halfway, middle, features, empty), middle)[0]
-        end = following.clamp(min=0)
-        ratio = _at(schedule.sigma, end) / _at(schedule.sigma, timesteps)
-        moved = ratio * noisy + (_at(schedule.alpha, end) - ratio * _at(schedule.alpha, timesteps)) * clean
-        return moved, following, clean
+        halfway = schedule.noised(*self.split(noisy, timesteps, features, empty), middle)  # by DDIM
+        clean = self.split(halfway, middle, features, empty)[0]
+        ratio = _at(schedule.sigma, following) / _at(schedule.sigma, timesteps)
+        moved = ratio * noisy + (_at(schedule.alpha, following) - ratio * _at(schedule.alpha, timesteps)) * clean
+        return moved, following
+
+    def split(
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, features: torch.Tensor, empty: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The clean latents and the noise that the teacher sees in noisy latents: (B, C, h, w) each."""
+        return self.schedule.split(noisy, self.teach(noisy, timesteps, features, empty), timesteps)
 
     @torch.no_grad()
     def end(self, noisy: torch.Tensor, timestep: int, features: torch.Tensor, empty: torch.Tensor) -> torch.Tensor:
-        """The end of the path from this timestep: clean latents (B, C, h, w)."""
+        """The clean prediction that the path from this timestep ends with: (B, C, h, w)."""
         timesteps = torch.full((len(noisy),), timestep, device=self.device)
-        while True:
-            noisy, timesteps, clean = self.move(noisy, timesteps, features, empty)
-            if timesteps[0] < 0:
-                return clean
-            if self.ends[timesteps[0]]:
-                return self.schedule.split(noisy, self.teach(noisy, timesteps, features, empty), timesteps)[0]
+        while timesteps[0] != self.last:
+            noisy, timesteps = self.move(noisy, timesteps, features, empty)
+        return self.split(noisy, timesteps, features, empty)[0]
 
 
 @contextmanager
@@ -329,9 +324,10 @@ class _Run:
         features, empty = self.features[batch["captions"]], self.features[:1]
         noisy = path.schedule.noised(batch["latents"], batch["noise"], timesteps)
         with torch.no_grad(), self.accelerator.autocast():
-            moved, following, target = path.move(noisy, timesteps, features, empty)
-            for ends in (True, False):  # the teacher predicts at the end of a part, the student before it
-                at = torch.nonzero((following >= 0) & (path.ends[following.clamp(min=0)] == ends))[:, 0]
+            moved, following = path.move(noisy, timesteps, features, empty)
+            target = torch.empty_like(moved)
+            for ends in (True, False):  # the teacher predicts at the path's end, the student before it
+                at = torch.nonzero((following == path.last) == ends)[:, 0]
                 if not len(at):
                     continue
                 there = moved[at], following[at], features[at]

@@ -132,7 +132,7 @@ def _shows_likeness(measured: Measured) -> bool:
 
 def _enough(measured: Measured) -> Iterator[tuple[bool, str]]:
     for name, count in (
-        ("real validation images", MIN_PICTURES if _shows_likeness(measured) else measured.real_pictures),
+        ("real images", MIN_PICTURES if _shows_likeness(measured) else measured.real_pictures),
         ("pictures of the reference", measured.ways["reference"].pictures),
         ("pictures of the fast variant", measured.ways["fast"].pictures),
     ):

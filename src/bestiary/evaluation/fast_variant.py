@@ -153,6 +153,14 @@ class _References:
     train: JudgedImages
     texts: ClassTexts
 
+    @property
+    def real(self) -> JudgedImages:
+        """All real images. All ways draw with what was taught from the same images, so these favor none of them."""
+        splits = (self.validation, self.train)
+        return JudgedImages(
+            np.concatenate([each.features for each in splits]), np.concatenate([each.labels for each in splits])
+        )
+
 
 def accept(
     trial: Trial, default: DefaultWay, fast: FastVariant, settings: Accept, cache: PictureCache | None = None
@@ -314,7 +322,7 @@ def _seconds(pipeline: StableDiffusionPipeline, jobs: Jobs, sampling: Sampling, 
 
 
 def _measure(trial: Trial, references: _References, sides: Mapping[Way, Side]) -> Measured:
-    real, train = references.validation, references.train
+    real = references.real  # five times as many images as the validation split has, so the intervals are narrower
     real_counts = scoring.resample_counts(len(real.labels), trial.resamples, trial.seed + 1)
 
     def scores(images: JudgedImages) -> dict[str, Bootstrap]:
@@ -331,8 +339,9 @@ def _measure(trial: Trial, references: _References, sides: Mapping[Way, Side]) -
     fast = sides["fast"].judged
     shared = scores(JudgedImages(fast.features[rows], fast.labels[rows]))
     shared |= _likeness(trial, sides["fast"].images_of(rows))
-    train_counts = scoring.resample_counts(len(train.labels), trial.resamples, trial.seed + 2)
-    of_real = {"cmmd": scoring.bootstrap_cmmd(real.features, train.features, real_counts, train_counts)}
+    splits = (references.validation, references.train)
+    split_counts = [scoring.resample_counts(len(each.labels), trial.resamples, trial.seed + 2) for each in splits]
+    of_real = {"cmmd": scoring.bootstrap_cmmd(*(each.features for each in splits), *split_counts)}
     return Measured(
         ways={way: _drawn(trial, references, side, every[way]) for way, side in sides.items()},
         real=_estimates(of_real),

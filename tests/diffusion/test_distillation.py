@@ -200,7 +200,7 @@ def test_a_few_step_adapter_sets_how_to_draw_with_a_style_adapter_too(style: Pat
     adapter = resolve(str(few_step))
     assert adapter.few_step
     assert adapter.notes == (
-        f"{few_step} is a few-step adapter by its file: by default 2 steps of the sampler lcm, no guidance.",
+        f"{few_step} is a few-step adapter according to its file. Default: 2 steps of the sampler lcm, no guidance.",
     )
     assert (found := defaults_of([adapter])) is not None
     assert found.sampling == TWO_STEPS

@@ -90,8 +90,8 @@ class FastVariant:
 def read_fast_variant(few_step: Path, export: Path, *, adapter_sha256: str, side: int) -> FastVariant:
     """The fast variant in the folders of a few-step adapter and of its export, for the adapter with this SHA-256.
 
-    torch draws at `side` pixels per side. Raises BestiaryError when one of them is missing or damaged, or when the export
-    holds another adapter.
+    torch draws at `side` pixels per side. Raises BestiaryError when one of them is missing or damaged, or when the
+    export holds another adapter.
     """
     from bestiary.diffusion.adapter import adapter_sha256 as sha256_of
     from bestiary.diffusion.adapter_reading import read_adapter

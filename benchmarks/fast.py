@@ -48,7 +48,7 @@ ROOT = Path(__file__).parents[1]
 FAST = ROOT / "models" / "fast"
 PROMPT = "a photo of a tiger"
 TIMED_CALLS, RESOLUTION = 5, 512
-FEW_STEPS = Sampling("lcm", steps=2, guidance_scale=1.0, timesteps=(999, 399), decoder="tiny")
+FEW_STEPS = Sampling("lcm", steps=2, guidance_scale=1.0, timesteps=(999, 699), decoder="tiny")
 
 
 @dataclass(frozen=True)

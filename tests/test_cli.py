@@ -403,7 +403,7 @@ def test_several_adapters_draw_together_and_are_drawn_again_to_the_byte(
         assert words in capsys.readouterr().err
 
 
-def test_a_few_step_adapter_draws_as_it_was_distilled_beside_a_style_too(
+def test_a_few_step_adapter_draws_as_it_was_distilled_with_a_style_adapter_too(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sampling = Sampling("lcm", steps=2, guidance_scale=1.0, timesteps=(999, 699))
@@ -422,7 +422,7 @@ def test_a_few_step_adapter_draws_as_it_was_distilled_beside_a_style_too(
         (
             "--guidance",
             "7",
-            "was distilled for 2 steps without guidance, not for the guidance scale 7. Draw with the guidance scale 1.",
+            "was distilled for 2 steps without guidance, not for guidance scale 7. Draw with guidance scale 1.",
         ),
     ):
         assert call(monkeypatch, "generate", "tiger", "--adapter", "fast", option, value) == 1

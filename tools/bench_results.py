@@ -125,8 +125,8 @@ def fast(result: dict[str, Any]) -> str:
     ]
     return (
         "## The fast variant (`python benchmarks/fast.py`)\n\n"
-        "Two passes with OpenVINO and a tiny decoder, beside our default and the original's way with torch. Single\n"
-        "pictures, warm. What is extrapolated was timed for a few guided steps.\n\n"
+        "Two passes with OpenVINO and a tiny decoder, compared with our default and the original's way in torch.\n"
+        "Single pictures, warm. Extrapolated seconds are from a few timed guided steps.\n\n"
         f"On the bundled base:\n\n{seconds('bundled')}\n\n"
         f"At Stable Diffusion 1.5's size with random weights, {large['resolution']} px:\n\n{seconds('sd15_size')}\n\n"
         f"{table(aims)}"

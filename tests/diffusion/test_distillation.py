@@ -200,7 +200,7 @@ def test_a_few_step_adapter_sets_how_to_draw_with_a_style_adapter_too(style: Pat
     adapter = resolve(str(few_step))
     assert adapter.few_step
     assert adapter.notes == (
-        f"{few_step} is a few-step adapter by its file: by default 2 steps of the sampler lcm, no guidance.",
+        f"{few_step} is a few-step adapter according to its file. Default: 2 steps of the sampler lcm, no guidance.",
     )
     assert (found := defaults_of([adapter])) is not None
     assert found.sampling == TWO_STEPS
@@ -235,7 +235,7 @@ def test_each_pass_predicts_the_clean_picture_at_its_timestep_with_fresh_noise_b
         (replace(TWO_STEPS, steps=20), "was distilled for 2 steps, not for 20. Draw with 2 steps."),
         (
             replace(TWO_STEPS, guidance_scale=7.0),
-            "distilled for 2 steps without guidance, not for the guidance scale 7.",
+            "distilled for 2 steps without guidance, not for guidance scale 7.",
         ),
         (replace(TWO_STEPS, sampler="ddim"), "The sampler DDIM cannot draw at the timesteps"),
     ],

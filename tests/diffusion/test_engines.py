@@ -211,7 +211,7 @@ def without(name: str) -> Callable[[Path], None]:
     [
         (remove_a_file, r"has no unet/openvino_model\.bin\. Export the adapter again"),
         (change_a_file, r"openvino_model\.bin has changed since it was exported"),
-        (manifest_with(format=2), "has the format 2, and this version reads 1. Export it again"),
+        (manifest_with(format=2), "has format 2, but this version reads format 1. Export it again"),
         (manifest_with(precision="int4"), r"bestiary\.json in .* is damaged"),
         (manifest_with(drawing={}), r"bestiary\.json in .* is damaged"),
         (manifest_with(files={"../x": "0"}), "which is outside of it"),

@@ -307,7 +307,7 @@ class Offers:
 
 
 def _fast_offer(version: Version, offer: Offer) -> Offer:
-    """The offer of a version's accepted fast variant, beside the `offer` of the version itself."""
+    """The offer of a version's accepted fast variant, in addition to the `offer` of the version itself."""
     from bestiary.registry.fast_variant import read_fast_tags
 
     return replace(

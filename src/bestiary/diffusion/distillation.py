@@ -169,7 +169,7 @@ class TeacherPath:
         self.last, *self.timesteps = path_timesteps(
             settings.timesteps, settings.path_end, settings.teacher_steps, total
         )
-        # By timestep of the path: the next lower one.
+        # The next lower timestep of the path, by timestep.
         self.following = torch.full((total,), self.last, device=self.device)
         self.following[self.timesteps] = torch.tensor([self.last, *self.timesteps[:-1]], device=self.device)
         log_snr = (self.schedule.alpha / self.schedule.sigma).log()
@@ -205,7 +205,7 @@ class TeacherPath:
     def move(
         self, noisy: torch.Tensor, timesteps: torch.Tensor, features: torch.Tensor, empty: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The teacher's step down the path: the latents there (B, C, h, w), and their timesteps (B,)."""
+        """The teacher's step down the path: the new latents (B, C, h, w) and their timesteps (B,)."""
         schedule = self.schedule
         middle, following = self.middle[timesteps], self.following[timesteps]
         halfway = schedule.noised(*self.split(noisy, timesteps, features, empty), middle)  # by DDIM
@@ -217,7 +217,7 @@ class TeacherPath:
     def split(
         self, noisy: torch.Tensor, timesteps: torch.Tensor, features: torch.Tensor, empty: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The clean latents and the noise that the teacher sees in noisy latents: (B, C, h, w) each."""
+        """The clean latents and the noise that the teacher predicts for noisy latents: (B, C, h, w) each."""
         return self.schedule.split(noisy, self.teach(noisy, timesteps, features, empty), timesteps)
 
     @torch.no_grad()

@@ -65,7 +65,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class DefaultWay:
-    """How the registered adapter draws by default. `cache` has evaluate's pictures of its `seeds` a class."""
+    """How the registered adapter draws by default. `cache` has evaluate's pictures, `seeds` for each class."""
 
     adapter: Path
     sampling: Sampling
@@ -90,8 +90,8 @@ class FastVariant:
 def read_fast_variant(few_step: Path, export: Path, *, adapter_sha256: str, side: int) -> FastVariant:
     """The fast variant in the folders of a few-step adapter and of its export, for the adapter with this SHA-256.
 
-    torch draws at `side` pixels a side. Raises BestiaryError when one of them is missing or damaged, when the export
-    holds another adapter, or when that was distilled from another one.
+    torch draws at `side` pixels per side. Raises BestiaryError when one of them is missing or damaged, when the export
+    holds another adapter, or when the few-step adapter was distilled from another one.
     """
     from bestiary.diffusion.adapter import adapter_sha256 as sha256_of
     from bestiary.diffusion.adapter_reading import read_adapter
@@ -101,12 +101,14 @@ def read_fast_variant(few_step: Path, export: Path, *, adapter_sha256: str, side
 
     manifest, sha256 = read_manifest(export), sha256_of(few_step)
     if manifest.adapter_sha256 != sha256:
-        raise BestiaryError(f"{export} was exported from another adapter than {few_step}. Run `{MAKE}`.")
+        raise BestiaryError(f"{export} was not exported from {few_step}. Run `{MAKE}`.")
     if manifest.distilled_from_sha256 not in (None, adapter_sha256):
-        raise BestiaryError(f"{few_step} was distilled from another adapter than models/adapter. Run `{MAKE}`.")
+        raise BestiaryError(f"{few_step} was not distilled from models/adapter. Run `{MAKE}`.")
     sampling = read_adapter(adapter_file(few_step)).few_step
     if sampling is None:
-        raise BestiaryError(f"{few_step} does not say how to draw with it, so it is no few-step adapter. Run `{MAKE}`.")
+        raise BestiaryError(
+            f"{few_step} does not say how to draw with it, so it is not a few-step adapter. Run `{MAKE}`."
+        )
     identity = Identity(
         adapter_sha256=adapter_sha256,
         few_step_sha256=sha256,
@@ -138,7 +140,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Acceptance:
-    """The verdict with what its figures are drawn from."""
+    """The verdict, and the data for its figures."""
 
     report: AcceptanceReport
     sides: Mapping[Way, Side]
@@ -157,7 +159,7 @@ class _References:
 
     @property
     def real(self) -> JudgedImages:
-        """All real images. All ways draw with what was taught from the same images, so these favor none of them."""
+        """All real images. All ways were taught from the same images, so these favour none of them."""
         splits = (self.validation, self.train)
         return JudgedImages(
             np.concatenate([each.features for each in splits]), np.concatenate([each.labels for each in splits])
@@ -167,7 +169,7 @@ class _References:
 def accept(
     trial: Trial, default: DefaultWay, fast: FastVariant, settings: Accept, cache: PictureCache | None = None
 ) -> Acceptance:
-    """Draw in every way, compare, and decide by the rules in `settings`. `cache` keeps what does not change.
+    """Draw in every way, compare, and decide by the rules in `settings`. `cache` keeps pictures that do not change between runs.
 
     Raises BestiaryError when images are missing, or when one of the ways cannot draw.
     """
@@ -244,7 +246,7 @@ class _Drawer:
     timed: int
 
     def by_torch(self, way: Way, adapter: Path, sampling: Sampling, parts: Sequence[Part]) -> Side:
-        """The pictures by the base with an adapter. `parts` of the jobs have caches of their own."""
+        """Draw with the base and an adapter. Each of `parts` has its own cache."""
         images: list[Image] = []
         for rows, cache in parts:
             images += pictures.draw(
@@ -307,13 +309,13 @@ def _first_of_each_class(labels: Sequence[int], count: int) -> list[int]:
 
 
 def count_passes(pipeline: StableDiffusionPipeline, sampling: Sampling) -> int:
-    """How many passes of the UNet a picture takes: two for a guided step, one for another."""
+    """How many passes of the UNet a picture takes: two for a guided step, one otherwise."""
     pipeline.scheduler = make_scheduler(sampling.sampler, pipeline.scheduler.config, sampling.steps)
     return sum(2 if scale > 1 else 1 for scale in guidance_scales(pipeline, sampling))
 
 
 def _seconds(pipeline: StableDiffusionPipeline, jobs: Jobs, sampling: Sampling, count: int) -> float:
-    """The median seconds of one picture, drawn alone, after one that does not count."""
+    """The median seconds of one picture, drawn alone, after an untimed one."""
     spent = []
     for index in range(count + 1):
         started = time.perf_counter()
@@ -381,7 +383,7 @@ def _difference(one: Mapping[str, Bootstrap], other: Mapping[str, Bootstrap]) ->
 
 
 def _ratio(one: Bootstrap, other: Bootstrap) -> Estimate | None:
-    """one / other with its paired interval; None where the other is 0, as of a way that draws one picture only."""
+    """one / other with its paired interval; None where the other is 0, for example a way that draws the same picture for all seeds."""
     resampled: Array = np.append(other.resampled, other.mean)
     if resampled.min() <= 0:
         return None

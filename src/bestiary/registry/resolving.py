@@ -123,7 +123,7 @@ def _from_file(file: Path, what: str) -> Adapter:
         notes.append(f"{what}: the alpha {spread(content.alphas)} was assumed: {content.alpha_rule}.")
     if content.few_step:
         source = "its name" if content.few_step.timesteps is None else "its file"
-        notes.append(f"{what} is a few-step adapter by {source}: by default {_in_words(content.few_step)}.")
+        notes.append(f"{what} is a few-step adapter according to {source}. Default: {_in_words(content.few_step)}.")
     return Adapter(
         file,
         what,

@@ -33,6 +33,7 @@ def export(tmp_path: Path) -> Path:
         "few_step": True,
         "drawing": FEW_STEPS.to_dict(),
         "side": 64,
+        "side_step": 32,
         "processor": "any",
         "versions": {},
         "files": {},
@@ -73,6 +74,7 @@ def test_torch_draws_with_the_adapter_itself(registered: Adapter) -> None:
         (Wish(base="other"), "base is part of an export"),
         (Wish(device="cuda"), "on the CPU, not on cuda"),
         (Wish(changes=SamplingChanges(decoder="full")), "has only the tiny decoder"),
+        (Wish(changes=SamplingChanges(width=64, height=40)), "sides are multiples of 32 pixels"),
     ],
 )
 def test_requests_that_an_export_cannot_draw_fall_back_to_torch_or_are_refused(
@@ -130,6 +132,6 @@ def test_the_page_offers_an_export_by_its_engine_and_decoder(export: Path) -> No
     offers = Offers(Offerings(bases=(Base("models/base"),), adapters=(str(export),)))
     offer = offers.find("local:0")
     assert offer.label.endswith("/fast (OpenVINO int8, tiny decoder)")
-    assert (offer.defaults, offer.few_step, offer.side) == (FEW_STEPS, True, 64)
+    assert (offer.defaults, offer.few_step, offer.side, offer.public()["export"]) == (FEW_STEPS, True, 64, True)
     assert offers.resolve(offer).is_export
     assert choose_base(offers.resolve(offer), None, Base("another")) == Base("./models/base")

@@ -247,6 +247,8 @@ def test_a_few_step_adapter_decides_the_steps_of_a_style_beside_it(base_folder: 
     adapters = [replace(resolve(str(style)), defaults=evaluated), resolve(str(fast))]
     expected = Sampling("ddim-trailing", 8, 1.0, None, 64, 64, 0.8)
     assert defaults_of(adapters) == DrawingDefaults("a drawing of {}", expected)
-    assert defaults_of(adapters[:1]) == evaluated
+    assert defaults_of(adapters, [0.0, 0.1]) == DrawingDefaults("a drawing of {}", expected)
+    assert defaults_of(adapters, [1.0, 0.0]) == defaults_of(adapters[:1]) == evaluated
+    assert defaults_of(adapters[1:], [0.0]) is None
     assert defaults_of([resolve(str(style))]) is None
     assert defaults_of([]) is None

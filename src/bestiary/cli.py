@@ -353,7 +353,8 @@ def generate(
         known = [default] if default else []
         base = generation.choose_base(adapter, chosen, None if adapter else default, known=known)
         generator.prepare(base, adapters, any_base=generation.overrides_base(chosen, adapter))
-        defaults = generation.defaults_of(adapters) or drawing_defaults(params)
+        weights = [generation.weight_of(*each) for each in zip(adapters, weighted, strict=False)]  # none: no adapter
+        defaults = generation.defaults_of(adapters, weights) or drawing_defaults(params)
         sampling = generator.sized(replace(changes, adapter_weight=weighted[0].weight).apply(defaults.sampling))
         common = replace(
             generation.common_settings(generator, adapters, weighted, sampling), colours=colours, start=start_image

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bestiary.diffusion.export_format import MANIFEST, EngineChoice, read_manifest
+from bestiary.diffusion.export_format import MANIFEST, EngineChoice, Manifest, read_manifest
 from bestiary.errors import BestiaryError
 from bestiary.registry.resolving import Adapter
-from bestiary.samplers import Decoder, SamplingChanges
+from bestiary.samplers import SamplingChanges
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Wish:
     base: str = ""
     device: str = ""
 
-    def obstacle(self, decoder: Decoder) -> str | None:
-        """Why an export with this decoder cannot draw this, as a clause; None if it can."""
+    def obstacle(self, manifest: Manifest) -> str | None:
+        """Why the export with this manifest cannot draw this, as a clause; None if it can."""
         if self.has_image:
             return "an export has no encoder, so it cannot start from an image"
         if self.weighted:
@@ -36,8 +36,11 @@ class Wish:
             return "the base is part of an export, so it cannot be changed"
         if self.device not in ("", "cpu"):
             return f"an export draws on the CPU, not on {self.device}"
-        if self.changes.decoder not in (None, decoder):
-            return f"the export has only the {decoder} decoder"
+        if self.changes.decoder not in (None, manifest.decoder):
+            return f"the export has only the {manifest.decoder} decoder"
+        step = manifest.side_step
+        if any(side is not None and side % step for side in (self.changes.width, self.changes.height)):
+            return f"the sides of its pictures are multiples of {step} pixels"
         return None
 
     @property
@@ -66,12 +69,14 @@ def choose_engine(adapters: Sequence[Adapter], wish: Wish) -> tuple[list[Adapter
     first = adapters[0]
     if wish.engine == "openvino":
         return [_openvino(adapters, wish)], None
-    if first.export is None or len(adapters) > 1 or wish.changes_steps:
+    if len(adapters) > 1 or wish.changes_steps:
         return list(adapters), None
+    if first.export is None:
+        return list(adapters), f"Drawing with torch. {first.no_export}" if first.no_export else None
     from bestiary.diffusion.engines import reason_against
 
     manifest = read_manifest(first.export)
-    reason = wish.obstacle(manifest.decoder) or reason_against(manifest)
+    reason = wish.obstacle(manifest) or reason_against(manifest)
     if reason:
         return list(adapters), f"Drawing with torch instead of the fast variant: {reason}."
     return [as_export(first, first.export)], None
@@ -104,7 +109,7 @@ def _chosen_export(export: Adapter, adapters: Sequence[Adapter], wish: Wish) -> 
             "adapter that it was exported from."
         )
     assert export.export is not None
-    if reason := wish.obstacle(read_manifest(export.export).decoder):
+    if reason := wish.obstacle(read_manifest(export.export)):
         raise BestiaryError(f"{export.uri} cannot draw this: {reason}. Leave that out, or name the adapter file.")
     return export
 
@@ -117,10 +122,10 @@ def _openvino(adapters: Sequence[Adapter], wish: Wish) -> Adapter:
         )
     (adapter,) = adapters
     if adapter.export is None:
+        make = f"`bestiary export {adapter.uri} --to openvino --out DIR`"
         raise BestiaryError(
-            f"{adapter.uri} has no export. Make one with `bestiary export {adapter.uri} --to openvino --out DIR`, then "
-            "draw with --adapter DIR."
+            adapter.no_export or f"{adapter.uri} has no export. Make one with {make}, then draw with --adapter DIR."
         )
-    if reason := wish.obstacle(read_manifest(adapter.export).decoder):
+    if reason := wish.obstacle(read_manifest(adapter.export)):
         raise BestiaryError(f"The engine openvino cannot draw this: {reason}. Use --engine torch.")
     return as_export(adapter, adapter.export)

@@ -65,6 +65,9 @@ def export_adapter(request: ExportRequest, project: Surroundings) -> Exported:
         from bestiary.diffusion.base import base_sha256
 
         check_base(adapter, model, base_sha256(model, revision))
+    weight = weight_of(adapter, named)
+    if weight == 0:
+        raise BestiaryError("With the weight 0, an export would hold no adapter. Choose a weight above 0.")
     defaults = adapter.defaults or project.defaults
     fused = export.Fused(
         base=model,
@@ -72,7 +75,7 @@ def export_adapter(request: ExportRequest, project: Surroundings) -> Exported:
         base_name=portable_base(model),
         adapter=adapter.file,
         adapter_name=adapter.uri,
-        weight=weight_of(adapter, named),
+        weight=weight,
         defaults=defaults,
         few_step=adapter.few_step,
     )

@@ -127,11 +127,13 @@ class Evaluated(Protocol):
     def few_step(self) -> bool: ...
 
 
-def defaults_of(adapters: Sequence[Evaluated]) -> DrawingDefaults | None:
+def defaults_of(adapters: Sequence[Evaluated], weights: Sequence[float] = ()) -> DrawingDefaults | None:
     """How to draw with these adapters: as the first one was evaluated, in the few steps of one that was made for them.
 
-    None when they do not say.
+    A few-step adapter whose weight is 0 changes nothing, so it is ignored. None when the others do not say.
     """
+    idle = {index for index, weight in enumerate(weights) if weight == 0}
+    adapters = [adapter for index, adapter in enumerate(adapters) if not (adapter.few_step and index in idle)]
     first = adapters[0].defaults if adapters else None
     few_step = next((adapter.defaults for adapter in adapters if adapter.few_step and adapter.defaults), None)
     if first is None or few_step is None:

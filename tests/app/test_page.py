@@ -357,6 +357,32 @@ def test_a_few_step_adapter_chosen_second_sets_the_steps_and_the_sampler(
     page.close()
 
 
+@pytest.mark.slow
+def test_an_export_is_ordered_as_it_can_be_drawn(browser: Browser, server: RunningPage) -> None:
+    page = open_page(browser, server)
+    catalog = page.request.get(f"{server.address}/api/catalog").json()
+    key = catalog["adapters"][0]["key"]
+    catalog["adapters"][0]["export"] = True
+    catalog["devices"] = ["cuda", "cpu"]
+    page.route("**/api/catalog", lambda route: route.fulfill(json=catalog))
+    page.route("**/api/draw", lambda route: route.abort())
+    page.reload()
+    page.wait_for_selector("body.ready")
+    assert page.is_checked("#compare")
+    page.select_option("#adapter", "none")
+    assert page.is_enabled("#compare")
+    page.select_option("#adapter", key)
+    assert page.is_disabled("#compare")
+    assert page.is_disabled("#weight")
+    page.fill("#animal", "tiger")
+    with page.expect_request("**/api/draw") as sent:
+        page.click("#draw")
+    order = sent.value.post_data_json
+    assert order is not None
+    assert (order["adapter"], order["compare"], order["adapter_weight"], order["device"]) == (key, False, 1, "cpu")
+    page.close()
+
+
 def drop(page: Page, onto: str, name: str, content: bytes, kind: str = "image/png") -> None:
     """Drop a file on an element, as somebody who drags it from a folder."""
     make = """([name, kind, content]) => {

@@ -100,10 +100,13 @@ def test_an_export_records_its_lineage(fused: Fused, exported: tuple[Path, Expor
     manifest = read_manifest(folder)
     assert manifest == done.manifest
     assert manifest.base_sha256 == base_sha256(fused.base)
+    assert manifest.adapter_weight == 0.5
     assert manifest.defaults == replace(fused.defaults, sampling=replace(FEW_STEPS, adapter_weight=1.0))
     assert {"openvino", "nncf", "torch", "bestiary"} <= manifest.versions.keys()
     assert done.unet_error < 1e-4
     check_files(folder, manifest)
+    for config in folder.rglob("*.json"):  # the same export on every machine, without the names of its folders
+        assert str(Path(fused.base).parent) not in config.read_text(), config
 
 
 def test_an_export_has_the_files_that_openvinos_own_pipelines_read(exported: tuple[Path, Exported]) -> None:
@@ -157,6 +160,23 @@ def test_a_failed_export_leaves_nothing_behind(fused: Fused, tmp_path: Path) -> 
     (tmp_path / "notes.txt").touch()
     with pytest.raises(BestiaryError, match="exists and is no export"):
         export(fused, Format("fp32"), Calibration(PROMPTS), tmp_path)
+    with pytest.raises(BestiaryError, match=r"cannot be written, because .*notes\.txt is no folder"):
+        export(fused, Format("fp32"), Calibration(PROMPTS), tmp_path / "notes.txt" / "out")
+
+
+def test_an_export_takes_the_place_of_an_older_one_and_of_nothing_else(
+    fused: Fused, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to(folder)
+    picture = folder / "zebra-0.png"  # drawn with `--out` of the same name
+    picture.touch()
+    with pytest.raises(BestiaryError, match=r"contains zebra-0\.png, which is not part of an export"):
+        export(fused, Format("fp32"), Calibration(PROMPTS), tmp_path / "link")
+    picture.unlink()
+    remove_a_file(folder)
+    export(fused, Format("fp32"), Calibration(PROMPTS), tmp_path / "link")
+    check_files(folder, read_manifest(folder))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "link"]
 
 
 def remove_a_file(folder: Path) -> None:
@@ -176,6 +196,16 @@ def manifest_with(**changes: object) -> Callable[[Path], None]:
     return change
 
 
+def without(name: str) -> Callable[[Path], None]:
+    """Remove a file that the manifest does not name."""
+
+    def change(folder: Path) -> None:
+        manifest_with(files={})(folder)
+        (folder / name).unlink()
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
@@ -186,6 +216,9 @@ def manifest_with(**changes: object) -> Callable[[Path], None]:
         (manifest_with(drawing={}), r"bestiary\.json in .* is damaged"),
         (manifest_with(files={"../x": "0"}), "which is outside of it"),
         (lambda folder: (folder / MANIFEST).write_text("{"), r"bestiary\.json in .* is damaged"),
+        (lambda folder: (folder / MANIFEST).write_text("[" * 100_000), r"bestiary\.json in .* is damaged"),
+        (without("unet/config.json"), "cannot be loaded. Export the adapter again"),
+        (without("scheduler/scheduler_config.json"), "cannot be loaded. Export the adapter again"),
         (lambda folder: (folder / MANIFEST).unlink(), r"has no bestiary\.json, so it is not an export"),
     ],
 )
@@ -193,6 +226,30 @@ def test_a_damaged_export_is_refused(folder: Path, damage: Callable[[Path], None
     damage(folder)
     with pytest.raises(BestiaryError, match=sentence):
         open_export(folder)
+
+
+def test_a_network_that_openvino_cannot_read_is_refused(folder: Path) -> None:
+    without("unet/openvino_model.bin")(folder)
+    with pytest.raises(BestiaryError, match=r"cannot compute .*unet/openvino_model\.xml\. Export the adapter again"):
+        generate(open_export(folder), PROMPTS[:1], [0], FEW_STEPS, batch_size=1)
+
+
+def test_an_export_draws_only_sizes_that_its_unet_halves_without_a_rest(
+    opened: StableDiffusionPipeline, exported: tuple[Path, Exported], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert exported[1].manifest.side_step == opened.unet.side_step == 8  # 4 pixels a latent, halved once
+    monkeypatch.setattr(opened.unet, "side_step", 16)
+    with pytest.raises(BestiaryError, match="The resolution 40 is not a multiple of 16"):
+        generate(opened, PROMPTS[:1], [0], replace(FEW_STEPS, width=48, height=40), batch_size=1)
+
+
+def test_an_export_draws_without_a_cache(
+    exported: tuple[Path, Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("BESTIARY_CACHE", str(tmp_path / "file"))
+    (image,) = generate(open_export(exported[0]), PROMPTS[:1], [0], FEW_STEPS, batch_size=1)
+    assert image.size == (32, 32)
 
 
 def test_the_error_on_a_processor_without_the_instructions_says_what_to_do(
@@ -255,7 +312,7 @@ def test_the_command_draws_with_an_export_and_repeats_its_picture(
     for options, sentence in (
         (["--adapter", f"{folder}:0.5"], "cannot have another weight"),
         (["--adapter", str(folder), "--engine", "torch"], "which torch cannot draw with"),
-        (["--adapter", str(folder), "--resolution", "36"], "36 is not a multiple of 8"),
+        (["--adapter", str(folder), "--resolution", "36"], "sides are multiples of 8 pixels"),
         (["--adapter", str(folder), "--decoder", "tiny"], "has only the full decoder"),
     ):
         assert command(monkeypatch, *options, "--out", "none") == 1

@@ -13,6 +13,7 @@ from bestiary.diffusion.adapter_reading import read_adapter
 from bestiary.diffusion.base import load_pipeline, load_unet
 from bestiary.diffusion.merging import Parent, merge, write_verified
 from bestiary.errors import BestiaryError
+from bestiary.samplers import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,14 @@ def test_a_merge_names_its_base_and_its_parents(parents: list[Parent]) -> None:
         ],
         "merged_by": "concatenation",
     }
+
+
+def test_a_merge_with_a_few_step_adapter_is_drawn_at_its_timesteps(parents: list[Parent], tmp_path: Path) -> None:
+    sampling = Sampling("lcm", steps=2, guidance_scale=1.0, timesteps=(999, 399))
+    few_step = tmp_path / FILE_NAME
+    few_step.write_bytes(replace(read_adapter(parents[1].file), few_step=sampling).to_bytes())
+    assert merge([parents[0], Parent("few", few_step)]).content.few_step == sampling
+    assert merge(parents).content.few_step is None
 
 
 def test_the_same_merge_has_the_same_bytes(parents: list[Parent]) -> None:

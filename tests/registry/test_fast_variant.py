@@ -10,14 +10,17 @@ from click.testing import CliRunner
 from support.fast_variant import DRAWING, acceptance, make_export
 from support.registry import RULES, make_adapter, make_submission, submit
 
+from bestiary.app.offers import Offerings, Offers
 from bestiary.cli import cli
 from bestiary.diffusion.adapter import adapter_sha256
+from bestiary.engine_choice import Wish, choose_engine
 from bestiary.errors import BestiaryError
+from bestiary.generation import Base
 from bestiary.registry.attaching import Attachment, Candidate, attach
 from bestiary.registry.fast_variant import read_fast_tags
 from bestiary.registry.model_card import write
 from bestiary.registry.registering import Registration, register
-from bestiary.registry.resolving import fast_variant, pull_fast
+from bestiary.registry.resolving import fast_variant, pull_fast, resolve
 from bestiary.registry.versions import find_version, local_files, walk
 from bestiary.tracking.store import open_client, tracking_uri
 
@@ -162,6 +165,34 @@ def test_lost_and_changed_files_are_refused_and_nothing_is_written(made: Made, p
     shutil.rmtree(folder)
     with pytest.raises(BestiaryError, match=r"has lost the fast variant of models:/bestiary/1.*fast-.*attach`"):
         fast_variant(find_version(URI))
+
+
+def test_torch_draws_where_the_fast_variant_is_lost(made: Made, project: Path) -> None:
+    attach_as_stage(made, project)
+    assert resolve(URI, fast=True).export is not None
+    shutil.rmtree(fast_folders()[0])
+    found = resolve(URI, fast=True)
+    chosen, note = choose_engine([found], Wish())
+    assert chosen == [found]
+    assert note is not None
+    assert note.startswith("Drawing with torch. The registry has lost the fast variant of models:/bestiary/1")
+    with pytest.raises(BestiaryError, match="The registry has lost the fast variant"):
+        choose_engine([found], Wish("openvino"))
+
+
+def test_the_page_offers_a_fast_variant_unless_its_tags_make_no_sense(
+    made: Made, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bestiary.app.offers.find_spec", lambda _: True)  # openvino
+    attach_as_stage(made, project)
+    offers = Offers(Offerings(bases=(Base("models/base"),), adapters=()))
+    assert [offer.key for offer in offers.listed()] == [URI, f"{URI}#fast"]
+    assert offers.resolve(offers.find(f"{URI}#fast")).is_export
+    shutil.rmtree(fast_folders()[0])
+    with pytest.raises(BestiaryError, match=r"^The files of bestiary 1, fast \(OpenVINO\) are lost or damaged\."):
+        offers.resolve(offers.find(f"{URI}#fast"))
+    open_client(tracking_uri(), project).set_model_version_tag("bestiary", "1", "fast_usual", "nonsense")
+    assert [offer.key for offer in offers.listed()] == [URI]
 
 
 def test_a_report_about_another_fast_variant_is_refused(

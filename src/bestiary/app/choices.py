@@ -51,7 +51,8 @@ def make_order(offers: Offers, adapters: Sequence[WeightedOffer], wanted: Wanted
 
     Raises BestiaryError when it is more than anybody may order.
     """
-    defaults = defaults_of([each.offer for each in adapters]) or offers.defaults
+    weights = [each.applied_weight for each in adapters]
+    defaults = defaults_of([each.offer for each in adapters], weights) or offers.defaults
     sampling = wanted.changes.apply(defaults.sampling)
     values: dict[str, object] = {
         "prompt": wanted.prompt,

@@ -66,6 +66,7 @@ class Offer:
     sha256: str | None = None
     modules: Mapping[str, int] = field(default_factory=dict)
     few_step: bool = False  # distilled for a few steps, which `defaults` then are for
+    export: bool = False  # drawn by OpenVINO, on the CPU; it holds no base to compare with, and has one weight
 
     @property
     def name(self) -> str:
@@ -86,6 +87,7 @@ class Offer:
             "sha256": self.sha256 and self.sha256[:8],  # tells two files of one name apart
             "modules": self.modules,
             "few_step": self.few_step,
+            "export": self.export,
         }
 
 
@@ -121,6 +123,7 @@ class Offers:
         self._local = offerings.adapters
         self._registered_name = offerings.registered_name
         self._resolved: dict[str, Adapter] = {}
+        self._exports: dict[str, str] = {}  # the folders of fast variants, and their labels
         self._read: dict[Path, _About] = {}
 
     def listed(self) -> list[Offer]:
@@ -150,8 +153,12 @@ class Offers:
             return resolve(offer.what)
         if offer.key.endswith(FAST):
             found = resolve(offer.what, fast=True)
+            if found.no_export:
+                log.warning("%s", found.no_export)
+                raise BestiaryError(f"The files of {offer.label} are lost or damaged. Choose another adapter.")
             if found.export is None:  # it was refused after the page had loaded
                 raise gone()
+            self._exports[str(found.export)] = offer.label
             return as_export(found, found.export)
         if offer.key not in self._resolved:  # a registered version never changes
             self._resolved[offer.key] = resolve(offer.what)
@@ -227,6 +234,7 @@ class Offers:
         except BestiaryError as error:
             known = {str(adapter.file): key for key, adapter in self._resolved.items()}
             known |= {path: short_name(path) for path in (*self._local, *(base.model for base in self.bases.values()))}
+            known |= self._exports
             known |= {offer.what: offer.label for offer in self.uploads.values()} | dict(names or {})
             known |= {str(image.file): image.name for image in self.images.values()}
             sentence = str(error)
@@ -248,7 +256,8 @@ class Offers:
         for version in reversed(found):
             offers.append(_registered_offer(version, last))
             if is_accepted(version) and find_spec("openvino"):
-                offers.append(_fast_offer(version, offers[-1]))
+                with contextlib.suppress(BestiaryError):  # tags that make no sense must not hide the other adapters
+                    offers.append(_fast_offer(version, offers[-1]))
         return offers
 
     def _folders(self) -> list[Offer]:
@@ -309,6 +318,7 @@ def _fast_offer(version: Version, offer: Offer) -> Offer:
         scores={},
         defaults=read_fast_tags(version).defaults,
         few_step=True,
+        export=True,
     )
 
 
@@ -326,6 +336,7 @@ def _export_offer(number: int, folder: Path) -> Offer:
         side=manifest.side,
         sha256=manifest.adapter_sha256,
         few_step=manifest.few_step,
+        export=True,
     )
 
 

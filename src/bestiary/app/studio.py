@@ -197,7 +197,7 @@ class Studio:
         if note:
             tell(note)
         # The order sets everything else. A few-step adapter draws at its own timesteps.
-        usual = defaults_of(offers)
+        usual = defaults_of(offers, [each.weight for each in work.chosen])
         sampling = Sampling(
             guidance_interval=order.guidance_interval,
             timesteps=usual.sampling.timesteps if usual else None,

@@ -113,22 +113,29 @@ def open_export(folder: Path) -> StableDiffusionPipeline:
     """A pipeline whose networks OpenVINO runs on the CPU. Its UNet contains the adapter and has no torch weights.
 
     The pipeline cannot start from an image, because an export has no encoder. Raises BestiaryError when OpenVINO is
-    not installed, a file is missing or has changed, or the processor lacks the instructions.
+    not installed, a file is missing, has changed or does not load, or the processor lacks the instructions.
     """
     manifest = read_manifest(folder)
     core = openvino().Core()
     check_processor(folder, manifest.precision)
     check_files(folder, manifest)
+    try:
+        return _load(folder, manifest, core)
+    except Exception as error:  # OpenVINO, diffusers and transformers raise different types
+        raise BestiaryError(f"The export in {folder} cannot be loaded. Export the adapter again.") from error
+
+
+def _load(folder: Path, manifest: Manifest, core: Any) -> StableDiffusionPipeline:
+    keep_freed_memory()
     with quiet_loading():
         from diffusers import DDPMScheduler, StableDiffusionPipeline
 
-        keep_freed_memory()
-        scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
+        scheduler = DDPMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
         pipeline = StableDiffusionPipeline(
             vae=_Decoder(_Network(core, folder / "vae_decoder", manifest)),
             text_encoder=_TextEncoder(_Network(core, folder / "text_encoder", manifest)),
             tokenizer=_tokenizer(folder / "tokenizer"),
-            unet=_UNet(_Network(core, folder / "unet", manifest)),
+            unet=_UNet(_Network(core, folder / "unet", manifest), manifest.side_step),
             scheduler=scheduler,
             safety_checker=None,
             feature_extractor=None,
@@ -143,6 +150,14 @@ def compiled_cache() -> Path:
     return Path(os.environ.get("BESTIARY_CACHE") or user_cache_path("bestiary")) / "compiled"
 
 
+def _cache_options() -> dict[str, str]:
+    """Where OpenVINO keeps compiled networks; nowhere if the folder cannot be written, which costs only time."""
+    folder = compiled_cache()
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    return {"CACHE_DIR": str(folder)} if folder.is_dir() and os.access(folder, os.W_OK) else {}
+
+
 def is_exported(pipeline: StableDiffusionPipeline) -> bool:
     """Whether OpenVINO runs this pipeline's networks."""
     return isinstance(pipeline.unet, _UNet)
@@ -151,7 +166,7 @@ def is_exported(pipeline: StableDiffusionPipeline) -> bool:
 def _tokenizer(folder: Path) -> CLIPTokenizer:
     from transformers import CLIPTokenizer
 
-    return CLIPTokenizer.from_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def _hint(network: str, precision: Precision) -> str:
@@ -175,7 +190,7 @@ class _Network:
         self._options = {
             "INFERENCE_PRECISION_HINT": _hint(folder.name, manifest.precision),
             "PERFORMANCE_HINT": "LATENCY",
-            "CACHE_DIR": str(compiled_cache()),
+            **_cache_options(),
         }
         self._compiled: dict[tuple[torch.Size, ...], Any] = {}  # by input shapes, most recently used last
 
@@ -192,9 +207,14 @@ class _Network:
         return torch.from_numpy(first.copy())  # the next call overwrites the request's memory
 
     def _compile(self, shapes: Sequence[torch.Size]) -> Any:
-        model = self._core.read_model(self._file)
-        model.reshape({port.any_name: list(shape) for port, shape in zip(model.inputs, shapes, strict=True)})
-        return self._core.compile_model(model, "CPU", self._options)
+        try:
+            model = self._core.read_model(self._file)
+            model.reshape({port.any_name: list(shape) for port, shape in zip(model.inputs, shapes, strict=True)})
+            return self._core.compile_model(model, "CPU", self._options)
+        except RuntimeError as error:
+            raise BestiaryError(
+                f"The installed version of OpenVINO cannot compute {self._file}. Export the adapter again."
+            ) from error
 
 
 class _Module(torch.nn.Module):
@@ -212,6 +232,10 @@ class _Module(torch.nn.Module):
 
 class _UNet(_Module):
     fused_adapter = True
+
+    def __init__(self, network: _Network, side_step: int) -> None:
+        super().__init__(network)
+        self.side_step = side_step
 
     def forward(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +24,15 @@ from bestiary.diffusion.adapter import adapter_sha256, apply_adapter, read_prove
 from bestiary.diffusion.base import base_sha256, load_pipeline, quiet_loading
 from bestiary.diffusion.decoders import load_tiny_decoder, without_tiny
 from bestiary.diffusion.engines import INSTALL, Processor, openvino, refuse_statistics
-from bestiary.diffusion.export_format import MANIFEST, NETWORK_FILE, Manifest, Precision, hash_files, is_export
+from bestiary.diffusion.export_format import (
+    MANIFEST,
+    NETWORK_FILE,
+    NETWORKS,
+    Manifest,
+    Precision,
+    hash_files,
+    is_export,
+)
 from bestiary.diffusion.sampling import base_side, generate, make_scheduler
 from bestiary.errors import BestiaryError
 from bestiary.files import write_atomically
@@ -42,6 +50,9 @@ FREE_AXES = {
     "encoder_hidden_states": (0, 1),
     "latent_sample": (0, 2, 3),
 }
+# What an export's folder contains, by name without suffix.
+CONTENT = {Path(MANIFEST).stem, "model_index", "scheduler", "tokenizer", *NETWORKS}
+ELSEWHERE = "Choose another folder with --out."
 # Layers of the UNet that are not quantized: they take almost no time, and leaving them out cut the error by a tenth.
 EXACT = ("conv_in", "conv_out", "time_emb")
 # The libraries of the classes that readers of this layout expect. A tiny decoder is listed as an AutoencoderKL.
@@ -127,8 +138,10 @@ def export(fused: Fused, form: Format, calibration: Calibration, out: Path) -> E
     """Write the adapter, fused into its base, to the folder `out` for OpenVINO.
 
     An older export in `out` is replaced. Raises BestiaryError when OpenVINO or NNCF is not installed, `out` contains
-    anything else, or the adapter or the tiny decoder does not fit the base. Then nothing is written.
+    anything else or cannot be written, or the adapter or the tiny decoder does not fit the base. Then nothing is
+    written.
     """
+    out = out.resolve()
     check_target(out)
     ov = openvino()
     if form.precision == "int8" and find_spec("nncf") is None:
@@ -141,12 +154,8 @@ def export(fused: Fused, form: Format, calibration: Calibration, out: Path) -> E
     vae = pipeline.vae
     if form.tiny_decoder:
         vae = load_tiny_decoder(form.tiny_decoder.model, form.tiny_decoder.revision, pipeline)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
-        folder = Path(temporary, "export")
-        folder.mkdir()
+    with _replacing(out) as folder:
         _write_parts(pipeline, fused, folder)
-        side = base_side(pipeline)
         for name, module, config, example in _networks(pipeline, vae):
             model = _converted(ov, module, example)
             if name == "unet" and form.precision == "int8":
@@ -156,21 +165,42 @@ def export(fused: Fused, form: Format, calibration: Calibration, out: Path) -> E
                 unet_error = _error(ov, model, held_out)
             ov.save_model(model, folder / name / NETWORK_FILE, compress_to_fp16=form.precision != "fp32")
             write_json(folder / name / "config.json", config)
-        manifest = _manifest(fused, form, side, hash_files(folder))
+        manifest = _manifest(fused, form, pipeline, hash_files(folder))
         write_json(folder / MANIFEST, manifest.model_dump())
-        if out.exists():
-            shutil.rmtree(out)
-        folder.replace(out)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return Exported(manifest, size / 2**20, unet_error)
 
 
 def check_target(out: Path) -> None:
-    """Raise BestiaryError when `out` contains anything but an export, because it would be lost."""
-    if out.exists() and not is_export(out) and not (out.is_dir() and not any(out.iterdir())):
+    """Raise BestiaryError when `out` contains anything but an export, which would be lost, or cannot be a folder."""
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise BestiaryError(
-            f"{out} exists and is no export, so it is not overwritten. Choose another folder with --out."
+            f"{out} cannot be written, because {parent} is not a folder that you may write to. {ELSEWHERE}"
         )
+    if not out.exists():
+        return
+    if not is_export(out) and not (out.is_dir() and not any(out.iterdir())):
+        raise BestiaryError(f"{out} exists and is no export, so it is not overwritten. {ELSEWHERE}")
+    if foreign := next((path.name for path in sorted(out.iterdir()) if path.stem not in CONTENT), None):
+        raise BestiaryError(f"{out} contains {foreign}, which is not part of an export and would be lost. {ELSEWHERE}")
+
+
+@contextmanager
+def _replacing(out: Path) -> Iterator[Path]:
+    """A temporary folder, which takes the place of `out` at the end. Raises BestiaryError when the disk refuses."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
+            folder = Path(temporary, "export")
+            folder.mkdir()
+            yield folder
+            check_target(out)  # again: something may have been written there meanwhile
+            if out.exists():
+                out.rename(Path(temporary, "replaced"))  # removed with the temporary folder
+            folder.rename(out)
+    except OSError as error:
+        raise BestiaryError(f"{out} cannot be written: {error.strerror or error}. {ELSEWHERE}") from error
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
@@ -262,8 +292,14 @@ def _networks(pipeline: StableDiffusionPipeline, vae: Any) -> Iterator[Network]:
     latents = torch.zeros(2, unet.config.in_channels, side, side)
     features = torch.zeros(2, tokens, unet.config.cross_attention_dim)
     example = {"sample": latents, "timestep": torch.tensor([500]), "encoder_hidden_states": features}
-    yield "unet", _Prediction(unet), json.loads(unet.to_json_string()), example
-    yield "vae_decoder", _Pixels(vae), json.loads(vae.to_json_string()), {"latent_sample": latents[:1]}
+    yield "unet", _Prediction(unet), _config(unet), example
+    yield "vae_decoder", _Pixels(vae), _config(vae), {"latent_sample": latents[:1]}
+
+
+def _config(network: Any) -> dict[str, object]:
+    """The network's config without the folder that it was loaded from, which differs between machines."""
+    config: dict[str, object] = json.loads(network.to_json_string())
+    return {key: value for key, value in config.items() if key != "_name_or_path"}
 
 
 @torch.no_grad()
@@ -352,7 +388,7 @@ def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
     openvino().save_model(converted, folder / "openvino_tokenizer.xml")
 
 
-def _manifest(fused: Fused, form: Format, side: int, files: dict[str, str]) -> Manifest:
+def _manifest(fused: Fused, form: Format, pipeline: StableDiffusionPipeline, files: dict[str, str]) -> Manifest:
     decoder: Decoder = "tiny" if form.tiny_decoder else "full"
     # The adapter is fused at its weight, so the export is drawn with weight 1.
     sampling = replace(fused.defaults.sampling, adapter_weight=1.0, decoder=decoder)
@@ -367,10 +403,13 @@ def _manifest(fused: Fused, form: Format, side: int, files: dict[str, str]) -> M
         base_sha256=base_sha256(fused.base, fused.base_revision),
         adapter=fused.adapter_name,
         adapter_sha256=adapter_sha256(fused.adapter),
+        adapter_weight=fused.weight,
         distilled_from_sha256=_distilled_from(fused.adapter),
         few_step=fused.few_step,
         drawing=json.loads(drawing.to_json()),
-        side=side,
+        side=base_side(pipeline),
+        # A converted UNet enlarges latents as often as it halves them, and cannot cut off what was rounded up.
+        side_step=pipeline.vae_scale_factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1),
         processor=Processor.here().name,
         versions={"bestiary": __version__, **{name: version(name) for name in PACKAGES if _is_installed(name)}},
         files=files,

@@ -10,11 +10,11 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from bestiary.errors import BestiaryError, shown
 from bestiary.files import is_file
-from bestiary.samplers import Decoder, DrawingDefaults
+from bestiary.samplers import SIDE_STEP, Decoder, DrawingDefaults
 
 Engine = Literal["torch", "openvino"]
 EngineChoice = Literal["auto", "torch", "openvino"]
@@ -43,10 +43,12 @@ class Manifest(BaseModel):
     base_sha256: str
     adapter: str
     adapter_sha256: str
+    adapter_weight: float = Field(default=1.0, gt=0)  # that the adapter was fused with
     distilled_from_sha256: str | None = None
     few_step: bool
     drawing: dict[str, Any]  # the fields of `DrawingDefaults`, as `to_dict` gives them
     side: int = Field(gt=0)  # pixels; the size of the pictures that the base was trained on
+    side_step: int = Field(default=SIDE_STEP, gt=0)  # the sides of pictures are multiples of this
     processor: str  # of the machine that made the export
     versions: dict[str, str]
     files: dict[str, str]
@@ -73,7 +75,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise BestiaryError(
             f"{folder} has no {MANIFEST}, so it is not an export. Make one with `bestiary export`."
         ) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise _damaged(folder) from None
     found = content.get("format") if isinstance(content, dict) else None
     if isinstance(found, int) and found != FORMAT:
@@ -83,7 +85,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(json.dumps(content))
         _ = manifest.defaults
-    except (ValidationError, ValueError):
+    except (ValueError, RecursionError):
         raise _damaged(folder) from None
     if outside := next((name for name in manifest.files if not _is_inside(name)), None):
         raise BestiaryError(f"The export in {folder} names {shown(outside)}, which is outside of it. Export it again.")

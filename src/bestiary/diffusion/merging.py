@@ -47,6 +47,7 @@ class Merged:
 def merge(parents: Sequence[Parent], rank: int | None = None) -> Merged:
     """One adapter that does what the parents do together with their weights: exactly, or at this rank.
 
+    It is drawn at the timesteps of a parent that was distilled for them.
     Raises BestiaryError when a parent is no plain LoRA or has the weight 0, when two parents were trained on different
     bases, and when the rank is not below that of the exact merge.
     """
@@ -59,7 +60,8 @@ def merge(parents: Sequence[Parent], rank: int | None = None) -> Merged:
         raise BestiaryError(f"--rank {rank} is not below {full}, the rank without a loss. Choose a lower one.")
     merged = Merged(_content(stacked, full)) if rank is None else _reduced(stacked, rank)
     provenance = _provenance(parents, contents, merged, exact=rank is None)
-    return replace(merged, content=replace(merged.content, provenance=provenance))
+    few_step = next((each.few_step for each in contents if each.few_step and each.few_step.timesteps), None)
+    return replace(merged, content=replace(merged.content, provenance=provenance, few_step=few_step))
 
 
 def write_verified(

@@ -81,7 +81,8 @@ def check_sampling(pipeline: StableDiffusionPipeline, sampling: Sampling) -> Non
     """
     if sampling.sampler not in SAMPLERS:
         raise BestiaryError(f"There is no sampler {sampling.sampler!r}. Choose one of {', '.join(SAMPLERS)}.")
-    multiple = math.lcm(8, pipeline.vae_scale_factor)  # diffusers itself demands multiples of 8
+    # diffusers itself demands multiples of 8; an export may demand more.
+    multiple = math.lcm(8, pipeline.vae_scale_factor, getattr(pipeline.unet, "side_step", 1))
     for side in (sampling.width, sampling.height):
         if side is not None and side % multiple:
             raise BestiaryError(f"The resolution {side} is not a multiple of {multiple}.")

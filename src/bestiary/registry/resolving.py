@@ -40,6 +40,7 @@ class Adapter:
     few_step: bool = False  # distilled for a few steps, which `defaults` then are for
     subjects: tuple[Subject, ...] = ()  # that a registered adapter was taught, in the words of its captions
     export: Path | None = None  # the folder of an OpenVINO export of it, or of its accepted fast variant
+    no_export: str = ""  # why its accepted fast variant cannot be used, in a sentence
 
     @property
     def is_export(self) -> bool:
@@ -60,8 +61,8 @@ def needs_mlflow(what: str) -> bool:
 def resolve(what: str, *, fast: bool = False) -> Adapter:
     """The adapter that `what` names: `models:/...`, a folder, or a file. A registered file's hash is checked.
 
-    With `fast`, a registered adapter includes the export of its fast variant if that was accepted.
-    Raises BestiaryError when there is no such adapter, or when a registered file has changed.
+    With `fast`, a registered adapter includes the export of its fast variant if that was accepted, or the reason why it
+    cannot be used. Raises BestiaryError when there is no such adapter, or when its file has changed.
     """
     from bestiary.diffusion.stored_adapter import adapter_file, check_size
 
@@ -75,6 +76,14 @@ def resolve(what: str, *, fast: bool = False) -> Adapter:
     version = find_version(what)
     tags = read_tags(version)
     file = _registered_file(version, tags.adapter_sha256)
+    export, no_export = None, ""
+    if fast:
+        try:
+            export = fast_variant(version)
+            if export:
+                read_manifest(export)
+        except BestiaryError as error:  # torch draws with the adapter all the same
+            no_export = str(error)
     return Adapter(
         file,
         version.uri,
@@ -84,7 +93,8 @@ def resolve(what: str, *, fast: bool = False) -> Adapter:
         tags.defaults,
         few_step=tags.defaults is not None and tags.defaults.sampling.timesteps is not None,
         subjects=tags.subjects,
-        export=fast_variant(version) if fast else None,
+        export=export,
+        no_export=no_export,
     )
 
 

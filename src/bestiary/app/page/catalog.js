@@ -92,9 +92,12 @@ export function chooseSize(size) {
   $('shape').value = found ? found[1] : size.join('x');
 }
 
-/** Shows the numbers beside the sliders. The base alone has no weight. */
+/** Shows the numbers beside the sliders. The base alone has no weight, and an export's cannot change. */
 export function showWeights() {
-  $('weight').disabled = $('adapter').value === 'none';
+  const isExport = Boolean(chosenOffer()?.export);
+  if (isExport) $('weight').value = 1;
+  $('weight').disabled = isExport || $('adapter').value === 'none';
+  $('compare').disabled = isExport; // it holds no base to compare with
   $('second-weight-row').hidden = $('second').value === 'none';
   $('second-weight').ariaLabel = text('secondWeight');
   for (const id of ['weight', 'second-weight', 'denoise']) document.querySelector(`output[for=${id}]`).value = Number($(id).value).toFixed(2);

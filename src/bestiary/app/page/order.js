@@ -1,5 +1,5 @@
 // An order: what the form asks the server to draw.
-import { chooseAdapter, chooseInterval, chooseSize, defaults, showWeights } from './catalog.js';
+import { chooseAdapter, chooseInterval, chooseSize, chosenOffer, defaults, showWeights } from './catalog.js';
 import { $ } from './dom.js';
 import { text } from './language.js';
 import { sizeOf } from './sizes.js';
@@ -28,7 +28,7 @@ export function readOrder() {
     adapter_weight: Number($('weight').value),
     more_adapters: $('second').value === 'none' ? [] : [{ adapter: $('second').value, weight: Number($('second-weight').value) }],
     base: $('base').value,
-    device: $('device').value,
+    device: chosenOffer()?.export ? 'cpu' : $('device').value,
     animal: $('animal').value,
     prompt: $('prompt').value,
     negative_prompt: $('negative').value,
@@ -43,7 +43,7 @@ export function readOrder() {
     image: startImage?.key ?? '',
     denoise: Number($('denoise').value),
     decoder: $('decoder').value || null,
-    compare: $('compare').checked && [$('adapter').value, $('second').value].some((key) => key !== 'none'),
+    compare: $('compare').checked && !$('compare').disabled && [$('adapter').value, $('second').value].some((key) => key !== 'none'),
     preview: $('preview').checked,
   };
 }

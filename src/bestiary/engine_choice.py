@@ -40,7 +40,7 @@ class Wish:
             return f"the export has only the {manifest.decoder} decoder"
         step = manifest.side_step
         if any(side is not None and side % step for side in (self.changes.width, self.changes.height)):
-            return f"the export draws pictures whose sides are multiples of {step} pixels"
+            return f"the sides of its pictures are multiples of {step} pixels"
         return None
 
     @property

@@ -112,7 +112,7 @@ def check_processor(folder: Path, precision: Precision) -> None:
 def open_export(folder: Path) -> StableDiffusionPipeline:
     """A pipeline whose networks OpenVINO runs on the CPU. Its UNet contains the adapter and has no torch weights.
 
-        The pipeline cannot start from an image, because an export has no encoder. Raises BestiaryError when OpenVINO is
+    The pipeline cannot start from an image, because an export has no encoder. Raises BestiaryError when OpenVINO is
     not installed, a file is missing, has changed or does not load, or the processor lacks the instructions.
     """
     manifest = read_manifest(folder)

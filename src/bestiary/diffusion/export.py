@@ -50,7 +50,7 @@ FREE_AXES = {
     "encoder_hidden_states": (0, 1),
     "latent_sample": (0, 2, 3),
 }
-# What lies in an export's folder, by name without suffix.
+# What an export's folder contains, by name without suffix.
 CONTENT = {Path(MANIFEST).stem, "model_index", "scheduler", "tokenizer", *NETWORKS}
 ELSEWHERE = "Choose another folder with --out."
 # Layers of the UNet that are not quantized: they take almost no time, and leaving them out cut the error by a tenth.
@@ -172,11 +172,11 @@ def export(fused: Fused, form: Format, calibration: Calibration, out: Path) -> E
 
 
 def check_target(out: Path) -> None:
-    """Raise BestiaryError when `out` contains anything but an export, which would be lost, or cannot be written."""
+    """Raise BestiaryError when `out` contains anything but an export, which would be lost, or cannot be a folder."""
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise BestiaryError(
-            f"{out} cannot be written, because {parent} is no folder that you may write to. {ELSEWHERE}"
+            f"{out} cannot be written, because {parent} is not a folder that you may write to. {ELSEWHERE}"
         )
     if not out.exists():
         return

@@ -48,7 +48,7 @@ class Manifest(BaseModel):
     few_step: bool
     drawing: dict[str, Any]  # the fields of `DrawingDefaults`, as `to_dict` gives them
     side: int = Field(gt=0)  # pixels; the size of the pictures that the base was trained on
-    side_step: int = Field(default=SIDE_STEP, gt=0)  # pixels; the sides of pictures are multiples of it
+    side_step: int = Field(default=SIDE_STEP, gt=0)  # the sides of pictures are multiples of this
     processor: str  # of the machine that made the export
     versions: dict[str, str]
     files: dict[str, str]

@@ -110,8 +110,9 @@ class Verdict(NamedTuple):
 def decide(measured: Measured, rules: Accept) -> Verdict:
     """Whether the fast variant loses no more than the rules allow.
 
-    Each rule but the one on copying uses the worse end of a 95 % interval, so a measurement that is too uncertain leads
-    to a refusal. All rules must pass, so testing several needs no correction (an intersection-union test, Berger 1982).
+    Each rule except the one on copying uses the worse end of a 95 % interval, so a measurement that is too uncertain
+    leads to a refusal. All rules must pass, so testing several needs no correction (an intersection-union test, Berger
+    1982).
     """
     good: list[str] = []
     bad: list[str] = []

@@ -169,8 +169,9 @@ class _References:
 def accept(
     trial: Trial, default: DefaultWay, fast: FastVariant, settings: Accept, cache: PictureCache | None = None
 ) -> Acceptance:
-    """Draw in every way, compare, and decide by the rules in `settings`. `cache` keeps pictures that do not change between runs.
+    """Draw in every way, compare, and decide by the rules in `settings`.
 
+    `cache` keeps pictures that do not change between runs.
     Raises BestiaryError when images are missing, or when one of the ways cannot draw.
     """
     references, jobs, own = _read(trial, default, settings)
@@ -383,7 +384,7 @@ def _difference(one: Mapping[str, Bootstrap], other: Mapping[str, Bootstrap]) ->
 
 
 def _ratio(one: Bootstrap, other: Bootstrap) -> Estimate | None:
-    """one / other with its paired interval; None where the other is 0, for example a way that draws the same picture for all seeds."""
+    """one / other with its paired interval; None where the other is 0, as if all seeds draw the same picture."""
     resampled: Array = np.append(other.resampled, other.mean)
     if resampled.min() <= 0:
         return None

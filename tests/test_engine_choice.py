@@ -74,7 +74,7 @@ def test_torch_draws_with_the_adapter_itself(registered: Adapter) -> None:
         (Wish(base="other"), "base is part of an export"),
         (Wish(device="cuda"), "on the CPU, not on cuda"),
         (Wish(changes=SamplingChanges(decoder="full")), "has only the tiny decoder"),
-        (Wish(changes=SamplingChanges(width=64, height=40)), "sides are multiples of 32 pixels"),
+        (Wish(changes=SamplingChanges(width=64, height=40)), "sides of its pictures are multiples of 32 pixels"),
     ],
 )
 def test_requests_that_an_export_cannot_draw_fall_back_to_torch_or_are_refused(

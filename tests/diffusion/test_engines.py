@@ -160,7 +160,7 @@ def test_a_failed_export_leaves_nothing_behind(fused: Fused, tmp_path: Path) -> 
     (tmp_path / "notes.txt").touch()
     with pytest.raises(BestiaryError, match="exists and is no export"):
         export(fused, Format("fp32"), Calibration(PROMPTS), tmp_path)
-    with pytest.raises(BestiaryError, match=r"cannot be written, because .*notes\.txt is no folder"):
+    with pytest.raises(BestiaryError, match=r"cannot be written, because .*notes\.txt is not a folder"):
         export(fused, Format("fp32"), Calibration(PROMPTS), tmp_path / "notes.txt" / "out")
 
 
@@ -312,7 +312,7 @@ def test_the_command_draws_with_an_export_and_repeats_its_picture(
     for options, sentence in (
         (["--adapter", f"{folder}:0.5"], "cannot have another weight"),
         (["--adapter", str(folder), "--engine", "torch"], "which torch cannot draw with"),
-        (["--adapter", str(folder), "--resolution", "36"], "sides are multiples of 8 pixels"),
+        (["--adapter", str(folder), "--resolution", "36"], "sides of its pictures are multiples of 8 pixels"),
         (["--adapter", str(folder), "--decoder", "tiny"], "has only the full decoder"),
     ):
         assert command(monkeypatch, *options, "--out", "none") == 1

@@ -330,8 +330,7 @@ def generate(
 
     weighted = [generation.Weighted.parse(text) for text in source.adapters]
     named = _adapters_of(original, like, weighted) if original and like else [each.what for each in weighted]
-    engine = _engine(source, original, grid)
-    fast = engine == "openvino" or (engine == "auto" and find_spec("openvino") is not None)
+    engine, fast = _engine(source, original, grid)
     with generation.resolving_all(named, fast=fast) as resolved:
         import bestiary.diffusion.sampling  # noqa: F401  imports torch while a second process may ask MLflow
 
@@ -372,11 +371,15 @@ def generate(
         _draw_all(generator, jobs, out, image)
 
 
-def _engine(source: Source, original: PictureSettings | None, grid: Grid | None) -> EngineChoice:
-    """The engine to draw with: the one that drew the original picture. A grid uses torch unless the user chose one."""
+def _engine(source: Source, original: PictureSettings | None, grid: Grid | None) -> tuple[EngineChoice, bool]:
+    """The engine to draw with, a picture's own one; and whether to look for registered fast variants.
+
+    `auto` takes none for a grid, whose cells may differ in what an export cannot change.
+    """
     if original:
-        return "openvino" if original.export_sha256 else "torch"
-    return "torch" if grid and source.engine == "auto" else source.engine
+        return ("openvino", True) if original.export_sha256 else ("auto", False)
+    found = grid is None and find_spec("openvino") is not None
+    return source.engine, source.engine == "openvino" or (source.engine == "auto" and found)
 
 
 def _wish(

@@ -307,6 +307,8 @@ def test_the_command_draws_with_an_export_and_repeats_its_picture(
     with pytest.raises(SystemExit):
         cli.main()
     assert Path("again", picture.name).read_bytes() == picture.read_bytes()
+    assert command(monkeypatch, "--adapter", str(folder), "--grid", "seed=0,1", "--out", "grid") == 0
+    assert [path.name for path in Path("grid").iterdir()] == ["prompt-0-grid.png"]
 
     capsys.readouterr()
     for options, sentence in (

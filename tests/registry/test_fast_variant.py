@@ -86,6 +86,10 @@ def test_an_accepted_fast_variant_is_stored_with_the_version_and_pulled_whole(
         path.relative_to(made.candidate.export): path.read_bytes() for path in made.candidate.export.rglob("*.*")
     }
     assert [path.name for path in out.iterdir() if path.name.startswith(".")] == []
+    pull_fast(URI, out)  # replaces it
+    (out / "openvino" / "picture.png").touch()
+    with pytest.raises(BestiaryError, match=r"openvino contains picture\.png, which would be lost"):
+        pull_fast(URI, out)
 
 
 def test_the_description_and_the_lineage_of_the_version_have_the_fast_variant(

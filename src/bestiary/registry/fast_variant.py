@@ -117,11 +117,14 @@ def find_stored(version: Version, cache: Path) -> StoredFastVariant:
 def pull_fast(what: str, out: Path, cache: Path) -> list[Path]:
     """Copy the fast variant of the version `what` to `out`/few_step and `out`/openvino, verified. Returns both folders.
 
-    Raises BestiaryError when `what` is no registered version, or when `find_stored` does. Then nothing is written.
+    Raises BestiaryError when `what` is no registered version, when `find_stored` does, or when `out` contains other
+    files in these folders. Then nothing is written.
     """
     version = find_version(what)
     stored = find_stored(version, cache)
     targets = [out / FEW_STEP_FOLDER, out / EXPORT_FOLDER]
+    for source, target in zip((stored.few_step, stored.export), targets, strict=True):
+        _check_nothing_is_lost(source, target)
     with _written(out) as temporary:
         for source in (stored.few_step, stored.export):
             shutil.copytree(source, temporary / source.name)
@@ -198,6 +201,15 @@ def _written(folder: Path) -> Iterator[Path]:
         if is_new:
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+
+def _check_nothing_is_lost(source: Path, target: Path) -> None:
+    """Raise BestiaryError when `target` contains anything that `source`, which is to replace it, does not have."""
+    if not target.is_dir():
+        return
+    names, new = ({path.name for path in folder.iterdir()} for folder in (target, source))
+    if lost := names - new:
+        raise BestiaryError(f"{target} contains {min(lost)}, which would be lost. Choose another folder with --out.")
 
 
 def _put_in_place(source: Path, target: Path) -> None:

@@ -145,9 +145,11 @@ def test_the_verdict_is_read_back_and_shown_with_its_intervals(tmp_path: Path) -
     assert "+0.25 (-0.25 to +0.75)" in text
     assert text.endswith("It may lose too much: CLIP score -9.00.")
     assert "| CLIP score | 90.00 | 90.00 | 90.00 | +0.25 (-0.25 to +0.75) |" in "\n".join(as_markdown(report))
-    (tmp_path / "accept.json").write_text("{}")
-    with pytest.raises(BestiaryError, match=r"accept\.json is damaged\. Delete it and run `make fast`\."):
-        read_acceptance(tmp_path / "accept.json")
+    halved = report.model_copy(update={"ways": {"default": report.ways["default"]}})
+    for content in ("{}", halved.model_dump_json()):
+        (tmp_path / "accept.json").write_text(content)
+        with pytest.raises(BestiaryError, match=r"accept\.json is damaged\. Delete it and run `make fast`\."):
+            read_acceptance(tmp_path / "accept.json")
 
 
 def test_only_the_fast_variant_of_the_registered_adapter_is_measured(base_folder: Path, tmp_path: Path) -> None:

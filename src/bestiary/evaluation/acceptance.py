@@ -95,6 +95,13 @@ class AcceptanceReport(Measured, Identity):
         return {"accepted": content.pop("accepted"), "reasons": content.pop("reasons"), **content}
 
     @property
+    def is_whole(self) -> bool:
+        """Whether all four ways and what the export costs have every score that is compared."""
+        whole = set(self.differences.fast_default)
+        rows = [*(drawn.scores for drawn in self.ways.values()), self.differences.export]
+        return self.ways.keys() == LABELS.keys() and all(whole <= row.keys() for row in rows)
+
+    @property
     def headlines(self) -> tuple[str, ...]:
         """The dotted keys of the numbers to compare between two runs."""
         return ("accepted", *(f"differences.fast_default.{key}.mean" for key in self.differences.fast_default))
@@ -180,11 +187,14 @@ def _copying(measured: Measured, rules: Accept) -> tuple[bool, str]:
 def read_acceptance(path: Path) -> AcceptanceReport:
     """Read the report of the stage accept. Raises BestiaryError when it is missing or damaged."""
     try:
-        return AcceptanceReport.model_validate_json(path.read_bytes())
+        report = AcceptanceReport.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         raise BestiaryError(f"There is no fast variant yet: {path} does not exist. Run `{MAKE}`.") from None
     except ValidationError:
-        raise BestiaryError(f"{path} is damaged. Delete it and run `{MAKE}`.") from None
+        report = None
+    if report is None or not report.is_whole:
+        raise BestiaryError(f"{path} is damaged. Delete it and run `{MAKE}`.")
+    return report
 
 
 def heading(report: AcceptanceReport) -> str:

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def project(tmp_path: Path, adapter: Path) -> Path:
     """A project with a trained adapter and random pictures of two classes, as small as possible."""
-    for name in ("stages", "src", "models/base", "models/judge", "models/image_judge"):
+    for name in ("stages", "src", *(f"models/{each}" for each in ("base", "judge", "image_judge", "tiny_decoder"))):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "models" / "adapter").symlink_to(adapter)

@@ -132,11 +132,13 @@ def test_the_readmes_commands_make_store_and_draw_a_fast_variant(demo: Project) 
     assert make == "make fast"
     recipe = (demo.folder / "Makefile").read_text().partition("\nfast:")[2].split("\n")[1].strip()
     assert recipe == "@dvc repro fast/dvc.yaml"
-    assert demo.repro(*shlex.split(recipe)[2:]) == ["distill", "export", "accept", "attach"]
+    told = demo.run(sys.executable, "-m", *shlex.split(recipe.removeprefix("@")))
+    stages = re.findall(r"^Running stage 'fast/dvc.yaml:(\w+)'", told, re.MULTILINE)
+    assert stages == ["distill", "export", "accept", "attach"]
     for command in typed:
         assert demo.bestiary(*shlex.split(command)[1:]).strip(), command
     assert (demo.folder / "my-fast-adapter" / "openvino" / "unet" / "openvino_model.xml").is_file()
-    assert len(list((demo.folder / "fast-pictures").glob("tiger-*.png"))) == 4
+    assert len(list((demo.folder / "fast-pictures").glob("tiger-*.png"))) == 5
 
 
 def test_the_readmes_experiment_reruns_train_and_the_stages_after_it_only(demo: Project) -> None:

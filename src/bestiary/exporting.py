@@ -96,6 +96,6 @@ def spread_captions(subjects: Sequence[Subject], template: str, count: int) -> l
     """Captions of `count` subjects, spread evenly over all of them.
 
     >>> spread_captions(ANIMALS, "a photo of {}", 2)
-    ['a photo of an antelope', 'a photo of a lizard']
+    ['a photo of an antelope', 'a photo of a leopard']
     """
     return [caption(subjects[number * len(subjects) // count], template) for number in range(count)]

@@ -136,7 +136,7 @@ def test_the_catalog_lists_registered_versions_with_their_scores(server: Running
             {"folder": "owl", "name": "owl", "chinese": "猫头鹰"},
             {"folder": "tiger", "name": "tiger", "chinese": "老虎"},
         ],
-        "side": 64, "sha256": champion["sha256"], "modules": {}, "few_step": False,
+        "side": 64, "sha256": champion["sha256"], "modules": {}, "few_step": False, "export": False,
     }  # fmt: skip
     assert (local["key"], local["subjects"], local["side"]) == ("local:0", None, None)
     assert catalog["adapter"] == champion["key"]

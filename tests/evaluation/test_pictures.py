@@ -264,7 +264,7 @@ def test_pictures_that_do_not_fit_together_are_drawn_one_by_one(
     alone = draw(pipeline, None, JOBS, SAMPLING, batch_size=3)
     for one, other in zip(together, alone, strict=True):
         assert np.abs(np.asarray(one, np.int16) - np.asarray(other, np.int16)).max() <= 1
-    assert "Continuing with 1 at a time: lower evaluate.batch_size" in capsys.readouterr().out
+    assert "Continuing with 1 at a time. Lower evaluate.batch_size" in capsys.readouterr().out
 
 
 def test_pictures_judged_while_others_are_drawn_have_the_features_of_pictures_judged_afterwards(

@@ -71,7 +71,7 @@ lint: $(INSTALLED)  ## check format, lint and types
 	@ruff check .
 	@mypy
 
-bench: $(INSTALLED) $(OPENVINO)  ## measure speed side by side (15 minutes, 8 GB of memory)
+bench: $(INSTALLED) $(OPENVINO)  ## measure speed side by side (more than 15 minutes, 8 GB of memory)
 	@python benchmarks
 
 app: $(INSTALLED)  ## start the web page

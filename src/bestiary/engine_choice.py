@@ -83,7 +83,7 @@ def choose_engine(adapters: Sequence[Adapter], wish: Wish) -> tuple[list[Adapter
 
 
 def as_export(adapter: Adapter, folder: Path) -> Adapter:
-    """The adapter with its export in place of its own file."""
+    """The adapter as it is drawn from the export in `folder`, with the base and the defaults that the export names."""
     manifest = read_manifest(folder)
     return replace(
         adapter,

@@ -162,34 +162,18 @@ class Preservation(Section):
     samples: int = Positive
 
 
-class Train(Section):
-    """How to train. `batch_size` counts the images of one optimizer step, over all processes and accumulated parts."""
+class AdapterTraining(Section):
+    """The settings that training and distillation share: what learns, at which pace, and what is drawn meanwhile.
+
+    `batch_size` counts the images of one optimizer step.
+    """
 
     rank: int = Positive
-    alpha: float = Positive
-    dropout: float = Fraction
     targets: list[Name] = Field(min_length=1)  # names of the UNet's modules
-    use_rslora: bool
-    use_dora: bool
-    caption_dropout: float = Fraction
-    min_snr_gamma: float | None = Field(gt=0)
-    huber_c: float | None = Field(gt=0)  # None: squared error
-    noise_offset: float = Field(ge=0)
-    preservation: Preservation
-    timestep_sampling: Literal["uniform", "stratified", "importance"]
     max_grad_norm: float = Positive
-    weight_decay: float = Field(ge=0)
     ema_decay: float = Fraction
     learning_rate_schedule: Literal["cosine", "linear", "constant"]
-    accumulation: int = Positive
     gradient_checkpointing: bool
-    compile: Literal[
-        "auto", "always", "never"
-    ]  # torch.compile; auto: on a GPU, when the run is long enough to repay it
-    optimizer: Literal["adamw", "adamw8bit"]
-    criterion: Literal["val_loss", "clip_score"]  # chooses the best step
-    patience: int | None = Field(gt=0)  # validations without an improvement of min_delta after which training stops
-    min_delta: float = Field(ge=0)
     checkpoint_seconds: float = Field(ge=0)  # the least time between two checkpoints
     steps: int = Positive
     batch_size: int = Positive
@@ -198,6 +182,30 @@ class Train(Section):
     validate_every: int = Positive  # steps
     sheet_animals: int = Positive  # classes that are drawn at a validation
     sheet_seeds: int = Positive  # pictures of each of them, for the CLIP score
+
+
+class Train(AdapterTraining):
+    """How to train. `batch_size` counts the images of one optimizer step, over all processes and accumulated parts."""
+
+    alpha: float = Positive
+    dropout: float = Fraction
+    use_rslora: bool
+    use_dora: bool
+    caption_dropout: float = Fraction
+    min_snr_gamma: float | None = Field(gt=0)
+    huber_c: float | None = Field(gt=0)  # None: squared error
+    noise_offset: float = Field(ge=0)
+    preservation: Preservation
+    timestep_sampling: Literal["uniform", "stratified", "importance"]
+    weight_decay: float = Field(ge=0)
+    accumulation: int = Positive
+    compile: Literal[
+        "auto", "always", "never"
+    ]  # torch.compile; auto: on a GPU, when the run is long enough to repay it
+    optimizer: Literal["adamw", "adamw8bit"]
+    criterion: Literal["val_loss", "clip_score"]  # chooses the best step
+    patience: int | None = Field(gt=0)  # validations without an improvement of min_delta after which training stops
+    min_delta: float = Field(ge=0)
     sheet_steps: Steps
     sheet_guidance_scale: GuidanceScale
     keep_checkpoints: bool  # keep the adapter of every validation, for evaluate.sweep
@@ -218,7 +226,7 @@ class FewStepModel(Section):
     weight: float = Field(gt=0, le=MAX_ADAPTER_WEIGHT)  # of this adapter, when it is combined with the trained one
 
 
-class Distill(Section):
+class Distill(AdapterTraining):
     """How to distil base and adapter into a few-step adapter."""
 
     from_: FewStepModel | None = Field(alias="from")  # None: distil one here
@@ -227,21 +235,7 @@ class Distill(Section):
     teacher_steps: int = Field(ge=2, le=MAX_STEPS)  # of the teacher, if its path covered the whole schedule
     guidance_scale: GuidanceScale  # of the teacher
     guidance_interval: Interval | None  # None: every step is guided
-    rank: int = Positive
-    targets: list[Name] = Field(min_length=1)  # names of the UNet's modules
     huber_c: float = Positive
-    ema_decay: float = Fraction
-    max_grad_norm: float = Positive
-    learning_rate_schedule: Literal["cosine", "linear", "constant"]
-    gradient_checkpointing: bool
-    checkpoint_seconds: float = Field(ge=0)  # the least time between two checkpoints
-    steps: int = Positive
-    batch_size: int = Positive
-    learning_rate: float = Positive
-    warmup_steps: int = Field(ge=0)
-    validate_every: int = Positive  # steps
-    sheet_animals: int = Positive  # classes that are drawn at a validation
-    sheet_seeds: int = Positive  # pictures of each of them, for the CLIP score
 
     @model_validator(mode="after")
     def _draws_on_the_path(self) -> Distill:

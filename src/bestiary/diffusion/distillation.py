@@ -12,7 +12,7 @@ Letters: B pictures, C, h, w of latents, T tokens, D features.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +26,13 @@ from torch.utils.data import DataLoader, Subset
 from bestiary.diffusion.adapter import inject
 from bestiary.diffusion.base import device_and_dtype, processes
 from bestiary.diffusion.batches import Batch, Sample, TrainingStream, ValidationGrid, collate
-from bestiary.diffusion.checkpoints import Checkpoint, load_checkpoint, save_checkpoint, stop_on_sigterm
+from bestiary.diffusion.checkpoints import load_checkpoint
 from bestiary.diffusion.full_memory import explained
 from bestiary.diffusion.half_precision import TrainedWeights
 from bestiary.diffusion.objective import Validation, pseudo_huber, squared
-from bestiary.diffusion.optimization import Ema, assign, learning_rate_factor
-from bestiary.diffusion.progress import OnLog, Pace, Progress, TrainingResult, copies, progress_bar, stopped
+from bestiary.diffusion.progress import OnLog, Pace, Progress, TrainingResult
 from bestiary.diffusion.training import check_fit
+from bestiary.diffusion.training_loop import Callbacks, OnValidation, TrainingState, run_steps
 from bestiary.errors import BestiaryError
 
 if TYPE_CHECKING:
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 
 VALIDATION_IMAGES = 32  # the teacher follows the path of each once, in up to 2 x teacher_steps passes
 BETAS = (0.9, 0.99)  # a shorter memory than Adam's usual 0.999, because the targets move with the student
-
-OnValidation = Callable[[int], float]  # step; returns the CLIP score of what it drew
 
 
 @explained("A distillation step", "Lower distill.batch_size.")
@@ -71,38 +69,8 @@ def distill(
     check_fit(unet, scheduler, latents)
     saved = load_checkpoint(checkpoints) if checkpoints else None
     first_step = saved.progress.step if saved else 0
-    run = _Run(unet, scheduler, latents, settings, seed, first_step, on_log)
-    progress = run.progress
-    if saved:
-        if on_validation:
-            on_validation(0)  # at step 0 the student still equals the teacher
-        run.restore(saved)
-    else:
-        run.validate(on_validation)
-    progress.start_clock()
-    with (
-        progress_bar(settings.steps, first_step, "distil the adapter", run.accelerator) as bar,
-        stop_on_sigterm() as stop,
-    ):
-        for batches in run.batches:
-            run.train_on(batches)
-            bar.update()
-            if progress.row_due:
-                progress.average_losses()
-                if progress.validation_due:
-                    run.validate(on_validation)
-                    progress.start_clock()
-                else:
-                    progress.log()
-                loss, best = f"{progress.state.train_loss:.4f}", f"{progress.best_val_loss:.4f}"
-                bar.set_postfix(loss=loss, best=best, refresh=False)
-                if progress.checkpoint_due and checkpoints:
-                    save_checkpoint(checkpoints, run.checkpoint())
-            if stop.requested:
-                if checkpoints:
-                    save_checkpoint(checkpoints, run.checkpoint())
-                raise stopped("Distilling", progress.step, settings.steps, checkpoints)
-    return run.finish()
+    run = _Run(unet, scheduler, latents, settings, seed, first_step, Callbacks(on_log, on_validation))
+    return run_steps(run, saved, checkpoints, verb="distil", gerund="Distilling")
 
 
 # ---- the noise schedule and the teacher's path ----
@@ -266,15 +234,16 @@ class _Run:
         settings: Distill,
         seed: int,
         first_step: int,
-        on_log: OnLog | None,
+        callbacks: Callbacks,
     ) -> None:
+        self.on_validation = callbacks.on_validation
         self.settings, self.unet = settings, unet
         self.accelerator = _accelerator()
         half = unet.dtype is torch.bfloat16
         unet.to(self.accelerator.device, memory_format=torch.contiguous_format if half else torch.channels_last)
         rank = settings.rank
         parameters = inject(unet, rank=rank, alpha=rank, dropout=0.0, targets=settings.targets, seed=seed)
-        self.trained = TrainedWeights(parameters, torch.bfloat16 if half else torch.float32)
+        trained = TrainedWeights(parameters, torch.bfloat16 if half else torch.float32)
         if settings.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         # Evaluation mode: no layer has dropout, and PEFT would add its own in training mode.
@@ -287,36 +256,23 @@ class _Run:
         stream = TrainingStream(latents.training, draws, seed=seed, timestep_weights=weights)
         remaining = Subset(stream, range(first_step * settings.batch_size, len(stream)))
         workers = 2 if unet.device.type == "cuda" else 0
-        self.optimizer, self.batches = self.accelerator.prepare(
-            torch.optim.AdamW(
-                self.trained.weights, lr=settings.learning_rate, betas=BETAS, weight_decay=0.0, fused=True
-            ),
+        optimizer, self.batches = self.accelerator.prepare(
+            torch.optim.AdamW(trained.weights, lr=settings.learning_rate, betas=BETAS, weight_decay=0.0, fused=True),
             DataLoader(remaining, settings.batch_size, num_workers=workers, collate_fn=collate),
         )
-        self.ema = Ema(self.trained.weights, settings.ema_decay)
         pace = Pace(
             "distill", settings.steps, settings.batch_size, settings.validate_every, settings.checkpoint_seconds
         )
-        self.progress = Progress(pace, len(latents.training), self.accelerator, on_log)
+        progress = Progress(pace, len(latents.training), self.accelerator, callbacks.on_log)
+        self.state = TrainingState(self.accelerator, trained, optimizer, settings, progress)
         self.lessons = _lessons(self.path, latents, settings)
 
-    def train_on(self, batches: list[Batch]) -> None:
-        """One optimizer step."""
-        settings, progress = self.settings, self.progress
-        progress.learning_rate = settings.learning_rate * learning_rate_factor(settings, progress.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = progress.learning_rate
+    def train_on(self, batches: list[Batch]) -> bool:
+        """Train on the next images, which always complete an optimizer step."""
+        self.state.set_learning_rate()
         losses = torch.cat([self.loss(batch) for batch in batches])  # several batches only if images differ in size
         loss = losses.mean()
-        self.accelerator.backward(loss)
-        self.trained.collect_gradients()
-        progress.add_loss(loss.detach())
-        progress.grad_norm = self.accelerator.clip_grad_norm_(self.trained.weights, settings.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.trained.spread()
-        progress.finish_step()
-        self.ema.update(progress.step)
+        return self.state.learn_from(loss, logged=loss.detach())
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """The consistency loss of each picture: (B,)."""
@@ -337,14 +293,16 @@ class _Run:
             guess = path.schedule.split(noisy, path.predict(noisy, timesteps, features), timesteps)[0]
         return pseudo_huber(guess - target, self.settings.huber_c)
 
-    def validate(self, on_validation: OnValidation | None) -> None:
-        """Measure the averaged weights, draw with them, and save them if they are the best so far."""
-        with self.ema.applied():
-            self.trained.spread()
-            with self.trained.in_float32():  # as in a saved adapter
-                score = on_validation(self.progress.step) if on_validation else None
-                self.progress.add_validation(self.validation_loss(), score, self.ema.average)
-        self.trained.spread()
+    def validate(self) -> None:
+        """Measure the averaged weights, draw with them, and keep them if they are the best so far."""
+        state = self.state
+        with state.averaged(), state.trained.in_float32():  # as in a saved adapter
+            score = self.draw(state.progress.step)
+            state.progress.add_validation(self.validation_loss(), score, state.ema.average)
+
+    def draw(self, step: int) -> float | None:
+        """Call `on_validation` and return its score."""
+        return self.on_validation(step) if self.on_validation else None
 
     @torch.no_grad()
     def validation_loss(self) -> Validation:
@@ -365,32 +323,6 @@ class _Run:
         if not math.isfinite(overall):
             raise BestiaryError("The validation loss is not a finite number. Lower distill.learning_rate.")
         return Validation(overall, by_pass, {name: float(np.mean(found)) for name, found in sorted(of_class.items())})
-
-    def checkpoint(self) -> Checkpoint:
-        """The state that an interrupted run resumes from."""
-        return Checkpoint(
-            weights=copies(self.trained.weights),
-            average=self.ema.average,
-            optimizer=self.optimizer.state_dict(),
-            scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
-            progress=self.progress.checkpoint(),
-        )
-
-    def restore(self, saved: Checkpoint) -> None:
-        """Continue from a checkpoint."""
-        assign(self.trained.weights, saved.weights)
-        self.trained.spread()
-        assign(self.ema.average, saved.average)
-        self.optimizer.load_state_dict(saved.optimizer)
-        if self.accelerator.scaler:
-            self.accelerator.scaler.load_state_dict(saved.scaler)
-        self.progress.restore(saved.progress)
-
-    def finish(self) -> TrainingResult:
-        """Leave the UNet with the best weights and return the result."""
-        assign(self.trained.weights, self.progress.state.best_weights)
-        self.trained.give_back()
-        return self.progress.result(sum(weight.numel() for weight in self.trained.weights))
 
 
 def _accelerator() -> Accelerator:

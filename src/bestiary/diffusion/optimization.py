@@ -1,34 +1,25 @@
-"""The optimizer's side of training: AdamW, the learning rate schedule and the moving average of the weights."""
+"""The optimizer's side of training: the weights to train, AdamW, the learning rate and the moving average."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
+from bestiary.diffusion.adapter import inject
+from bestiary.diffusion.half_precision import TrainedWeights
 from bestiary.diffusion.progress import copies
 from bestiary.errors import BestiaryError
 
 if TYPE_CHECKING:
-    from bestiary.params import Train
+    from diffusers import UNet2DConditionModel
+
+    from bestiary.params import AdapterTraining, Train
 
 BLOCK = 8192  # parameters; bitsandbytes keeps smaller tensors in 32 bits
-
-
-class LearningRate(Protocol):
-    """The settings that decide the learning rate of a step, such as params.Train and params.Distill."""
-
-    @property
-    def steps(self) -> int: ...
-
-    @property
-    def warmup_steps(self) -> int: ...
-
-    @property
-    def learning_rate_schedule(self) -> Literal["cosine", "linear", "constant"]: ...
 
 
 class Ema:
@@ -63,13 +54,36 @@ def assign(targets: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> N
         target.copy_(value)
 
 
-def learning_rate_factor(settings: LearningRate, step: int) -> float:
+def learning_rate_factor(settings: AdapterTraining, step: int) -> float:
     """The fraction of the learning rate at a step: a linear warm-up, then constant, or linear or cosine decay to 0."""
     if step < settings.warmup_steps:
         return (step + 1) / (settings.warmup_steps + 1)
     done = min(1.0, (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps))
     factors = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
     return factors[settings.learning_rate_schedule]
+
+
+def start_adapter(unet: UNet2DConditionModel, settings: Train, *, seed: int, device: torch.device) -> TrainedWeights:
+    """Add a fresh adapter to `unet`, move it to the device, and return the weights to train.
+
+    Raises BestiaryError when no module of the UNet has the name of a target.
+    """
+    parameters = inject(
+        unet,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        dropout=settings.dropout,
+        targets=settings.targets,
+        seed=seed,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+    )
+    half = unet.dtype is torch.bfloat16
+    # On a GPU, the copies between layouts around norms and attention cost more than convolutions gain.
+    unet.to(device, memory_format=torch.contiguous_format if half else torch.channels_last)
+    if settings.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    return TrainedWeights(parameters, torch.bfloat16 if half else torch.float32)
 
 
 def make_optimizer(parameters: Sequence[torch.nn.Parameter], settings: Train) -> torch.optim.Optimizer:

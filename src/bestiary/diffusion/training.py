@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -13,13 +12,11 @@ from accelerate.utils import broadcast
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from bestiary.diffusion.adapter import inject
 from bestiary.diffusion.base import device_and_dtype, processes
 from bestiary.diffusion.batches import Batch, TrainingStream, ValidationGrid, collate, seeded_number
-from bestiary.diffusion.checkpoints import Checkpoint, load_checkpoint, save_checkpoint, stop_on_sigterm
+from bestiary.diffusion.checkpoints import load_checkpoint
 from bestiary.diffusion.fast_step import CompileChoice, FastPrediction, check_compiler, graphs_fit
 from bestiary.diffusion.full_memory import explained
-from bestiary.diffusion.half_precision import TrainedWeights
 from bestiary.diffusion.latents import Latents
 from bestiary.diffusion.objective import (
     PREDICTION_TYPES,
@@ -29,9 +26,10 @@ from bestiary.diffusion.objective import (
     squared,
     validation_loss,
 )
-from bestiary.diffusion.optimization import Ema, assign, learning_rate_factor, make_optimizer
+from bestiary.diffusion.optimization import make_optimizer, start_adapter
 from bestiary.diffusion.preservation import preservation_error
-from bestiary.diffusion.progress import OnLog, Pace, Progress, TrainingResult, copies, progress_bar, stopped
+from bestiary.diffusion.progress import OnLog, Pace, Progress, TrainingResult
+from bestiary.diffusion.training_loop import Callbacks, OnValidation, TrainingState, run_steps
 from bestiary.errors import BestiaryError
 
 if TYPE_CHECKING:
@@ -44,8 +42,6 @@ FULL_MEMORY = (
     "Raise train.accumulation (train.batch_size must stay a multiple of it), or set train.gradient_checkpointing to "
     "true; docs/real-run.md has settings for small GPUs. A run with unchanged settings resumes from its checkpoint."
 )
-
-OnValidation = Callable[[int], float | None]  # step; returns the CLIP score of what it drew, if any
 
 
 @explained("A training step", FULL_MEMORY)
@@ -75,44 +71,11 @@ def train(
     check_fit(unet, scheduler, latents)
     saved = load_checkpoint(checkpoints) if checkpoints else None
     first_step = saved.progress.step if saved else 0
-    run = _Run(unet, scheduler, latents, settings, seed, first_step, _Callbacks(on_log, on_validation))
-    progress, accelerator = run.progress, run.accelerator
+    run = _Run(unet, scheduler, latents, settings, seed, first_step, Callbacks(on_log, on_validation))
     run.model.train()
-    if saved:
-        run.draw(0)  # the adapter is still fresh, so this draws the base
-        run.restore(saved)
-    else:
-        run.validate()
-    progress.start_clock()
-    with progress_bar(settings.steps, first_step, "train the adapter", accelerator) as bar, stop_on_sigterm() as stop:
-        for batches in run.batches:
-            if not run.train_on(batches):
-                continue  # the step accumulates the gradients of more batches
-            progress.finish_step()
-            run.ema.update(progress.step)
-            bar.update()
-            if progress.row_due:
-                progress.average_losses()
-                if progress.validation_due:
-                    run.validate()
-                    progress.start_clock()
-                else:
-                    progress.log()
-                loss, best = f"{progress.state.train_loss:.4f}", f"{progress.best_val_loss:.4f}"
-                bar.set_postfix(loss=loss, best=best, refresh=False)
-                if progress.out_of_patience:
-                    break
-                if progress.checkpoint_due:
-                    run.save(checkpoints)
-            if (progress.row_due or accelerator.num_processes == 1) and _any_process(accelerator, stop.requested):
-                run.save(checkpoints)
-                raise stopped("Training", progress.step, settings.steps, checkpoints)
-    return run.finish()
-
-
-class _Callbacks(NamedTuple):
-    on_log: OnLog | None
-    on_validation: OnValidation | None
+    result = run_steps(run, saved, checkpoints, verb="train", gerund="Training")
+    run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False).eval()
+    return result
 
 
 class _Run:
@@ -126,29 +89,14 @@ class _Run:
         settings: Train,
         seed: int,
         first_step: int,
-        callbacks: _Callbacks,
+        callbacks: Callbacks,
     ) -> None:
         check_preserved(latents, settings)
         self.unet, self.scheduler, self.settings, self.seed = unet, scheduler, settings, seed
         self.on_validation = callbacks.on_validation
         self.accelerator, micro_batch = _accelerator(settings)
         device = self.accelerator.device
-        parameters = inject(
-            unet,
-            rank=settings.rank,
-            alpha=settings.alpha,
-            dropout=settings.dropout,
-            targets=settings.targets,
-            seed=seed,
-            use_rslora=settings.use_rslora,
-            use_dora=settings.use_dora,
-        )
-        half = unet.dtype is torch.bfloat16
-        # On a GPU, the copies between layouts around norms and attention cost more than convolutions gain.
-        unet.to(device, memory_format=torch.contiguous_format if half else torch.channels_last)
-        self.trained = TrainedWeights(parameters, torch.bfloat16 if half else torch.float32)
-        if settings.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
+        trained = start_adapter(unet, settings, seed=seed, device=device)
         self.features = latents.training.features.to(device, unet.dtype)  # (captions, T, D)
         self.preserved = latents.preserved.to(device, unet.dtype) if latents.preserved else None
         timestep_weights, loss_weights = _weights(scheduler, settings)
@@ -160,25 +108,23 @@ class _Run:
         workers = 2 if device.type == "cuda" else 0
         # In bfloat16 the processes average the weights' float32 gradients: DistributedDataParallel would average the
         # rounded ones, and move the parameters away from the copy that they are parts of.
-        self.model: nn.Module = unet if half else self.accelerator.prepare(unet)
-        self.optimizer, self.batches, self.grid_batches = self.accelerator.prepare(
-            make_optimizer(self.trained.weights, settings),
+        self.model: nn.Module = unet if unet.dtype is torch.bfloat16 else self.accelerator.prepare(unet)
+        optimizer, self.batches, self.grid_batches = self.accelerator.prepare(
+            make_optimizer(trained.weights, settings),
             DataLoader(remaining, micro_batch, num_workers=workers, pin_memory=workers > 0, collate_fn=collate),
             DataLoader(self.grid, micro_batch, collate_fn=collate),
         )
         self.predict = FastPrediction(self.model)
         self.compile = CompileChoice(settings.compile, settings.steps - first_step, self.accelerator.num_processes)
-        self.ema = Ema(self.trained.weights, settings.ema_decay)
-        self.progress = Progress(Pace.of_training(settings), len(latents.training), self.accelerator, callbacks.on_log)
+        progress = Progress(Pace.of_training(settings), len(latents.training), self.accelerator, callbacks.on_log)
+        self.state = TrainingState(self.accelerator, trained, optimizer, settings, progress)
 
     def train_on(self, batches: list[Batch]) -> bool:
         """Train on the next images, and return whether they complete an optimizer step."""
-        settings, progress, accelerator = self.settings, self.progress, self.accelerator
+        settings, progress, accelerator = self.settings, self.state.progress, self.accelerator
         if settings.dropout:  # dropout draws from torch's global generator only
             torch.manual_seed(seeded_number(self.seed, "dropout", progress.batches, accelerator.process_index))
-        progress.learning_rate = settings.learning_rate * learning_rate_factor(settings, progress.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = progress.learning_rate
+        self.state.set_learning_rate()
         self.speed_up(batches[0])
         with accelerator.accumulate(self.model):
             losses, weighted = [], []
@@ -189,16 +135,7 @@ class _Run:
             loss = torch.cat(weighted).mean()
             if self.preserved is not None:
                 loss = loss + settings.preservation.weight * self.preservation_loss(self.preserved)
-            accelerator.backward(loss)
-            self.trained.collect_gradients()
-            progress.add_loss(torch.cat(losses).mean())
-            if accelerator.sync_gradients:
-                self.trained.average_gradients(accelerator)
-                progress.grad_norm = accelerator.clip_grad_norm_(self.trained.weights, settings.max_grad_norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            self.trained.spread()
-        return bool(accelerator.sync_gradients)
+            return self.state.learn_from(loss, logged=torch.cat(losses).mean())
 
     def speed_up(self, batch: Batch) -> None:
         """Change to a faster way to predict, once it is known whether compiling pays."""
@@ -210,7 +147,7 @@ class _Run:
             return
         example = batch["latents"].to(self.features.dtype), batch["timesteps"], self.features[batch["captions"]]
         self.predict.use(example, compiled=compiled, graph=graph, must=self.settings.compile == "always")
-        self.trained.forget_gradients()
+        self.state.trained.forget_gradients()
 
     def loss(self, error: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Each image's weighted loss: error (B, C, h, w) -> (B,)."""
@@ -222,7 +159,7 @@ class _Run:
     def preservation_loss(self, preserved: Preserved) -> torch.Tensor:
         """This process's part of the preserved samples' loss. The parts of a step average to the samples' mean."""
         accelerator, samples = self.accelerator, self.settings.preservation.samples
-        step, part = divmod(self.progress.batches, self.settings.accumulation)
+        step, part = divmod(self.state.progress.batches, self.settings.accumulation)
         parts: int = accelerator.num_processes * self.settings.accumulation
         first = step * samples + part * accelerator.num_processes + accelerator.process_index
         total = torch.zeros((), device=accelerator.device)
@@ -233,21 +170,20 @@ class _Run:
 
     def validate(self) -> None:
         """Measure the averaged weights, draw with them, and keep them if they are the best so far."""
-        with self.ema.applied():
-            self.trained.spread()
+        state = self.state
+        with state.averaged():
             found = validation_loss(
                 self.model, self.scheduler, self.grid, self.grid_batches, self.features, self.accelerator
             )
-            score = self.draw(self.progress.step)
-        self.trained.spread()
-        self.progress.add_validation(found, score, self.ema.average)
+            score = self.draw(state.progress.step)
+        state.progress.add_validation(found, score, state.ema.average)
 
     def draw(self, step: int) -> float | None:
         """Call `on_validation` in the main process and return its score to every process."""
         score = None
         if self.on_validation and self.accelerator.is_main_process:
             self.unet.eval()
-            with self.trained.in_float32():
+            with self.state.trained.in_float32():
                 score = self.on_validation(step)
             self.unet.train()
         if self.accelerator.num_processes == 1:
@@ -255,36 +191,6 @@ class _Run:
         sent = torch.tensor(math.nan if score is None else score, dtype=torch.float64, device=self.accelerator.device)
         received = float(broadcast(sent).item())
         return None if math.isnan(received) else received
-
-    def save(self, checkpoints: Path | None) -> None:
-        """Save a checkpoint, in the main process and if there is a folder for it."""
-        if checkpoints is None or not self.accelerator.is_main_process:
-            return
-        checkpoint = Checkpoint(
-            weights=copies(self.trained.weights),
-            average=self.ema.average,
-            optimizer=self.optimizer.state_dict(),
-            scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
-            progress=self.progress.checkpoint(),
-        )
-        save_checkpoint(checkpoints, checkpoint)
-
-    def restore(self, saved: Checkpoint) -> None:
-        """Continue from a checkpoint."""
-        assign(self.trained.weights, saved.weights)
-        self.trained.spread()
-        assign(self.ema.average, saved.average)
-        self.optimizer.load_state_dict(saved.optimizer)
-        if self.accelerator.scaler:
-            self.accelerator.scaler.load_state_dict(saved.scaler)
-        self.progress.restore(saved.progress)
-
-    def finish(self) -> TrainingResult:
-        """Leave the UNet with the best weights, unwrapped and in evaluation mode, and return the result."""
-        assign(self.trained.weights, self.progress.state.best_weights)
-        self.trained.give_back()
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False).eval()
-        return self.progress.result(sum(weight.numel() for weight in self.trained.weights))
 
 
 def check_fit(unet: UNet2DConditionModel, scheduler: DDPMScheduler, latents: Latents) -> None:
@@ -351,10 +257,3 @@ def _weights(scheduler: DDPMScheduler, settings: Train) -> tuple[torch.Tensor, t
         # Timesteps that are drawn in proportion to their weights all count the same.
         return weights, weights.mean().repeat(len(weights))
     return torch.ones_like(weights), weights
-
-
-def _any_process(accelerator: Accelerator, stop_requested: bool) -> bool:
-    """Whether any process was asked to stop. All processes must call this at the same step."""
-    if accelerator.num_processes == 1:
-        return stop_requested
-    return bool(accelerator.reduce(torch.tensor(float(stop_requested), device=accelerator.device)).item())

@@ -192,26 +192,11 @@ class _Bench:
         """A function that trains on one micro-batch as `train` does, and the number of trainable parameters."""
         import torch
 
-        from bestiary.diffusion.adapter import inject
-        from bestiary.diffusion.half_precision import TrainedWeights
-        from bestiary.diffusion.optimization import make_optimizer
+        from bestiary.diffusion.optimization import make_optimizer, start_adapter
 
         train = self.params.train
-        parameters = inject(
-            self.unet,
-            rank=train.rank,
-            alpha=train.alpha,
-            dropout=train.dropout,
-            targets=train.targets,
-            seed=0,
-            use_rslora=train.use_rslora,
-            use_dora=train.use_dora,
-        )
-        half = self.dtype is torch.bfloat16
-        self.unet.to(self.device, memory_format=torch.contiguous_format if half else torch.channels_last).train()
-        trained = TrainedWeights(parameters, torch.bfloat16 if half else torch.float32)
-        if train.gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
+        trained = start_adapter(self.unet, train, seed=0, device=self.device)
+        self.unet.train()
         optimizer = make_optimizer(trained.weights, train)
 
         def step(size: Size) -> None:
@@ -223,7 +208,7 @@ class _Bench:
             optimizer.zero_grad()
             trained.spread()
 
-        return step, sum(parameter.numel() for parameter in parameters)
+        return step, sum(weight.numel() for weight in trained.weights)
 
     def _latents(self, size: Size) -> torch.Tensor:
         import torch

@@ -59,7 +59,7 @@ from bestiary.diffusion.sampling import generate
 from bestiary.diffusion.training import train
 from bestiary.evaluation.judge import Judge
 from bestiary.evaluation.profiling import environment
-from bestiary.evaluation.watching import TrainingWatch
+from bestiary.evaluation.watching import SheetPlan, TrainingWatch
 from bestiary.samplers import Sampling
 from bestiary.subjects import Subject
 
@@ -330,8 +330,8 @@ def _train_alone(sizes: Models, side: int) -> float:
 
     with tempfile.TemporaryDirectory() as folder:
         subjects = [Subject("zebra", "zebra", "斑马")]
-        sampling = settings.sheet_sampling(side)
-        watch = TrainingWatch(pipeline, judge, subjects, settings, sampling, seed=0, folder=Path(folder))
+        plan = SheetPlan(subjects, settings, settings.sheet_sampling(side), seed=0)
+        watch = TrainingWatch(pipeline, judge, plan, folder=Path(folder))
         train(
             pipeline.unet,
             pipeline.scheduler,

@@ -12,7 +12,7 @@ from bestiary.diffusion.few_step_adapter import combine, find_few_step, make_tea
 from bestiary.diffusion.latents import Latents
 from bestiary.diffusion.provenance import checkpoint_key, distillation_provenance
 from bestiary.evaluation.judge import Judge
-from bestiary.evaluation.watching import TrainingWatch
+from bestiary.evaluation.watching import SheetPlan, TrainingWatch
 from bestiary.files import write_atomically
 from bestiary.stage import CACHE, REPORTS, content_of, stage
 
@@ -36,10 +36,7 @@ def main() -> None:
         watch = TrainingWatch(
             pipeline,
             Judge.load(params.judge.model, params.judge.revision, device_and_dtype()[0].type),
-            subjects,
-            settings,
-            replace(sampling, width=resolution, height=resolution),
-            seed=seed,
+            SheetPlan(subjects, settings, replace(sampling, width=resolution, height=resolution), seed),
             folder=unfinished / "sheet",
             first="few-step" if chosen else "before",
         )

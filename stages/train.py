@@ -11,7 +11,7 @@ from bestiary.diffusion.preservation import class_word_of, preserve
 from bestiary.diffusion.provenance import checkpoint_key, training_provenance
 from bestiary.diffusion.training import train
 from bestiary.evaluation.judge import Judge
-from bestiary.evaluation.watching import TrainingWatch
+from bestiary.evaluation.watching import SheetPlan, TrainingWatch
 from bestiary.stage import CACHE, REPORTS, content_of, stage
 
 LATENTS, ADAPTER, REPORT = Path("build/latents"), Path("models/adapter"), REPORTS / "train"
@@ -42,9 +42,8 @@ def main() -> None:
             latents = replace(latents, preserved=preserved)
         if run.is_main:
             judge = Judge.load(params.judge.model, params.judge.revision, device_and_dtype()[0].type)
-            sheet = unfinished / "sheet"
-            sampling = settings.sheet_sampling(resolution)
-            watch = TrainingWatch(pipeline, judge, subjects, settings, sampling, seed=seed, folder=sheet)
+            plan = SheetPlan(subjects, settings, settings.sheet_sampling(resolution), seed)
+            watch = TrainingWatch(pipeline, judge, plan, folder=unfinished / "sheet")
 
         def on_validation(step: int) -> float:
             score = watch.draw(step)

@@ -11,7 +11,7 @@ from support.tiny import build_base
 
 from bestiary.diffusion.base import load_pipeline
 from bestiary.evaluation.judge import Judge
-from bestiary.evaluation.watching import TrainingWatch
+from bestiary.evaluation.watching import SheetPlan, TrainingWatch
 from bestiary.subjects import subject_of
 
 SHOWN = [subject_of(name) for name in ("bee", "cat", "lion", "owl")]
@@ -37,15 +37,16 @@ class GreenJudge(Judge):
 
 
 def watch(pipeline: StableDiffusionPipeline, folder: Path) -> TrainingWatch:
-    return TrainingWatch(pipeline, GreenJudge(), SHOWN, SETTINGS, SETTINGS.sheet_sampling(32), seed=5, folder=folder)
+    plan = SheetPlan(SHOWN, SETTINGS, SETTINGS.sheet_sampling(32), seed=5)
+    return TrainingWatch(pipeline, GreenJudge(), plan, folder=folder)
 
 
 def test_the_sheet_shows_classes_evenly_chosen_with_their_own_seeds(
     tiny_pipeline: StableDiffusionPipeline, tmp_path: Path
 ) -> None:
     watching = watch(tiny_pipeline, tmp_path / "rows")
-    assert watching.prompts == ["a photo of a bee", "a photo of a lion"] * 2
-    assert watching.seeds == [5, 5, 6, 6]
+    prompts = ["a photo of a bee", "a photo of a lion"]
+    assert watching.jobs == [(prompt, seed) for seed in (5, 6) for prompt in prompts]
     assert watching.sheet.columns == ["bee", "lion"]
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from bestiary.diffusion.full_memory import Halving
 from bestiary.diffusion.sampling import generate
@@ -16,56 +17,55 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from bestiary.evaluation.judge import Judge
+    from bestiary.params import AdapterTraining
     from bestiary.samplers import Sampling
 
 BATCH_SIZE = 8
 
 
-class SheetSettings(Protocol):
-    """How much a validation draws, such as params.Train and params.Distill."""
+@dataclass(frozen=True)
+class SheetPlan:
+    """What each validation draws: `sheet_animals` of the subjects, evenly chosen, with `sheet_seeds` seeds each."""
+
+    subjects: Sequence[Subject]
+    settings: AdapterTraining
+    sampling: Sampling
+    seed: int  # the first one
 
     @property
-    def sheet_animals(self) -> int: ...
+    def shown(self) -> list[Subject]:
+        """The subjects that are drawn."""
+        count = min(self.settings.sheet_animals, len(self.subjects))
+        return [self.subjects[number * len(self.subjects) // count] for number in range(count)]
 
-    @property
-    def sheet_seeds(self) -> int: ...
+    def jobs(self) -> list[tuple[str, int]]:
+        """The prompt and the seed of each picture: all subjects with the first seed, then with the next one."""
+        prompts = [caption(subject, templates_of([subject])[0]) for subject in self.shown]
+        return [(prompt, self.seed + number) for number in range(self.settings.sheet_seeds) for prompt in prompts]
 
 
 class TrainingWatch:
-    """Draws `sheet_animals` of the subjects, evenly chosen, with the adapter in training, and keeps a sheet."""
+    """Draws what the plan says with the adapter in training, scores it, and keeps a sheet."""
 
     def __init__(
-        self,
-        pipeline: StableDiffusionPipeline,
-        judge: Judge,
-        subjects: Sequence[Subject],
-        settings: SheetSettings,
-        sampling: Sampling,
-        *,
-        seed: int,
-        folder: Path,
-        first: str = "base",
+        self, pipeline: StableDiffusionPipeline, judge: Judge, plan: SheetPlan, *, folder: Path, first: str = "base"
     ) -> None:
         """`folder` keeps the sheet's rows until the run finishes, so that a resumed run still has them.
 
         `first` labels the row of step 0.
         """
-        count = min(settings.sheet_animals, len(subjects))
-        shown = [subjects[number * len(subjects) // count] for number in range(count)]
         self.pipeline = pipeline
         self.judge = judge
-        self.sampling = sampling
-        self.prompts = [caption(subject, templates_of([subject])[0]) for subject in shown] * settings.sheet_seeds
-        self.seeds = [seed + number for number in range(settings.sheet_seeds) for _ in shown]
+        self.sampling = plan.sampling
+        self.jobs = plan.jobs()
         self.fitting = Halving("Drawing the sheet", "train.sheet_animals")
-        self.text_features = judge.text_features(self.prompts)  # (B, D)
-        self.sheet = Sheet(folder, [subject.name for subject in shown], first)
+        self.text_features = judge.text_features([prompt for prompt, _ in self.jobs])  # (B, D)
+        self.sheet = Sheet(folder, [subject.name for subject in plan.shown], first)
         self._saved: set[int] = set()  # steps
 
     def draw(self, step: int) -> float:
         """Add the pictures of this step to the sheet and return their CLIP score, 100 x the mean cosine."""
-        jobs = list(zip(self.prompts, self.seeds, strict=True))
-        pictures = [picture for part in self.fitting.parts(self._generate, jobs) for picture in part]
+        pictures = [picture for part in self.fitting.parts(self._generate, self.jobs) for picture in part]
         self.sheet.add(step, pictures[: len(self.sheet.columns)])  # only the first seed
         return 100 * float((self.judge.image_features(pictures) * self.text_features).sum(dim=1).mean())
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from PIL import Image
 from support.registry import evaluation, make_adapter, submit
@@ -52,7 +53,8 @@ def cpu_seconds_of_children() -> float:
 
 
 def commands() -> list[Any]:
-    return [cli.cli, *cli.cli.commands.values(), *cli.adapter.commands.values(), *cli.tracking.commands.values()]
+    groups = [cli.cli, *(group for group in cli.cli.commands.values() if isinstance(group, click.Group))]
+    return [cli.cli, *(command for group in groups for command in group.commands.values())]
 
 
 @pytest.fixture

@@ -48,6 +48,12 @@ def project_base(params: Params | None) -> Base | None:
     return located_base(params.base.model, params.base.revision) if params else None
 
 
+def known_bases() -> list[str]:
+    """The bases that a command may use without being told to."""
+    base = project_base(project_params())
+    return [base.model] if base else []
+
+
 def project_tiny_decoder(params: Params | None) -> Base | None:
     """The tiny decoder that params.yaml names; None if it names none, or outside a project."""
     from bestiary.generation import located_base

@@ -1,0 +1,72 @@
+"""Click types and options that several commands share."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bestiary.errors import shown
+from bestiary.project import registered_name
+from bestiary.samplers import MAX_SIDE, MIN_SIDE, SIDE_STEP
+
+CHAMPION = "models:/bestiary@champion"  # shown in help; the name comes from register.name in params.yaml
+FOLDER = click.Path(file_okay=False, writable=True, path_type=Path)
+Command = Callable[..., None]
+Decorator = Callable[[Command], Command]
+
+
+class Size(click.ParamType[tuple[int, int]]):
+    """A picture's width and height in pixels, as in 768x512."""
+
+    name = "WIDTHxHEIGHT"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        found = re.fullmatch(r"([0-9]{1,6})\s*[x×*]\s*([0-9]{1,6})", value.strip(), re.IGNORECASE)
+        if not found:
+            self.fail(f"{shown(value)} is not a size. Write the width and the height in pixels, as in 768x512.")
+        width, height = int(found[1]), int(found[2])
+        for side in (width, height):
+            if not MIN_SIDE <= side <= MAX_SIDE or side % SIDE_STEP:
+                self.fail(f"{side} is not a multiple of {SIDE_STEP} between {MIN_SIDE} and {MAX_SIDE}.")
+        return width, height
+
+
+class Number(click.FloatRange):
+    """A finite number in a range; click's own type accepts nan."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a number.", param, ctx)
+        return number
+
+
+def option_group(name: str, build: Callable[..., object], **options: Decorator) -> Decorator:
+    """Several options that reach the command as one argument `name`, made by `build` from their values by name."""
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def grouped(*arguments: Any, **values: Any) -> None:  # click passes whatever the command declares
+            group = build(**{option: values.pop(option) for option in options})
+            command(*arguments, **values, **{name: group})
+
+        decorated: Command = grouped
+        for option in reversed(options.values()):
+            decorated = option(decorated)
+        return decorated
+
+    return decorate
+
+
+def champion() -> str:
+    """The adapter to take when the user names none."""
+    return f"models:/{registered_name()}@champion"
+
+
+base_option = click.option("--base", metavar="MODEL", help="Base to use instead of the one that the adapter names.")

@@ -1,0 +1,146 @@
+"""The commands for a project: its animals and captions, a run from photos to a result, and results to compare."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from bestiary.commands.options import Number
+from bestiary.errors import printable
+from bestiary.project import (
+    last_acceptance,
+    last_results,
+    project_captions,
+    render_results,
+    short_path,
+    write_project_captions,
+)
+
+if TYPE_CHECKING:
+    from bestiary.subjects import Kind
+
+
+@click.command()
+def animals() -> None:
+    """List the 100 animals: class folder, English name, Chinese name."""
+    from bestiary.subjects import ANIMALS
+
+    for animal in ANIMALS:
+        click.echo(f"{animal.folder:16}{animal.name:16}{animal.chinese}")
+
+
+@click.command()
+@click.option(
+    "--write",
+    is_flag=True,
+    help="Let params.yaml's captioner describe the images in data/ that have no caption, in text files beside them.",
+)
+def captions(write: bool) -> None:
+    """Show what each image will be trained with, and what is odd."""
+    from tqdm import tqdm
+
+    for line in write_project_captions() if write else project_captions():
+        tqdm.write(printable(line), file=sys.stdout)
+
+
+@click.command()
+@click.argument("photos", type=click.Path(path_type=Path))
+@click.option("--name", required=True, help="What stands for the subject in captions and prompts, such as 'sks cat'.")
+@click.option("--class", "class_word", default="", metavar="WORD", help="What it is in general, such as cat.")
+@click.option("--kind", type=click.Choice(["thing", "style"]), default="thing", show_default=True, help="What it is.")
+@click.option("--others", type=click.Path(path_type=Path), help="Folder of photos of others of its class, to compare.")
+@click.option("--steps", type=click.IntRange(1), help="Training steps, else the profile's.")
+@click.option("--profile", help="Profile in params.yaml.  [default: photos on a GPU, else subject]")
+@click.option("--replace", is_flag=True, help="Put other data in data/ aside, into put-aside/.")
+def learn(
+    photos: Path,
+    name: str,
+    class_word: str,
+    kind: Kind,
+    others: Path | None,
+    steps: int | None,
+    profile: str | None,
+    replace: bool,
+) -> None:
+    """Teach one subject from a folder of PHOTOS: put them into data/, run the pipeline, show the result."""
+    from bestiary import learning
+
+    lesson = learning.Lesson(photos, name, class_word, kind, steps, profile, replace, others)
+    if not learning.learn(lesson, lambda line: click.echo(printable(line)), learning.estimate_plan):
+        click.echo("This has been done already.")
+    evaluation, registration = last_results()
+    click.echo("\n".join(render_results(evaluation, registration, _program(), last_acceptance(evaluation))))
+
+
+@click.command("estimate")
+@click.option("--profile", help="Profile in params.yaml.  [default: the one chosen there]")
+def estimate_run(profile: str | None) -> None:
+    """Estimate the time, memory and disk of a run on this machine, from a few measured steps."""
+    from bestiary.estimating import project_estimate
+    from bestiary.files import find_project, no_project_error
+    from bestiary.learning import params_with_profile
+
+    root = find_project()
+    if root is None:
+        raise no_project_error()
+    for line in project_estimate(root, params_with_profile(root, profile)):
+        click.echo(printable(line))
+
+
+@click.command()
+@click.option("--profile", help="Profile in params.yaml.  [default: the one chosen there]")
+@click.option("--hours", default=24.0, show_default=True, type=Number(0, min_open=True), help="Longest run to accept.")
+@click.pass_context
+def preflight(context: click.Context, profile: str | None, hours: float) -> None:
+    """Find problems before a long run: device, models, memory, disk, time. Exits with 1 if it would fail."""
+    from bestiary.files import find_project, no_project_error
+    from bestiary.learning import params_with_profile
+    from bestiary.preflight import checks
+
+    root = find_project()
+    if root is None:
+        raise no_project_error()
+    failed = False
+    for check in checks(root, params_with_profile(root, profile), hours):
+        click.echo(printable(str(check)))
+        failed = failed or check.mark == "FAIL"
+    if failed:
+        context.exit(1)
+
+
+@click.command()
+def results() -> None:
+    """Show the results of the last `dvc repro`."""
+    evaluation, registration = last_results()
+    click.echo("\n".join(render_results(evaluation, registration, _program(), last_acceptance(evaluation))))
+
+
+@click.command()
+@click.argument("revisions", nargs=-1, metavar="[REV...]")
+def compare(revisions: tuple[str, ...]) -> None:
+    """Compare the results with those of other revisions.
+
+    REV is a commit, a tag, a branch or an experiment. The default is the last commit and its experiments. Shows the
+    settings that differ, and the results that matter.
+    """
+    import shutil
+
+    from bestiary.comparing import read_revisions, render
+    from bestiary.files import project_root
+
+    for line in render(read_revisions(project_root(), revisions), shutil.get_terminal_size().columns):
+        click.echo(line)
+
+
+def _program() -> str:
+    """How the user's shell starts this program; below make, PATH is the Makefile's."""
+    import shutil
+
+    started = Path(sys.argv[0]).absolute()
+    found = shutil.which("bestiary")
+    by_name = found and Path(found).resolve() == started.resolve() and "MAKELEVEL" not in os.environ
+    return "bestiary" if by_name else short_path(started)

@@ -1,0 +1,45 @@
+"""`bestiary tracking`: the MLflow runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.group()
+def tracking() -> None:
+    """Look after the MLflow runs."""
+
+
+@tracking.command()
+@click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535), help="Port of MLflow's page.")
+def ui(port: int) -> None:
+    """Open MLflow's page on this project's runs."""
+    import webbrowser
+
+    from bestiary.tracking.ui import has_display, show_runs
+
+    def ready(address: str) -> None:
+        click.echo(f"The runs are at {address}\nCtrl-C stops the page.")
+        if has_display():
+            webbrowser.open(address)
+
+    show_runs(port, ready)
+
+
+@tracking.command()
+@click.argument("server", envvar="MLFLOW_TRACKING_URI", metavar="[SERVER]")
+@click.option(
+    "--database", type=click.Path(path_type=Path), metavar="FILE", help="Database to copy from, if not the project's."
+)
+def migrate(server: str, database: Path | None) -> None:
+    """Copy the local runs and registered versions to a team's MLflow server (default: $MLFLOW_TRACKING_URI)."""
+    from bestiary.files import project_root
+    from bestiary.registry.migration import migrate as copy
+
+    done = copy(database or project_root() / "mlflow.db", server)
+    already = f", {done.runs_there_already} were there already" if done.runs_there_already else ""
+    click.echo(f"{done.runs} runs copied{already}.")
+    for here, there in done.versions.items():
+        click.echo(f"models:/{here} is version {there} on the server.")

@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 from itertools import combinations
 
@@ -293,6 +294,17 @@ def test_one_class_has_no_scores_that_take_several(texts: ClassTexts) -> None:
     table = picture_table(cats, cats, alone, ["a photo"] * 4, range(4))
     assert "adapter_margin" not in table
     assert class_table(report.per_class)["delta_clip_score"].tolist() == [0.0]
+
+
+def test_one_validation_image_has_no_scores_that_take_pairs(texts: ClassTexts) -> None:
+    """As with four photos of one subject, of which the split may hold out a single one."""
+    alone = ClassTexts(["cat"], texts.prompts[:1], {name: rows[:1] for name, rows in texts.templates.items()})
+    pictures = around(texts, 5, 0.5, seed=31)
+    cats, held_out = (JudgedImages(pictures.features[at], pictures.labels[at]) for at in (slice(4), slice(4, 5)))
+    report = compare(cats, cats, held_out, cats.features, alone, resamples=10, seed=0)
+    assert list(report.delta) == ["clip_score", "diversity"]
+    assert list(report.real) == ["clip_score"]
+    assert all(math.isfinite(row.mean) for row in (*report.adapter.values(), *report.real.values()))
 
 
 def test_pictures_that_cannot_be_compared_are_refused_with_the_reason(texts: ClassTexts) -> None:

@@ -334,10 +334,8 @@ def _measure(trial: Trial, references: _References, sides: Mapping[Way, Side]) -
         # The same resamples for each way with as many pictures, so that a difference is paired.
         counts = scoring.resample_counts(len(images.labels), trial.resamples, trial.seed)
         table = scoring.score(images, references.texts)
-        return {key: scoring.bootstrap_mean(table[key], counts) for key in scoring.scored(table)} | {
-            "cmmd": scoring.bootstrap_cmmd(images.features, real.features, counts, real_counts),
-            "diversity": scoring.bootstrap_diversity(images, counts),
-        }
+        means = {key: scoring.bootstrap_mean(table[key], counts) for key in scoring.scored(table)}
+        return means | scoring.pair_scores(images, real.features, counts, real_counts)
 
     every = {way: scores(side.judged) | _likeness(trial, side.images) for way, side in sides.items()}
     rows = list(sides["reference"].rows)
@@ -346,7 +344,7 @@ def _measure(trial: Trial, references: _References, sides: Mapping[Way, Side]) -
     shared |= _likeness(trial, sides["fast"].images_of(rows))
     splits = (references.validation, references.train)
     split_counts = [scoring.resample_counts(len(each.labels), trial.resamples, trial.seed + 2) for each in splits]
-    of_real = {"cmmd": scoring.bootstrap_cmmd(*(each.features for each in splits), *split_counts)}
+    of_real = scoring.pair_scores(splits[0], splits[1].features, *split_counts)
     return Measured(
         ways={way: _drawn(trial, references, side, every[way]) for way, side in sides.items()},
         real=_estimates(of_real),

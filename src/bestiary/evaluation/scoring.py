@@ -150,6 +150,21 @@ def bootstrap_diversity(images: JudgedImages, counts: Array) -> Bootstrap:
     return _bootstrap(100 * (1 - _pair_mean(counts, images.features @ images.features.T, same_class)))
 
 
+def pair_scores(images: JudgedImages, reference: Array, counts: Array, reference_counts: Array) -> dict[str, Bootstrap]:
+    """CMMD against `reference` (M, D), and diversity. Both need pairs: a single image has neither.
+
+    >>> alone = JudgedImages(np.eye(2)[:1], np.array([0]))
+    >>> pair_scores(alone, np.eye(2), np.ones((1, 1)), np.ones((1, 2)))
+    {}
+    """
+    scores = {}
+    if min(len(images.labels), len(reference)) > 1:
+        scores["cmmd"] = bootstrap_cmmd(images.features, reference, counts, reference_counts)
+    if len(np.unique(images.labels)) < len(images.labels):
+        scores["diversity"] = bootstrap_diversity(images, counts)
+    return scores
+
+
 def score(images: JudgedImages, texts: ClassTexts) -> pd.DataFrame:
     """The scores of each picture, one row each.
 
@@ -232,7 +247,8 @@ def compare(
     """Compare pictures of the base and of the adapter, and score the `real` validation images beside them.
 
     Row i of `base` and of `adapter` come from the same prompt and the same noise. With one class there are fewer
-    scores, and no pictures under wrong names. Raises BestiaryError when images are missing or features are not finite.
+    scores, and no pictures under wrong names. CMMD and diversity need pairs, so one image alone has neither. Raises
+    BestiaryError when images are missing or features are not finite.
     """
     _check(base, adapter, real, texts)
     counts = resample_counts(len(base.labels), resamples, seed)
@@ -242,10 +258,7 @@ def compare(
     def all_scores(
         images: JudgedImages, counts: Array, reference: Array, reference_counts: Array
     ) -> dict[str, Bootstrap]:
-        return _mean_scores(score(images, texts), counts) | {
-            "cmmd": bootstrap_cmmd(images.features, reference, counts, reference_counts),
-            "diversity": bootstrap_diversity(images, counts),
-        }
+        return _mean_scores(score(images, texts), counts) | pair_scores(images, reference, counts, reference_counts)
 
     of_base = all_scores(base, counts, real.features, real_counts)
     of_adapter = all_scores(adapter, counts, real.features, real_counts)

@@ -89,13 +89,13 @@ def refuse_statistics() -> None:
         sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # makes the import fail
 
 
-def reason_against(manifest: Manifest) -> str | None:
-    """Why the export is not faster on this machine, as a clause; None if it is."""
+def reason_against(manifest: Manifest | None) -> str | None:
+    """Why the export is not faster on this machine, as a clause; None if it is. Without a manifest: of any export."""
     if device_and_dtype()[0].type != "cpu":
         return "this machine has a GPU, which torch uses"
     if find_spec("openvino") is None:
         return f"the engine openvino is not installed (`{INSTALL}`)"
-    if not Processor.here().has(manifest.precision):
+    if manifest and not Processor.here().has(manifest.precision):
         return f"this processor has no instructions for {manifest.precision}"
     return None
 

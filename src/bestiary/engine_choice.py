@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bestiary.diffusion.export_format import MANIFEST, EngineChoice, Manifest, read_manifest
+from bestiary.diffusion.export_format import MANIFEST, DamagedExportError, EngineChoice, Manifest, read_manifest
 from bestiary.errors import BestiaryError
-from bestiary.registry.resolving import Adapter
+from bestiary.registry.resolving import Adapter, how_to_restore_fast_variant
 from bestiary.samplers import SamplingChanges
 
 
@@ -65,11 +65,18 @@ class Wish:
         return None
 
 
-def choose_engine(adapters: Sequence[Adapter], wish: Wish) -> tuple[list[Adapter], str | None]:
+def _leave_closed(_: Adapter) -> None:
+    """Open nothing."""
+
+
+def choose_engine(
+    adapters: Sequence[Adapter], wish: Wish, open_export: Callable[[Adapter], None] = _leave_closed
+) -> tuple[list[Adapter], str | None]:
     """The adapters to draw with, and a note for the user. If OpenVINO draws, the only adapter is an export.
 
     `auto` takes an adapter's accepted export if it can draw what the user asks for and is faster on this machine. If
-    torch draws instead, the note gives the reason.
+    torch draws instead, the note gives the reason. `open_export` opens the export for `auto`, which lets torch draw if
+    that raises DamagedExportError.
     Raises BestiaryError when the chosen engine cannot draw this.
     """
     exports = [adapter for adapter in adapters if adapter.is_export]
@@ -90,7 +97,13 @@ def choose_engine(adapters: Sequence[Adapter], wish: Wish) -> tuple[list[Adapter
     reason = reason or _reason_for_torch(first.export, wish)
     if first.export is None or reason:
         return list(adapters), f"Drawing with torch instead of the fast variant: {reason}." if reason else None
-    return [as_export(first, first.export)], None
+    export = as_export(first, first.export)
+    try:
+        open_export(export)
+    except DamagedExportError as error:
+        mend = how_to_restore_fast_variant(first.export)
+        return list(adapters), f"Drawing with torch instead of the fast variant. {error.problem} {mend}"
+    return [export], None
 
 
 def _reason_for_torch(export: Path | None, wish: Wish) -> str | None:

@@ -295,7 +295,7 @@ class Generator:
         an adapter was trained on another base, unless `any_base`. An export replaces base and adapter.
         """
         if adapters and adapters[0].is_export:
-            self._open(base, adapters[0])
+            self.open_export(adapters[0])
             return
         versions = [_version(adapter) for adapter in adapters]
         if not (self.is_loaded(base, device) and self._applied == versions):
@@ -306,8 +306,8 @@ class Generator:
             self._load(base, device)
             self._apply(adapters, versions, hashes)
 
-    def _open(self, base: Base, adapter: Adapter) -> None:
-        """Load an export, unless it is in memory."""
+    def open_export(self, adapter: Adapter) -> None:
+        """Load an export, which contains its base, unless it is in memory. Raises what `open_export` of engines does."""
         from bestiary.diffusion.engines import open_export
 
         assert adapter.export is not None
@@ -317,7 +317,8 @@ class Generator:
         self._pipeline, self._applied, self.applied = None, [], ()  # frees the memory first
         self.export = None
         self._pipeline = open_export(adapter.export)
-        self._base, self.device, self.export = base, "cpu", export
+        self._base = choose_base(adapter, None, None)
+        self.device, self.export = "cpu", export
         self.adapter_hashes = (export.adapter_sha256,)
 
     def _hash(self, base: Base) -> str:

@@ -12,12 +12,14 @@ from support.registry import RULES, make_adapter, make_submission, submit
 
 from bestiary.app.offers import Offerings, Offers
 from bestiary.cli import cli
+from bestiary.diffusion import engines
 from bestiary.diffusion.adapter import adapter_sha256
 from bestiary.engine_choice import Wish, choose_engine
 from bestiary.errors import BestiaryError
 from bestiary.generation import Base
+from bestiary.png_metadata import read_settings
 from bestiary.registry.attaching import Attachment, Candidate, attach
-from bestiary.registry.fast_variant import read_fast_tags
+from bestiary.registry.fast_variant import how_to_restore, read_fast_tags
 from bestiary.registry.model_card import write
 from bestiary.registry.registering import Registration, register
 from bestiary.registry.resolving import fast_variant, pull_fast, resolve
@@ -182,6 +184,35 @@ def test_torch_draws_where_the_fast_variant_is_lost(made: Made, project: Path) -
     assert note.startswith("Drawing with torch. The registry has lost the fast variant of models:/bestiary/1")
     with pytest.raises(BestiaryError, match="The registry has lost the fast variant"):
         choose_engine([found], Wish("openvino"))
+
+
+def test_torch_draws_where_a_network_of_the_fast_variant_is_damaged(
+    made: Made, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(engines, "reason_against", lambda _: None)
+    monkeypatch.setattr(engines, "check_processor", lambda *_: None)
+    monkeypatch.chdir(project)
+    attach_as_stage(made, project)
+    network = fast_folders()[0] / "openvino" / "unet" / "openvino_model.bin"
+    network.write_text("damaged")
+    order = ["generate", "zebra", "--adapter", URI, "--out", str(tmp_path / "drawn")]
+    done = CliRunner().invoke(cli, order)
+    assert done.exit_code == 0, done.output
+    assert done.stderr.splitlines()[0] == (
+        f"Drawing with torch instead of the fast variant. {network} has changed since it was exported. If the version "
+        "is this project's, `dvc repro --force --single-item fast/dvc.yaml:attach` stores it again."
+    )
+    (picture,) = (tmp_path / "drawn").iterdir()
+    assert read_settings(picture).engine == "torch"
+    done = CliRunner().invoke(cli, [*order, "--engine", "openvino"])
+    assert isinstance(done.exception, BestiaryError)
+    assert "openvino_model.bin has changed since it was exported. Export the adapter again." in str(done.exception)
+
+
+def test_a_damaged_copy_of_a_servers_fast_variant_is_downloaded_again_after_deleting_it(tmp_path: Path) -> None:
+    sentence = how_to_restore(tmp_path / "fast-1" / "openvino", cache=tmp_path)
+    assert sentence == f"Delete {tmp_path / 'fast-1'} to download it again."
 
 
 def test_the_page_offers_a_fast_variant_unless_its_tags_make_no_sense(

@@ -114,6 +114,13 @@ def find_stored(version: Version, cache: Path) -> StoredFastVariant:
     return _in(kept, tags)
 
 
+def how_to_restore(export: Path, cache: Path) -> str:
+    """What to do when a file of a version's stored export is damaged, in a sentence."""
+    if export.is_relative_to(cache):
+        return f"Delete {export.parent} to download it again."
+    return f"If the version is this project's, `{ATTACH}` stores it again."
+
+
 def pull_fast(what: str, out: Path, cache: Path) -> list[Path]:
     """Copy the fast variant of the version `what` to `out`/few_step and `out`/openvino, verified. Returns both folders.
 

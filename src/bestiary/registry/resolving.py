@@ -186,6 +186,11 @@ def fast_cache() -> Path:
     return cache_folder().with_name("fast")
 
 
+def how_to_restore_fast_variant(export: Path) -> str:
+    """What to do when a file of a version's fast variant is damaged, in a sentence."""
+    return fast.how_to_restore(export, fast_cache())
+
+
 def find_base(adapter: Adapter, base: str | None = None, known: Collection[str] = ()) -> str:
     """The folder or hub id of the adapter's base: `base` if given, else the one that the adapter names.
 

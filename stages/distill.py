@@ -24,9 +24,17 @@ def main() -> None:
         base, settings, seed, resolution = params.base, params.distill, params.seed, params.encode.resolution
         latents = Latents.open(LATENTS)
         taught = adapter_sha256(ADAPTER)
-        provenance = distillation_provenance(base, latents, settings, taught, seed=seed, resolution=resolution)
         chosen = settings.from_
         difference = find_few_step(chosen) if chosen else None
+        provenance = distillation_provenance(
+            base,
+            latents,
+            settings,
+            taught,
+            few_step_sha256=adapter_sha256(difference) if difference else None,
+            seed=seed,
+            resolution=resolution,
+        )
         sampling = sampling_of(chosen, difference) if chosen and difference else settings.sampling()
         pipeline = load_pipeline(base.model, base.revision)
         make_teacher(pipeline, ADAPTER, base)

@@ -291,8 +291,9 @@ class Generator:
     def prepare(self, base: Base, adapters: Sequence[Adapter], device: str = "", *, any_base: bool = False) -> None:
         """Load `base` on `device` (empty: the best one) and apply `adapters`, in place of what was there.
 
-        Raises BestiaryError when the base cannot be loaded, when an adapter does not fit it or is given twice, or when
-        an adapter was trained on another base, unless `any_base`. An export replaces base and adapter.
+        Raises BestiaryError when the base cannot be loaded, when an adapter does not fit it, is given twice or is
+        contained in another one, or when an adapter was trained on another base, unless `any_base`. An export replaces
+        base and adapter.
         """
         if adapters and adapters[0].is_export:
             self.open_export(adapters[0])
@@ -307,7 +308,7 @@ class Generator:
             self._apply(adapters, versions, hashes)
 
     def open_export(self, adapter: Adapter) -> None:
-        """Load an export, which contains its base, unless it is in memory. Raises what `open_export` of engines does."""
+        """Load an export, which contains its base, unless it is in memory. Raises what `engines.open_export` does."""
         from bestiary.diffusion.engines import open_export
 
         assert adapter.export is not None
@@ -431,8 +432,10 @@ class Generator:
 
 
 def _different_hashes(adapters: Sequence[Adapter]) -> tuple[str, ...]:
-    """The SHA-256 of each adapter. Raises BestiaryError when two are the same, under whatever names."""
+    """The SHA-256 of each adapter. Raises BestiaryError when a change would count twice, under whatever names."""
     from bestiary.diffusion.adapter import adapter_sha256
+    from bestiary.diffusion.adapter_reading import read_adapter
+    from bestiary.diffusion.containment import Named, check_counted_once
 
     known: dict[str, Adapter] = {}
     for adapter in adapters:
@@ -440,6 +443,10 @@ def _different_hashes(adapters: Sequence[Adapter]) -> tuple[str, ...]:
         if first := known.get(sha256):
             raise BestiaryError(f"{first.uri} and {adapter.uri} are the same adapter. Name it once, with one weight.")
         known[sha256] = adapter
+    if len(known) > 1:
+        check_counted_once(
+            [Named(adapter.uri, sha256, read_adapter(adapter.file)) for sha256, adapter in known.items()]
+        )
     return tuple(known)
 
 

@@ -18,7 +18,7 @@ import psutil
 import pytest
 from PIL import Image, ImageChops
 from support.app import ORDER, Event, RunningPage, image_of, offerings, pictures
-from support.registry import DEFAULTS
+from support.registry import DEFAULTS, make_adapter
 
 from bestiary.app.drawing_queue import Drawing, DrawingQueue
 from bestiary.app.errors import Stopped
@@ -27,6 +27,8 @@ from bestiary.app.events import Failed, Picture, Progress, Waiting
 from bestiary.app.orders import Order
 from bestiary.app.server import create_app
 from bestiary.app.studio import Studio, Tell, stoppable
+from bestiary.diffusion.merging import Parent, merge
+from bestiary.diffusion.stored_adapter import adapter_file
 from bestiary.generation import Base, Generator, read_start_image
 from bestiary.png_metadata import StartImage, read_settings
 from bestiary.samplers import Sampling
@@ -94,6 +96,20 @@ def test_a_second_adapter_is_drawn_and_recorded(server: RunningPage) -> None:
     twice = server.refusal(**order, more_adapters=[{"adapter": "local:0"}])
     assert "are the same adapter" in twice["message"]
     assert str(ROOT) not in twice["message"]
+
+
+def test_an_adapter_and_an_uploaded_one_that_contains_it_are_refused_together(
+    server: RunningPage, base_folder: Path, adapter_folder: Path, tmp_path: Path
+) -> None:
+    other = make_adapter(base_folder, tmp_path / "other", 5)
+    merged = merge([Parent("stripes", adapter_file(adapter_folder)), Parent("other", adapter_file(other))]).content
+    offer = server.client.put("/api/adapters", params={"name": "both.safetensors"}, content=merged.to_bytes()).json()
+    refusal = server.refusal(adapter="local:0", more_adapters=[{"adapter": offer["key"]}])
+    stripes = "/".join(adapter_folder.parts[-2:])
+    assert refusal["message"] == (
+        f"both.safetensors already contains {stripes}, which would count twice. Leave out {stripes}."
+    )
+    assert (refusal["key"], refusal["values"]) == ("containsAdapter", {"outer": "both.safetensors", "inner": stripes})
 
 
 def test_a_picture_starts_from_an_uploaded_image_as_on_the_command_line(

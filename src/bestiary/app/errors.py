@@ -15,6 +15,8 @@ SENTENCES = {
     "negativeUnused": r"A negative prompt has no effect without guidance",
     "loraInPrompt": r"(?P<tag><lora:.*) in a prompt chooses no adapter here",
     "sameAdapter": r"(?P<first>.+?) and (?P<second>.+?) are the same adapter\.",
+    "containsAdapter": r"(?P<outer>.+?) already contains (?P<inner>.+?), which would count twice\.",
+    "shareAdapter": r"(?P<first>.+?) and (?P<second>.+?) contain the same adapter, which would count twice\.",
     "otherBase": r"(?P<name>.+?) was trained on another base than (?P<model>.+?): on (?P<trained>.+?) with",
 }
 

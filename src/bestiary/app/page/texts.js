@@ -117,6 +117,8 @@ export const TEXTS = {
     otherBase: '{name} 不是用 {model} 训练的，而是用 {trained} 训练的。若仍要使用 {model}，请在“更多设置”里选定它。',
     loraInPrompt: '提示词里的 {tag} 在这里不起作用。请把它删去，并在列表中选择适配器。',
     sameAdapter: '{first} 和 {second} 是同一个适配器，请只选一次。',
+    containsAdapter: '{outer} 里已经包含 {inner}，同时使用会让它的效果重复。请不要选择 {inner}。',
+    shareAdapter: '{first} 和 {second} 包含同一个适配器，同时使用会让它的效果重复。请只选其中一个。',
     queueFull: '排队的人太多，请几分钟后再试。',
     goneImage: '作为起点的图片已不存在，请重新选择。', noImage: '无法读取图片 {name}，请另选文件。',
     gone: '这个适配器已不存在，请另选一个，或重新上传。', noBase: '这里不提供这个基础模型，请另选一个。',

@@ -2,11 +2,14 @@
 
 import json
 import shutil
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from support.fast_variant import DRAWING, acceptance, make_export
 from support.registry import RULES, make_adapter, make_submission, submit
 
@@ -39,7 +42,7 @@ class Made:
 
 def attach_as_stage(made: Made, project: Path) -> Attachment:
     run = open_client(tracking_uri(), project).create_run("0", tags={"stage": "attach", "input.models/fast": "1" * 32})
-    return attach(made.registration, made.candidate, run.info.run_id)
+    return attach(made.registration, made.candidate, run.info.run_id, lambda line: print(line, file=sys.stderr))
 
 
 def changed(made: Made, folder: Path, **verdict: bool) -> Made:
@@ -135,6 +138,46 @@ def test_another_fast_variant_replaces_the_earlier_one(made: Made, project: Path
     stored = fast_variant(find_version(URI))
     assert stored is not None
     assert "another network" in (stored / "unet" / "openvino_model.xml").read_text()
+
+
+@pytest.mark.parametrize(
+    "forbidden",
+    [MlflowException("no"), NotImplementedError(), PermissionError()],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_registry_that_keeps_the_earlier_fast_variant_is_named(
+    made: Made,
+    project: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    forbidden: Exception,
+) -> None:
+    def forbid(*_: object) -> None:
+        raise forbidden
+
+    attach_as_stage(made, project)
+    (first,) = fast_folders()
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(LocalArtifactRepository, "delete_artifacts", forbid)
+    attach_as_stage(changed(made, tmp_path / "other"), project)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        f"The registry does not let an earlier fast variant of models:/bestiary/1 be deleted ({first.name}). Nothing"
+    )
+    assert first in fast_folders()
+    assert fast_variant(find_version(URI)) != first / "openvino"
+
+
+def test_an_earlier_copy_that_cannot_be_removed_is_named(
+    made: Made, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attach_as_stage(made, project)
+    capsys.readouterr()
+    monkeypatch.setattr("bestiary.registry.fast_variant.shutil.rmtree", lambda *_, **__: None)
+    pull_fast(URI, tmp_path / "out")
+    (left,) = (tmp_path / "out").glob(".*")
+    assert capsys.readouterr().err == f"{left} cannot be removed. Delete it to free its space.\n"
 
 
 def test_a_refused_fast_variant_stores_only_its_reasons(made: Made, project: Path, tmp_path: Path) -> None:

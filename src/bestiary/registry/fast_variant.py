@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import re
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -205,6 +206,8 @@ def _written(folder: Path) -> Iterator[Path]:
         raise BestiaryError(f"{folder} cannot be written: {error.strerror or error}.") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if temporary.exists():  # such as an earlier copy with a write-protected folder
+            print(f"{temporary} cannot be removed. Delete it to free its space.", file=sys.stderr)
         if is_new:
             with contextlib.suppress(OSError):
                 folder.rmdir()

@@ -82,11 +82,13 @@ def generate(
     weighted = [generation.Weighted.parse(text) for text in source.adapters]
     named = _adapters_of(original, like, weighted) if original and like else [each.what for each in weighted]
     engine, fast = _engine(source, original, grid)
-    adapters, note = choose_engine(_resolve(named, fast=fast), _wish(engine, source, changes, start, weighted))
-    _tell([note] if note else [])
+    adapters = _resolve(named, fast=fast)
+    generator = generation.Generator(project_tiny_decoder(params))
+    wish = replace(_wish(engine, source, changes, start, weighted), has_grid=bool(grid))
+    adapters, note = choose_engine(adapters, wish, generator.open_export)
+    _tell([note] if note and not original else [])
     taught = [subject for adapter in adapters for subject in adapter.subjects]
     wanted = list(dict.fromkeys(_find(name, taught) for name in request.subjects))
-    generator = generation.Generator(project_tiny_decoder(params))
     chosen, default = generation.named_base(source.base), project_base(params)
     adapter = generation.decisive(adapters)
     if original and like:

@@ -45,15 +45,24 @@ def training_provenance(base: Model, latents: Latents, settings: Train, *, seed:
 
 
 def distillation_provenance(
-    base: Model, latents: Latents, settings: Distill, adapter_sha256: str, *, seed: int, resolution: int
+    base: Model,
+    latents: Latents,
+    settings: Distill,
+    adapter_sha256: str,
+    *,
+    few_step_sha256: str | None,
+    seed: int,
+    resolution: int,
 ) -> Provenance:
     """The provenance of the few-step adapter that is distilled from this adapter with these settings.
 
+    `few_step_sha256` is of the published few-step adapter that is combined with it; None if one is distilled here.
     Raises BestiaryError when the latents were encoded with another base.
     """
     made_with = settings.model_dump(exclude=SHEET_SETTINGS | {"checkpoint_seconds"}, by_alias=True)
     facts = {**_origin(base, latents, resolution), "params": {**made_with, "seed": seed}}
-    return Provenance.model_validate({**facts, "distilled_from": {"adapter_sha256": adapter_sha256}})
+    published = {"few_step_sha256": few_step_sha256} if few_step_sha256 else {}
+    return Provenance.model_validate({**facts, "distilled_from": {"adapter_sha256": adapter_sha256, **published}})
 
 
 def _origin(base: Model, latents: Latents, resolution: int) -> Origin:

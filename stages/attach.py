@@ -1,5 +1,6 @@
 """Store the fast variant with the registered version of its adapter if it was accepted, and write its page."""
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,7 +17,7 @@ def main() -> None:
     with stage("attach") as (_, run):
         registration = read_registration(RESULTS / "register.json")
         candidate = Candidate(FEW_STEP, FAST, read_acceptance(ACCEPTANCE), ACCEPTANCE)
-        attachment = attach(registration, candidate, run.id)
+        attachment = attach(registration, candidate, run.id, lambda line: print(f"attach: {line}", file=sys.stderr))
         pages, sheet = (REPORTS / "fast.html", REPORTS / "index.html"), REPORTS / "accept" / "sheet.png"
         write_fast_page(*pages, registration, candidate.report, sheet)
         run.report(asdict(attachment), headlines=("version", "fast"))

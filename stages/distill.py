@@ -1,4 +1,4 @@
-"""Distil the base and models/adapter into models/few_step, an adapter that draws in a few steps without guidance."""
+"""Distil the base and the adapter that evaluate chose into models/few_step, which draws in a few steps unguided."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,24 +12,27 @@ from bestiary.diffusion.few_step_adapter import combine, find_few_step, make_tea
 from bestiary.diffusion.latents import Latents
 from bestiary.diffusion.provenance import checkpoint_key, distillation_provenance
 from bestiary.evaluation.judge import Judge
+from bestiary.evaluation.sweep import read_operating_point
 from bestiary.evaluation.watching import TrainingWatch
 from bestiary.files import write_atomically
 from bestiary.stage import CACHE, REPORTS, content_of, stage
 
-LATENTS, ADAPTER, FEW_STEP, REPORT = Path("build/latents"), Path("models/adapter"), Path("models/few_step"), "distill"
+LATENTS, FEW_STEP, REPORT = Path("build/latents"), Path("models/few_step"), "distill"
 
 
 def main() -> None:
     with stage("distill") as (params, run):
         base, settings, seed, resolution = params.base, params.distill, params.seed, params.encode.resolution
         latents = Latents.open(LATENTS)
-        taught = adapter_sha256(ADAPTER)
-        provenance = distillation_provenance(base, latents, settings, taught, seed=seed, resolution=resolution)
+        # A sweep may choose a checkpoint or another weight, which accept and register then use, too.
+        adapter = read_operating_point(REPORTS / "operating_point").adapter
         chosen = settings.from_
         difference = find_few_step(chosen) if chosen else None
+        sources = adapter_sha256(adapter), adapter_sha256(difference) if difference else None
+        provenance = distillation_provenance(base, latents, settings, sources, seed=seed, resolution=resolution)
         sampling = sampling_of(chosen, difference) if chosen and difference else settings.sampling()
         pipeline = load_pipeline(base.model, base.revision)
-        make_teacher(pipeline, ADAPTER, base)
+        make_teacher(pipeline, adapter, base)
         # Not in models/few_step, because DVC empties that folder before each run.
         unfinished = run.hold(CACHE / "distill" / checkpoint_key(provenance, settings, content_of(params.judge)))
         subjects = [latents.subjects.of(name) for name in sorted(set(latents.training.images["class"]))]
@@ -69,7 +72,7 @@ def main() -> None:
             result.write(REPORTS / REPORT)
             results, costs = {**result.results()}, result.costs()
             difference = save_adapter(pipeline.unet, unfinished / "difference", provenance)
-        content = combine(ADAPTER, difference, chosen.weight if chosen else 1.0, sampling, provenance)
+        content = combine(adapter, difference, chosen.weight if chosen else 1.0, sampling, provenance)
         write_atomically(FEW_STEP / FILE_NAME, content.to_bytes())
         verified = verify_adapter(FEW_STEP, base.model, base.revision)
         run.report({**results, "adapter_sha256": verified.sha256}, costs, headlines=("clip_score",))

@@ -6,7 +6,7 @@ import pytest
 
 from bestiary.comparing import WORKSPACE, Revision, read_revisions, render
 from bestiary.errors import BestiaryError
-from bestiary.stage import METRICS
+from bestiary.stage import METRICS, RESULTS
 
 DVC_YAML = """
 stages:
@@ -59,6 +59,29 @@ def test_the_settings_that_differ_stand_above_the_results_that_matter(checkout: 
     assert [line.rsplit(maxsplit=2) for line in lines[3:]] == [  # what no revision has is left out
         ["margin over other subjects", "80.00", "76.87"],
         ["gain: margin over other subjects", "+30.00", "+26.87"],
+    ]
+
+
+def write_acceptance(folder: Path, evaluated: str, measured: str, loss: float) -> None:
+    """The reports of `evaluate` and `accept` about adapters with these hashes."""
+    (folder / RESULTS).mkdir(parents=True, exist_ok=True)
+    (folder / RESULTS / "evaluate.json").write_text(json.dumps({"adapter_sha256": evaluated}))
+    differences = {"fast_default": {"clip_score": {"mean": loss}}}
+    report = {"adapter_sha256": measured, "accepted": True, "differences": differences}
+    (folder / RESULTS / "accept.json").write_text(json.dumps(report))
+
+
+def test_the_verdict_on_the_fast_variant_is_compared_if_it_is_about_the_evaluated_adapter(checkout: Path) -> None:
+    for adapter, loss in (("first", -0.25), ("second", -0.5)):
+        write_acceptance(checkout, evaluated=adapter, measured=adapter, loss=loss)
+        git(checkout, "add", "--all")
+        git(checkout, "commit", "--quiet", "--message", adapter)
+    write_acceptance(checkout, evaluated="third", measured="second", loss=-0.5)  # `make fast` has not run again
+    lines = list(render(read_revisions(checkout, ["v1", "HEAD~1", "HEAD"]), width=100))
+    assert [line.split(maxsplit=3) for line in lines[:1]] == [[WORKSPACE, "v1", "HEAD~1", "HEAD"]]
+    assert [line.rsplit(maxsplit=4) for line in lines[-2:]] == [
+        ["fast variant accepted", "-", "-", "yes", "yes"],
+        ["fast minus default: CLIP score", "-", "-", "-0.25", "-0.50"],
     ]
 
 

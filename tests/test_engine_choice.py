@@ -1,9 +1,11 @@
 """Which engine draws: the user's choice, what an export can draw, and whether it is faster on this machine."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from bestiary.app.offers import Offerings, Offers
 from bestiary.diffusion import engines
@@ -47,7 +49,9 @@ def export(tmp_path: Path) -> Path:
 @pytest.fixture
 def registered(export: Path, tmp_path: Path) -> Adapter:
     """A registered adapter whose fast variant was accepted."""
-    return Adapter(tmp_path / "x.safetensors", "models:/bestiary/3", "base", None, None, export=export)
+    return Adapter(
+        tmp_path / "x.safetensors", "models:/bestiary/3", "base", None, None, export=export, has_fast_variant=True
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -100,9 +104,44 @@ def test_auto_says_why_the_export_is_not_faster_on_this_machine(
     assert note == "Drawing with torch instead of the fast variant: this machine has a GPU, which torch uses."
 
 
-@pytest.mark.parametrize("changes", [SamplingChanges(steps=9), SamplingChanges(sampler="ddim")])
-def test_auto_falls_back_to_torch_for_other_steps(registered: Adapter, changes: SamplingChanges) -> None:
-    assert choose_engine([registered], Wish(changes=changes)) == ([registered], None)
+@pytest.mark.parametrize(
+    ("wish", "reason"),
+    [
+        (Wish(changes=SamplingChanges(steps=9)), "its sampler, steps and guidance are fixed"),
+        (Wish(changes=SamplingChanges(sampler="ddim")), "its sampler, steps and guidance are fixed"),
+        (Wish(changes=SamplingChanges(negative_prompt="fog")), "it takes no negative prompt"),
+        (Wish(has_grid=True), "a grid may compare what is fixed in it"),
+    ],
+)
+def test_auto_says_that_torch_draws_because_of_other_steps_or_a_grid(
+    registered: Adapter, wish: Wish, reason: str
+) -> None:
+    for adapter in (registered, replace(registered, export=None)):  # whether or not its files were looked for
+        chosen, note = choose_engine([adapter], wish)
+        assert chosen == [adapter]
+        assert note is not None
+        assert note.startswith("Drawing with torch instead of the fast variant: ")
+        assert reason in note
+    assert choose_engine([registered], replace(wish, engine="torch")) == ([registered], None)
+
+
+def test_auto_says_that_torch_draws_because_of_several_adapters(registered: Adapter, tmp_path: Path) -> None:
+    plain = Adapter(tmp_path / "x.safetensors", "x.safetensors", None, None, None)
+    for adapters in ([registered, plain], [plain, registered]):
+        note = "Drawing with torch instead of the fast variant: it holds only one adapter, and several were chosen."
+        assert choose_engine(adapters, Wish()) == (adapters, note)
+    assert choose_engine([plain, plain], Wish()) == ([plain, plain], None)
+
+
+def test_auto_says_that_openvino_is_not_installed_without_looking_for_the_fast_variant(
+    registered: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(engines, "device_and_dtype", lambda: (torch.device("cpu"), torch.float32))
+    monkeypatch.setattr(engines, "find_spec", lambda _: None)
+    note = choose_engine([replace(registered, export=None)], Wish())[1]
+    assert note is not None
+    assert "the engine openvino is not installed (`pip install" in note
 
 
 def test_openvino_without_an_export_says_how_to_make_one(tmp_path: Path, registered: Adapter) -> None:

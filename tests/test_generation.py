@@ -6,7 +6,12 @@ import pytest
 from PIL import Image
 from support.registry import make_adapter
 
+from bestiary.diffusion.adapter import adapter_sha256
+from bestiary.diffusion.adapter_format import Provenance
 from bestiary.diffusion.few_step import few_step_sampling
+from bestiary.diffusion.few_step_adapter import combine
+from bestiary.diffusion.merging import Parent, merge
+from bestiary.diffusion.stored_adapter import adapter_file
 from bestiary.errors import BestiaryError
 from bestiary.generation import (
     Base,
@@ -138,6 +143,45 @@ def test_the_same_adapter_twice_is_refused_whatever_its_names(base_folder: Path,
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     with pytest.raises(BestiaryError, match=r"one and .*two are the same adapter\. Name it once, with one weight\."):
         Generator().prepare(Base(str(base_folder)), [one, resolve(str(tmp_path / "two"))])
+
+
+def distilled(folder: Path, style: Path, other: Path) -> Path:
+    """Write the few-step adapter that `make fast` would make from a style: its file names the style by its hash."""
+    content = combine(style, other, 1.0, Sampling("lcm", 2, 1.0, timesteps=(999, 499)), Provenance())
+    facts = {"distilled_from": {"adapter_sha256": adapter_sha256(style)}}
+    folder.mkdir()
+    data = replace(content, provenance=Provenance.model_validate(facts)).to_bytes()
+    (folder / "pytorch_lora_weights.safetensors").write_bytes(data)
+    return folder
+
+
+def test_a_style_and_an_adapter_that_contains_it_are_refused_together(base_folder: Path, tmp_path: Path) -> None:
+    style, other, third = (make_adapter(base_folder, tmp_path / name, i) for i, name in enumerate(("style", "b", "c")))
+    few_step = distilled(tmp_path / "few_step", style, other)
+    again = distilled(tmp_path / "again", style, third)
+    parents = [Parent("few_step", adapter_file(few_step)), Parent("c", adapter_file(third))]
+    merged = tmp_path / "merged.safetensors"
+    merged.write_bytes(merge(parents).content.to_bytes())
+
+    def prepare(*adapters: Path) -> Generator:
+        generator = Generator()
+        generator.prepare(Base(str(base_folder)), [resolve(str(adapter)) for adapter in adapters])
+        return generator
+
+    for pair in ((style, few_step), (few_step, style)):
+        with pytest.raises(BestiaryError) as refused:
+            prepare(*pair)
+        assert str(refused.value) == (
+            f"{few_step} already contains {style}, which would count twice. Leave out {style}."
+        )
+    with pytest.raises(BestiaryError, match=r"few_step and .*again contain the same adapter, which would count twice"):
+        prepare(few_step, again)
+    for inner in (few_step, third, style):
+        with pytest.raises(BestiaryError, match=f"merged.safetensors already contains {inner}, "):
+            prepare(inner, merged)
+    with pytest.raises(BestiaryError, match="few already contains style, which would count twice"):
+        merge([Parent("few", adapter_file(few_step)), Parent("style", adapter_file(style))])
+    assert len(prepare(few_step, third).adapter_hashes) == 2
 
 
 def test_every_adapter_must_be_for_the_base(base_folder: Path, tmp_path: Path) -> None:

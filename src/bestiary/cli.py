@@ -336,11 +336,12 @@ def generate(
 
         adapters = resolved()
     _tell(note for adapter in adapters for note in adapter.notes)
-    adapters, note = choose_engine(adapters, _wish(engine, source, changes, start, weighted))
-    _tell([note] if note else [])
+    generator = generation.Generator(project_tiny_decoder(params))
+    wish = replace(_wish(engine, source, changes, start, weighted), has_grid=bool(grid))
+    adapters, note = choose_engine(adapters, wish, generator.open_export)
+    _tell([note] if note and not original else [])
     taught = [subject for adapter in adapters for subject in adapter.subjects]
     wanted = list(dict.fromkeys(_find(name, taught) for name in request.subjects))
-    generator = generation.Generator(project_tiny_decoder(params))
     chosen, default = generation.named_base(source.base), project_base(params)
     adapter = generation.decisive(adapters)
     if original and like:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bestiary.errors import BestiaryError
+from bestiary.evaluation.acceptance import SCORES
 from bestiary.evaluation.report import BY_KEY, HEADLINES, TABLE
-from bestiary.stage import METRICS
+from bestiary.stage import METRICS, RESULTS
 
 WORKSPACE = "workspace"  # DVC's name for the files as they are now
 GAP = "  "
@@ -32,6 +33,11 @@ ROWS = (
     Row("copied training images, 0 to 1", "evaluate", "memorisation.adapter.copied.mean"),
     Row("registered version", "register", "version", "d"),
     Row("alias earned", "register", "decision", "s"),
+    Row("fast variant accepted", "accept", "accepted", "s"),
+    *(
+        Row(f"fast minus default: {score.difference_title}", "accept", f"differences.fast_default.{key}.mean", "+.2f")
+        for key, score in SCORES.items()
+    ),
 )
 
 
@@ -61,6 +67,9 @@ def read_revisions(root: Path, names: Sequence[str]) -> list[Revision]:
                 names = ["HEAD", *(name for found in experiments for name, _ in found)]
             asked = list(dict.fromkeys(names))
             metrics = repo.metrics.show(revs=asked, hide_workspace=False)
+            # The stages of fast/dvc.yaml have no metrics, so their reports are read as files.
+            reports = [str(root / RESULTS / f"{stage}.json") for stage in ("evaluate", "accept")]
+            of_fast = repo.metrics.show(targets=reports, revs=asked, hide_workspace=False)
             settings = repo.params.show(revs=asked, hide_workspace=False)
     except (DvcException, SCMError) as error:
         raise BestiaryError(f"These revisions cannot be compared: {str(error).rstrip('.')}.") from None
@@ -71,7 +80,7 @@ def read_revisions(root: Path, names: Sequence[str]) -> list[Revision]:
             {
                 (row.stage, row.key): value
                 for row in ROWS
-                if (value := _value(_file(metrics[name], f"{METRICS}/{row.stage}.json"), row.key)) is not None
+                if (value := _value(_report(row.stage, metrics[name], of_fast[name]), row.key)) is not None
             },
         )
         for name, found in settings.items()
@@ -132,6 +141,15 @@ def _file(found: Mapping[str, object], path: str) -> object:
     return (files.get(path) or {}).get("data")
 
 
+def _report(stage: str, metrics: Mapping[str, object], of_fast: Mapping[str, object]) -> object:
+    """A stage's report in what DVC returns for a revision. That of `accept` must be about the evaluated adapter."""
+    if stage != "accept":
+        return _file(metrics, f"{METRICS}/{stage}.json")
+    evaluated, accepted = (_file(of_fast, f"{RESULTS}/{name}.json") for name in ("evaluate", stage))
+    is_of_this = _value(accepted, "adapter_sha256") == _value(evaluated, "adapter_sha256")
+    return accepted if is_of_this else None
+
+
 def _value(content: object, key: str) -> object:
     """The value at a dotted key; None when there is none."""
     for name in key.split("."):
@@ -151,6 +169,8 @@ def _written(value: object, form: str = "") -> str:
     """A value as text. A setting that is empty, or that a revision lacks, is a dash, as a missing result is."""
     if value is None:
         return "-"
+    if isinstance(value, bool) and form:
+        return "yes" if value else "no"
     try:
         return format(value, form)
     except (TypeError, ValueError):  # another version of this package may have written something else

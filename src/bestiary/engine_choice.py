@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bestiary.diffusion.export_format import MANIFEST, EngineChoice, Manifest, read_manifest
+from bestiary.diffusion.export_format import MANIFEST, DamagedExportError, EngineChoice, Manifest, read_manifest
 from bestiary.errors import BestiaryError
-from bestiary.registry.resolving import Adapter
+from bestiary.registry.resolving import Adapter, how_to_restore_fast_variant
 from bestiary.samplers import SamplingChanges
 
 
@@ -17,6 +17,7 @@ class Wish:
     """The parts of a user's request that decide which engine can draw it.
 
     `weighted`: the user gave an adapter a weight. `base` and `device` are empty if the user did not choose them.
+    `has_grid`: one picture compares several values.
     """
 
     engine: EngineChoice = "auto"
@@ -25,6 +26,7 @@ class Wish:
     weighted: bool = False
     base: str = ""
     device: str = ""
+    has_grid: bool = False
 
     def obstacle(self, manifest: Manifest) -> str | None:
         """Why the export with this manifest cannot draw this, as a clause; None if it can."""
@@ -52,11 +54,29 @@ class Wish:
             for value in (changes.steps, changes.guidance_scale, changes.guidance_interval, changes.sampler)
         ) or bool(changes.negative_prompt)
 
+    def obstacle_for_auto(self, adapters: Sequence[Adapter]) -> str | None:
+        """Why `auto` draws this with torch whatever the export holds, as a clause; None if the export decides."""
+        if len(adapters) > 1:
+            return "it holds only one adapter, and several were chosen"
+        if self.changes_steps:
+            return "its sampler, steps and guidance are fixed, and it takes no negative prompt"
+        if self.has_grid:
+            return "a grid may compare what is fixed in it"
+        return None
 
-def choose_engine(adapters: Sequence[Adapter], wish: Wish) -> tuple[list[Adapter], str | None]:
+
+def _leave_closed(_: Adapter) -> None:
+    """Open nothing."""
+
+
+def choose_engine(
+    adapters: Sequence[Adapter], wish: Wish, open_export: Callable[[Adapter], None] = _leave_closed
+) -> tuple[list[Adapter], str | None]:
     """The adapters to draw with, and a note for the user. If OpenVINO draws, the only adapter is an export.
 
-    `auto` takes an adapter's accepted export if it can draw what the user asks for and is faster on this machine.
+    `auto` takes an adapter's accepted export if it can draw what the user asks for and is faster on this machine. If
+    torch draws instead, the note gives the reason. `open_export` opens the export for `auto`, which lets torch draw if
+    that raises DamagedExportError.
     Raises BestiaryError when the chosen engine cannot draw this.
     """
     exports = [adapter for adapter in adapters if adapter.is_export]
@@ -69,17 +89,29 @@ def choose_engine(adapters: Sequence[Adapter], wish: Wish) -> tuple[list[Adapter
     first = adapters[0]
     if wish.engine == "openvino":
         return [_openvino(adapters, wish)], None
-    if len(adapters) > 1 or wish.changes_steps:
+    if not any(adapter.has_fast_variant for adapter in adapters):
         return list(adapters), None
-    if first.export is None:
-        return list(adapters), f"Drawing with torch. {first.no_export}" if first.no_export else None
+    reason = wish.obstacle_for_auto(adapters)
+    if not reason and first.no_export:
+        return list(adapters), f"Drawing with torch. {first.no_export}"
+    reason = reason or _reason_for_torch(first.export, wish)
+    if first.export is None or reason:
+        return list(adapters), f"Drawing with torch instead of the fast variant: {reason}." if reason else None
+    export = as_export(first, first.export)
+    try:
+        open_export(export)
+    except DamagedExportError as error:
+        mend = how_to_restore_fast_variant(first.export)
+        return list(adapters), f"Drawing with torch instead of the fast variant. {error.problem} {mend}"
+    return [export], None
+
+
+def _reason_for_torch(export: Path | None, wish: Wish) -> str | None:
+    """Why torch draws instead of an export, as a clause; None if the export does. None as `export`: of any export."""
     from bestiary.diffusion.engines import reason_against
 
-    manifest = read_manifest(first.export)
-    reason = wish.obstacle(manifest) or reason_against(manifest)
-    if reason:
-        return list(adapters), f"Drawing with torch instead of the fast variant: {reason}."
-    return [as_export(first, first.export)], None
+    manifest = read_manifest(export) if export else None
+    return (manifest and wish.obstacle(manifest)) or reason_against(manifest)
 
 
 def as_export(adapter: Adapter, folder: Path) -> Adapter:

@@ -291,11 +291,12 @@ class Generator:
     def prepare(self, base: Base, adapters: Sequence[Adapter], device: str = "", *, any_base: bool = False) -> None:
         """Load `base` on `device` (empty: the best one) and apply `adapters`, in place of what was there.
 
-        Raises BestiaryError when the base cannot be loaded, when an adapter does not fit it or is given twice, or when
-        an adapter was trained on another base, unless `any_base`. An export replaces base and adapter.
+        Raises BestiaryError when the base cannot be loaded, when an adapter does not fit it, is given twice or is
+        contained in another one, or when an adapter was trained on another base, unless `any_base`. An export replaces
+        base and adapter.
         """
         if adapters and adapters[0].is_export:
-            self._open(base, adapters[0])
+            self.open_export(adapters[0])
             return
         versions = [_version(adapter) for adapter in adapters]
         if not (self.is_loaded(base, device) and self._applied == versions):
@@ -306,8 +307,8 @@ class Generator:
             self._load(base, device)
             self._apply(adapters, versions, hashes)
 
-    def _open(self, base: Base, adapter: Adapter) -> None:
-        """Load an export, unless it is in memory."""
+    def open_export(self, adapter: Adapter) -> None:
+        """Load an export, which contains its base, unless it is in memory. Raises what `engines.open_export` does."""
         from bestiary.diffusion.engines import open_export
 
         assert adapter.export is not None
@@ -317,7 +318,8 @@ class Generator:
         self._pipeline, self._applied, self.applied = None, [], ()  # frees the memory first
         self.export = None
         self._pipeline = open_export(adapter.export)
-        self._base, self.device, self.export = base, "cpu", export
+        self._base = choose_base(adapter, None, None)
+        self.device, self.export = "cpu", export
         self.adapter_hashes = (export.adapter_sha256,)
 
     def _hash(self, base: Base) -> str:
@@ -430,8 +432,10 @@ class Generator:
 
 
 def _different_hashes(adapters: Sequence[Adapter]) -> tuple[str, ...]:
-    """The SHA-256 of each adapter. Raises BestiaryError when two are the same, under whatever names."""
+    """The SHA-256 of each adapter. Raises BestiaryError when a change would count twice, under whatever names."""
     from bestiary.diffusion.adapter import adapter_sha256
+    from bestiary.diffusion.adapter_reading import read_adapter
+    from bestiary.diffusion.containment import Named, check_counted_once
 
     known: dict[str, Adapter] = {}
     for adapter in adapters:
@@ -439,6 +443,10 @@ def _different_hashes(adapters: Sequence[Adapter]) -> tuple[str, ...]:
         if first := known.get(sha256):
             raise BestiaryError(f"{first.uri} and {adapter.uri} are the same adapter. Name it once, with one weight.")
         known[sha256] = adapter
+    if len(known) > 1:
+        check_counted_once(
+            [Named(adapter.uri, sha256, read_adapter(adapter.file)) for sha256, adapter in known.items()]
+        )
     return tuple(known)
 
 

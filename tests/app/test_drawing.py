@@ -18,7 +18,7 @@ import psutil
 import pytest
 from PIL import Image, ImageChops
 from support.app import ORDER, Event, RunningPage, image_of, offerings, pictures
-from support.registry import DEFAULTS
+from support.registry import DEFAULTS, make_adapter
 
 from bestiary.app.drawing_queue import Drawing, DrawingQueue
 from bestiary.app.errors import Stopped
@@ -27,9 +27,11 @@ from bestiary.app.events import Failed, Picture, Progress, Waiting
 from bestiary.app.orders import Order
 from bestiary.app.server import create_app
 from bestiary.app.studio import Studio, Tell, stoppable
+from bestiary.diffusion.merging import Parent, merge
+from bestiary.diffusion.stored_adapter import adapter_file
 from bestiary.generation import Base, Generator, read_start_image
 from bestiary.png_metadata import StartImage, read_settings
-from bestiary.samplers import Sampling
+from bestiary.samplers import DrawingDefaults, Sampling
 
 ROOT = Path(__file__).parents[2]
 
@@ -94,6 +96,43 @@ def test_a_second_adapter_is_drawn_and_recorded(server: RunningPage) -> None:
     twice = server.refusal(**order, more_adapters=[{"adapter": "local:0"}])
     assert "are the same adapter" in twice["message"]
     assert str(ROOT) not in twice["message"]
+
+
+def test_an_adapter_and_an_uploaded_one_that_contains_it_are_refused_together(
+    server: RunningPage, base_folder: Path, adapter_folder: Path, tmp_path: Path
+) -> None:
+    other = make_adapter(base_folder, tmp_path / "other", 5)
+    merged = merge([Parent("stripes", adapter_file(adapter_folder)), Parent("other", adapter_file(other))]).content
+    offer = server.client.put("/api/adapters", params={"name": "both.safetensors"}, content=merged.to_bytes()).json()
+    refusal = server.refusal(adapter="local:0", more_adapters=[{"adapter": offer["key"]}])
+    stripes = "/".join(adapter_folder.parts[-2:])
+    assert refusal["message"] == (
+        f"both.safetensors already contains {stripes}, which would count twice. Leave out {stripes}."
+    )
+    assert (refusal["key"], refusal["values"]) == ("containsAdapter", {"outer": "both.safetensors", "inner": stripes})
+
+
+def test_the_base_beside_a_few_step_adapter_is_drawn_in_its_own_way(
+    server: RunningPage, base_folder: Path, tmp_path: Path
+) -> None:
+    file = adapter_file(make_adapter(base_folder, tmp_path / "other", 6))
+    offer = server.client.put("/api/adapters", params={"name": "lcm.safetensors"}, content=file.read_bytes()).json()
+    few = {"steps": 2, "guidance_scale": 1.0, "scheduler": "lcm"}
+    own = DrawingDefaults().sampling
+    events = server.draw(adapter=offer["key"], compare=True, **few)
+    adapted, base = pictures(events)
+    usual = {"steps": own.steps, "guidance_scale": own.guidance_scale, "scheduler": own.sampler}
+    (alone,) = pictures(server.draw(**usual, guidance_interval=own.guidance_interval))
+    assert base.tobytes() == alone.tobytes()
+    settings = [json.loads(image.info["bestiary"]) for image in (adapted, base)]
+    assert [{key: its[key] for key in few} for its in settings] == [few, usual]
+    done = [(event["done"], event["total"]) for event in events if event["event"] == "progress"]
+    assert done[1:3] == [(2, 2 + own.steps), (3, 2 + own.steps)]
+    _, base = pictures(server.draw(adapter=offer["key"], adapter_weight=0, compare=True, **few))
+    assert json.loads(base.info["bestiary"])["steps"] == 2  # with weight 0, it is the base
+    large = few | {"width": 1024, "height": 1024, "count": 16, "steps": 10}  # few enough if the base had 10 steps, too
+    refusal = server.refusal(adapter=offer["key"], compare=True, **large)
+    assert (refusal["key"], refusal["values"]["steps"]) == ("tooMuchWork", str(16 * (10 + own.steps)))
 
 
 def test_a_picture_starts_from_an_uploaded_image_as_on_the_command_line(

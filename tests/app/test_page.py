@@ -23,7 +23,7 @@ from support.registry import DEFAULTS
 
 from bestiary.app.errors import SENTENCES
 from bestiary.png_metadata import PictureSettings, read_settings, write_png
-from bestiary.samplers import Sampling
+from bestiary.samplers import DrawingDefaults, Sampling
 from bestiary.subjects import ANIMALS
 
 if TYPE_CHECKING:
@@ -352,6 +352,15 @@ def test_a_few_step_adapter_chosen_second_sets_the_steps_and_the_sampler(
     assert alone == [str(CHAMPION_STEPS), "3", "ddim"]
     page.select_option("#second", uploaded)
     assert [page.input_value(f"#{field}") for field in fields] == ["4", "1", "tcd"]
+    page.fill("#animal", "tiger")
+    page.check("#compare")
+    draw_in(page)
+    own = DrawingDefaults().sampling
+    captions = page.locator("#pictures figcaption span").all_inner_texts()
+    assert captions == [
+        "With the adapter",
+        f"Base only, drawn in its own way: {own.steps} steps, guidance scale {own.guidance_scale:g}",
+    ]
     page.select_option("#second", "none")
     assert [page.input_value(f"#{field}") for field in fields] == alone
     page.close()

@@ -18,16 +18,19 @@ from support.settings import distill_settings
 from support.stages import ROOT
 from support.training import adapter_weights, all_equal, stable_diffusion_cache
 
-from bestiary.diffusion.adapter import apply_adapter, apply_adapters, save_adapter, verify_adapter
+from bestiary.diffusion.adapter import adapter_sha256, apply_adapter, apply_adapters, save_adapter, verify_adapter
 from bestiary.diffusion.adapter_format import FILE_NAME, UP, Provenance
 from bestiary.diffusion.adapter_reading import read_adapter
 from bestiary.diffusion.base import base_sha256, load_pipeline, load_scheduler, load_unet
 from bestiary.diffusion.distillation import NoiseSchedule, TeacherPath, distill
 from bestiary.diffusion.few_step_adapter import combine, find_few_step, make_teacher, sampling_of
 from bestiary.diffusion.latents import Latents
+from bestiary.diffusion.merging import Parent, merge
 from bestiary.diffusion.progress import TrainingResult
 from bestiary.diffusion.sampling import generate, seeded
+from bestiary.diffusion.stored_adapter import adapter_file
 from bestiary.errors import BestiaryError
+from bestiary.evaluation.sweep import write_operating_point
 from bestiary.generation import defaults_of
 from bestiary.params import FewStepModel, Model
 from bestiary.registry.resolving import resolve
@@ -353,12 +356,23 @@ def test_the_stage_writes_an_adapter_that_draws_in_its_few_steps(
     monkeypatch.setenv("BESTIARY_TRACKING", "off")
     monkeypatch.delenv("DVC_ROOT", raising=False)
     monkeypatch.chdir(tmp_path)
+    weight = 1.0 if source == "distilled" else 0.5  # that a sweep chose
+    point = write_operating_point(Path("reports/operating_point"), Path("models/adapter"), weight, guidance_scale=3.0)
     runpy.run_path("stages/distill.py", run_name="__main__")
     report = json.loads((tmp_path / "reports" / "results" / "distill.json").read_text())
     content = read_adapter(tmp_path / "models" / "few_step" / FILE_NAME)
     assert content.few_step == (TWO_STEPS if source == "distilled" else Sampling("lcm", 4, 1.0))
     assert (tmp_path / "reports" / "distill" / "sheet.png").is_file()
     assert len(report["adapter_sha256"]) == 64
+    taught_from = (content.provenance.model_extra or {})["distilled_from"]
+    assert taught_from["adapter_sha256"] == point.adapter_sha256  # as accept and register require
+    if source == "of others":
+        lcm_file = tmp_path / "lcm-lora" / FILE_NAME
+        assert taught_from["few_step_sha256"] == adapter_sha256(lcm_file)
+        parents = [Parent("style", adapter_file("models/adapter"), 0.5), Parent("lcm", lcm_file, 0.7)]
+        expected = merge(parents).content.weights
+        assert content.weights.keys() == expected.keys()
+        assert all_equal([content.weights[key] for key in expected], list(expected.values()))
     pipeline: StableDiffusionPipeline = load_pipeline(base, device="cpu")
     apply_adapter(pipeline, tmp_path / "models" / "few_step")
     assert len(generate(pipeline, ["a zebra"], [0], content.few_step, batch_size=1)) == 1

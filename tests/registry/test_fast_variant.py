@@ -2,22 +2,27 @@
 
 import json
 import shutil
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from support.fast_variant import DRAWING, acceptance, make_export
 from support.registry import RULES, make_adapter, make_submission, submit
 
 from bestiary.app.offers import Offerings, Offers
 from bestiary.cli import cli
+from bestiary.diffusion import engines
 from bestiary.diffusion.adapter import adapter_sha256
 from bestiary.engine_choice import Wish, choose_engine
 from bestiary.errors import BestiaryError
 from bestiary.generation import Base
+from bestiary.png_metadata import read_settings
 from bestiary.registry.attaching import Attachment, Candidate, attach
-from bestiary.registry.fast_variant import read_fast_tags
+from bestiary.registry.fast_variant import how_to_restore, read_fast_tags
 from bestiary.registry.model_card import write
 from bestiary.registry.registering import Registration, register
 from bestiary.registry.resolving import fast_variant, pull_fast, resolve
@@ -37,7 +42,7 @@ class Made:
 
 def attach_as_stage(made: Made, project: Path) -> Attachment:
     run = open_client(tracking_uri(), project).create_run("0", tags={"stage": "attach", "input.models/fast": "1" * 32})
-    return attach(made.registration, made.candidate, run.info.run_id)
+    return attach(made.registration, made.candidate, run.info.run_id, lambda line: print(line, file=sys.stderr))
 
 
 def changed(made: Made, folder: Path, **verdict: bool) -> Made:
@@ -135,6 +140,46 @@ def test_another_fast_variant_replaces_the_earlier_one(made: Made, project: Path
     assert "another network" in (stored / "unet" / "openvino_model.xml").read_text()
 
 
+@pytest.mark.parametrize(
+    "forbidden",
+    [MlflowException("no"), NotImplementedError(), PermissionError()],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_registry_that_keeps_the_earlier_fast_variant_is_named(
+    made: Made,
+    project: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    forbidden: Exception,
+) -> None:
+    def forbid(*_: object) -> None:
+        raise forbidden
+
+    attach_as_stage(made, project)
+    (first,) = fast_folders()
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(LocalArtifactRepository, "delete_artifacts", forbid)
+    attach_as_stage(changed(made, tmp_path / "other"), project)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        f"The registry does not let an earlier fast variant of models:/bestiary/1 be deleted ({first.name}). Nothing"
+    )
+    assert first in fast_folders()
+    assert fast_variant(find_version(URI)) != first / "openvino"
+
+
+def test_an_earlier_copy_that_cannot_be_removed_is_named(
+    made: Made, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attach_as_stage(made, project)
+    capsys.readouterr()
+    monkeypatch.setattr("bestiary.registry.fast_variant.shutil.rmtree", lambda *_, **__: None)
+    pull_fast(URI, tmp_path / "out")
+    (left,) = (tmp_path / "out").glob(".*")
+    assert capsys.readouterr().err == f"{left} cannot be removed. Delete it to free its space.\n"
+
+
 def test_a_refused_fast_variant_stores_only_its_reasons(made: Made, project: Path, tmp_path: Path) -> None:
     attach_as_stage(made, project)
     attachment = attach_as_stage(changed(made, tmp_path / "other", accepted=False), project)
@@ -182,6 +227,35 @@ def test_torch_draws_where_the_fast_variant_is_lost(made: Made, project: Path) -
     assert note.startswith("Drawing with torch. The registry has lost the fast variant of models:/bestiary/1")
     with pytest.raises(BestiaryError, match="The registry has lost the fast variant"):
         choose_engine([found], Wish("openvino"))
+
+
+def test_torch_draws_where_a_network_of_the_fast_variant_is_damaged(
+    made: Made, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(engines, "reason_against", lambda _: None)
+    monkeypatch.setattr(engines, "check_processor", lambda *_: None)
+    monkeypatch.chdir(project)
+    attach_as_stage(made, project)
+    network = fast_folders()[0] / "openvino" / "unet" / "openvino_model.bin"
+    network.write_text("damaged")
+    order = ["generate", "zebra", "--adapter", URI, "--out", str(tmp_path / "drawn")]
+    done = CliRunner().invoke(cli, order)
+    assert done.exit_code == 0, done.output
+    assert done.stderr.splitlines()[0] == (
+        f"Drawing with torch instead of the fast variant. {network} has changed since it was exported. If the version "
+        "is this project's, `dvc repro --force --single-item fast/dvc.yaml:attach` stores it again."
+    )
+    (picture,) = (tmp_path / "drawn").iterdir()
+    assert read_settings(picture).engine == "torch"
+    done = CliRunner().invoke(cli, [*order, "--engine", "openvino"])
+    assert isinstance(done.exception, BestiaryError)
+    assert "openvino_model.bin has changed since it was exported. Export the adapter again." in str(done.exception)
+
+
+def test_a_damaged_copy_of_a_servers_fast_variant_is_downloaded_again_after_deleting_it(tmp_path: Path) -> None:
+    sentence = how_to_restore(tmp_path / "fast-1" / "openvino", cache=tmp_path)
+    assert sentence == f"Delete {tmp_path / 'fast-1'} to download it again."
 
 
 def test_the_page_offers_a_fast_variant_unless_its_tags_make_no_sense(

@@ -1,10 +1,17 @@
 import shutil
 from pathlib import Path
+from threading import Event
 
 import pytest
 from support.registry import make_adapter, submit
 
+from bestiary.app.errors import RefusedError, public_sentence
+from bestiary.app.events import Failed
+from bestiary.app.offers import Offerings
+from bestiary.app.orders import Order
+from bestiary.app.studio import Studio
 from bestiary.errors import BestiaryError
+from bestiary.generation import Base
 from bestiary.registry.resolving import Adapter, find_base, needs_mlflow, pull, resolve
 from bestiary.tracking.store import open_client, tracking_uri
 
@@ -51,6 +58,45 @@ def test_a_file_that_changed_in_the_registry_is_refused(project: Path, base_fold
     file.write_bytes((adapters[1] / file.name).read_bytes())
     with pytest.raises(BestiaryError, match=rf"models:/bestiary/1 has changed .*{file.name}"):
         resolve("models:/bestiary/1")
+
+
+def test_the_page_names_a_changed_or_lost_file_of_the_registry_without_its_path(
+    project: Path, base_folder: Path, adapters: list[Path]
+) -> None:
+    submit(project, base_folder, adapters[0])
+    file = resolve("models:/bestiary/1").file
+
+    def refusal() -> str:
+        studio = Studio(Offerings(bases=(Base(str(base_folder)),), adapters=()))
+        order = Order(
+            adapter="models:/bestiary/1", animal="tiger", steps=1, guidance_scale=1.0, scheduler="ddim", seed=0
+        )
+        with pytest.raises(BestiaryError) as refused:
+            list(studio.draw(order, lambda _: None, Event()))
+        return str(refused.value)
+
+    file.chmod(0o644)
+    file.write_bytes((adapters[1] / file.name).read_bytes())
+    assert refusal().startswith(
+        f"The file of models:/bestiary/1 has changed since it was registered: {file.name}. If it is the adapter in "
+        "models/adapter, `dvc repro"
+    )
+    shutil.rmtree(file.parent)
+    assert refusal().startswith(
+        "The registry has lost the file of models:/bestiary/1: adapter_weights does not exist. If it is the adapter in "
+        "models/adapter, `dvc repro"
+    )
+
+
+@pytest.mark.parametrize(
+    "error", [BestiaryError("/srv/x y/z is lost."), RefusedError("key", "{name}", name="/a/b.png")]
+)
+def test_errors_reach_the_page_and_programs_without_the_servers_folders(
+    error: BestiaryError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "home", lambda: Path("/srv/x y"))
+    expected = "/a/b.png" if isinstance(error, RefusedError) else "z is lost."  # what the user sent stays as it is
+    assert Failed.by(error).message == public_sentence(error) == expected
 
 
 def test_resolving_without_a_registry_creates_nothing_and_names_the_command_that_does(project: Path) -> None:

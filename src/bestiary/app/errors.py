@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import tempfile
+from pathlib import Path
 
 from bestiary.errors import BestiaryError
+from bestiary.files import project_root
 
 RETRY_SECONDS = 5  # after which a request that found no room may be sent again
 
@@ -15,8 +18,13 @@ SENTENCES = {
     "negativeUnused": r"A negative prompt has no effect without guidance",
     "loraInPrompt": r"(?P<tag><lora:.*) in a prompt chooses no adapter here",
     "sameAdapter": r"(?P<first>.+?) and (?P<second>.+?) are the same adapter\.",
+    "containsAdapter": r"(?P<outer>.+?) already contains (?P<inner>.+?), which would count twice\.",
+    "shareAdapter": r"(?P<first>.+?) and (?P<second>.+?) contain the same adapter, which would count twice\.",
     "otherBase": r"(?P<name>.+?) was trained on another base than (?P<model>.+?): on (?P<trained>.+?) with",
 }
+
+# A path from this machine's root, alone or as the address of a database; not a registry's URI or a relative path.
+ABSOLUTE_PATH = re.compile(r"(?:(?:sqlite|file):/{2,3}|(?<![\w.:~/-]))/(?:[^\s/'\"`,;:()]+/)+[^\s/'\"`,;()]*")
 
 
 class Stopped(Exception):  # noqa: N818, because nothing went wrong
@@ -46,6 +54,29 @@ class InvalidError(BestiaryError):
         self.field = field
 
 
+def without_machine_paths(sentence: str) -> str:
+    """The sentence with the name of each file or folder instead of where this machine keeps it.
+
+    >>> without_machine_paths("The file of models:/bestiary/1 has changed: /srv/art/m-1/lora.safetensors. Restore it.")
+    'The file of models:/bestiary/1 has changed: lora.safetensors. Restore it.'
+    >>> without_machine_paths("There is no registry: sqlite:////srv/mlflow.db and ./models/base do not exist.")
+    'There is no registry: mlflow.db and ./models/base do not exist.'
+    """
+    for folder in map(str, (project_root(), Path.cwd(), Path.home(), tempfile.gettempdir())):
+        if " " in folder:  # the pattern would end there
+            sentence = sentence.replace(f"{folder}/", "/_/")
+    return ABSOLUTE_PATH.sub(lambda found: Path(found[0]).name, sentence)
+
+
+def public_sentence(error: BestiaryError) -> str:
+    """What a user of the page or a program may read of an error.
+
+    Refusals by the page itself hold only what the user sent, so they stay as they are.
+    """
+    is_ours = isinstance(error, RefusedError | InvalidError)
+    return str(error) if is_ours else without_machine_paths(str(error))
+
+
 def status_of(error: BestiaryError) -> int:
     """The HTTP status of a request that ends with this error.
 
@@ -73,6 +104,6 @@ def translation(error: BestiaryError) -> tuple[str, dict[str, str]]:
     if isinstance(error, RefusedError):
         return error.key, error.values
     for key, pattern in SENTENCES.items():
-        if found := re.match(pattern, str(error)):
+        if found := re.match(pattern, public_sentence(error)):
             return key, found.groupdict()
     return "", {}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import ClassVar, Literal
 
-from bestiary.app.errors import translation
+from bestiary.app.errors import public_sentence, translation
 from bestiary.errors import BestiaryError
 
 Role = Literal["adapter", "base"]
@@ -93,7 +93,7 @@ class Failed:
         >>> Failed.by(RefusedError("noDevice", "There is no device {device} here.", device="cuda"))
         Failed(message='There is no device cuda here.', key='noDevice', values={'device': 'cuda'})
         """
-        return Failed(str(error), *translation(error))
+        return Failed(public_sentence(error), *translation(error))
 
 
 Event = Waiting | Loading | Note | Progress | Preview | Picture | Done | Failed

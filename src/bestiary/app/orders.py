@@ -53,7 +53,7 @@ class Order(BaseModel):
     image: str = ""  # the key of an uploaded image to start from; empty: noise
     denoise: float = Field(default=DEFAULT_DENOISE, gt=0, le=1)
     decoder: Decoder | None = None  # None: as the adapter was evaluated
-    compare: bool = False  # also draw the base's picture of each seed
+    compare: bool = False  # also draw the base's picture of each seed: in its own way beside a few-step adapter
     preview: bool = True
 
     @staticmethod
@@ -76,8 +76,11 @@ class Order(BaseModel):
         self.check_work(self.width or SIDE_STEP, self.height or SIDE_STEP)
         return self
 
-    def check_work(self, width: int, height: int) -> None:
-        """Raise BestiaryError when a picture of this size is too large, or all of the order would take too long."""
+    def check_work(self, width: int, height: int, base_steps: int | None = None) -> None:
+        """Raise BestiaryError when a picture of this size is too large, or all of the order would take too long.
+
+        `base_steps` are those of each picture of the base; None: as many as with the adapter.
+        """
         side = f"{width}" if width == height else f"{width} x {height}"
         if width * height > MAX_SIDE**2:
             raise RefusedError(
@@ -86,7 +89,8 @@ class Order(BaseModel):
                 side=side,
                 limit=str(MAX_SIDE),
             )
-        steps, limit = self.steps * self.count * (2 if self.compare else 1), MAX_WORK // (width * height)
+        both = self.steps + ((base_steps or self.steps) if self.compare else 0)
+        steps, limit = both * self.count, MAX_WORK // (width * height)
         if steps > limit:
             raise RefusedError(
                 "tooMuchWork",

@@ -6,7 +6,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from bestiary.app.errors import InvalidError, retry_headers, status_of
+from bestiary.app.errors import InvalidError, public_sentence, retry_headers, status_of
 from bestiary.errors import BestiaryError
 
 OPENAI, A1111 = "/v1", "/sdapi/v1"
@@ -44,7 +44,7 @@ async def refused(request: Request, error: Exception) -> Response:
     """Answer a request that ends with a BestiaryError."""
     assert isinstance(error, BestiaryError)
     field = error.field if isinstance(error, InvalidError) else None
-    return refusal(request.scope["path"], str(error), status_of(error), field=field)
+    return refusal(request.scope["path"], public_sentence(error), status_of(error), field=field)
 
 
 async def not_here(request: Request, error: Exception) -> Response:

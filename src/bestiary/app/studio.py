@@ -135,14 +135,15 @@ class Studio:
             work = self._prepare(order, tell)
             jobs = self._jobs(order, work, tell)
         started = time.monotonic()
+        total = sum(job.settings.drawn_steps for job in jobs)
         for position, job in enumerate(jobs):
             check()
             with self.offers.without_paths():
                 self._load(work, tell)
 
-            steps = job.settings.drawn_steps
+            drawn = sum(earlier.settings.drawn_steps for earlier in jobs[:position])
 
-            def progress(done: int, _: int, before: int = position * steps, total: int = len(jobs) * steps) -> None:
+            def progress(done: int, _: int, before: int = drawn) -> None:
                 check()
                 left = (time.monotonic() - started) / (before + done) * (total - before - done)
                 tell(Progress(before + done, total, round(left, 1)))
@@ -152,7 +153,7 @@ class Studio:
 
             pipeline = self._generator.pipeline
             watching = (
-                previews(pipeline, order.guidance_scale, show, wants_preview)
+                previews(pipeline, job.settings.sampling.guidance_scale, show, wants_preview)
                 if order.preview
                 else contextlib.nullcontext()
             )
@@ -204,11 +205,12 @@ class Studio:
             decoder=usual.sampling.decoder if usual else "full",
         )
         sampling = self._generator.sized(order.changes.apply(sampling))
-        order.check_work(sampling.width or SIDE_STEP, sampling.height or SIDE_STEP)
+        of_base = self._sampling_of_base(work, sampling)
+        order.check_work(sampling.width or SIDE_STEP, sampling.height or SIDE_STEP, of_base.steps)
         plain = PictureSettings(
             prompt="",
             seed=order.seed,
-            sampling=replace(sampling, adapter_weight=1.0),  # the base alone has none
+            sampling=of_base,
             base=short_name(base.model),
             base_revision=base.revision,
             adapter=None,
@@ -236,6 +238,24 @@ class Studio:
             for number in range(order.count)
             for settings, role in pairs
         ]
+
+    def _sampling_of_base(self, work: Work, sampling: Sampling) -> Sampling:
+        """How to draw the base alone beside pictures with this sampling: the same way, or its own default way.
+
+        In the steps of a few-step adapter and without guidance, the base would draw nothing recognisable.
+        """
+        sampling = replace(sampling, adapter_weight=1.0)  # the base alone has none
+        if not any(each.offer.few_step and each.weight for each in work.chosen):
+            return sampling
+        own = self.offers.defaults.sampling
+        return replace(
+            sampling,
+            sampler=own.sampler,
+            steps=own.steps,
+            guidance_scale=own.guidance_scale,
+            guidance_interval=own.guidance_interval,
+            timesteps=own.timesteps,
+        )
 
     def _load(self, work: Work, tell: Tell) -> None:
         """Load the order's base and adapters, unless they are in memory."""

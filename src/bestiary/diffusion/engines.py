@@ -23,6 +23,7 @@ from platformdirs import user_cache_path
 from bestiary.diffusion.base import device_and_dtype, quiet_loading
 from bestiary.diffusion.export_format import (
     NETWORK_FILE,
+    DamagedExportError,
     Manifest,
     Precision,
     check_files,
@@ -89,13 +90,13 @@ def refuse_statistics() -> None:
         sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # makes the import fail
 
 
-def reason_against(manifest: Manifest) -> str | None:
-    """Why the export is not faster on this machine, as a clause; None if it is."""
+def reason_against(manifest: Manifest | None) -> str | None:
+    """Why the export is not faster on this machine, as a clause; None if it is. Without a manifest: of any export."""
     if device_and_dtype()[0].type != "cpu":
         return "this machine has a GPU, which torch uses"
     if find_spec("openvino") is None:
         return f"the engine openvino is not installed (`{INSTALL}`)"
-    if not Processor.here().has(manifest.precision):
+    if manifest and not Processor.here().has(manifest.precision):
         return f"this processor has no instructions for {manifest.precision}"
     return None
 
@@ -112,8 +113,9 @@ def check_processor(folder: Path, precision: Precision) -> None:
 def open_export(folder: Path) -> StableDiffusionPipeline:
     """A pipeline whose networks OpenVINO runs on the CPU. Its UNet contains the adapter and has no torch weights.
 
-    The pipeline cannot start from an image, because an export has no encoder. Raises BestiaryError when OpenVINO is
-    not installed, a file is missing, has changed or does not load, or the processor lacks the instructions.
+    The pipeline cannot start from an image, because an export has no encoder. Raises DamagedExportError when a file is
+    missing, has changed or does not load, and another BestiaryError when OpenVINO is not installed or the processor
+    lacks the instructions.
     """
     manifest = read_manifest(folder)
     core = openvino().Core()
@@ -122,7 +124,7 @@ def open_export(folder: Path) -> StableDiffusionPipeline:
     try:
         return _load(folder, manifest, core)
     except Exception as error:  # OpenVINO, diffusers and transformers raise different types
-        raise BestiaryError(f"The export in {folder} cannot be loaded. Export the adapter again.") from error
+        raise DamagedExportError(f"The export in {folder} cannot be loaded.") from error
 
 
 def _load(folder: Path, manifest: Manifest, core: Any) -> StableDiffusionPipeline:

@@ -25,6 +25,14 @@ NETWORKS = ("text_encoder", "unet", "vae_decoder")
 NETWORK_FILE = "openvino_model.xml"
 
 
+class DamagedExportError(BestiaryError):
+    """A file of an export is missing, has changed or does not load; `problem` says which, in a sentence."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"{problem} Export the adapter again.")
+        self.problem = problem
+
+
 class Manifest(BaseModel):
     """The manifest of an exported folder. `files` has the SHA-256 of every other file by its path in the folder.
 
@@ -102,12 +110,12 @@ def _damaged(folder: Path) -> BestiaryError:
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """Raise BestiaryError when a file of the export is missing or has changed."""
+    """Raise DamagedExportError when a file of the export is missing or has changed."""
     for name, sha256 in manifest.files.items():
         if not is_file(folder / name):
-            raise BestiaryError(f"The export in {folder} has no {name}. Export the adapter again.")
+            raise DamagedExportError(f"The export in {folder} has no {name}.")
         if file_sha256(folder / name) != sha256:
-            raise BestiaryError(f"{folder / name} has changed since it was exported. Export the adapter again.")
+            raise DamagedExportError(f"{folder / name} has changed since it was exported.")
 
 
 def hash_files(folder: Path) -> dict[str, str]:

@@ -17,6 +17,7 @@ import torch
 from bestiary.diffusion.adapter import Verification, adapter_sha256, verify_adapter
 from bestiary.diffusion.adapter_format import DOWN, FILE_NAME, UP, AdapterConfig, AdapterContent, Part, Provenance
 from bestiary.diffusion.adapter_reading import read_adapter
+from bestiary.diffusion.containment import CONTAINS, Named, check_counted_once, contained
 from bestiary.errors import BestiaryError
 from bestiary.files import write_atomically
 
@@ -48,10 +49,16 @@ def merge(parents: Sequence[Parent], rank: int | None = None) -> Merged:
     """One adapter that does what the parents do together with their weights: exactly, or at this rank.
 
     It is drawn at the timesteps of a parent that was distilled for them.
-    Raises BestiaryError when a parent is no plain LoRA or has the weight 0, when two parents were trained on different
-    bases, and when the rank is not below that of the exact merge.
+    Raises BestiaryError when a parent is no plain LoRA, has the weight 0 or is contained in another one, when two
+    parents were trained on different bases, and when the rank is not below that of the exact merge.
     """
     contents = [read_adapter(parent.file) for parent in parents]
+    check_counted_once(
+        [
+            Named(parent.name, adapter_sha256(parent.file), content)
+            for parent, content in zip(parents, contents, strict=True)
+        ]
+    )
     stacked = _stack([_factors(parent, content) for parent, content in zip(parents, contents, strict=True)])
     if not stacked:
         raise BestiaryError("These adapters hold no LoRA weights to merge. Choose LoRA adapters.")
@@ -185,6 +192,8 @@ def _provenance(
         ],
         "merged_by": "concatenation" if exact else "svd",
     }
+    if inside := sorted({sha256 for content in contents for sha256 in contained(content)}):
+        facts[CONTAINS] = inside
     if not exact:
         facts["relative_error"] = merged.error
     return Provenance.model_validate({key: value for key, value in facts.items() if value is not None})

@@ -103,7 +103,9 @@ def read_fast_variant(few_step: Path, export: Path, *, adapter_sha256: str, side
     if manifest.adapter_sha256 != sha256:
         raise BestiaryError(f"{export} was not exported from {few_step}. Run `{MAKE}`.")
     if manifest.distilled_from_sha256 not in (None, adapter_sha256):
-        raise BestiaryError(f"{few_step} was not distilled from models/adapter. Run `{MAKE}`.")
+        raise BestiaryError(
+            f"{few_step} was distilled from another adapter than the one that evaluate chose. Run `{MAKE}`."
+        )
     sampling = read_adapter(adapter_file(few_step)).few_step
     if sampling is None:
         raise BestiaryError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,12 +68,13 @@ class Candidate:
     report_file: Path
 
 
-def attach(registration: Registration, candidate: Candidate, run_id: str) -> Attachment:
+def attach(registration: Registration, candidate: Candidate, run_id: str, warn: Callable[[str], None]) -> Attachment:
     """Store an accepted fast variant with the registered version and set the version's tags.
 
     An earlier fast variant is replaced. For a refused one, only the reasons are stored, and an earlier variant is
-    removed because the tags describe the last one. `run_id` is the MLflow run that does this. Raises BestiaryError when
-    the report is about another adapter or fast variant, the version does not exist, or MLflow cannot be written.
+    removed because the tags describe the last one. `run_id` is the MLflow run that does this. `warn` gets a sentence
+    if the registry does not let an earlier variant be removed. Raises BestiaryError when the report is about another
+    adapter or fast variant, the version does not exist, or MLflow cannot be written.
     """
     report = candidate.report
     tags = _check(registration, candidate)
@@ -92,7 +93,11 @@ def attach(registration: Registration, candidate: Candidate, run_id: str) -> Att
             if report.accepted:
                 _store(client, version, candidate, tags)
             _mark(client, version, report, tags, run_id)
-            _drop_others(client, version, tags.folder if report.accepted else "")
+            if left := _drop_others(client, version, tags.folder if report.accepted else ""):
+                warn(
+                    f"The registry does not let an earlier fast variant of {version.uri} be deleted "
+                    f"({', '.join(left)}). Nothing uses it. Ask whoever runs the registry to delete it."
+                )
             client.log_artifact(version.run_id, str(candidate.report_file), GATE)
     return Attachment(
         registration.name,
@@ -149,12 +154,19 @@ def _mark(client: MlflowClient, version: Version, report: AcceptanceReport, tags
     client.update_model_version(version.name, number, with_fast_part(description, "\n".join(as_markdown(report))))
 
 
-def _drop_others(client: MlflowClient, version: Version, kept: str) -> None:
-    """Delete earlier fast variants from the version's files. If a server forbids it, they stay there unused."""
+def _drop_others(client: MlflowClient, version: Version, kept: str) -> list[str]:
+    """Delete earlier fast variants from the version's files. Returns those that the registry does not let go."""
     from mlflow.exceptions import MlflowException
 
-    with contextlib.suppress(MlflowException, NotImplementedError, OSError):
+    forbidden, left = (MlflowException, NotImplementedError, OSError), []
+    try:
         store = file_store(client, version)
-        for item in store.list_artifacts():
-            if item.path.startswith(PREFIX) and item.path != kept:
-                store.delete_artifacts(item.path)
+        found = [item.path for item in store.list_artifacts() if item.path.startswith(PREFIX) and item.path != kept]
+    except forbidden:
+        return [f"{PREFIX}*"]
+    for path in found:
+        try:
+            store.delete_artifacts(path)
+        except forbidden:
+            left.append(path)
+    return left

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import re
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -114,6 +115,13 @@ def find_stored(version: Version, cache: Path) -> StoredFastVariant:
     return _in(kept, tags)
 
 
+def how_to_restore(export: Path, cache: Path) -> str:
+    """What to do when a file of a version's stored export is damaged, in a sentence."""
+    if export.is_relative_to(cache):
+        return f"Delete {export.parent} to download it again."
+    return f"If the version is this project's, `{ATTACH}` stores it again."
+
+
 def pull_fast(what: str, out: Path, cache: Path) -> list[Path]:
     """Copy the fast variant of the version `what` to `out`/few_step and `out`/openvino, verified. Returns both folders.
 
@@ -198,6 +206,8 @@ def _written(folder: Path) -> Iterator[Path]:
         raise BestiaryError(f"{folder} cannot be written: {error.strerror or error}.") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if temporary.exists():  # such as an earlier copy with a write-protected folder
+            print(f"{temporary} cannot be removed. Delete it to free its space.", file=sys.stderr)
         if is_new:
             with contextlib.suppress(OSError):
                 folder.rmdir()

@@ -15,6 +15,7 @@ from bestiary.diffusion.single_file import PICKLES, SUFFIX, is_single_file
 from bestiary.errors import BestiaryError, shown
 from bestiary.files import is_file, is_folder, project_root, write_atomically
 from bestiary.registry import fast_variant as fast
+from bestiary.registry.fast_variant import is_accepted
 from bestiary.registry.tags import read_tags
 from bestiary.registry.versions import REGISTER, Version, find_version, local_database, weights
 from bestiary.samplers import DrawingDefaults, Sampling
@@ -41,6 +42,7 @@ class Adapter:
     subjects: tuple[Subject, ...] = ()  # that a registered adapter was taught, in the words of its captions
     export: Path | None = None  # the folder of an OpenVINO export of it, or of its accepted fast variant
     no_export: str = ""  # why its accepted fast variant cannot be used, in a sentence
+    has_fast_variant: bool = False  # its version has an accepted one, even if nobody looked for its files
 
     @property
     def is_export(self) -> bool:
@@ -95,6 +97,7 @@ def resolve(what: str, *, fast: bool = False) -> Adapter:
         subjects=tags.subjects,
         export=export,
         no_export=no_export,
+        has_fast_variant=is_accepted(version),
     )
 
 
@@ -175,12 +178,17 @@ def fast_variant(version: Version) -> Path | None:
     An export from a server is downloaded once, to the user's cache folder. Raises BestiaryError when its files are lost
     or have changed.
     """
-    return fast.find_stored(version, fast_cache()).export if fast.is_accepted(version) else None
+    return fast.find_stored(version, fast_cache()).export if is_accepted(version) else None
 
 
 def fast_cache() -> Path:
     """The cache folder for fast variants from servers, next to the one for adapters."""
     return cache_folder().with_name("fast")
+
+
+def how_to_restore_fast_variant(export: Path) -> str:
+    """What to do when a file of a version's fast variant is damaged, in a sentence."""
+    return fast.how_to_restore(export, fast_cache())
 
 
 def find_base(adapter: Adapter, base: str | None = None, known: Collection[str] = ()) -> str:

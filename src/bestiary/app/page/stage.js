@@ -104,7 +104,14 @@ async function figureOf(picture, entry) {
 
 function captionOf({ role, settings }, { order }) {
   if (order.axis) return [axisLabel(order.axis), ...(order.count > 1 ? [settings.seed] : [])].join(' · ');
-  return order.count > 1 ? `${roleName(role, order)} · ${settings.seed}` : roleName(role, order);
+  const name = drawsItsOwnWay(role, settings, order)
+    ? text('baseOwnWay', { steps: settings.steps, guidance: settings.guidance_scale }) : roleName(role, order);
+  return order.count > 1 ? `${name} · ${settings.seed}` : name;
+}
+
+/** Whether the base beside a few-step adapter was drawn with its own steps and guidance. */
+function drawsItsOwnWay(role, settings, order) {
+  return role === 'base' && ['steps', 'guidance_scale', 'scheduler'].some((key) => settings[key] !== order[key]);
 }
 
 function roleName(role, order) {

@@ -1,0 +1,66 @@
+"""Which adapters an adapter contains, by the provenance in its file, so that no change is applied twice.
+
+A few-step adapter contains the adapter that it was distilled from, and a merged one contains its parents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from bestiary.diffusion.adapter_format import AdapterContent
+from bestiary.errors import BestiaryError
+
+CONTAINS = "contains"  # in a merged adapter's provenance: what its parents contain
+HASHES = ("adapter_sha256", "few_step_sha256")  # of a source; the second is of the few-step adapter in `distill.from`
+
+
+@dataclass(frozen=True)
+class Named:
+    """An adapter to combine with others: its name for errors, its SHA-256, and its content."""
+
+    name: str
+    sha256: str
+    content: AdapterContent
+
+
+def contained(content: AdapterContent) -> frozenset[str]:
+    """The SHA-256 of the adapters whose changes are part of this one, as far as its file says.
+
+    >>> from bestiary.diffusion.adapter_format import AdapterConfig, Provenance
+    >>> provenance = Provenance.model_validate({"merged_from": [{"adapter_sha256": "a"}, {"adapter_sha256": "b"}]})
+    >>> sorted(contained(AdapterContent({}, AdapterConfig(r=1, lora_alpha=1, target_modules=[]), provenance)))
+    ['a', 'b']
+    """
+    return frozenset(_contained(content))
+
+
+def check_counted_once(adapters: Sequence[Named]) -> None:
+    """Raise BestiaryError when one of the adapters contains another one, or two contain the same."""
+    held = [(each, {each.sha256} | contained(each.content)) for each in adapters]
+    for (first, its), (second, others) in combinations(held, 2):
+        if first.sha256 == second.sha256:  # the caller decides on the same adapter twice
+            continue
+        for outer, inner, inside in ((first, second, its), (second, first, others)):
+            if inner.sha256 in inside:
+                raise BestiaryError(
+                    f"{outer.name} already contains {inner.name}, which would count twice. Leave out {inner.name}."
+                )
+        if its & others:
+            raise BestiaryError(
+                f"{first.name} and {second.name} contain the same adapter, which would count twice. Leave out one of "
+                "them."
+            )
+
+
+def _contained(content: AdapterContent) -> Iterator[str]:
+    facts = content.provenance.model_extra or {}  # anybody can write such a file
+    # What `distill` trains before it adds the adapter was distilled from it, too, but says no way to draw.
+    sources: list[object] = [facts.get("distilled_from")] if content.few_step else []
+    for key in ("merged_from", CONTAINS):
+        found = facts.get(key)
+        sources += found if isinstance(found, list) else []
+    for source in sources:
+        hashes = [source.get(key) for key in HASHES] if isinstance(source, dict) else [source]
+        yield from (sha256 for sha256 in hashes if isinstance(sha256, str))

@@ -26,18 +26,10 @@ def main() -> None:
         latents = Latents.open(LATENTS)
         # A sweep may choose a checkpoint or another weight, which accept and register then use, too.
         adapter = read_operating_point(REPORTS / "operating_point").adapter
-        taught = adapter_sha256(adapter)
         chosen = settings.from_
         difference = find_few_step(chosen) if chosen else None
-        provenance = distillation_provenance(
-            base,
-            latents,
-            settings,
-            taught,
-            few_step_sha256=adapter_sha256(difference) if difference else None,
-            seed=seed,
-            resolution=resolution,
-        )
+        sources = adapter_sha256(adapter), adapter_sha256(difference) if difference else None
+        provenance = distillation_provenance(base, latents, settings, sources, seed=seed, resolution=resolution)
         sampling = sampling_of(chosen, difference) if chosen and difference else settings.sampling()
         pipeline = load_pipeline(base.model, base.revision)
         make_teacher(pipeline, adapter, base)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from diffusers import AutoencoderTiny
-from support.hub_server import Hub, Served, hub_server
+from support.hub_server import COMMIT, Hub, Served, hub_server
 from support.rates import SAMPLE, measured, rate
 from support.sciencedb_server import serving
 
@@ -18,7 +18,7 @@ from bestiary.errors import BestiaryError
 from bestiary.estimating import lines
 from bestiary.evaluation.rates import Rates
 from bestiary.learning import params_with_profile
-from bestiary.params import Params, load_params
+from bestiary.params import FewStepModel, Params, load_params
 from bestiary.preflight import Check, checks, disk, memory, time_needed
 
 ROOT = Path(__file__).parents[1]
@@ -74,6 +74,28 @@ def test_a_long_run_is_checked_from_the_hub_to_the_disk(
     assert {name for name, check in found.items() if check.mark == "FAIL"} == {"judge", "ScienceDB", "MLflow", "time"}
     assert "Accept its licence" in found["judge"].text
     assert found["captioner"].mark == "note"  # only `bestiary captions` needs it
+
+
+def test_a_few_step_adapter_on_the_hub_is_checked_at_its_revision(night: Params, hub: Hub, tmp_path: Path) -> None:
+    def found(revision: str | None = COMMIT) -> Check:
+        chosen = FewStepModel(model="someone/lcm-lora", revision=revision, file="lcm.safetensors", weight=1.0)
+        distill = night.distill.model_copy(update={"from_": chosen})
+        params = night.model_copy(update={"distill": distill})
+        (wanted,) = [each for each in preflight._models(params) if each.on_hub.model == chosen.model]
+        return preflight._model(tmp_path, wanted, [])
+
+    (tmp_path / "lcm").mkdir()
+    (tmp_path / "lcm" / "lcm.safetensors").write_bytes(b"x" * 2**20)
+    assert found().mark == "note"  # the hub has no such model
+    hub.models["someone/lcm-lora"] = served = Served(tmp_path / "lcm")
+    assert str(found()) == f"ok    few-step     someone/lcm-lora at {COMMIT[:7]}: 1 MiB to download"
+    assert "It is not pinned" in found(None).text
+    assert "revision" in found("f" * 40).text
+    served.gated = True
+    refused = found()
+    assert refused.mark == "note"  # `dvc repro` runs without it
+    assert "Accept its licence" in refused.text
+    assert refused.text.endswith("Only `make fast` needs it.")
 
 
 def test_the_command_ends_with_1_when_the_run_would_fail(unmeasured: None, monkeypatch: pytest.MonkeyPatch) -> None:

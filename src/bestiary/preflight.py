@@ -43,7 +43,7 @@ class Check:
     mark: Literal["ok", "note", "FAIL"] = "ok"
 
     def __str__(self) -> str:
-        return f"{self.mark:6}{self.name:13}{self.text}"
+        return f"{self.mark:6}{self.name:12} {self.text}"
 
 
 def checks(root: Path, params: Params, hours: float) -> Iterator[Check]:
@@ -159,7 +159,7 @@ def _models(params: Params) -> list[_Wanted]:
 def _model(root: Path, wanted: _Wanted, sizes: list[int]) -> Check:
     """Whether a model can be loaded. Appends the bytes to download to `sizes`."""
     on_hub = wanted.on_hub
-    name = on_hub.what.replace("captioning model", "captioner")
+    name = on_hub.what.replace("captioning model", "captioner").removesuffix(" adapter")  # fits the column
     if is_folder(root / on_hub.model) or is_file(root / on_hub.model):
         return Check(name, on_hub.model)
     fails: Literal["note", "FAIL"] = "note" if wanted.only_for else "FAIL"

@@ -48,21 +48,22 @@ def distillation_provenance(
     base: Model,
     latents: Latents,
     settings: Distill,
-    adapter_sha256: str,
+    sources: tuple[str, str | None],
     *,
-    few_step_sha256: str | None,
     seed: int,
     resolution: int,
 ) -> Provenance:
-    """The provenance of the few-step adapter that is distilled from this adapter with these settings.
+    """The provenance of the few-step adapter that is made from an adapter with these settings.
 
-    `few_step_sha256` is of the published few-step adapter that is combined with it; None if one is distilled here.
+    `sources` are the SHA-256 of that adapter, and of the published few-step adapter that is combined with it; None if
+    one is distilled here.
     Raises BestiaryError when the latents were encoded with another base.
     """
     made_with = settings.model_dump(exclude=SHEET_SETTINGS | {"checkpoint_seconds"}, by_alias=True)
     facts = {**_origin(base, latents, resolution), "params": {**made_with, "seed": seed}}
-    published = {"few_step_sha256": few_step_sha256} if few_step_sha256 else {}
-    return Provenance.model_validate({**facts, "distilled_from": {"adapter_sha256": adapter_sha256, **published}})
+    hashes = dict(zip(("adapter_sha256", "few_step_sha256"), sources, strict=True))
+    distilled_from = {key: sha256 for key, sha256 in hashes.items() if sha256}
+    return Provenance.model_validate({**facts, "distilled_from": distilled_from})
 
 
 def _origin(base: Model, latents: Latents, resolution: int) -> Origin:

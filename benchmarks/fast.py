@@ -76,6 +76,7 @@ class Cold:
 
     first_s: float
     seconds: float
+    first_peak_memory_mib: float
     peak_memory_mib: float
 
 
@@ -239,9 +240,9 @@ def compared(ways: Mapping[str, Way]) -> dict[str, Way]:
 
 def start_cold(exported: Path, side: int, cache: Path) -> Cold:
     """Run the command twice: with an empty cache of compiled networks, then with the cache of the first run."""
-    first, _ = run_command(exported, side, cache)
+    first, first_memory = run_command(exported, side, cache)
     second, memory = run_command(exported, side, cache)
-    return Cold(first, second, memory)
+    return Cold(first, second, first_memory, memory)
 
 
 def run_command(exported: Path, side: int, cache: Path) -> tuple[float, float]:

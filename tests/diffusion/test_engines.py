@@ -278,9 +278,30 @@ def test_openvino_sends_no_statistics() -> None:
     assert sys.modules["openvino_telemetry"] is None
 
 
-def test_compiled_networks_are_cached_for_the_next_process(opened: StableDiffusionPipeline) -> None:
-    generate(opened, PROMPTS[:1], [0], FEW_STEPS, batch_size=1)
-    assert len(list(engines.compiled_cache().glob("*.blob"))) >= 3
+def test_compiled_networks_are_cached_for_the_next_process_without_a_copy_of_the_weights(
+    exported: tuple[Path, Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BESTIARY_CACHE", str(tmp_path))
+    released: list[Path] = []
+    monkeypatch.setattr(engines, "release_pages", released.append)
+
+    def draw() -> list[Image]:
+        return generate(open_export(exported[0]), PROMPTS[:1], [0], FEW_STEPS, batch_size=1)
+
+    first = draw()
+    blobs = {path: path.read_bytes() for path in engines.compiled_cache().iterdir()}
+    assert len(blobs) == 3
+    weights = (exported[0] / "unet" / "openvino_model.bin").read_bytes()
+    assert not any(weights[start : start + 1000] in blob for start in (0, len(weights) // 2) for blob in blobs.values())
+    with monkeypatch.context() as cached:
+        cached.delattr(engines._Network, "_compile")
+        assert draw() == first
+    files = [exported[0] / name / "openvino_model.bin" for name in ("text_encoder", "unet", "vae_decoder")]
+    assert released == 2 * files  # right after each network was compiled or loaded
+    for path in blobs:
+        path.write_bytes(b"damaged")
+    assert draw() == first
+    assert all(path.read_bytes() != b"damaged" for path in blobs)
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

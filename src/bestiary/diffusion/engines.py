@@ -2,11 +2,13 @@
 
 `open_export` returns diffusers' pipeline with networks that OpenVINO runs, so everything that draws with a pipeline
 can also draw with an export. OpenVINO compiles a network for the shapes that it is called with, because fixed shapes
-take a third less time than dynamic ones. It caches compiled networks for the next process.
+take a third less time than dynamic ones. Compiled networks are cached for the next process, without their weights.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
 import sys
@@ -23,6 +25,7 @@ from platformdirs import user_cache_path
 from bestiary.diffusion.base import device_and_dtype, quiet_loading
 from bestiary.diffusion.export_format import (
     NETWORK_FILE,
+    WEIGHTS_FILE,
     DamagedExportError,
     Manifest,
     Precision,
@@ -30,7 +33,8 @@ from bestiary.diffusion.export_format import (
     read_manifest,
 )
 from bestiary.errors import BestiaryError
-from bestiary.memory import keep_freed_memory
+from bestiary.files import write_atomically
+from bestiary.memory import keep_freed_memory, release_pages
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -152,14 +156,6 @@ def compiled_cache() -> Path:
     return Path(os.environ.get("BESTIARY_CACHE") or user_cache_path("bestiary")) / "compiled"
 
 
-def _cache_options() -> dict[str, str]:
-    """Where OpenVINO keeps compiled networks; nowhere if the folder cannot be written, which costs only time."""
-    folder = compiled_cache()
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    return {"CACHE_DIR": str(folder)} if folder.is_dir() and os.access(folder, os.W_OK) else {}
-
-
 def is_exported(pipeline: StableDiffusionPipeline) -> bool:
     """Whether OpenVINO runs this pipeline's networks."""
     return isinstance(pipeline.unet, _UNet)
@@ -184,16 +180,17 @@ class _Network:
     """A network in OpenVINO's format, compiled for the shapes that it is called with."""
 
     def __init__(self, core: Any, folder: Path, manifest: Manifest) -> None:
-        import json
-
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
         self.decoder = manifest.decoder
-        self._core, self._file = core, folder / NETWORK_FILE
+        self._core, self._folder = core, folder
+        # A compiled network that is cached without its weights reads them from the export. OpenVINO's own cache would
+        # hold a copy of them, and loading from it would map both into memory.
         self._options = {
             "INFERENCE_PRECISION_HINT": _hint(folder.name, manifest.precision),
             "PERFORMANCE_HINT": "LATENCY",
-            **_cache_options(),
+            "CACHE_MODE": "OPTIMIZE_SIZE",
         }
+        self._content = [manifest.files.get(f"{folder.name}/{name}") for name in (NETWORK_FILE, WEIGHTS_FILE)]
         self._compiled: dict[tuple[torch.Size, ...], Any] = {}  # by input shapes, most recently used last
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
@@ -203,20 +200,47 @@ class _Network:
         if compiled is None:
             if len(self._compiled) == MAX_COMPILED:
                 del self._compiled[next(iter(self._compiled))]  # frees its memory before the next one is compiled
-            compiled = self._compile(shapes)
+            compiled = self._cached(shapes) or self._compile(shapes)
+            # The compiled network has its own copy of almost all weights, in the processor's layout.
+            release_pages(self._folder / WEIGHTS_FILE)
         self._compiled[shapes] = compiled
         (first, *_) = compiled([each.numpy() for each in inputs]).values()
         return torch.from_numpy(first.copy())  # the next call overwrites the request's memory
 
+    def _blob(self, shapes: Sequence[torch.Size]) -> Path | None:
+        """Where the network compiled for these shapes is cached; None if the manifest does not cover its files.
+
+        The name of the file covers everything that the compiled network depends on.
+        """
+        if None in self._content:
+            return None
+        from openvino import __version__
+
+        key = json.dumps([self._content, shapes, self._options, __version__, Processor.here().name])
+        return compiled_cache() / f"{hashlib.sha256(key.encode()).hexdigest()}.blob"
+
+    def _cached(self, shapes: Sequence[torch.Size]) -> Any:
+        """The network compiled for these shapes by an earlier process; None if there is none that can be loaded."""
+        blob = self._blob(shapes)
+        options = {**self._options, "WEIGHTS_PATH": str(self._folder / WEIGHTS_FILE)}
+        with suppress(OSError, RuntimeError):  # OpenVINO rejects a damaged file, and one for other instructions
+            return self._core.import_model(blob.read_bytes(), "CPU", options) if blob else None
+        return None
+
     def _compile(self, shapes: Sequence[torch.Size]) -> Any:
+        file = self._folder / NETWORK_FILE
         try:
-            model = self._core.read_model(self._file)
+            model = self._core.read_model(file)
             model.reshape({port.any_name: list(shape) for port, shape in zip(model.inputs, shapes, strict=True)})
-            return self._core.compile_model(model, "CPU", self._options)
+            compiled = self._core.compile_model(model, "CPU", self._options)
         except RuntimeError as error:
             raise BestiaryError(
-                f"The installed version of OpenVINO cannot compute {self._file}. Export the adapter again."
+                f"The installed version of OpenVINO cannot compute {file}. Export the adapter again."
             ) from error
+        if blob := self._blob(shapes):
+            with suppress(BestiaryError):  # a folder that cannot be written costs only time
+                write_atomically(blob, compiled.export_model().getvalue())
+        return compiled
 
 
 class _Module(torch.nn.Module):

@@ -22,7 +22,7 @@ Precision = Literal["int8", "bf16", "fp32"]
 MANIFEST = "bestiary.json"
 FORMAT = 1
 NETWORKS = ("text_encoder", "unet", "vae_decoder")
-NETWORK_FILE = "openvino_model.xml"
+NETWORK_FILE, WEIGHTS_FILE = "openvino_model.xml", "openvino_model.bin"
 
 
 class DamagedExportError(BestiaryError):

@@ -145,7 +145,7 @@ def test_the_teachers_path_ends_where_the_guided_probability_flow_does(v_predict
     schedule = NoiseSchedule.of(scheduler, torch.device("cpu"))
     unet = Gaussian(schedule)
     settings = distill_settings(timesteps=[999], path_end=4, teacher_steps=25, guidance_interval=None)
-    path = TeacherPath(cast("UNet2DConditionModel", unet), scheduler, settings)
+    path = TeacherPath(cast("UNet2DConditionModel", unet), scheduler, settings, torch.zeros(4))
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     prompted, empty = torch.full((2, 6, 32), 0.2), torch.full((1, 6, 32), -0.1)
     found = path.end(noise, 999, prompted, empty)
@@ -154,6 +154,26 @@ def test_the_teachers_path_ends_where_the_guided_probability_flow_does(v_predict
     deviation = (0.25 * schedule.alpha[999] ** 2 + schedule.sigma[999] ** 2).sqrt()
     exact = 0.8 + 0.5 * (noise - schedule.alpha[999] * 0.8) / deviation
     assert (found - exact).abs().max() < 0.03 * exact.abs().max()
+
+
+def test_the_path_starts_with_the_mean_image_and_is_followed_to_the_next_pass(v_prediction_base: Path) -> None:
+    scheduler = load_scheduler(v_prediction_base)
+    schedule = NoiseSchedule.of(scheduler, torch.device("cpu"))
+    settings = distill_settings(timesteps=[999, 699], path_end=399, teacher_steps=5, guidance_interval=None)
+    means = torch.tensor([0.5, -0.5, 0.25, 0.0])
+    unet = cast("UNet2DConditionModel", Gaussian(schedule))
+    path = TeacherPath(unet, scheduler, settings, means)
+    noise, timesteps = torch.randn(2, 4, 8, 8), torch.tensor([999, 699])
+    trace = path.start(noise, timesteps[:1].repeat(2)) - schedule.sigma[999] * noise
+    torch.testing.assert_close(trace.mean(dim=(0, 2, 3)), schedule.alpha[999] * means)
+    assert trace.std(dim=(0, 2, 3)).max() < 1e-6
+    prompted, empty = torch.full((2, 6, 32), 0.2), torch.full((1, 6, 32), -0.1)
+    moved, reached = path.follow(noise, timesteps, prompted, empty)
+    assert reached.tolist() == [699, 399]
+    one_by_one, at = noise[:1], timesteps[:1]
+    while at[0] > 699:
+        one_by_one, at = path.move(one_by_one, at, prompted[:1], empty)
+    torch.testing.assert_close(moved[:1], one_by_one)
 
 
 @pytest.mark.slow

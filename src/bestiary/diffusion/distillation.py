@@ -1,11 +1,12 @@
 """Distil a base and its adapter into a few-step adapter: multistep consistency distillation with the guidance built in.
 
 A picture is drawn in a few passes: predict the clean picture at the first timestep, add fresh noise for the second,
-predict again, and so on. At any timestep of the teacher's guided path, the student predicts the clean latents that the
-path ends with. Its prediction one step further down the path is the target (consistency distillation, Song et al. 2023,
-arXiv:2303.01469). At the end of the path, where noise hides only details, the target is the teacher's own prediction.
-Because the path is guided, the student needs no guidance (Luo et al. 2023, arXiv:2310.04378). The student is the
-teacher with a LoRA on its linear and convolution layers (arXiv:2311.05556).
+predict again, and so on. At the timestep of a pass, the student predicts the clean latents that the teacher's guided
+path ends with. The teacher goes down its path to the timestep of the next pass, and the student's own prediction there
+is the target (Song et al. 2023, arXiv:2303.01469; with a few timesteps only: Heek et al. 2024, arXiv:2403.06807). At
+the end of the path, where noise hides only details, the target is the teacher's prediction. Because the path is guided,
+the student needs no guidance (Luo et al. 2023, arXiv:2310.04378). The student is the teacher with a LoRA on its linear
+and convolution layers (arXiv:2311.05556).
 Letters: B pictures, C, h, w of latents, T tokens, D features.
 """
 
@@ -125,9 +126,12 @@ class TeacherPath:
     log-SNR. DDIM with as many passes ends farther from the path's true end, and the student would learn that error.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, scheduler: DDPMScheduler, settings: Distill) -> None:
+    def __init__(
+        self, unet: UNet2DConditionModel, scheduler: DDPMScheduler, settings: Distill, channel_means: torch.Tensor
+    ) -> None:
         self.unet = unet
         self.device, self.dtype = unet.device, unet.dtype
+        self.mean = channel_means.to(unet.device)[:, None, None]
         self.schedule = NoiseSchedule.of(scheduler, self.device)
         total = len(self.schedule.alpha)
         if max(settings.timesteps) >= total:
@@ -140,6 +144,9 @@ class TeacherPath:
         # The next lower timestep of the path, by timestep.
         self.following = torch.full((total,), self.last, device=self.device)
         self.following[self.timesteps] = torch.tensor([self.last, *self.timesteps[:-1]], device=self.device)
+        # The timestep of the pass after this one, by the timestep of a pass.
+        self.goals = torch.full((total,), self.last, device=self.device)
+        self.goals[list(settings.timesteps)] = torch.tensor([*settings.timesteps[1:], self.last], device=self.device)
         log_snr = (self.schedule.alpha / self.schedule.sigma).log()
         self.middle = self.following.clone()
         for timestep in self.timesteps:
@@ -149,6 +156,15 @@ class TeacherPath:
         low, high = settings.guidance_interval or (0.0, math.inf)
         level = self.schedule.sigma / self.schedule.alpha  # noise level, for latents scaled to 1
         self.guided = (level > low) & (level <= high) & (settings.guidance_scale > 1)
+
+    def start(self, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Where the path starts for a picture that is drawn from this noise: (B, C, h, w).
+
+        At the last timestep, latents that the base was trained on still hold a trace of the image. Pure noise has
+        none: for the base it is a trace of an image without colour and light, and the picture becomes too bright or
+        too dark (Lin et al. 2023, arXiv:2305.08891). So the path starts with the trace of the mean image.
+        """
+        return self.schedule.noised(self.mean.expand_as(noise), noise, timesteps)
 
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """The UNet's prediction in float32: (B, C, h, w), from latents, timesteps (B,) and features (B, T, D)."""
@@ -182,6 +198,16 @@ class TeacherPath:
         moved = ratio * noisy + (_at(schedule.alpha, following) - ratio * _at(schedule.alpha, timesteps)) * clean
         return moved, following
 
+    def follow(
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, features: torch.Tensor, empty: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Go down the path from a pass to the next one, or to the end: latents (B, C, h, w), timesteps (B,)."""
+        goals = self.goals[timesteps]
+        while len(rows := torch.nonzero(timesteps > goals)[:, 0]):
+            moved, following = self.move(noisy[rows], timesteps[rows], features[rows], empty)
+            noisy, timesteps = noisy.index_copy(0, rows, moved), timesteps.index_copy(0, rows, following)
+        return noisy, timesteps
+
     def split(
         self, noisy: torch.Tensor, timesteps: torch.Tensor, features: torch.Tensor, empty: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -214,7 +240,7 @@ def _as_teacher(unet: UNet2DConditionModel) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Draws:
-    """How the stream chooses samples: every timestep of the path equally often."""
+    """How the stream chooses samples: every pass equally often."""
 
     steps: int
     batch_size: int
@@ -249,9 +275,9 @@ class _Run:
         # Evaluation mode: no layer has dropout, and PEFT would add its own in training mode.
         unet.eval()
         self.features = latents.training.features.to(unet.device, unet.dtype)  # (captions, T, D)
-        self.path = TeacherPath(unet, scheduler, settings)
+        self.path = TeacherPath(unet, scheduler, settings, latents.training.channel_means)
         weights = torch.zeros(len(self.path.schedule.alpha))
-        weights[self.path.timesteps] = 1.0
+        weights[list(settings.timesteps)] = 1.0
         draws = _Draws(settings.steps, settings.batch_size)
         stream = TrainingStream(latents.training, draws, seed=seed, timestep_weights=weights)
         remaining = Subset(stream, range(first_step * settings.batch_size, len(stream)))
@@ -278,9 +304,12 @@ class _Run:
         """The consistency loss of each picture: (B,)."""
         path, timesteps = self.path, batch["timesteps"]
         features, empty = self.features[batch["captions"]], self.features[:1]
-        noisy = path.schedule.noised(batch["latents"], batch["noise"], timesteps)
+        noise, noisy = batch["noise"], path.schedule.noised(batch["latents"], batch["noise"], timesteps)
+        # Drawing starts with pure noise, so that is what the student sees in the first pass.
+        first = (timesteps == self.settings.timesteps[0])[:, None, None, None]
         with torch.no_grad(), self.accelerator.autocast():
-            moved, following = path.move(noisy, timesteps, features, empty)
+            start = torch.where(first, path.start(noise, timesteps), noisy)
+            moved, following = path.follow(start, timesteps, features, empty)
             target = torch.empty_like(moved)
             for ends in (True, False):  # the teacher predicts at the path's end, the student before it
                 at = torch.nonzero((following == path.last) == ends)[:, 0]
@@ -290,7 +319,8 @@ class _Run:
                 prediction = path.teach(*there, empty) if ends else path.predict(*there)
                 target = target.index_copy(0, at, path.schedule.split(there[0], prediction, there[1])[0])
         with self.accelerator.autocast():
-            guess = path.schedule.split(noisy, path.predict(noisy, timesteps, features), timesteps)[0]
+            seen = torch.where(first, noise, noisy)
+            guess = path.schedule.split(seen, path.predict(seen, timesteps, features), timesteps)[0]
         return pseudo_huber(guess - target, self.settings.huber_c)
 
     def validate(self) -> None:
@@ -359,6 +389,7 @@ def _lessons(path: TeacherPath, latents: Latents, settings: Distill) -> list[_Le
             for number, timestep in enumerate(settings.timesteps):
                 timesteps = torch.full((len(clean),), timestep, device=path.device)
                 noisy = path.schedule.noised(clean, noise, timesteps) if number else noise
-                end = path.end(noisy, timestep, features[captions], features[:1])
+                start = noisy if number else path.start(noise, timesteps)
+                end = path.end(start, timestep, features[captions], features[:1])
                 lessons.append(_Lesson(timestep, noisy, captions, end, classes))
     return lessons

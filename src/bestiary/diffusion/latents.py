@@ -83,6 +83,12 @@ class LatentCache:
         )
 
     @cached_property
+    def channel_means(self) -> torch.Tensor:
+        """The mean of all images' latents in each channel, scaled for the UNet: (C,), float32."""
+        means = torch.cat([shard["mean"][:, 0].float().mean(dim=(-2, -1)) for shard in self.shards])
+        return means.mean(dim=0) * self.scaling_factor
+
+    @cached_property
     def sizes(self) -> list[tuple[int, int]]:
         """Each image's (h, w)."""
         shapes = [tuple(shard["mean"].shape) for shard in self.shards]

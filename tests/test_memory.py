@@ -1,14 +1,11 @@
 import mmap
-import os
-import re
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from bestiary.memory import MIB, peak_memory, release_pages, reset_peak_memory
+from bestiary.memory import MIB, peak_memory, reset_peak_memory
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and glibc")
 
@@ -90,32 +87,6 @@ def test_the_device_is_measured_where_torch_has_used_cuda(monkeypatch: pytest.Mo
     assert peak_memory().device_mib == 0
     cuda.is_initialized = lambda: False
     assert peak_memory().device_mib is None
-
-
-@linux_only
-def test_released_pages_of_a_mapped_file_do_not_count_and_can_still_be_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "real").mkdir()
-    (tmp_path / "a link").symlink_to(tmp_path / "real")
-    monkeypatch.chdir(tmp_path)
-    file = Path("a link", "the weights\udcff")  # a name with a space that is not UTF-8
-    file.write_bytes(content := bytes(range(256)) * 4096 * 20)
-    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        assert mapped[:] == content
-        assert resident_mib(file) == 20
-        release_pages(tmp_path / "another")
-        assert resident_mib(file) == 20
-        release_pages(file)
-        assert resident_mib(file) == 0
-        assert mapped[:] == content
-
-
-def resident_mib(file: Path) -> float:
-    """The memory of the file's only mapping that counts as this process's memory."""
-    (mapping,) = Path("/proc/self/smaps").read_bytes().split(os.fsencode(file.resolve()))[1:]
-    (kib,) = re.findall(rb"^Rss: +(\d+) kB", mapping.partition(b"VmFlags")[0], re.MULTILINE)
-    return int(kib) / 1024
 
 
 @linux_only

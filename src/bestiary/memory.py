@@ -1,10 +1,9 @@
-"""This process's memory: its peak, how the C library reuses what tensors have freed, and pages of mapped files."""
+"""This process's memory: its peak, and how the C library reuses what tensors have freed."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import re
 import sys
 from dataclasses import dataclass
@@ -14,9 +13,8 @@ from types import ModuleType
 MIB = 2**20
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
-MADV_DONTNEED = 4  # Linux's mman-common.h
 
-_STATUS, _MAPS, _CLEAR_REFS = (Path("/proc/self", name) for name in ("status", "maps", "clear_refs"))  # Linux only
+_STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # Linux only
 
 
 @dataclass(frozen=True)
@@ -65,21 +63,6 @@ def keep_freed_memory() -> None:
     if mallopt:
         for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_ARENA_MAX, 1)):
             mallopt(option, value)
-
-
-def release_pages(file: Path) -> None:
-    """Release this process's pages of a file that is mapped into memory for reading. Linux only.
-
-    They can still be read, which maps them again. Until then they no longer count as the process's memory.
-    """
-    if not _MAPS.is_file():
-        return
-    madvise, path = ctypes.CDLL(None).madvise, os.path.realpath(file)
-    for line in os.fsdecode(_MAPS.read_bytes()).split("\n")[:-1]:
-        addresses, access, *_, name = line.split(maxsplit=5)
-        if name == path and "w" not in access:  # a writable mapping could lose what was written
-            start, end = (int(address, 16) for address in addresses.split("-"))
-            madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
 
 
 def _process_mib() -> float:

@@ -34,7 +34,7 @@ from bestiary.diffusion.export_format import (
 )
 from bestiary.errors import BestiaryError
 from bestiary.files import write_atomically
-from bestiary.memory import keep_freed_memory, release_pages
+from bestiary.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -201,8 +201,6 @@ class _Network:
             if len(self._compiled) == MAX_COMPILED:
                 del self._compiled[next(iter(self._compiled))]  # frees its memory before the next one is compiled
             compiled = self._cached(shapes) or self._compile(shapes)
-            # The compiled network has its own copy of almost all weights, in the processor's layout.
-            release_pages(self._folder / WEIGHTS_FILE)
         self._compiled[shapes] = compiled
         (first, *_) = compiled([each.numpy() for each in inputs]).values()
         return torch.from_numpy(first.copy())  # the next call overwrites the request's memory

@@ -110,13 +110,13 @@ def test_auto_says_why_the_export_is_not_faster_on_this_machine(
         (Wish(changes=SamplingChanges(steps=9)), "its sampler, steps and guidance are fixed"),
         (Wish(changes=SamplingChanges(sampler="ddim")), "its sampler, steps and guidance are fixed"),
         (Wish(changes=SamplingChanges(negative_prompt="fog")), "it takes no negative prompt"),
-        (Wish(has_grid=True), "a grid may compare what is fixed in it"),
+        (Wish(has_grid=True), "a grid may vary settings that are fixed in it"),
     ],
 )
 def test_auto_says_that_torch_draws_because_of_other_steps_or_a_grid(
     registered: Adapter, wish: Wish, reason: str
 ) -> None:
-    for adapter in (registered, replace(registered, export=None)):  # whether or not its files were looked for
+    for adapter in (registered, replace(registered, export=None)):  # whether or not its files were looked up
         chosen, note = choose_engine([adapter], wish)
         assert chosen == [adapter]
         assert note is not None

@@ -142,7 +142,7 @@ def _file(found: Mapping[str, object], path: str) -> object:
 
 
 def _report(stage: str, metrics: Mapping[str, object], of_fast: Mapping[str, object]) -> object:
-    """A stage's report in what DVC returns for a revision. That of `accept` must be about the evaluated adapter."""
+    """A stage's report at a revision. None if `accept` measured another adapter than `evaluate`."""
     if stage != "accept":
         return _file(metrics, f"{METRICS}/{stage}.json")
     evaluated, accepted = (_file(of_fast, f"{RESULTS}/{name}.json") for name in ("evaluate", stage))

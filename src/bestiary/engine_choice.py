@@ -17,7 +17,7 @@ class Wish:
     """The parts of a user's request that decide which engine can draw it.
 
     `weighted`: the user gave an adapter a weight. `base` and `device` are empty if the user did not choose them.
-    `has_grid`: one picture compares several values.
+    `has_grid`: the request is a grid, which compares several values.
     """
 
     engine: EngineChoice = "auto"
@@ -55,13 +55,13 @@ class Wish:
         ) or bool(changes.negative_prompt)
 
     def obstacle_for_auto(self, adapters: Sequence[Adapter]) -> str | None:
-        """Why `auto` draws this with torch whatever the export holds, as a clause; None if the export decides."""
+        """Why `auto` draws this with torch whatever the export contains, as a clause; None if the export decides."""
         if len(adapters) > 1:
             return "it holds only one adapter, and several were chosen"
         if self.changes_steps:
             return "its sampler, steps and guidance are fixed, and it takes no negative prompt"
         if self.has_grid:
-            return "a grid may compare what is fixed in it"
+            return "a grid may vary settings that are fixed in it"
         return None
 
 
@@ -75,8 +75,8 @@ def choose_engine(
     """The adapters to draw with, and a note for the user. If OpenVINO draws, the only adapter is an export.
 
     `auto` takes an adapter's accepted export if it can draw what the user asks for and is faster on this machine. If
-    torch draws instead, the note gives the reason. `open_export` opens the export for `auto`, which lets torch draw if
-    that raises DamagedExportError.
+    torch draws instead, the note gives the reason. `auto` opens the export with `open_export`, and falls back to torch
+    if that raises DamagedExportError.
     Raises BestiaryError when the chosen engine cannot draw this.
     """
     exports = [adapter for adapter in adapters if adapter.is_export]
@@ -107,7 +107,7 @@ def choose_engine(
 
 
 def _reason_for_torch(export: Path | None, wish: Wish) -> str | None:
-    """Why torch draws instead of an export, as a clause; None if the export does. None as `export`: of any export."""
+    """Why torch draws instead of an export, as a clause; None if the export does. Without an export: of any."""
     from bestiary.diffusion.engines import reason_against
 
     manifest = read_manifest(export) if export else None

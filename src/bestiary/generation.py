@@ -432,7 +432,7 @@ class Generator:
 
 
 def _different_hashes(adapters: Sequence[Adapter]) -> tuple[str, ...]:
-    """The SHA-256 of each adapter. Raises BestiaryError when a change would count twice, under whatever names."""
+    """The SHA-256 of each adapter. Raises BestiaryError when an adapter would count twice."""
     from bestiary.diffusion.adapter import adapter_sha256
     from bestiary.diffusion.adapter_reading import read_adapter
     from bestiary.diffusion.containment import Named, check_counted_once

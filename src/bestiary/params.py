@@ -163,7 +163,7 @@ class Preservation(Section):
 
 
 class AdapterTraining(Section):
-    """The settings that training and distillation share: what learns, at which pace, and what is drawn meanwhile.
+    """The settings that training and distillation share: what is trained, how fast, and what validations draw.
 
     `batch_size` counts the images of one optimizer step.
     """

@@ -49,7 +49,7 @@ def project_base(params: Params | None) -> Base | None:
 
 
 def known_bases() -> list[str]:
-    """The bases that a command may use without being told to."""
+    """The bases on the hub that an adapter may name without the user confirming them with --base."""
     base = project_base(project_params())
     return [base.model] if base else []
 

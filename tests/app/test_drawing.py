@@ -112,7 +112,7 @@ def test_an_adapter_and_an_uploaded_one_that_contains_it_are_refused_together(
     assert (refusal["key"], refusal["values"]) == ("containsAdapter", {"outer": "both.safetensors", "inner": stripes})
 
 
-def test_the_base_beside_a_few_step_adapter_is_drawn_in_its_own_way(
+def test_the_base_beside_a_few_step_adapter_is_drawn_with_its_default_settings(
     server: RunningPage, base_folder: Path, tmp_path: Path
 ) -> None:
     file = adapter_file(make_adapter(base_folder, tmp_path / "other", 6))

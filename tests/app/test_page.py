@@ -359,7 +359,7 @@ def test_a_few_step_adapter_chosen_second_sets_the_steps_and_the_sampler(
     captions = page.locator("#pictures figcaption span").all_inner_texts()
     assert captions == [
         "With the adapter",
-        f"Base only, drawn in its own way: {own.steps} steps, guidance scale {own.guidance_scale:g}",
+        f"Base only, with its default settings: {own.steps} steps, guidance scale {own.guidance_scale:g}",
     ]
     page.select_option("#second", "none")
     assert [page.input_value(f"#{field}") for field in fields] == alone

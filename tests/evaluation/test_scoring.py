@@ -296,7 +296,7 @@ def test_one_class_has_no_scores_that_take_several(texts: ClassTexts) -> None:
     assert class_table(report.per_class)["delta_clip_score"].tolist() == [0.0]
 
 
-def test_one_validation_image_has_no_scores_that_take_pairs(texts: ClassTexts) -> None:
+def test_one_validation_image_has_no_scores_that_need_pairs(texts: ClassTexts) -> None:
     """As with four photos of one subject, of which the split may hold out a single one."""
     alone = ClassTexts(["cat"], texts.prompts[:1], {name: rows[:1] for name, rows in texts.templates.items()})
     pictures = around(texts, 5, 0.5, seed=31)

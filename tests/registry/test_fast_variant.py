@@ -145,7 +145,7 @@ def test_another_fast_variant_replaces_the_earlier_one(made: Made, project: Path
     [MlflowException("no"), NotImplementedError(), PermissionError()],
     ids=lambda error: type(error).__name__,
 )
-def test_a_registry_that_keeps_the_earlier_fast_variant_is_named(
+def test_a_warning_names_an_earlier_fast_variant_that_the_registry_does_not_delete(
     made: Made,
     project: Path,
     tmp_path: Path,

@@ -23,7 +23,7 @@ SENTENCES = {
     "otherBase": r"(?P<name>.+?) was trained on another base than (?P<model>.+?): on (?P<trained>.+?) with",
 }
 
-# A path from this machine's root, alone or as the address of a database; not a registry's URI or a relative path.
+# An absolute path, alone or in the address of a database. Registry URIs and relative paths do not match.
 ABSOLUTE_PATH = re.compile(r"(?:(?:sqlite|file):/{2,3}|(?<![\w.:~/-]))/(?:[^\s/'\"`,;:()]+/)+[^\s/'\"`,;()]*")
 
 
@@ -55,7 +55,7 @@ class InvalidError(BestiaryError):
 
 
 def without_machine_paths(sentence: str) -> str:
-    """The sentence with the name of each file or folder instead of where this machine keeps it.
+    """The sentence with each absolute path shortened to the name of its file or folder.
 
     >>> without_machine_paths("The file of models:/bestiary/1 has changed: /srv/art/m-1/lora.safetensors. Restore it.")
     'The file of models:/bestiary/1 has changed: lora.safetensors. Restore it.'
@@ -63,15 +63,15 @@ def without_machine_paths(sentence: str) -> str:
     'There is no registry: mlflow.db and ./models/base do not exist.'
     """
     for folder in map(str, (project_root(), Path.cwd(), Path.home(), tempfile.gettempdir())):
-        if " " in folder:  # the pattern would end there
+        if " " in folder:  # the pattern ends at a space
             sentence = sentence.replace(f"{folder}/", "/_/")
     return ABSOLUTE_PATH.sub(lambda found: Path(found[0]).name, sentence)
 
 
 def public_sentence(error: BestiaryError) -> str:
-    """What a user of the page or a program may read of an error.
+    """The error message that users of the page and programs may see.
 
-    Refusals by the page itself hold only what the user sent, so they stay as they are.
+    Refusals by the page itself quote only what the user sent, so they are not changed.
     """
     is_ours = isinstance(error, RefusedError | InvalidError)
     return str(error) if is_ours else without_machine_paths(str(error))

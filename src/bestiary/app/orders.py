@@ -53,7 +53,7 @@ class Order(BaseModel):
     image: str = ""  # the key of an uploaded image to start from; empty: noise
     denoise: float = Field(default=DEFAULT_DENOISE, gt=0, le=1)
     decoder: Decoder | None = None  # None: as the adapter was evaluated
-    compare: bool = False  # also draw the base's picture of each seed: in its own way beside a few-step adapter
+    compare: bool = False  # also draw the base with each seed; beside a few-step adapter, with its defaults
     preview: bool = True
 
     @staticmethod
@@ -79,7 +79,7 @@ class Order(BaseModel):
     def check_work(self, width: int, height: int, base_steps: int | None = None) -> None:
         """Raise BestiaryError when a picture of this size is too large, or all of the order would take too long.
 
-        `base_steps` are those of each picture of the base; None: as many as with the adapter.
+        `base_steps`: the steps of each picture of the base; None: as many as with the adapter.
         """
         side = f"{width}" if width == height else f"{width} x {height}"
         if width * height > MAX_SIDE**2:

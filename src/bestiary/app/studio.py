@@ -240,9 +240,9 @@ class Studio:
         ]
 
     def _sampling_of_base(self, work: Work, sampling: Sampling) -> Sampling:
-        """How to draw the base alone beside pictures with this sampling: the same way, or its own default way.
+        """The sampling of the base beside pictures with this one: the same, or its defaults beside a few-step adapter.
 
-        In the steps of a few-step adapter and without guidance, the base would draw nothing recognisable.
+        In the few steps of such an adapter and without guidance, the base would draw nothing recognisable.
         """
         sampling = replace(sampling, adapter_weight=1.0)  # the base alone has none
         if not any(each.offer.few_step and each.weight for each in work.chosen):

@@ -130,7 +130,7 @@ def _resolve(named: Sequence[str], *, fast: bool) -> list[Adapter]:
 def _jobs(
     generator: Generator, common: PictureSettings, captions: list[tuple[str, str]], prompt: str, series: Series
 ) -> list[tuple[str, PictureSettings]]:
-    """The file name and the settings of each picture: of each caption by its file name, or else of the prompt."""
+    """The file name and the settings of each picture, for each named caption or else for the prompt."""
     return [
         (f"{name}-{seed}", replace(generator.prompted(common, text, literal=bool(captions)), seed=seed))
         for name, text in (captions or [("prompt", prompt)])

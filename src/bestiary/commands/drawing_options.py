@@ -196,7 +196,7 @@ start_options = option_group(
 
 
 def check_request(request: Request, start: Start, negative: str | None) -> None:
-    """Raise BestiaryError unless the options name one thing to draw, and text that can be read."""
+    """Raise BestiaryError unless the options name one thing to draw, in text that is valid and not empty."""
     subjects, prompt, like = request.subjects, request.prompt, request.like
     if start.denoise is not None and start.image is None:
         raise BestiaryError("--denoise has no effect without an image to start from. Name one with --image.")

@@ -42,7 +42,7 @@ class Adapter:
     subjects: tuple[Subject, ...] = ()  # that a registered adapter was taught, in the words of its captions
     export: Path | None = None  # the folder of an OpenVINO export of it, or of its accepted fast variant
     no_export: str = ""  # why its accepted fast variant cannot be used, in a sentence
-    has_fast_variant: bool = False  # its version has an accepted one, even if nobody looked for its files
+    has_fast_variant: bool = False  # its version has an accepted one, even if its files were not looked up
 
     @property
     def is_export(self) -> bool:

@@ -109,7 +109,7 @@ function captionOf({ role, settings }, { order }) {
   return order.count > 1 ? `${name} · ${settings.seed}` : name;
 }
 
-/** Whether the base beside a few-step adapter was drawn with its own steps and guidance. */
+/** Whether the base beside a few-step adapter was drawn with its default settings. */
 function drawsItsOwnWay(role, settings, order) {
   return role === 'base' && ['steps', 'guidance_scale', 'scheduler'].some((key) => settings[key] !== order[key]);
 }

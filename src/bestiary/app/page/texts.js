@@ -38,7 +38,7 @@ export const TEXTS = {
     drawing: 'Step {done} of {total}, about {left} left', seconds: '{n} s', minutes: '{n} min',
     cancelled: 'Cancelled.', done: 'Done in {time}.',
     unknown: '“{name}” is not one of the 100 animals, so it is drawn as written.', near: 'Did you mean {names}?', or: ' or ',
-    withAdapter: 'With the adapter', baseOnly: 'Base only', baseOwnWay: 'Base only, drawn in its own way: {steps} steps, guidance scale {guidance}',
+    withAdapter: 'With the adapter', baseOnly: 'Base only', baseOwnWay: 'Base only, with its default settings: {steps} steps, guidance scale {guidance}',
     contrast: 'Contrast', saturation: 'Saturation', brightness: 'Brightness', reset: 'Reset colours', save: 'Save {kind}',
     reuse: 'Use these settings again',
     gallery: 'Gallery', galleryHint: 'only in this tab; save the pictures you want to keep',

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import tempfile
 from pathlib import Path
 
 from bestiary.errors import BestiaryError
 from bestiary.files import project_root
+
+log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 5  # after which a request that found no room may be sent again
 
@@ -71,8 +74,16 @@ def without_machine_paths(sentence: str) -> str:
 def public_sentence(error: BestiaryError) -> str:
     """The error message that users of the page and programs may see.
 
-    Refusals by the page itself quote only what the user sent, so they are not changed.
+    The log gets the whole message if it names a path, because whoever runs the server needs it.
     """
+    sentence = _public(error)
+    if sentence != str(error):
+        log.warning("%s", error)
+    return sentence
+
+
+def _public(error: BestiaryError) -> str:
+    # Refusals by the page itself quote only what the user sent, so they are not changed.
     is_ours = isinstance(error, RefusedError | InvalidError)
     return str(error) if is_ours else without_machine_paths(str(error))
 
@@ -104,6 +115,6 @@ def translation(error: BestiaryError) -> tuple[str, dict[str, str]]:
     if isinstance(error, RefusedError):
         return error.key, error.values
     for key, pattern in SENTENCES.items():
-        if found := re.match(pattern, public_sentence(error)):
+        if found := re.match(pattern, _public(error)):
             return key, found.groupdict()
     return "", {}

@@ -81,7 +81,7 @@ def test_the_verdict_on_the_fast_variant_is_compared_if_it_is_about_the_evaluate
     assert [line.split(maxsplit=3) for line in lines[:1]] == [[WORKSPACE, "v1", "HEAD~1", "HEAD"]]
     assert [line.rsplit(maxsplit=4) for line in lines[-2:]] == [
         ["fast variant accepted", "-", "-", "yes", "yes"],
-        ["fast minus default: CLIP score", "-", "-", "-0.25", "-0.50"],
+        ["fast: CLIP score", "-", "-", "-0.25", "-0.50"],
     ]
 
 

@@ -35,7 +35,7 @@ ROWS = (
     Row("alias earned", "register", "decision", "s"),
     Row("fast variant accepted", "accept", "accepted", "s"),
     *(
-        Row(f"fast minus default: {score.difference_title}", "accept", f"differences.fast_default.{key}.mean", "+.2f")
+        Row(f"fast: {score.difference_title}", "accept", f"differences.fast_default.{key}.mean", "+.2f")
         for key, score in SCORES.items()
     ),
 )

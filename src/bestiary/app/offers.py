@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from bestiary.app.errors import RefusedError, without_machine_paths
+from bestiary.app.errors import RefusedError, public_sentence
 from bestiary.app.taught import Evaluated, evaluated, taught_by_file, taught_by_version
 from bestiary.diffusion.export_format import is_export
 from bestiary.engine_choice import as_export
@@ -240,9 +240,7 @@ class Offers:
             sentence = str(error)
             for path in sorted(known, key=len, reverse=True):
                 sentence = sentence.replace(path, known[path])
-            if (public := without_machine_paths(sentence)) != sentence:
-                log.warning("%s", error)  # whoever runs the server needs the path
-            raise BestiaryError(public) from None
+            raise BestiaryError(public_sentence(BestiaryError(sentence))) from None
 
     def _registered(self) -> list[Offer]:
         from bestiary.registry.fast_variant import is_accepted

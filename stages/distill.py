@@ -1,4 +1,4 @@
-"""Distil the base and the adapter that evaluate chose into models/few_step, which draws in a few steps unguided."""
+"""Distil the base and the adapter that evaluate chose into the few-step adapter models/few_step."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ def main() -> None:
     with stage("distill") as (params, run):
         base, settings, seed, resolution = params.base, params.distill, params.seed, params.encode.resolution
         latents = Latents.open(LATENTS)
-        # A sweep may choose a checkpoint or another weight, which accept and register then use, too.
+        # accept and register use the checkpoint and weight that a sweep chose, so distillation starts from them, too.
         adapter = read_operating_point(REPORTS / "operating_point").adapter
         chosen = settings.from_
         difference = find_few_step(chosen) if chosen else None

@@ -13,7 +13,7 @@ from bestiary.diffusion.adapter_format import AdapterContent
 from bestiary.errors import BestiaryError
 
 CONTAINS = "contains"  # in a merged adapter's provenance: what its parents contain
-HASHES = ("adapter_sha256", "few_step_sha256")  # of a source; the second is of the few-step adapter in `distill.from`
+HASHES = ("adapter_sha256", "few_step_sha256")  # keys of a source; the second is of `distill.from`
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Named:
 
 
 def contained(content: AdapterContent) -> frozenset[str]:
-    """The SHA-256 of the adapters whose changes are part of this one, as far as its file says.
+    """The SHA-256 of the adapters whose changes are part of this one, according to its file.
 
     >>> from bestiary.diffusion.adapter_format import AdapterConfig, Provenance
     >>> provenance = Provenance.model_validate({"merged_from": [{"adapter_sha256": "a"}, {"adapter_sha256": "b"}]})
@@ -40,7 +40,7 @@ def check_counted_once(adapters: Sequence[Named]) -> None:
     """Raise BestiaryError when one of the adapters contains another one, or two contain the same."""
     held = [(each, {each.sha256} | contained(each.content)) for each in adapters]
     for (first, its), (second, others) in combinations(held, 2):
-        if first.sha256 == second.sha256:  # the caller decides on the same adapter twice
+        if first.sha256 == second.sha256:  # the caller handles an adapter that is given twice
             continue
         for outer, inner, inside in ((first, second, its), (second, first, others)):
             if inner.sha256 in inside:
@@ -56,7 +56,8 @@ def check_counted_once(adapters: Sequence[Named]) -> None:
 
 def _contained(content: AdapterContent) -> Iterator[str]:
     facts = content.provenance.model_extra or {}  # anybody can write such a file
-    # What `distill` trains before it adds the adapter was distilled from it, too, but says no way to draw.
+    # The LoRA that `distill` trains, before the adapter is added to it, names the same source but does not contain it.
+    # Only the combined file has few-step settings.
     sources: list[object] = [facts.get("distilled_from")] if content.few_step else []
     for key in ("merged_from", CONTAINS):
         found = facts.get(key)

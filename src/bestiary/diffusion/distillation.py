@@ -144,7 +144,7 @@ class TeacherPath:
         # The next lower timestep of the path, by timestep.
         self.following = torch.full((total,), self.last, device=self.device)
         self.following[self.timesteps] = torch.tensor([self.last, *self.timesteps[:-1]], device=self.device)
-        # The timestep of the pass after this one, by the timestep of a pass.
+        # The timestep of the next pass, by the timestep of a pass.
         self.goals = torch.full((total,), self.last, device=self.device)
         self.goals[list(settings.timesteps)] = torch.tensor([*settings.timesteps[1:], self.last], device=self.device)
         log_snr = (self.schedule.alpha / self.schedule.sigma).log()
@@ -158,10 +158,10 @@ class TeacherPath:
         self.guided = (level > low) & (level <= high) & (settings.guidance_scale > 1)
 
     def start(self, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Where the path starts for a picture that is drawn from this noise: (B, C, h, w).
+        """The start of the path of a picture that is drawn from this noise: (B, C, h, w).
 
         At the last timestep, latents that the base was trained on still hold a trace of the image. Pure noise has
-        none: for the base it is a trace of an image without colour and light, and the picture becomes too bright or
+        none. The base takes it for the trace of an image whose latents are 0, and the picture becomes too bright or
         too dark (Lin et al. 2023, arXiv:2305.08891). So the path starts with the trace of the mean image.
         """
         return self.schedule.noised(self.mean.expand_as(noise), noise, timesteps)

@@ -95,7 +95,7 @@ def refuse_statistics() -> None:
 
 
 def reason_against(manifest: Manifest | None) -> str | None:
-    """Why the export is not faster on this machine, as a clause; None if it is. Without a manifest: of any export."""
+    """Why the export is not faster on this machine, as a clause; None if it is. Without a manifest: any export."""
     if device_and_dtype()[0].type != "cpu":
         return "this machine has a GPU, which torch uses"
     if find_spec("openvino") is None:
@@ -184,7 +184,7 @@ class _Network:
         self.decoder = manifest.decoder
         self._core, self._folder = core, folder
         # A compiled network that is cached without its weights reads them from the export. OpenVINO's own cache would
-        # hold a copy of them, and loading from it would map both into memory.
+        # hold a copy of them, and loading from it would map both copies into memory.
         self._options = {
             "INFERENCE_PRECISION_HINT": _hint(folder.name, manifest.precision),
             "PERFORMANCE_HINT": "LATENCY",
@@ -208,7 +208,7 @@ class _Network:
     def _blob(self, shapes: Sequence[torch.Size]) -> Path | None:
         """Where the network compiled for these shapes is cached; None if the manifest does not cover its files.
 
-        The name of the file covers everything that the compiled network depends on.
+        The file is named after a hash of everything that the compiled network depends on.
         """
         if None in self._content:
             return None
@@ -218,7 +218,7 @@ class _Network:
         return compiled_cache() / f"{hashlib.sha256(key.encode()).hexdigest()}.blob"
 
     def _cached(self, shapes: Sequence[torch.Size]) -> Any:
-        """The network compiled for these shapes by an earlier process; None if there is none that can be loaded."""
+        """The network compiled for these shapes by an earlier process; None if none can be loaded."""
         blob = self._blob(shapes)
         options = {**self._options, "WEIGHTS_PATH": str(self._folder / WEIGHTS_FILE)}
         with suppress(OSError, RuntimeError):  # OpenVINO rejects a damaged file, and one for other instructions
@@ -236,7 +236,7 @@ class _Network:
                 f"The installed version of OpenVINO cannot compute {file}. Export the adapter again."
             ) from error
         if blob := self._blob(shapes):
-            with suppress(BestiaryError):  # a folder that cannot be written costs only time
+            with suppress(BestiaryError):  # if the folder cannot be written, the next process compiles again
                 write_atomically(blob, compiled.export_model().getvalue())
         return compiled
 

@@ -55,8 +55,8 @@ def distillation_provenance(
 ) -> Provenance:
     """The provenance of the few-step adapter that is made from an adapter with these settings.
 
-    `sources` are the SHA-256 of that adapter, and of the published few-step adapter that is combined with it; None if
-    one is distilled here.
+    `sources`: the SHA-256 of that adapter, and that of the published few-step adapter combined with it; None if the
+    few-step adapter is distilled here.
     Raises BestiaryError when the latents were encoded with another base.
     """
     made_with = settings.model_dump(exclude=SHEET_SETTINGS | {"checkpoint_seconds"}, by_alias=True)

@@ -25,7 +25,7 @@ OnValidation = Callable[[int], float | None]  # step; returns the CLIP score of 
 
 
 class Callbacks(NamedTuple):
-    """The functions that a run calls with what it has measured, and when its weights can be drawn."""
+    """Functions that a run calls: `on_log` with its measurements, `on_validation` to draw with its weights."""
 
     on_log: OnLog | None
     on_validation: OnValidation | None
@@ -47,7 +47,7 @@ class TrainingState:
         self.ema = Ema(trained.weights, settings.ema_decay)
 
     def set_learning_rate(self) -> None:
-        """Set the learning rate of the step that comes next."""
+        """Set the learning rate of the next step."""
         settings, progress = self.settings, self.progress
         progress.learning_rate = settings.learning_rate * learning_rate_factor(settings, progress.step)
         for group in self.optimizer.param_groups:
@@ -56,7 +56,7 @@ class TrainingState:
     def learn_from(self, loss: torch.Tensor, logged: torch.Tensor) -> bool:
         """Train on a batch's loss, and return whether it completes an optimizer step.
 
-        The history shows the loss `logged`. Both are scalars on the device.
+        `logged` is the loss that the history shows. Both are scalars on the device.
         """
         accelerator, trained, progress = self.accelerator, self.trained, self.progress
         accelerator.backward(loss)
@@ -72,7 +72,7 @@ class TrainingState:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside, the UNet has the averaged weights."""
+        """Within this context, the UNet has the averaged weights."""
         with self.ema.applied():
             self.trained.spread()
             yield
@@ -92,7 +92,7 @@ class TrainingState:
         save_checkpoint(checkpoints, checkpoint)
 
     def restore(self, saved: Checkpoint) -> None:
-        """Continue from a checkpoint."""
+        """Resume from a checkpoint."""
         assign(self.trained.weights, saved.weights)
         self.trained.spread()
         assign(self.ema.average, saved.average)
@@ -123,7 +123,7 @@ class Run(Protocol):
 
     @property
     def batches(self) -> Iterable[list[Batch]]:
-        """The batches that are left, several at once only where images of different sizes share a batch."""
+        """The remaining batches, several at once only where images of different sizes share a batch."""
         ...
 
     def train_on(self, batches: list[Batch]) -> bool:

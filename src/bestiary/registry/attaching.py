@@ -73,7 +73,7 @@ def attach(registration: Registration, candidate: Candidate, run_id: str, warn: 
 
     An earlier fast variant is replaced. For a refused one, only the reasons are stored, and an earlier variant is
     removed because the tags describe the last one. `run_id` is the MLflow run that does this. `warn` gets a sentence
-    if the registry does not let an earlier variant be removed. Raises BestiaryError when the report is about another
+    if the registry does not delete an earlier variant. Raises BestiaryError when the report is about another
     adapter or fast variant, the version does not exist, or MLflow cannot be written.
     """
     report = candidate.report
@@ -95,7 +95,7 @@ def attach(registration: Registration, candidate: Candidate, run_id: str, warn: 
             _mark(client, version, report, tags, run_id)
             if left := _drop_others(client, version, tags.folder if report.accepted else ""):
                 warn(
-                    f"The registry does not let an earlier fast variant of {version.uri} be deleted "
+                    f"The registry did not delete an earlier fast variant of {version.uri} "
                     f"({', '.join(left)}). Nothing uses it. Ask whoever runs the registry to delete it."
                 )
             client.log_artifact(version.run_id, str(candidate.report_file), GATE)
@@ -155,7 +155,7 @@ def _mark(client: MlflowClient, version: Version, report: AcceptanceReport, tags
 
 
 def _drop_others(client: MlflowClient, version: Version, kept: str) -> list[str]:
-    """Delete earlier fast variants from the version's files. Returns those that the registry does not let go."""
+    """Delete earlier fast variants from the version's files. Returns those that the registry did not delete."""
     from mlflow.exceptions import MlflowException
 
     forbidden, left = (MlflowException, NotImplementedError, OSError), []

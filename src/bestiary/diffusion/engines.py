@@ -236,7 +236,8 @@ class _Network:
                 f"The installed version of OpenVINO cannot compute {file}. Export the adapter again."
             ) from error
         if blob := self._blob(shapes):
-            with suppress(BestiaryError):  # if the folder cannot be written, the next process compiles again
+            # If OpenVINO cannot export it, or the folder cannot be written, the next process compiles again.
+            with suppress(BestiaryError, RuntimeError):
                 write_atomically(blob, compiled.export_model().getvalue())
         return compiled
 

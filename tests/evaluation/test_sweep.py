@@ -10,6 +10,9 @@ import pytest
 
 from bestiary.diffusion.adapter import adapter_sha256
 from bestiary.diffusion.adapter_format import FILE_NAME
+from bestiary.diffusion.adapter_reading import read_adapter
+from bestiary.diffusion.containment import contained
+from bestiary.diffusion.stored_adapter import adapter_file
 from bestiary.errors import BestiaryError
 from bestiary.evaluation import pictures, sweep
 from bestiary.evaluation.pictures import Jobs
@@ -101,3 +104,10 @@ def test_an_adapter_with_a_weight_in_its_alpha_draws_what_the_source_draws_with_
     strong, plain = pixels(adapter, 4.0), pixels(adapter, 1.0)
     assert np.abs(strong - plain).max() > 4
     assert np.abs(pixels(sweep.write_weighted_adapter(adapter, 4.0, tmp_path), 1.0) - strong).max() <= 1
+
+
+def test_a_copy_with_a_weight_says_which_adapter_it_contains(adapter: Path, tmp_path: Path) -> None:
+    half = sweep.write_weighted_adapter(adapter, 0.5, tmp_path / "half")
+    quarter = sweep.write_weighted_adapter(half, 0.5, tmp_path / "quarter")
+    for copy, inside in ((half, {adapter_sha256(adapter)}), (quarter, {adapter_sha256(adapter), adapter_sha256(half)})):
+        assert contained(read_adapter(adapter_file(copy))) == inside

@@ -12,7 +12,7 @@ from itertools import combinations
 from bestiary.diffusion.adapter_format import AdapterContent
 from bestiary.errors import BestiaryError
 
-CONTAINS = "contains"  # in a merged adapter's provenance: what its parents contain
+CONTAINS = "contains"  # in the provenance of a merged adapter: what its parents contain; of a weighted copy: its source
 HASHES = ("adapter_sha256", "few_step_sha256")  # keys of a source; the second is of `distill.from`
 
 

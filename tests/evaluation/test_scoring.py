@@ -25,6 +25,7 @@ from bestiary.evaluation.scoring import (
     nearest,
     picture_table,
     resample_counts,
+    resample_counts_by_class,
     score,
     shuffled,
     unit,
@@ -148,6 +149,29 @@ def test_95_percent_intervals_of_cmmd_contain_the_truth_at_least_95_times_in_100
         low, high = bootstrap_cmmd(pictures, reference, *counts).ci95
         covered += bool(low <= truth <= high)
     assert covered / trials > 0.95 - 3 * (0.95 * 0.05 / trials) ** 0.5
+
+
+def test_resampling_within_classes_narrows_the_interval_of_cmmd_and_still_contains_the_truth() -> None:
+    centres = np.eye(8)[:4] * 4
+
+    def sample(each: int, random: np.random.Generator, shift: float) -> Array:
+        return unit(np.repeat(centres, each, axis=0) + random.normal(shift, 1, size=(4 * each, 8)))
+
+    random = np.random.default_rng(99)
+    truth = np.mean([cmmd(sample(200, random, 0.3), sample(200, random, 0.0)) for _ in range(6)])
+    labels = np.repeat(np.arange(4), 12)
+    trials, covered, widths = 150, 0, []
+    for trial in range(trials):
+        random = np.random.default_rng(trial)
+        pictures, reference = sample(12, random, 0.3), sample(12, random, 0.0)
+        first, second = (resample_counts_by_class(labels, 200, seed=2 * trial + side) for side in (0, 1))
+        low, high = bootstrap_cmmd(pictures, reference, first, second, (labels, labels)).ci95
+        first, second = (resample_counts(len(labels), 200, seed=2 * trial + side) for side in (0, 1))
+        wide = bootstrap_cmmd(pictures, reference, first, second).ci95
+        covered += bool(low <= truth <= high)
+        widths.append((high - low) / (wide[1] - wide[0]))
+    assert covered / trials > 0.95 - 3 * (0.95 * 0.05 / trials) ** 0.5
+    assert np.mean(widths) < 0.8
 
 
 def test_pictures_with_the_features_of_their_prompts_get_the_highest_scores(texts: ClassTexts) -> None:

@@ -26,6 +26,7 @@ from bestiary.evaluation.report import (
 )
 
 Array = NDArray[np.float64]
+Strata = tuple[NDArray[np.int64], NDArray[np.int64]]  # of the pictures (N,), and of the reference images (M,)
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0  # the kernel's width and the scale of arXiv:2401.09603
 
 
@@ -107,7 +108,30 @@ def resample_counts(count: int, resamples: int, seed: int) -> Array:
            [0., 2., 1.],
            [3., 0., 0.]])
     """
-    drawn = np.random.default_rng(seed).integers(0, count, (resamples, count))
+    return _resample(np.random.default_rng(seed), count, resamples)
+
+
+def resample_counts_by_class(labels: NDArray[np.int64], resamples: int, seed: int) -> Array:
+    """As `resample_counts`, for pictures with these labels (N,): each resample has as many of each class as the data.
+
+    For pictures whose number in each class is chosen, not drawn (a stratified bootstrap: Davison and Hinkley 1997,
+    section 3.2). Otherwise a resample with more cats differs from the real images because of its many cats.
+
+    >>> resample_counts_by_class(np.array([0, 1, 0]), resamples=2, seed=1)
+    array([[1., 1., 1.],
+           [1., 1., 1.],
+           [0., 1., 2.]])
+    """
+    random = np.random.default_rng(seed)
+    counts = np.empty((1 + resamples, len(labels)))
+    for label in np.unique(labels):
+        of_class = np.flatnonzero(labels == label)
+        counts[:, of_class] = _resample(random, len(of_class), resamples)
+    return counts
+
+
+def _resample(random: np.random.Generator, count: int, resamples: int) -> Array:
+    drawn = random.integers(0, count, (resamples, count))
     flat = (drawn + count * np.arange(resamples)[:, None]).ravel()
     counts = np.bincount(flat, minlength=resamples * count).reshape(resamples, count)
     return np.vstack([np.ones((1, count)), counts])
@@ -122,13 +146,17 @@ def bootstrap_mean(values: ArrayLike, counts: Array) -> Bootstrap:
     return _bootstrap(counts @ np.asarray(values, dtype=np.float64) / counts.sum(axis=1))
 
 
-def bootstrap_cmmd(features: Array, reference: Array, counts: Array, reference_counts: Array) -> Bootstrap:
+def bootstrap_cmmd(
+    features: Array, reference: Array, counts: Array, reference_counts: Array, strata: Strata | None = None
+) -> Bootstrap:
     """CMMD of `features` (N, D) against `reference` (M, D), both resampled.
 
-    Copies of one picture in a resample do not count as a pair.
+    Copies of one picture in a resample do not count as a pair. `strata` are the labels within which both were
+    resampled; None if they were resampled as a whole.
     """
-    within = _pair_mean(counts, _kernel(features, features), _pairs(len(features)))
-    within_reference = _pair_mean(reference_counts, _kernel(reference, reference), _pairs(len(reference)))
+    of_features, of_reference = strata or (np.zeros(len(features), int), np.zeros(len(reference), int))
+    within = _mean_within(counts, _kernel(features, features), of_features)
+    within_reference = _mean_within(reference_counts, _kernel(reference, reference), of_reference)
     across = ((counts @ _kernel(features, reference)) * reference_counts).sum(axis=1)
     across /= counts.sum(axis=1) * reference_counts.sum(axis=1)
     return _bootstrap(CMMD_SCALE * (within + within_reference - 2 * across))
@@ -150,8 +178,12 @@ def bootstrap_diversity(images: JudgedImages, counts: Array) -> Bootstrap:
     return _bootstrap(100 * (1 - _pair_mean(counts, images.features @ images.features.T, same_class)))
 
 
-def pair_scores(images: JudgedImages, reference: Array, counts: Array, reference_counts: Array) -> dict[str, Bootstrap]:
+def pair_scores(
+    images: JudgedImages, reference: Array, counts: Array, reference_counts: Array, strata: Strata | None = None
+) -> dict[str, Bootstrap]:
     """CMMD against `reference` (M, D), and diversity. Both need pairs: a single image has neither.
+
+    `strata` as in `bootstrap_cmmd`.
 
     >>> alone = JudgedImages(np.eye(2)[:1], np.array([0]))
     >>> pair_scores(alone, np.eye(2), np.ones((1, 1)), np.ones((1, 2)))
@@ -159,7 +191,7 @@ def pair_scores(images: JudgedImages, reference: Array, counts: Array, reference
     """
     scores = {}
     if min(len(images.labels), len(reference)) > 1:
-        scores["cmmd"] = bootstrap_cmmd(images.features, reference, counts, reference_counts)
+        scores["cmmd"] = bootstrap_cmmd(images.features, reference, counts, reference_counts, strata)
     if len(np.unique(images.labels)) < len(images.labels):
         scores["diversity"] = bootstrap_diversity(images, counts)
     return scores
@@ -437,6 +469,21 @@ def _pair_mean(counts: Array, values: Array, weights: Array) -> Array:
     weight: Array = ((counts @ weights) * counts).sum(axis=1)
     # A resample of few pictures may contain no pair. It then takes the value of the data itself.
     return np.divide(total, weight, out=np.full_like(total, total[0] / weight[0]), where=weight > 0)
+
+
+def _mean_within(counts: Array, kernel: Array, strata: NDArray[np.int64]) -> Array:
+    """The mean (1 + R,) of `kernel` (N, N) over the pairs of pictures, each stratum with its share of the pictures.
+
+    Pairs within a stratum are fewer than their share, because a picture is no pair with itself, nor with its copies.
+    Without the shares, the mean of a resample would be off in one direction.
+    """
+    chosen = [np.flatnonzero(strata == stratum) for stratum in np.unique(strata)]
+    if len(chosen) == 1:
+        return _pair_mean(counts, kernel, _pairs(len(strata)))
+    total: Array = ((counts @ (kernel * (strata[:, None] != strata))) * counts).sum(axis=1)
+    for rows in chosen:
+        total += len(rows) ** 2 * _pair_mean(counts[:, rows], kernel[np.ix_(rows, rows)], _pairs(len(rows)))
+    return total / len(strata) ** 2
 
 
 def _pairs(count: int) -> Array:

@@ -66,9 +66,10 @@ test-fast: $(INSTALLED) $(OPENVINO)  ## run the tests that take seconds
 test-gpu: $(INSTALLED)  ## run the tests that need a GPU
 	@BESTIARY_TEST_GPU=1 pytest tests/gpu
 
-lint: $(INSTALLED)  ## check format, lint and types
+lint: $(INSTALLED)  ## check format, lint, imports and types
 	@ruff format --check .
 	@ruff check .
+	@lint-imports --no-cache --no-logo
 	@mypy
 
 bench: $(INSTALLED) $(OPENVINO)  ## measure speed side by side (more than 15 minutes, 8 GB of memory)

@@ -1,19 +1,28 @@
 """`bestiary estimate`: what a run takes, from measured rates."""
 
+import weakref
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import UNet2DConditionModel
 from support.rates import SAMPLE, measured, rate
 
+from bestiary.diffusion.half_precision import TrainedWeights
+from bestiary.diffusion.optimization import start_adapter
 from bestiary.estimating import estimate, images_of, lines, render
 from bestiary.evaluation import rates as measuring
 from bestiary.evaluation.rates import Request, growing
 from bestiary.learning import params_with_profile
-from bestiary.params import Params, load_params
+from bestiary.params import Params, Train, load_params
 
 ROOT = Path(__file__).parents[1]
 # On two idle cores, each found by a run of its own.
 STAGE_SECONDS = {"clean": 14.2, "encode": 6.4, "train": 131.3, "evaluate": 71.5, "benchmark": 41.1}
+
+
+def start_on_cpu(unet: UNet2DConditionModel, train: Train, *, seed: int, device: torch.device) -> TrainedWeights:
+    return start_adapter(unet, train, seed=seed, device=torch.device("cpu"))
 
 
 def sample() -> Params:
@@ -88,6 +97,35 @@ def test_sizes_grow_to_the_real_one() -> None:
         *(f"1 x {side} x {side} pixels" for side in (64, 128, 256, 512)),
         "3 x 512 x 512 pixels",
     ]
+
+
+@pytest.mark.parametrize(("launch", "graph"), [("", True), ("torchrun --nproc-per-node 2", False)])
+def test_the_memory_that_a_training_steps_graph_keeps_is_measured(
+    monkeypatch: pytest.MonkeyPatch, launch: str, graph: bool
+) -> None:
+    """A counter stands in for torch's allocator, because only a GPU captures graphs."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("BESTIARY_LAUNCH", launch)
+    kept: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()  # forgets a dropped graph
+
+    def captured(module: torch.nn.Module, example: tuple[torch.Tensor, ...]) -> torch.nn.Module:
+        kept[module] = len(example[0]) * 2**20
+        return module
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", captured)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 2**30 + sum(kept.values()))
+    bench = measuring._Bench(sample(), 1.0)
+    monkeypatch.setattr(bench, "device", torch.device("cuda"))
+    monkeypatch.setattr("bestiary.diffusion.optimization.start_adapter", start_on_cpu)
+    step = measuring._TrainingStep(bench)
+    assert step.is_graph == graph
+    bench.device = torch.device("cpu")
+    for batch in (4, 8):
+        size = measuring.Size(batch, 64)
+        step.prepare(size)
+        step(size)
+    assert step.graph_mib(measuring.Size(16, 64)) == (16 if graph else 0)  # extrapolated
+    assert (step.predict.fast is not None) == graph
 
 
 @pytest.mark.slow

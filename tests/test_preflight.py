@@ -80,15 +80,16 @@ def test_a_few_step_adapter_on_the_hub_is_checked_at_its_revision(night: Params,
     def found(revision: str | None = COMMIT) -> Check:
         chosen = FewStepModel(model="someone/lcm-lora", revision=revision, file="lcm.safetensors", weight=1.0)
         distill = night.distill.model_copy(update={"from_": chosen})
-        params = night.model_copy(update={"distill": distill})
-        (wanted,) = [each for each in preflight._models(params) if each.on_hub.model == chosen.model]
-        return preflight._model(tmp_path, wanted, [])
+        return preflight._few_step(tmp_path, night.model_copy(update={"distill": distill}), [])
 
     (tmp_path / "lcm").mkdir()
     (tmp_path / "lcm" / "lcm.safetensors").write_bytes(b"x" * 2**20)
     assert found().mark == "note"  # the hub has no such model
     hub.models["someone/lcm-lora"] = served = Served(tmp_path / "lcm")
-    assert str(found()) == f"ok    few-step     someone/lcm-lora at {COMMIT[:7]}: 1 MiB to download"
+    assert str(found()) == (
+        f"ok    few-step     someone/lcm-lora at {COMMIT[:7]}: 1 MiB to download; `make fast` adds lcm.safetensors to "
+        "the trained adapter with weight 1, and its memory, disk and time are not measured"
+    )
     assert "It is not pinned" in found(None).text
     assert "revision" in found("f" * 40).text
     served.gated = True
@@ -96,6 +97,7 @@ def test_a_few_step_adapter_on_the_hub_is_checked_at_its_revision(night: Params,
     assert refused.mark == "note"  # `dvc repro` runs without it
     assert "Accept its licence" in refused.text
     assert refused.text.endswith("Only `make fast` needs it.")
+    assert "distils one here" in preflight._few_step(tmp_path, night, []).text
 
 
 def test_the_command_ends_with_1_when_the_run_would_fail(unmeasured: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,6 +148,10 @@ def test_the_memory_check_counts_the_gpus_memory_and_says_what_to_lower(night: P
         check = memory(rates, lines(night, SAMPLE, rates))
         assert check.mark == mark
         assert ("train needs 8.8 GiB of 7.0 GiB. Raise train.accumulation" in check.text) == (mark == "FAIL")
+    rates = on_gpu(step=needing(4096.0), graph_mib=3072.0, **others)  # validations compute beside the graph
+    check = memory(rates, lines(night, SAMPLE, rates))
+    assert "train 5.0 GiB" in check.text
+    assert check.text.endswith("training measured with a real step, as a CUDA graph that keeps 3.0 GiB")
     rates = on_gpu(step=small, **others | {"encode": needing(9000.0)})
     check = memory(rates, lines(night, SAMPLE, rates))
     assert check.mark == "note"

@@ -92,7 +92,13 @@ def lines(params: Params, images: Images, rates: Rates) -> list[Line]:
             disk=DVC_COPIES * (images.count * latents + captions),
         ),
         # Checkpoints hold the adapter, its average and the optimizer's two averages.
-        line("train", _training(params, images, rates), rates.step, rates.row, disk=(DVC_COPIES + 4) * adapter),
+        line(
+            "train",
+            _training(params, images, rates),
+            rates.step,
+            _validating(rates),
+            disk=(DVC_COPIES + 4) * adapter,
+        ),
         line(
             "evaluate",
             evaluated * drawing + (evaluated + images.count) * rates.judge_s * judges,
@@ -103,6 +109,14 @@ def lines(params: Params, images: Images, rates: Rates) -> list[Line]:
         line("benchmark", _benchmark(params, rates), rates.single_row, rates.decode),
         line("register", 2 * rates.start_s, rates.single_row, disk=adapter + train.rank),
     ]
+
+
+def _validating(rates: Rates) -> Rate:
+    """A row of a validation or a sheet. The graph of the training step keeps its memory meanwhile."""
+    device_mib = rates.row.peak_device_mib
+    if device_mib is None:
+        return rates.row
+    return rates.row.model_copy(update={"peak_device_mib": device_mib + rates.graph_mib})
 
 
 def _picture(params: Params, rates: Rates, row: Rate, steps: int | None = None) -> float:

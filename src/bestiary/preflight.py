@@ -6,16 +6,15 @@ import contextlib
 import fcntl
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from bestiary.errors import BestiaryError
 from bestiary.estimating import Images, Line, duration, estimate, project_images, shown_size, total_line
-from bestiary.evaluation.rates import Rates
+from bestiary.evaluation.rates import Rates, launched_processes
 from bestiary.files import is_file, is_folder
 from bestiary.hub import HubModel, bytes_to_download, is_hub_id
 from bestiary.memory import MIB
@@ -55,6 +54,7 @@ def checks(root: Path, params: Params, hours: float) -> Iterator[Check]:
     sizes: list[int] = []
     for model in _models(params):
         yield _model(root, model, sizes)
+    yield _few_step(root, params, sizes)
     if params.dataset.source == "sciencedb" and params.dataset.sciencedb:
         settings = params.dataset.sciencedb
         yield _checked("ScienceDB", lambda: _sciencedb(settings))
@@ -99,10 +99,9 @@ def _nvidia_gpus() -> bool:
 
 def _processes(params: Params) -> str:
     launch = os.environ.get("BESTIARY_LAUNCH", "")
-    found = re.search(r"--(?:num[_-]processes|nproc[_-]per[_-]node)[ =](\d+)", launch)
-    if launch and not found:
+    count = launched_processes()
+    if count is None:
         return f"set by the launcher ({launch})"
-    count = int(found[1]) if found else 1
     parts = count * params.train.accumulation
     if params.train.batch_size % parts:
         raise BestiaryError(
@@ -135,7 +134,7 @@ class _Wanted:
 
 def _models(params: Params) -> list[_Wanted]:
     from bestiary import captioning
-    from bestiary.diffusion import base, decoders, few_step_adapter
+    from bestiary.diffusion import base, decoders
     from bestiary.evaluation import image_judge, judge
 
     def at(model: Model) -> tuple[str, str | None]:
@@ -149,8 +148,6 @@ def _models(params: Params) -> list[_Wanted]:
         wanted.append(_Wanted(image_judge.on_hub(*at(evaluate.proof.image_judge))))
     if params.tiny_decoder:
         wanted.append(_Wanted(decoders.on_hub(*at(params.tiny_decoder))))
-    if params.distill.from_:
-        wanted.append(_Wanted(few_step_adapter.on_hub(params.distill.from_), "make fast"))
     if params.captioner:
         wanted.append(_Wanted(captioning.on_hub(*at(params.captioner)), "bestiary captions --write"))
     return wanted
@@ -177,6 +174,20 @@ def _model(root: Path, wanted: _Wanted, sizes: list[int]) -> Check:
             name, f"{on_hub.model}: {place}. It is not pinned, so it may change. Set its revision to a commit.", "note"
         )
     return Check(name, f"{on_hub.model} at {on_hub.revision[:7]}: {place}")
+
+
+def _few_step(root: Path, params: Params, sizes: list[int]) -> Check:
+    """What `make fast` will use as the few-step adapter. The run's other checks do not measure `make fast`."""
+    from bestiary.diffusion import few_step_adapter
+
+    chosen = params.distill.from_
+    if chosen is None:
+        return Check("few-step", "`make fast` distils one here; its memory, disk and time are not measured")
+    check = _model(root, _Wanted(few_step_adapter.on_hub(chosen), "make fast"), sizes)
+    if check.mark != "ok":
+        return check
+    used = f"`make fast` adds {chosen.file or 'it'} to the trained adapter with weight {chosen.weight:g}"
+    return replace(check, text=f"{check.text}; {used}, and its memory, disk and time are not measured")
 
 
 # ---- services ----
@@ -280,7 +291,8 @@ def memory(rates: Rates, lines: Sequence[Line], free_mib: float | None = None) -
         if rates.step.scaled_by == 1
         else f"extrapolated from a step of {rates.step.measured_at}"
     )
-    text = f"{', '.join(shown)} of {shown_size(free)} free {kind}; training {how}"
+    graph = f", as a CUDA graph that keeps {shown_size(rates.graph_mib)}" if rates.graph_mib else ""
+    text = f"{', '.join(shown)} of {shown_size(free)} free {kind}; training {how}{graph}"
     if problems:
         return Check("memory", f"{' '.join(problems)} ({text})", "FAIL" if fails else "note")
     if rates.step.scaled_by > FAR:

@@ -8,7 +8,9 @@ The last measurement is then scaled by the networks' floating-point operations, 
 
 from __future__ import annotations
 
+import gc
 import os
+import re
 import subprocess
 import sys
 import time
@@ -83,6 +85,7 @@ class Rates(BaseModel):
     decode: Rate  # a picture
     step: Rate  # an optimizer step
     rows_per_step: float  # of one picture: 2 where every denoising step is guided
+    graph_mib: float = 0.0  # GPU memory that the CUDA graph of a training step keeps; 0: training uses no graph
     trainable_parameters: int
     base_bytes: int
     caption_bytes: int
@@ -147,6 +150,14 @@ def load_average() -> float:
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
+def launched_processes() -> int | None:
+    """The number of processes that BESTIARY_LAUNCH starts; None where only the launcher knows it."""
+    launch = os.environ.get("BESTIARY_LAUNCH", "")
+    if found := re.search(r"--(?:num[_-]processes|nproc[_-]per[_-]node)[ =](\d+)", launch):
+        return int(found[1])
+    return None if launch else 1
+
+
 class _Bench:
     """The base's networks, or networks of Stable Diffusion's size, on this machine's device."""
 
@@ -186,29 +197,7 @@ class _Bench:
         import torch
 
         with torch.inference_mode():
-            self._prediction(size)
-
-    def training(self) -> tuple[Callable[[Size], None], int]:
-        """A function that trains on one micro-batch as `train` does, and the number of trainable parameters."""
-        import torch
-
-        from bestiary.diffusion.optimization import make_optimizer, start_adapter
-
-        train = self.params.train
-        trained = start_adapter(self.unet, train, seed=0, device=self.device)
-        self.unet.train()
-        optimizer = make_optimizer(trained.weights, train)
-
-        def step(size: Size) -> None:
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is torch.float16):
-                prediction = self._prediction(size)
-            prediction.float().square().mean().backward()
-            trained.collect_gradients()
-            optimizer.step()
-            optimizer.zero_grad()
-            trained.spread()
-
-        return step, sum(weight.numel() for weight in trained.weights)
+            self.unet(*self.inputs(size))
 
     def _latents(self, size: Size) -> torch.Tensor:
         import torch
@@ -216,17 +205,25 @@ class _Bench:
         shape = (size.batch, self.vae.config.latent_channels, size.side // self.factor, size.side // self.factor)
         return torch.zeros(shape, device=self.device, dtype=self.dtype)
 
-    def _prediction(self, size: Size) -> torch.Tensor:
+    def inputs(self, size: Size) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The UNet's latents, timesteps and text features."""
         import torch
 
         shape = (size.batch, self.tokens, self.unet.config.cross_attention_dim)
         timesteps = torch.full((size.batch,), 500, device=self.device)
         features = torch.zeros(shape, device=self.device, dtype=self.dtype)
-        prediction: torch.Tensor = self.unet(self._latents(size), timesteps, features).sample
-        return prediction
+        return self._latents(size), timesteps, features
 
-    def rate(self, work: Callable[[Size], None], network: str, real: Size, *, per: float) -> Rate:
-        """Seconds of `work` at the real size, divided by `per`."""
+    def rate(
+        self,
+        work: Callable[[Size], None],
+        network: str,
+        real: Size,
+        *,
+        per: float,
+        prepare: Callable[[Size], None] = lambda _: None,
+    ) -> Rate:
+        """Seconds of `work` at the real size, divided by `per`. Of `prepare`, only the memory counts."""
         import torch
 
         measured, seconds, started = Size(0, 0), 0.0, time.perf_counter()
@@ -237,6 +234,7 @@ class _Bench:
             sizes = sizes[sizes.index(size) + 1 :]
             reset_peak_memory()
             try:
+                prepare(size)
                 seconds = self._time(work, size)
             except torch.OutOfMemoryError:
                 break
@@ -325,6 +323,73 @@ class _Bench:
         pipeline: Any = SimpleNamespace(scheduler=make_scheduler(sampling.sampler, config, sampling.steps))
         scales = guidance_scales(pipeline, sampling)
         return 1.0 + sum(scale > 1 for scale in scales) / len(scales)
+
+
+class _TrainingStep:
+    """Trains on one micro-batch as `train` does: as a CUDA graph where `train` would capture one."""
+
+    def __init__(self, bench: _Bench) -> None:
+        from types import SimpleNamespace
+
+        import torch
+
+        from bestiary.diffusion.fast_step import FastPrediction, graphs_fit
+        from bestiary.diffusion.optimization import make_optimizer, start_adapter
+
+        self.bench, train = bench, bench.params.train
+        self.trained = start_adapter(bench.unet, train, seed=0, device=bench.device)
+        bench.unet.train()
+        self.optimizer = make_optimizer(self.trained.weights, train)
+        self.predict = FastPrediction(bench.unet)
+        self.scales_loss = bench.dtype is torch.float16
+        # An Accelerator would start the processes' communication.
+        run: Any = SimpleNamespace(
+            device=bench.device,
+            num_processes=launched_processes() or 1,
+            mixed_precision="fp16" if self.scales_loss else "no",
+        )
+        self.is_graph = graphs_fit(train, run)
+        self.graphs: dict[int, float] = {}  # pixels: the MiB that the graph of a step of this size keeps
+
+    @property
+    def trainable(self) -> int:
+        """The number of trainable parameters."""
+        return sum(weight.numel() for weight in self.trained.weights)
+
+    def __call__(self, size: Size) -> None:
+        import torch
+
+        with torch.autocast(self.bench.device.type, self.bench.dtype, enabled=self.scales_loss):
+            prediction = self.predict(*self.bench.inputs(size)).sample
+        prediction.float().square().mean().backward()
+        self.trained.collect_gradients()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.trained.spread()
+
+    def prepare(self, size: Size) -> None:
+        """Capture the graph for this size, if training would, and measure the memory that it keeps.
+
+        A graph's memory stays reserved for it, so torch does not count it as allocated after the capture.
+        """
+        import torch
+
+        from bestiary.diffusion.fast_step import FastPrediction
+
+        if not self.is_graph:
+            return
+        self.predict = FastPrediction(self.bench.unet)  # drops the graph of the size before
+        gc.collect()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        self.predict.use(self.bench.inputs(size), compiled=False, graph=True)
+        torch.cuda.empty_cache()
+        kept = torch.cuda.memory_reserved() - before
+        self.graphs[size.pixels] = kept / MIB if self.predict.fast else 0.0
+
+    def graph_mib(self, real: Size) -> float:
+        """The MiB that the graph keeps at the real size; 0 without a graph."""
+        return _at(real.pixels, self.graphs) if self.graphs else 0.0
 
 
 @cache
@@ -433,9 +498,9 @@ def _run(request: Request) -> Rates:
     single_row = bench.rate(bench.predict, "unet", Size(2, side), per=2)
     row = bench.rate(bench.predict, "unet", Size(2 * batch, side), per=2 * batch)
     parameters = sum(each.numel() for part in (bench.unet, bench.vae) for each in part.parameters())
-    step, trainable = bench.training()
+    step = _TrainingStep(bench)
     preserved = 0 if train.preservation.kind == "none" else train.preservation.samples
-    images = -(-(train.batch_size + preserved) // train.accumulation)
+    trained = Size(-(-(train.batch_size + preserved) // train.accumulation), side)
     return Rates(
         load_average=before,
         device=torch.cuda.get_device_name()
@@ -450,9 +515,10 @@ def _run(request: Request) -> Rates:
         row=row,
         single_row=single_row,
         decode=decode,
-        step=bench.rate(step, "unet", Size(images, side), per=1 / train.accumulation),
+        step=bench.rate(step, "unet", trained, per=1 / train.accumulation, prepare=step.prepare),
+        graph_mib=step.graph_mib(trained),
         rows_per_step=bench.rows_per_step(),
-        trainable_parameters=trainable,
+        trainable_parameters=step.trainable,
         base_bytes=4 * (parameters + (TEXT_PARAMETERS if bench.is_stand_in else 0)),
         caption_bytes=bench.tokens * bench.unet.config.cross_attention_dim * bench.dtype.itemsize,
         value_bytes=bench.dtype.itemsize,

@@ -88,15 +88,12 @@ def test_the_page_names_a_changed_or_lost_file_of_the_registry_without_its_path(
     )
 
 
-@pytest.mark.parametrize(
-    "error", [BestiaryError("/srv/x y/z is lost."), RefusedError("key", "{name}", name="/a/b.png")]
-)
-def test_errors_reach_the_page_and_programs_without_the_servers_folders(
-    error: BestiaryError, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Path, "home", lambda: Path("/srv/x y"))
-    expected = "/a/b.png" if isinstance(error, RefusedError) else "z is lost."  # what the user sent stays as it is
-    assert Failed.by(error).message == public_sentence(error) == expected
+def test_errors_reach_the_page_and_programs_without_the_servers_folders(tmp_path: Path) -> None:
+    (tmp_path / "x y").mkdir()
+    lost = BestiaryError(f"{tmp_path}/x y/z is lost.")
+    sent = RefusedError("key", "{name}", name="/a/b.png")  # what the user sent stays as it is
+    for error, expected in ((lost, "z is lost."), (sent, "/a/b.png")):
+        assert Failed.by(error).message == public_sentence(error) == expected
 
 
 def test_resolving_without_a_registry_creates_nothing_and_names_the_command_that_does(project: Path) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
-import tempfile
 from pathlib import Path
 
 from bestiary.errors import BestiaryError
-from bestiary.files import project_root
+from bestiary.files import is_folder
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +26,9 @@ SENTENCES = {
 }
 
 # An absolute path, alone or in the address of a database. Registry URIs and relative paths do not match.
-ABSOLUTE_PATH = re.compile(r"(?:(?:sqlite|file):/{2,3}|(?<![\w.:~/-]))/(?:[^\s/'\"`,;:()]+/)+[^\s/'\"`,;()]*")
+PATH_START = r"(?:(?:sqlite|file):/{2,3}|(?<![\w.:~/-]))/"
+ABSOLUTE_PATH = re.compile(PATH_START + r"(?:[^\s/'\"`,;:()]+/)+[^\s/'\"`,;()]*")
+MAX_PATH = 4096  # characters of a path on Linux
 
 
 class Stopped(Exception):  # noqa: N818, because nothing went wrong
@@ -65,10 +66,23 @@ def without_machine_paths(sentence: str) -> str:
     >>> without_machine_paths("There is no registry: sqlite:////srv/mlflow.db and ./models/base do not exist.")
     'There is no registry: mlflow.db and ./models/base do not exist.'
     """
-    for folder in map(str, (project_root(), Path.cwd(), Path.home(), tempfile.gettempdir())):
-        if " " in folder:  # the pattern ends at a space
-            sentence = sentence.replace(f"{folder}/", "/_/")
-    return ABSOLUTE_PATH.sub(lambda found: Path(found[0]).name, sentence)
+    return ABSOLUTE_PATH.sub(lambda found: Path(found[0]).name, _with_plain_folders(sentence))
+
+
+def _with_plain_folders(sentence: str) -> str:
+    """The sentence with the existing folders of each absolute path replaced by `/_`.
+
+    A folder's name may contain spaces and brackets, so only the disk says where it ends in a sentence.
+    """
+    position = 0
+    while found := re.compile(PATH_START).search(sentence, position):
+        start = found.end() - 1
+        slashes = [start + each.start() for each in re.finditer("/", sentence[start : start + MAX_PATH])]
+        end = next((slash for slash in reversed(slashes[1:]) if is_folder(sentence[start:slash])), None)
+        if end is not None:
+            sentence = f"{sentence[:start]}/_{sentence[end:]}"
+        position = start + 1
+    return sentence
 
 
 def public_sentence(error: BestiaryError) -> str:

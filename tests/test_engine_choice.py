@@ -1,13 +1,16 @@
 """Which engine draws: the user's choice, what an export can draw, and whether it is faster on this machine."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from bestiary import generation
 from bestiary.app.offers import Offerings, Offers
+from bestiary.commands import drawing
 from bestiary.diffusion import engines
 from bestiary.diffusion.export_format import MANIFEST
 from bestiary.engine_choice import Wish, choose_engine
@@ -111,9 +114,12 @@ def test_auto_says_why_the_export_is_not_faster_on_this_machine(
         (Wish(changes=SamplingChanges(sampler="ddim")), "its sampler, steps and guidance are fixed"),
         (Wish(changes=SamplingChanges(negative_prompt="fog")), "it takes no negative prompt"),
         (Wish(has_grid=True), "a grid may vary settings that are fixed in it"),
+        (Wish(has_image=True), "cannot start from an image"),
+        (Wish(weighted=True), "cannot have another weight"),
+        (Wish(base="other"), "base is part of an export"),
     ],
 )
-def test_auto_says_that_torch_draws_because_of_other_steps_or_a_grid(
+def test_auto_says_why_torch_draws_with_or_without_the_files_of_the_export(
     registered: Adapter, wish: Wish, reason: str
 ) -> None:
     for adapter in (registered, replace(registered, export=None)):  # whether or not its files were looked up
@@ -123,6 +129,37 @@ def test_auto_says_that_torch_draws_because_of_other_steps_or_a_grid(
         assert note.startswith("Drawing with torch instead of the fast variant: ")
         assert reason in note
     assert choose_engine([registered], replace(wish, engine="torch")) == ([registered], None)
+
+
+@pytest.mark.parametrize(
+    ("options", "looks"),
+    [
+        ([], True),
+        (["--decoder", "tiny"], True),
+        (["--engine", "openvino", "--steps", "9"], True),
+        (["--engine", "torch"], False),
+        (["--steps", "9"], False),
+        (["--guidance", "5"], False),
+        (["--scheduler", "ddim"], False),
+        (["--base", "other"], False),
+        (["--adapter", "models:/bestiary/3:0.5"], False),
+        (["--adapter", "models:/bestiary/3", "--adapter", "other"], False),
+        (["--grid", "seed=1,2"], False),
+    ],
+)
+def test_generate_looks_for_a_fast_variant_only_if_it_may_draw_the_request(
+    options: list[str], looks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class LookedUpError(Exception):
+        pass
+
+    def resolve_all(_: Sequence[str], *, fast: bool) -> None:
+        raise LookedUpError(fast)
+
+    monkeypatch.setattr(generation, "resolving_all", resolve_all)
+    monkeypatch.setattr(drawing, "find_spec", lambda _: True)  # OpenVINO is installed
+    with pytest.raises(LookedUpError, match=f"^{looks}$"):
+        drawing.generate.main(["tiger", *options], standalone_mode=False)
 
 
 def test_auto_says_that_torch_draws_because_of_several_adapters(registered: Adapter, tmp_path: Path) -> None:

@@ -28,8 +28,9 @@ class Wish:
     device: str = ""
     has_grid: bool = False
 
-    def obstacle(self, manifest: Manifest) -> str | None:
-        """Why the export with this manifest cannot draw this, as a clause; None if it can."""
+    @property
+    def obstacle_to_any(self) -> str | None:
+        """Why no export can draw this, as a clause; None if one may."""
         if self.has_image:
             return "an export has no encoder, so it cannot start from an image"
         if self.weighted:
@@ -38,6 +39,12 @@ class Wish:
             return "the base is part of an export, so it cannot be changed"
         if self.device not in ("", "cpu"):
             return f"an export draws on the CPU, not on {self.device}"
+        return None
+
+    def obstacle(self, manifest: Manifest) -> str | None:
+        """Why the export with this manifest cannot draw this, as a clause; None if it can."""
+        if self.obstacle_to_any:
+            return self.obstacle_to_any
         if self.changes.decoder not in (None, manifest.decoder):
             return f"the export has only the {manifest.decoder} decoder"
         step = manifest.side_step
@@ -54,15 +61,25 @@ class Wish:
             for value in (changes.steps, changes.guidance_scale, changes.guidance_interval, changes.sampler)
         ) or bool(changes.negative_prompt)
 
-    def obstacle_for_auto(self, adapters: Sequence[Adapter]) -> str | None:
-        """Why `auto` draws this with torch whatever the export contains, as a clause; None if the export decides."""
-        if len(adapters) > 1:
+    def obstacle_for_auto(self, adapters: int) -> str | None:
+        """Why `auto` draws this number of adapters with torch whatever the export contains, as a clause.
+
+        None if the export decides.
+        """
+        if adapters > 1:
             return "it holds only one adapter, and several were chosen"
         if self.changes_steps:
             return "its sampler, steps and guidance are fixed, and it takes no negative prompt"
         if self.has_grid:
             return "a grid may vary settings that are fixed in it"
-        return None
+        return self.obstacle_to_any
+
+    def needs_export(self, adapters: int) -> bool:
+        """Whether the choice of an engine for this number of adapters depends on a registered version's export.
+
+        A server's export is downloaded only if it does.
+        """
+        return self.engine == "openvino" or (self.engine == "auto" and not self.obstacle_for_auto(adapters))
 
 
 def _leave_closed(_: Adapter) -> None:
@@ -91,7 +108,7 @@ def choose_engine(
         return [_openvino(adapters, wish)], None
     if not any(adapter.has_fast_variant for adapter in adapters):
         return list(adapters), None
-    reason = wish.obstacle_for_auto(adapters)
+    reason = wish.obstacle_for_auto(len(adapters))
     if not reason and first.no_export:
         return list(adapters), f"Drawing with torch. {first.no_export}"
     reason = reason or _reason_for_torch(first.export, wish)

@@ -81,10 +81,9 @@ def generate(
 
     weighted = [generation.Weighted.parse(text) for text in source.adapters]
     named = _adapters_of(original, like, weighted) if original and like else [each.what for each in weighted]
-    engine, fast = _engine(source, original, grid)
-    adapters = _resolve(named, fast=fast)
+    wish = replace(_wish(_engine(source, original), source, changes, start, weighted), has_grid=bool(grid))
+    adapters = _resolve(named, fast=_looks_for_exports(wish, named, original))
     generator = generation.Generator(project_tiny_decoder(params))
-    wish = replace(_wish(engine, source, changes, start, weighted), has_grid=bool(grid))
     adapters, note = choose_engine(adapters, wish, generator.open_export)
     _tell([note] if note and not original else [])
     taught = [subject for adapter in adapters for subject in adapter.subjects]
@@ -138,15 +137,18 @@ def _jobs(
     ]
 
 
-def _engine(source: Source, original: PictureSettings | None, grid: Grid | None) -> tuple[EngineChoice, bool]:
-    """The engine to draw with, a picture's own one; and whether to look for registered fast variants.
-
-    `auto` takes none for a grid, whose cells may differ in what an export cannot change.
-    """
+def _engine(source: Source, original: PictureSettings | None) -> EngineChoice:
+    """The engine to draw with; the picture's own one to draw it again."""
     if original:
-        return ("openvino", True) if original.export_sha256 else ("auto", False)
-    found = grid is None and find_spec("openvino") is not None
-    return source.engine, source.engine == "openvino" or (source.engine == "auto" and found)
+        return "openvino" if original.export_sha256 else "auto"
+    return source.engine
+
+
+def _looks_for_exports(wish: Wish, named: Sequence[str], original: PictureSettings | None) -> bool:
+    """Whether to look for registered fast variants. A picture drawn with torch is drawn with torch again."""
+    if wish.engine == "auto" and (original or find_spec("openvino") is None):
+        return False
+    return wish.needs_export(len(named))
 
 
 def _wish(

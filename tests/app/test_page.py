@@ -361,9 +361,23 @@ def test_a_few_step_adapter_chosen_second_sets_the_steps_and_the_sampler(
         "With the adapter",
         f"Base only, with its default settings: {own.steps} steps, guidance scale {own.guidance_scale:g}",
     ]
+    assert sampling_by_weight(page, "secondWeight") == [[CHAMPION_STEPS, 3, "ddim"], [4, 1, "tcd"]]
     page.select_option("#second", "none")
     assert [page.input_value(f"#{field}") for field in fields] == alone
+    page.select_option("#adapter", uploaded)
+    assert sampling_by_weight(page, "weight") == [[own.steps, own.guidance_scale, own.sampler], [4, 1, "tcd"]]
     page.close()
+
+
+def sampling_by_weight(page: Page, axis: str) -> list[list[object]]:
+    """The steps, guidance scale and sampler that the page orders for the weights 0 and 1 of an adapter."""
+    page.select_option("#axis", axis)
+    page.fill("#values", "0, 1")
+    found: list[list[object]] = page.evaluate("""async () => {
+        const { ordersOf } = await import('/page/comparing.js'), { readOrder } = await import('/page/order.js');
+        return ordersOf(readOrder()).map(([order]) => [order.steps, order.guidance_scale, order.scheduler]);
+    }""")
+    return found
 
 
 @pytest.mark.slow

@@ -53,6 +53,17 @@ function usual() {
   return { ...own, scheduler, steps, guidance_scale, guidance_interval: null };
 }
 
+/** What an order draws with when its few-step adapters have the weight 0, and so change nothing; {} for other orders. */
+export function withoutFewSteps({ adapter, adapter_weight, more_adapters }) {
+  const applied = [{ adapter, weight: adapter_weight }, ...more_adapters]
+    .map(({ adapter: chosen, weight }) => ({ weight, offer: offers().find(({ key }) => key === chosen) }));
+  const fast = applied.filter(({ offer }) => offer?.few_step);
+  if (!fast.length || fast.some(({ weight }) => weight)) return {};
+  const style = applied.find(({ offer, weight }) => offer && !offer.few_step && weight)?.offer;
+  const { scheduler, steps, guidance_scale, guidance_interval = null } = style?.usual ?? catalog.usual;
+  return { scheduler, steps, guidance_scale, guidance_interval };
+}
+
 /** The names of the adapters that a picture's settings hold. A file's hash tells two files of one name apart. */
 export function adapterNames({ adapter, adapter_sha256, more_adapters = [] }) {
   return [...(adapter ? [{ adapter, adapter_sha256 }] : []), ...more_adapters].map((applied) => {

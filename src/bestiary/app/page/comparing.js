@@ -1,5 +1,5 @@
 // The compare view: the same picture with several values of one setting, side by side.
-import { catalog } from './catalog.js';
+import { catalog, withoutFewSteps } from './catalog.js';
 import { $ } from './dom.js';
 import { text } from './language.js';
 import { isBaseAlone } from './order.js';
@@ -8,14 +8,19 @@ const MAX_VALUES = 8;
 
 // By the setting's field: how an order changes with a value.
 const AXES = {
-  weight: (order, value) => ({ ...order, adapter_weight: value }),
-  secondWeight: (order, value) => ({ ...order, more_adapters: order.more_adapters.map((second) => ({ ...second, weight: value })) }),
+  weight: (order, value) => inOwnSteps({ ...order, adapter_weight: value }),
+  secondWeight: (order, value) => inOwnSteps({ ...order, more_adapters: order.more_adapters.map((second) => ({ ...second, weight: value })) }),
   steps: (order, value) => ({ ...order, steps: value }),
   guidance: (order, value) => ({ ...order, guidance_scale: value }),
   scheduler: (order, value) => ({ ...order, scheduler: value }),
   denoise: (order, value) => ({ ...order, denoise: value }),
 };
 const FIELDS = { secondWeight: 'second-weight' }; // of those whose field has another name
+
+/** Without its few-step adapter, the base would draw nothing recognisable in so few steps. */
+function inOwnSteps(order) {
+  return { ...order, ...withoutFewSteps(order) };
+}
 
 /** The choices of the setting to compare by, for a list. */
 export function axes() {

@@ -1,13 +1,14 @@
 """Imports point one way, and only some rooms know MLflow, the web toolkit, click or torch."""
 
+import subprocess
+import sys
 from pathlib import Path
 
-import pytest
-from importlinter.cli import lint_imports
-
 ROOT = Path(__file__).parents[1]
+LINT = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True, no_logo=True))"
 
 
-def test_imports_keep_the_contracts_in_pyproject(capsys: pytest.CaptureFixture[str]) -> None:
-    status = lint_imports(str(ROOT / "pyproject.toml"), no_cache=True, no_logo=True)
-    assert status == 0, capsys.readouterr().out
+def test_imports_keep_the_contracts_in_pyproject() -> None:
+    # import-linter disables the loggers of its process, so it gets one of its own.
+    result = subprocess.run([sys.executable, "-c", LINT], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr

@@ -26,8 +26,8 @@ SENTENCES = {
 }
 
 # An absolute path, alone or in the address of a database. Registry URIs and relative paths do not match.
-PATH_START = r"(?:(?:sqlite|file):/{2,3}|(?<![\w.:~/-]))/"
-ABSOLUTE_PATH = re.compile(PATH_START + r"(?:[^\s/'\"`,;:()]+/)+[^\s/'\"`,;()]*")
+PATH_START = re.compile(r"(?:(?:sqlite|file):/{2,3}|(?<![\w.:~/-]))/")
+ABSOLUTE_PATH = re.compile(PATH_START.pattern + r"(?:[^\s/'\"`,;:()]+/)+[^\s/'\"`,;()]*")
 MAX_PATH = 4096  # characters of a path on Linux
 
 
@@ -75,7 +75,7 @@ def _with_plain_folders(sentence: str) -> str:
     A folder's name may contain spaces and brackets, so only the disk says where it ends in a sentence.
     """
     position = 0
-    while found := re.compile(PATH_START).search(sentence, position):
+    while found := PATH_START.search(sentence, position):
         start = found.end() - 1
         slashes = [start + each.start() for each in re.finditer("/", sentence[start : start + MAX_PATH])]
         end = next((slash for slash in reversed(slashes[1:]) if is_folder(sentence[start:slash])), None)

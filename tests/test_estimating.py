@@ -103,7 +103,7 @@ def test_sizes_grow_to_the_real_one() -> None:
 def test_the_memory_that_a_training_steps_graph_keeps_is_measured(
     monkeypatch: pytest.MonkeyPatch, launch: str, graph: bool
 ) -> None:
-    """A counter stands in for torch's allocator, because only a GPU captures graphs."""
+    """Without a GPU nothing captures a graph, so the test replaces the capture and the reading of reserved memory."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("BESTIARY_LAUNCH", launch)
     kept: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()  # forgets a dropped graph

@@ -9,6 +9,6 @@ LINT = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imp
 
 
 def test_imports_keep_the_contracts_in_pyproject() -> None:
-    # import-linter disables the loggers of its process, so it gets one of its own.
+    # Not in the tests' own process: import-linter disables all loggers there.
     result = subprocess.run([sys.executable, "-c", LINT], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr

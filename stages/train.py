@@ -20,9 +20,9 @@ LATENTS, ADAPTER, REPORT = Path("build/latents"), Path("models/adapter"), REPORT
 def main() -> None:
     with stage("train") as (params, run):
         base, settings, seed, resolution = params.base, params.train, params.seed, params.encode.resolution
+        processes()  # gives each process its GPU
         latents = Latents.open(LATENTS)
         provenance = training_provenance(base, latents, settings, seed=seed, resolution=resolution)
-        processes()  # gives each process its GPU
         pipeline = load_pipeline(base.model, base.revision)
         # Not in models/adapter, which DVC empties before each run.
         unfinished = run.hold(CACHE / "train" / checkpoint_key(provenance, settings, content_of(params.judge)))
@@ -33,7 +33,7 @@ def main() -> None:
                 pipeline,
                 scheduler,
                 latents.training,
-                settings.preservation,
+                settings,
                 settings.sheet_sampling(resolution),
                 class_words=[class_word_of(subject) for subject in subjects],
                 seed=seed,
@@ -41,8 +41,11 @@ def main() -> None:
             )
             latents = replace(latents, preserved=preserved)
         if run.is_main:
-            judge = Judge.load(params.judge.model, params.judge.revision, device_and_dtype()[0].type)
-            plan = SheetPlan(subjects, settings, settings.sheet_sampling(resolution), seed)
+            # The judge sees a few pictures per validation, which a CPU can do while a small GPU keeps its memory.
+            device = "cpu" if settings.low_memory else device_and_dtype()[0].type
+            judge = Judge.load(params.judge.model, params.judge.revision, device)
+            at_once = 1 if settings.low_memory else None
+            plan = SheetPlan(subjects, settings, settings.sheet_sampling(resolution), seed, at_once)
             watch = TrainingWatch(pipeline, judge, plan, folder=unfinished / "sheet")
 
         def on_validation(step: int) -> float:

@@ -96,7 +96,7 @@ def lines(params: Params, images: Images, rates: Rates) -> list[Line]:
             "train",
             _training(params, images, rates),
             rates.step,
-            _validating(rates),
+            _validating(params, rates),
             disk=(DVC_COPIES + 4) * adapter,
         ),
         line(
@@ -111,12 +111,16 @@ def lines(params: Params, images: Images, rates: Rates) -> list[Line]:
     ]
 
 
-def _validating(rates: Rates) -> Rate:
+def _validating(params: Params, rates: Rates) -> Rate:
     """A row of a validation or a sheet. The graph of the training step keeps its memory meanwhile."""
-    device_mib = rates.row.peak_device_mib
-    if device_mib is None:
-        return rates.row
-    return rates.row.model_copy(update={"peak_device_mib": device_mib + rates.graph_mib})
+    row = _validated_row(params, rates)
+    if row.peak_device_mib is None:
+        return row
+    return row.model_copy(update={"peak_device_mib": row.peak_device_mib + rates.graph_mib})
+
+
+def _validated_row(params: Params, rates: Rates) -> Rate:
+    return rates.single_row if params.train.low_memory else rates.row
 
 
 def _picture(params: Params, rates: Rates, row: Rate, steps: int | None = None) -> float:
@@ -142,9 +146,10 @@ def _training(params: Params, images: Images, rates: Rates) -> float:
     validations = 1 + math.ceil(train.steps / train.validate_every)
     held_out = math.ceil(images.count * params.split.val_fraction)
     drawn = min(train.sheet_animals, images.classes) * train.sheet_seeds
-    sheet = drawn * (2 * train.sheet_steps * rates.row.seconds + rates.decode.seconds)
-    preserved = PRESERVED_ROWS * rates.row.seconds if train.preservation.kind != "none" else 0.0
-    validation = sheet + held_out * rates.row.seconds
+    row_seconds = _validated_row(params, rates).seconds
+    sheet = drawn * (2 * train.sheet_steps * row_seconds + rates.decode.seconds)
+    preserved = PRESERVED_ROWS * row_seconds if train.preservation.kind != "none" else 0.0
+    validation = sheet + held_out * row_seconds
     return train.steps * rates.step.seconds + validations * validation + preserved
 
 

@@ -199,6 +199,7 @@ class Train(AdapterTraining):
     timestep_sampling: Literal["uniform", "stratified", "importance"]
     weight_decay: float = Field(ge=0)
     accumulation: int = Positive
+    low_memory: bool  # what diffusion.low_memory makes of accumulation, gradient_checkpointing, compile and optimizer
     compile: Literal[
         "auto", "always", "never"
     ]  # torch.compile; auto: on a GPU, when the run is long enough to repay it
@@ -209,6 +210,12 @@ class Train(AdapterTraining):
     sheet_steps: Steps
     sheet_guidance_scale: GuidanceScale
     keep_checkpoints: bool  # keep the adapter of every validation, for evaluate.sweep
+
+    @model_validator(mode="after")
+    def _compiles_only_with_memory(self) -> Train:
+        if self.low_memory and self.compile == "always":
+            raise ValueError("low_memory trains without torch.compile, but compile is always. Set compile to never")
+        return self
 
     def sheet_sampling(self, side: int) -> Sampling:
         """How the pictures of a validation are drawn, at `side` pixels a side."""

@@ -26,7 +26,7 @@ FAR = 8.0  # a measured step this many times smaller than the real one says litt
 SCIENCEDB_TIMEOUT_SECONDS = 15.0
 SHRINK = {
     "encode": "Lower encode.batch_size.",
-    "train": "Raise train.accumulation, or set train.gradient_checkpointing to true (docs/real-run.md).",
+    "train": "Set train.low_memory to true (docs/real-run.md); if it is true already, lower encode.resolution.",
     "evaluate": "Lower evaluate.batch_size.",
     "benchmark": "Lower benchmark.batch_sizes.",
 }
@@ -98,17 +98,13 @@ def _nvidia_gpus() -> bool:
 
 
 def _processes(params: Params) -> str:
+    from bestiary.diffusion.low_memory import images_at_a_time
+
     launch = os.environ.get("BESTIARY_LAUNCH", "")
     count = launched_processes()
     if count is None:
         return f"set by the launcher ({launch})"
-    parts = count * params.train.accumulation
-    if params.train.batch_size % parts:
-        raise BestiaryError(
-            f"train.batch_size is {params.train.batch_size} and cannot be split evenly over {count} processes with "
-            f"train.accumulation {params.train.accumulation}. Choose a multiple of {parts}."
-        )
-    images = params.train.batch_size // parts
+    images = images_at_a_time(params.train, count)
     each = f"{images} image{'s' * (images != 1)} at a time"
     return f"{count}, each training on {each} ({launch or 'BESTIARY_LAUNCH is empty'})"
 

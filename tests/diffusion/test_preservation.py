@@ -48,7 +48,7 @@ def predictions(
         load_pipeline(base, device="cpu"),
         load_scheduler(base),
         latents.training,
-        train_settings(preservation={**NOISED, "kind": kind}).preservation,
+        train_settings(preservation={**NOISED, "kind": kind}),
         SAMPLING,
         class_words=[word],
         seed=seed,

@@ -50,6 +50,7 @@ TRAIN: dict[str, object] = {
     "gradient_checkpointing": False,
     "compile": "never",
     "optimizer": "adamw",
+    "low_memory": False,
     "criterion": "val_loss",
     "patience": None,
     "min_delta": 0.0,

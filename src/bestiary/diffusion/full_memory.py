@@ -17,13 +17,14 @@ Result = TypeVar("Result")
 class Halving:
     """Processes batches in parts that fit into the GPU's memory. A part that does not fit is halved permanently.
 
-    what names the work in messages, such as "Drawing". key is the parameter for the batch size.
+    what names the work in messages, such as "Drawing". key is the parameter for the batch size. largest is the size of
+    the parts to start with; None: whole batches.
     """
 
-    def __init__(self, what: str, key: str) -> None:
+    def __init__(self, what: str, key: str, largest: int | None = None) -> None:
         self.what = what
         self.key = key
-        self.largest: int | None = None  # size of a part that fits; None: every batch has fitted so far
+        self.largest = largest  # size of a part that fits; None: every batch has fitted so far
 
     def parts(self, work: Callable[[Any], Result], batch: Any) -> list[Result]:
         """`work` on each part of a batch (a sequence, or a tensor that is split by its first dimension), in order.

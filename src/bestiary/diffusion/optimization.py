@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -93,22 +93,26 @@ def make_optimizer(parameters: Sequence[torch.nn.Parameter], settings: Train) ->
     """
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+    adamw8bit = load_adamw8bit(parameters[0].device)
+    return adamw8bit(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+
+
+def load_adamw8bit(device: torch.device) -> Callable[..., torch.optim.Optimizer]:
+    """The class of the 8-bit optimizer. Raises BestiaryError when bitsandbytes is missing or fails on this device."""
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
         raise BestiaryError(
             "train.optimizer is adamw8bit, which needs bitsandbytes: pip install 'bestiary[adamw8bit]'."
         ) from None
-    probe = torch.zeros(BLOCK, device=parameters[0].device, requires_grad=True)
+    probe = torch.zeros(BLOCK, device=device, requires_grad=True)
     probe.grad = torch.zeros_like(probe)
     try:
         AdamW8bit([probe]).step()
     except Exception as error:  # whatever its kernels raise on a device that they do not support
         raise BestiaryError(
-            f"train.optimizer is adamw8bit, but bitsandbytes does not work on this {probe.device.type} "
+            f"train.optimizer is adamw8bit, but bitsandbytes does not work on this {device.type} "
             f"({type(error).__name__}). Set it to adamw."
         ) from error
-    optimizer: torch.optim.Optimizer = AdamW8bit(
-        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
-    )
-    return optimizer
+    adamw8bit: Callable[..., torch.optim.Optimizer] = AdamW8bit
+    return adamw8bit

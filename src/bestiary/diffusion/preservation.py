@@ -21,6 +21,8 @@ from safetensors.torch import load_file, save
 
 from bestiary.diffusion.base import encode_text
 from bestiary.diffusion.batches import seeded_generator, seeded_number
+from bestiary.diffusion.full_memory import explained
+from bestiary.diffusion.low_memory import FULL_MEMORY
 from bestiary.diffusion.sampling import generate
 from bestiary.errors import BestiaryError
 from bestiary.files import write_atomically
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from diffusers import DDPMScheduler, StableDiffusionPipeline
 
     from bestiary.diffusion.latents import LatentCache
-    from bestiary.params import Preservation
+    from bestiary.params import Train
     from bestiary.samplers import Sampling
 
 POOL = 384  # predictions of the base, from which each step takes some at random
@@ -64,15 +66,15 @@ class Preserved:
         samples = [PreservedSample(*(value.to(device) for value in sample)) for sample in self.samples]
         return Preserved(samples, self.features.to(device, dtype))
 
-    def batches(self, seed: int, positions: range) -> Iterator[PreservedSample]:
-        """The samples at these positions of the run, stacked by size: (B, ...) each.
+    def batches(self, seed: int, positions: range, *, one_at_a_time: bool = False) -> Iterator[PreservedSample]:
+        """The samples at these positions of the run: (B, ...) each, stacked by size or one at a time.
 
         Like the images', a position's sample is a function of the seed, so a resumed run takes the same ones.
         """
-        groups: defaultdict[torch.Size, list[PreservedSample]] = defaultdict(list)
+        groups: defaultdict[object, list[PreservedSample]] = defaultdict(list)
         for position in positions:
             sample = self.samples[seeded_number(seed, "preserved", position) % len(self.samples)]
-            groups[sample.noisy.shape].append(sample)
+            groups[position if one_at_a_time else sample.noisy.shape].append(sample)
         for group in groups.values():
             yield PreservedSample(*(torch.stack(values) for values in zip(*group, strict=True)))
 
@@ -97,11 +99,12 @@ def class_word_of(subject: Subject) -> str:
     return last
 
 
+@explained("Predicting what training preserves", FULL_MEMORY)
 def preserve(
     pipeline: StableDiffusionPipeline,
     scheduler: DDPMScheduler,
     cache: LatentCache,
-    settings: Preservation,
+    settings: Train,
     sampling: Sampling,
     *,
     class_words: Sequence[str],
@@ -113,30 +116,33 @@ def preserve(
     `pipeline` must be the base without an adapter. `noised` takes the images in `cache`, `drawn` takes pictures that
     the base draws with `sampling`, `both` takes half of each. `file` keeps the result, for a run that is resumed.
 
-    Raises BestiaryError when a prompt about a class word is also a caption of the training images, or is too long.
+    With `settings.low_memory`, pictures are drawn and predictions made one at a time.
+    Raises BestiaryError when a prompt about a class word is also a caption of the training images, or is too long, and
+    when the GPU's memory is full.
     """
     if file is not None and (stored := _read(file)):
         return stored
     about_class, others = _prompts(cache, class_words)
     prompts = ["", *about_class, *others]
     features = encode_text(pipeline.tokenizer, pipeline.text_encoder, prompts).clone()  # not an inference tensor
-    drawn = [] if settings.kind == "noised" else _draw(pipeline, about_class, others, sampling, seed)
+    kind, batch_size = settings.preservation.kind, 1 if settings.low_memory else BATCH_SIZE
+    drawn = [] if kind == "noised" else _draw(pipeline, about_class, others, sampling, seed, batch_size)
     rows: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     for number in range(POOL):
         generator = seeded_generator(seed, "preserved", "pool", number)
-        kind, place = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+        share, place = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
         timestep = int((number + place) / POOL * scheduler.config.num_train_timesteps)  # evenly over the schedule
-        if settings.kind == "noised" or (settings.kind == "both" and number % 2 == 0):
+        if kind == "noised" or (kind == "both" and number % 2 == 0):
             latents = _sample(cache, generator)
-            prompt = _choose(about_class if kind < CLASS_SHARE else others, generator)
+            prompt = _choose(about_class if share < CLASS_SHARE else others, generator)
         else:
             prompt, latents = drawn[int(torch.randint(len(drawn), (), generator=generator))]
-        prompt = prompt if kind < CLASS_SHARE + OTHER_SHARE else ""
+        prompt = prompt if share < CLASS_SHARE + OTHER_SHARE else ""
         noise = torch.randn(latents.shape, generator=generator)
         timesteps = torch.tensor(timestep)
         noisy = scheduler.add_noise(latents[None], noise[None], timesteps[None])[0]
         rows.append((noisy, timesteps, torch.tensor(prompts.index(prompt))))
-    preserved = Preserved(_predicted(pipeline.unet, rows, features), features.cpu())
+    preserved = Preserved(_predicted(pipeline.unet, rows, features, batch_size), features.cpu())
     if file is not None:
         write_atomically(file, _bytes(preserved))
     return preserved
@@ -185,15 +191,16 @@ def _draw(
     others: Sequence[str],
     sampling: Sampling,
     seed: int,
+    batch_size: int,
 ) -> list[tuple[str, torch.Tensor]]:
     """Pictures that the base draws, half of them about a class word: prompts and latents (C, h, w)."""
     generator = seeded_generator(seed, "preserved", "prompts")
     prompts = [_choose(others if number % 2 else about_class, generator) for number in range(PICTURES)]
     seeds = [seeded_number(seed, "preserved", "picture", number) for number in range(PICTURES)]
-    images = generate(pipeline, prompts, seeds, sampling, batch_size=BATCH_SIZE)
+    images = generate(pipeline, prompts, seeds, sampling, batch_size=batch_size)
     latents: list[torch.Tensor] = []
-    for start in range(0, PICTURES, BATCH_SIZE):
-        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images[start : start + BATCH_SIZE]]))
+    for start in range(0, PICTURES, batch_size):
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images[start : start + batch_size]]))
         with torch.no_grad():
             values = (pixels.permute(0, 3, 1, 2) / 127.5 - 1).to(pipeline.device, pipeline.vae.dtype)
             latents.extend(pipeline.vae.encode(values).latent_dist.mean.float().cpu())
@@ -202,7 +209,7 @@ def _draw(
 
 @torch.no_grad()
 def _predicted(
-    unet: Any, rows: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], features: torch.Tensor
+    unet: Any, rows: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], features: torch.Tensor, batch_size: int
 ) -> list[PreservedSample]:
     """The rows (noisy, timesteps, captions) with the UNet's prediction for each, in batches of one size."""
     groups: defaultdict[torch.Size, list[int]] = defaultdict(list)
@@ -210,8 +217,8 @@ def _predicted(
         groups[noisy.shape].append(number)
     targets: dict[int, torch.Tensor] = {}
     for numbers in groups.values():
-        for start in range(0, len(numbers), BATCH_SIZE):
-            batch = numbers[start : start + BATCH_SIZE]
+        for start in range(0, len(numbers), batch_size):
+            batch = numbers[start : start + batch_size]
             noisy, timesteps, captions = (
                 torch.stack(values).to(features.device) for values in zip(*(rows[row] for row in batch), strict=True)
             )

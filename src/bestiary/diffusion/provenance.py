@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from bestiary.diffusion.adapter_format import Provenance
-from bestiary.diffusion.base import base_commit, base_sha256
+from bestiary.diffusion.base import base_commit, base_sha256, processes
+from bestiary.diffusion.low_memory import low_memory
 from bestiary.errors import BestiaryError
 
 if TYPE_CHECKING:
@@ -33,9 +34,13 @@ class Origin(TypedDict):
 def training_provenance(base: Model, latents: Latents, settings: Train, *, seed: int, resolution: int) -> Provenance:
     """The provenance of the adapter that these settings train on these latents.
 
-    Raises BestiaryError when the latents were encoded with another base.
+    With `low_memory` on, it has the settings that this stands for here; while it is off, the key is left out.
+    Raises BestiaryError when the latents were encoded with another base, and as `low_memory` does.
     """
+    settings = low_memory(settings, processes().num_processes)
     unused = SHEET_SETTINGS | {"checkpoint_seconds"}
+    if not settings.low_memory:
+        unused.add("low_memory")
     if settings.preservation.kind == "none":
         unused.add("preservation")
     elif settings.preservation.kind != "noised":  # the base's pictures are drawn as the sheet is

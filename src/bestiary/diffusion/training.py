@@ -18,6 +18,7 @@ from bestiary.diffusion.checkpoints import load_checkpoint
 from bestiary.diffusion.fast_step import CompileChoice, FastPrediction, check_compiler, graphs_fit
 from bestiary.diffusion.full_memory import explained
 from bestiary.diffusion.latents import Latents
+from bestiary.diffusion.low_memory import FULL_MEMORY, images_at_a_time, low_memory
 from bestiary.diffusion.objective import (
     PREDICTION_TYPES,
     prediction_error,
@@ -37,11 +38,6 @@ if TYPE_CHECKING:
 
     from bestiary.diffusion.preservation import Preserved
     from bestiary.params import Train
-
-FULL_MEMORY = (
-    "Raise train.accumulation (train.batch_size must stay a multiple of it), or set train.gradient_checkpointing to "
-    "true; docs/real-run.md has settings for small GPUs. A run with unchanged settings resumes from its checkpoint."
-)
 
 
 @explained("A training step", FULL_MEMORY)
@@ -68,6 +64,7 @@ def train(
     Raises BestiaryError when the base and the latents do not match, this machine cannot do what the settings ask for,
     the loss is not finite, the GPU's memory or the disk is full, or SIGTERM arrived.
     """
+    settings = low_memory(settings, processes().num_processes)
     check_fit(unet, scheduler, latents)
     saved = load_checkpoint(checkpoints) if checkpoints else None
     first_step = saved.progress.step if saved else 0
@@ -163,7 +160,8 @@ class _Run:
         parts: int = accelerator.num_processes * self.settings.accumulation
         first = step * samples + part * accelerator.num_processes + accelerator.process_index
         total = torch.zeros((), device=accelerator.device)
-        for batch in preserved.batches(self.seed, range(first, (step + 1) * samples, parts)):
+        positions = range(first, (step + 1) * samples, parts)
+        for batch in preserved.batches(self.seed, positions, one_at_a_time=self.settings.low_memory):
             error = preservation_error(self.model, batch, preserved.features)
             total = total + self.loss(error, batch.timesteps).sum()
         return total * parts / samples
@@ -240,14 +238,7 @@ def _accelerator(settings: Train) -> tuple[Accelerator, int]:
     )
     if settings.compile == "always":
         check_compiler(accelerator.device)
-    parts = accelerator.num_processes * settings.accumulation
-    micro_batch, remainder = divmod(settings.batch_size, parts)
-    if remainder:
-        raise BestiaryError(
-            f"train.batch_size is {settings.batch_size} and cannot be split evenly over {accelerator.num_processes} "
-            f"processes with train.accumulation {settings.accumulation}. Choose a multiple of {parts}."
-        )
-    return accelerator, micro_batch
+    return accelerator, images_at_a_time(settings, accelerator.num_processes)
 
 
 def _weights(scheduler: DDPMScheduler, settings: Train) -> tuple[torch.Tensor, torch.Tensor]:

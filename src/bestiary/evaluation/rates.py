@@ -25,7 +25,7 @@ from pydantic import BaseModel
 from bestiary.data.inspection import cores
 from bestiary.errors import BestiaryError
 from bestiary.memory import MIB, peak_memory, reset_peak_memory
-from bestiary.params import Params
+from bestiary.params import Params, Train
 
 if TYPE_CHECKING:
     import torch
@@ -325,6 +325,23 @@ class _Bench:
         return 1.0 + sum(scale > 1 for scale in scales) / len(scales)
 
 
+@dataclass(frozen=True)
+class StepParts:
+    """How a process of training takes its share of an optimizer step: so many times, so many images at a time."""
+
+    at_a_time: int
+    times: float
+
+    @classmethod
+    def of(cls, train: Train, processes: int) -> StepParts:
+        """Preserved samples count as images. `train`: the settings that `low_memory` returns."""
+        preserved = 0 if train.preservation.kind == "none" else train.preservation.samples
+        images = train.batch_size + preserved
+        if train.low_memory:  # preserved samples, too, are taken one at a time
+            return cls(1, images / processes)
+        return cls(-(-images // (train.accumulation * processes)), train.accumulation)
+
+
 class _TrainingStep:
     """Trains on one micro-batch as `train` does: as a CUDA graph where `train` would capture one."""
 
@@ -485,12 +502,15 @@ def _run(request: Request) -> Rates:
     import torch
     import transformers  # noqa: F401
 
+    from bestiary.diffusion.low_memory import low_memory
+
     before = load_average()
-    params = Params.model_validate_json(request.params)
+    params, processes = Params.model_validate_json(request.params), launched_processes() or 1
     free = torch.cuda.mem_get_info()[0] / MIB if torch.cuda.is_available() else None
-    bench = _Bench(params, request.seconds)
+    train = low_memory(params.train, processes)
+    bench = _Bench(params.model_copy(update={"train": train}), request.seconds)
     start_s = time.perf_counter() - started
-    side, batch, train = params.encode.resolution, params.evaluate.batch_size, params.train
+    side, batch = params.encode.resolution, params.evaluate.batch_size
     variants = (2 if params.encode.flip else 1) + params.encode.augmented_variants
     encoded = Size(params.encode.batch_size * variants, side)
     encode = bench.rate(bench.encode, "encoder", encoded, per=encoded.batch)
@@ -499,8 +519,9 @@ def _run(request: Request) -> Rates:
     row = bench.rate(bench.predict, "unet", Size(2 * batch, side), per=2 * batch)
     parameters = sum(each.numel() for part in (bench.unet, bench.vae) for each in part.parameters())
     step = _TrainingStep(bench)
-    preserved = 0 if train.preservation.kind == "none" else train.preservation.samples
-    trained = Size(-(-(train.batch_size + preserved) // train.accumulation), side)
+    parts = StepParts.of(train, processes)
+    trained = Size(parts.at_a_time, side)
+    sharing = processes if bench.device.type == "cpu" else 1  # the processes of one machine share its cores
     return Rates(
         load_average=before,
         device=torch.cuda.get_device_name()
@@ -515,7 +536,7 @@ def _run(request: Request) -> Rates:
         row=row,
         single_row=single_row,
         decode=decode,
-        step=bench.rate(step, "unet", trained, per=1 / train.accumulation, prepare=step.prepare),
+        step=bench.rate(step, "unet", trained, per=1 / (parts.times * sharing), prepare=step.prepare),
         graph_mib=step.graph_mib(trained),
         rows_per_step=bench.rows_per_step(),
         trainable_parameters=step.trainable,

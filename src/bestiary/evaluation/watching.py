@@ -31,6 +31,7 @@ class SheetPlan:
     settings: AdapterTraining
     sampling: Sampling
     seed: int  # the first one
+    at_once: int | None = None  # pictures that are drawn at once; None: eight, and fewer if the GPU's memory is full
 
     @property
     def shown(self) -> list[Subject]:
@@ -58,7 +59,7 @@ class TrainingWatch:
         self.judge = judge
         self.sampling = plan.sampling
         self.jobs = plan.jobs()
-        self.fitting = Halving("Drawing the sheet", "train.sheet_animals")
+        self.fitting = Halving("Drawing the sheet", "train.sheet_animals", largest=plan.at_once)
         self.text_features = judge.text_features([prompt for prompt, _ in self.jobs])  # (B, D)
         self.sheet = Sheet(folder, [subject.name for subject in plan.shown], first)
         self._saved: set[int] = set()  # steps

@@ -7,8 +7,10 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from support.rates import SAMPLE, measured, rate
+from support.settings import train_settings
 
 from bestiary.diffusion.half_precision import TrainedWeights
+from bestiary.diffusion.low_memory import low_memory
 from bestiary.diffusion.optimization import start_adapter
 from bestiary.estimating import estimate, images_of, lines, render
 from bestiary.evaluation import rates as measuring
@@ -97,6 +99,20 @@ def test_sizes_grow_to_the_real_one() -> None:
         *(f"1 x {side} x {side} pixels" for side in (64, 128, 256, 512)),
         "3 x 512 x 512 pixels",
     ]
+
+
+def test_each_process_of_training_takes_its_share_of_a_step() -> None:
+    def share(processes: int, preserved: int = 0, **changes: object) -> measuring.StepParts:
+        kept = {"kind": "noised" if preserved else "none", "weight": 0.3, "samples": preserved or 4}
+        settings = train_settings(batch_size=16, preservation=kept, **changes)
+        return measuring.StepParts.of(low_memory(settings, processes), processes)
+
+    assert share(1) == measuring.StepParts(at_a_time=16, times=1)
+    assert share(2) == measuring.StepParts(at_a_time=8, times=1)
+    assert share(2, accumulation=4) == measuring.StepParts(at_a_time=2, times=4)
+    assert share(2, preserved=4) == measuring.StepParts(at_a_time=10, times=1)
+    assert share(2, low_memory=True) == measuring.StepParts(at_a_time=1, times=8)
+    assert share(2, preserved=4, low_memory=True) == measuring.StepParts(at_a_time=1, times=10)
 
 
 @pytest.mark.parametrize(("launch", "graph"), [("", True), ("torchrun --nproc-per-node 2", False)])

@@ -92,6 +92,7 @@ def test_the_sample_is_the_default() -> None:
         ),
         (lambda content: content["train"]["preservation"].update(weight=0), r"train\.preservation\.weight .*than 0"),
         (lambda content: content["train"]["preservation"].pop("samples"), r"train\.preservation\.samples .*missing"),
+        (lambda content: content["train"].update(low_memory=True, compile="always"), r"train .*low_memory .*compile"),
         (lambda content: content["train"].update(rank=0), r"train\.rank .*greater than 0"),
         (lambda content: content["split"].update(val_fraction=1.5), r"split\.val_fraction"),
         (lambda content: content["clean"].update(off_topic="maybe"), r"clean\.off_topic .*'maybe'"),

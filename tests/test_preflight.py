@@ -122,6 +122,8 @@ def test_another_dvc_command_and_a_batch_that_cannot_be_split_are_found(
         preflight._processes(night)
     monkeypatch.setenv("BESTIARY_LAUNCH", "torchrun --nproc-per-node 2")
     assert preflight._processes(night).startswith("2, each training on 8 images at a time")
+    small = night.model_copy(update={"train": night.train.model_copy(update={"low_memory": True})})
+    assert preflight._processes(small).startswith("2, each training on 1 image at a time")
     held.unlink()
     lock = held.with_name("lock")
     with lock.open("w") as file:
@@ -147,11 +149,16 @@ def test_the_memory_check_counts_the_gpus_memory_and_says_what_to_lower(night: P
         rates = on_gpu(step=needing(train_mib), **others)
         check = memory(rates, lines(night, SAMPLE, rates))
         assert check.mark == mark
-        assert ("train needs 8.8 GiB of 7.0 GiB. Raise train.accumulation" in check.text) == (mark == "FAIL")
+        assert ("train needs 8.8 GiB of 7.0 GiB. Set train.low_memory to true" in check.text) == (mark == "FAIL")
     rates = on_gpu(step=needing(4096.0), graph_mib=3072.0, **others)  # validations compute beside the graph
     check = memory(rates, lines(night, SAMPLE, rates))
     assert "train 5.0 GiB" in check.text
     assert check.text.endswith("training measured with a real step, as a CUDA graph that keeps 3.0 GiB")
+    rates = on_gpu(step=small, **others | {"row": needing(9000.0)})  # a whole batch is drawn
+    for low_memory in (False, True):
+        train = night.train.model_copy(update={"low_memory": low_memory})
+        check = memory(rates, lines(night.model_copy(update={"train": train}), SAMPLE, rates))
+        assert ("train 2.0 GiB" in check.text) == low_memory
     rates = on_gpu(step=small, **others | {"encode": needing(9000.0)})
     check = memory(rates, lines(night, SAMPLE, rates))
     assert check.mark == "note"

@@ -186,6 +186,23 @@ def test_accumulated_parts_share_the_preserved_samples(base: Path, noised: Laten
         torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-4)
 
 
+def test_low_memory_takes_preserved_samples_one_at_a_time(base: Path, noised: Latents) -> None:
+    unet, rows = load_unet(base), set()
+    unet.register_forward_pre_hook(lambda _, inputs: rows.add(len(inputs[0])))
+    settings: dict[str, Any] = {"steps": 4, "batch_size": 2, "preservation": NOISED}
+    train(unet, load_scheduler(base), noised, train_settings(**settings, low_memory=True), seed=0)
+    assert rows == {1}
+    pipeline = load_pipeline(base, device="cpu")
+    pipeline.unet.register_forward_pre_hook(lambda _, inputs: rows.add(len(inputs[0])))
+    small = train_settings(preservation={**NOISED, "kind": "both"}, low_memory=True)
+    words = ["penguin"]
+    preserve(pipeline, load_scheduler(base), noised.training, small, SAMPLING, class_words=words, seed=0)
+    assert rows == {1, 2}  # the base draws guided pictures
+    whole = adapter_weights(run_training(base, noised, **settings)[1])
+    for first, second in zip(adapter_weights(unet), whole, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-4)
+
+
 def test_latents_of_several_sizes_are_preserved(base: Path, pictures: Path, tmp_path: Path) -> None:
     settings = encode_settings(flip=False, aspect_ratio_buckets=True)
     encode_images(base, pictures, manifests(pictures), tmp_path, settings)

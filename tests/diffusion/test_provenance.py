@@ -105,6 +105,7 @@ def test_the_checkpoint_key_changes_with_everything_that_decides_the_result(mode
         key(preservation={"kind": "noised", "weight": 1.0, "samples": 4}),
         key(preservation={"kind": "noised", "weight": 0.3, "samples": 2}),
         key(keep_checkpoints=True),
+        key(low_memory=True),
     ]
     assert len({key(), *changed}) == 1 + len(changed)
 

@@ -36,8 +36,8 @@ class GreenJudge(Judge):
         return torch.tensor([[float(np.asarray(image)[0, 0, 1]) / 255] for image in images])
 
 
-def watch(pipeline: StableDiffusionPipeline, folder: Path) -> TrainingWatch:
-    plan = SheetPlan(SHOWN, SETTINGS, SETTINGS.sheet_sampling(32), seed=5)
+def watch(pipeline: StableDiffusionPipeline, folder: Path, at_once: int | None = None) -> TrainingWatch:
+    plan = SheetPlan(SHOWN, SETTINGS, SETTINGS.sheet_sampling(32), seed=5, at_once=at_once)
     return TrainingWatch(pipeline, GreenJudge(), plan, folder=folder)
 
 
@@ -61,6 +61,16 @@ def test_the_score_is_the_mean_cosine_of_all_seeds_times_100(
     assert [path.name for path in sorted((tmp_path / "rows").iterdir())] == ["00000000", "00000004"]
     assert len(list((tmp_path / "rows" / "00000004").iterdir())) == 2  # the first seed's pictures only
     assert list(rows) == [0, 4]
+
+
+def test_the_sheet_can_be_drawn_one_picture_at_a_time(tiny_pipeline: StableDiffusionPipeline, tmp_path: Path) -> None:
+    rows: list[set[int]] = []
+    for at_once in (None, 1):
+        rows.append(set())
+        hook = tiny_pipeline.unet.register_forward_pre_hook(lambda _, inputs: rows[-1].add(len(inputs[0])))
+        watch(tiny_pipeline, tmp_path / str(at_once), at_once).draw(0)
+        hook.remove()
+    assert rows == [{8}, {2}]  # each picture is guided
 
 
 def test_saving_the_sheet_returns_only_the_rows_that_are_new(

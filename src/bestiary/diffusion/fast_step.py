@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from bestiary.diffusion.compiled_layers import use_compiled_forms
 from bestiary.errors import BestiaryError
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class FastPrediction:
         layouts = [(p, p.data) for p in self.model.parameters() if p.dim() == 4 and not p.requires_grad]
         for parameter, data in layouts:
             parameter.data = data.contiguous(memory_format=torch.channels_last)
+        use_compiled_forms(self.model)
         step: Any = torch.compile(plain, dynamic=False)
         try:
             with waiting_bar(COMPILE_SECONDS):

@@ -27,6 +27,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -147,6 +148,10 @@ def measurements(
     jobs["memory, 512 px, batch 1, checkpointing"] = training(512, 1, compile="never", gradient_checkpointing=True)
     for side, batch in ((256, 256), (512, 64), (256, 16)) if not quick else ():
         jobs[f"ours, {side} px, batch {batch}, compiled"] = training(side, batch, compile="always")
+    if not quick:
+        jobs["ours, 256 px, batch 256, compiled, plain layers"] = partial(
+            with_plain_layers, training(256, 256, compile="always")
+        )
     if compile_official and not quick:
         jobs["official script, 256 px, batch 64, compiled"] = official(256, compiled=True)
     return jobs
@@ -188,6 +193,12 @@ def ours(
     train(unet, DDPMScheduler(beta_schedule="scaled_linear"), latents, settings, seed=0, on_log=on_log)
     intervals = [later - earlier for earlier, later in pairwise(ends)]
     return _rate(median(intervals) / (STEPS / len(ends)) / batch, gflop, rate) | {"first_rows_s": ends[0]}
+
+
+def with_plain_layers(measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """Measure compiled training without the forms of compiled_layers.py: what they are worth."""
+    with patch("bestiary.diffusion.fast_step.use_compiled_forms"):
+        return measure()
 
 
 def official_script(

@@ -200,35 +200,41 @@ def tracking(result: dict[str, Any]) -> str:
 
 
 def gpu(result: dict[str, Any]) -> str:
-    """The table of a card whose run of benchmarks/gpu.py is kept in a file."""
-    rates = {name: row["images_per_second"] for name, row in result["rows"].items()}
+    """The tables of a card whose runs of benchmarks/gpu.py are kept in a file."""
+    runs = result["runs"]
+    environment = ", ".join(f"{key} {value}" for key, value in runs[0]["environment"].items())
+    parts = [
+        f"## {runs[0]['gpu']} (`python benchmarks/gpu.py`)",
+        f"{len(runs)} runs, the first with {environment}. The official script is the work of diffusers' "
+        "train_text_to_image_lora.py at its best batch.",
+    ]
+    for number, run in enumerate(runs, 1):
+        parts += [f"Run {number}, {run['date']}. {run['note']}", gpu_rows(run["rows"])]
+    return "\n\n".join(parts)
+
+
+def gpu_rows(rows: dict[str, dict[str, Any]]) -> str:
     official = {
-        side: max(rate for name, rate in rates.items() if name.startswith(f"official script, {side} px"))
+        side: max(row["images_per_second"] for name, row in rows.items() if name.startswith(f"official script, {side}"))
         for side in (256, 512)
+        if any(name.startswith(f"official script, {side}") for name in rows)
     }
     lines = []
-    for name, row in result["rows"].items():
+    for name, row in rows.items():
+        rate, share = row.get("images_per_second"), row.get("share_of_matmul_rate")
         side = next((side for side in official if f"{side} px" in name), None)
-        times = f"{row['images_per_second'] / official[side]:.2f}" if side and name.startswith("ours") else ""
-        share = row.get("share_of_matmul_rate")
         cells = (
             name,
-            f"{row['images_per_second']:.4g}",
+            f"{rate:.4g}" if rate else "",
             f"{100 * share:.1f} %" if share else "",
-            times,
+            f"{rate / official[side]:.2f}" if rate and side and name.startswith("our") else "",
             f"{row['peak_gib']:.1f}" if "peak_gib" in row else "",
         )
         lines.append(f"| {' | '.join(cells)} |")
     head = (
         "| what | images/s | share of the matmul rate | times the official script | peak GiB |\n|---|---|---|---|---|"
     )
-    environment = ", ".join(f"{key} {value}" for key, value in result["environment"].items())
-    note = f"{result['note']} " if result.get("note") else ""
-    return (
-        f"## {result['gpu']} (`python benchmarks/gpu.py`)\n\n"
-        f"{note}{environment}, {result['date']}. The official script is the work of diffusers' "
-        "train_text_to_image_lora.py at its best batch.\n\n" + "\n".join([head, *lines])
-    )
+    return "\n".join([head, *lines])
 
 
 def table(rows: Rows, head: tuple[str, str, str] = AIMS) -> str:

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from bestiary.diffusion.base import load_unet
-from bestiary.diffusion.fast_step import CompileChoice, FastPrediction, waiting_bar
+from bestiary.diffusion.fast_step import CompileChoice, FastPrediction
+from bestiary.diffusion.waiting import waiting_bar
 from bestiary.errors import BestiaryError
 
 
@@ -37,6 +38,25 @@ def test_what_does_not_compile_is_computed_without_compiling(
     assert "without torch.compile" in capsys.readouterr().out
     with pytest.raises(BestiaryError, match=r"train\.compile is always, but torch\.compile does not work"):
         predict.use(inputs, compiled=True, graph=False, must=True)
+
+
+def test_a_compiler_that_computes_something_else_is_not_used(
+    base: Path,
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    unet = load_unet(base).requires_grad_(True)
+    expected = unet(*inputs).sample
+
+    def wrong(model: nn.Module, **_options: object) -> object:
+        return lambda *given: 1.2 * model(*given)
+
+    monkeypatch.setattr(torch, "compile", wrong)
+    predict = FastPrediction(unet)
+    predict.use(inputs, compiled=True, graph=False)
+    assert torch.equal(predict(*inputs).sample, expected)
+    assert "without torch.compile" in capsys.readouterr().out
 
 
 def test_other_shapes_than_the_trainings_take_the_plain_way(

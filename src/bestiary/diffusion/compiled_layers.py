@@ -52,6 +52,11 @@ def _add_form(module: Any, form: Callable[..., torch.Tensor]) -> None:
     module.forward = forward
 
 
+def _apply(function: type[torch.autograd.Function], *arguments: torch.Tensor | None) -> torch.Tensor:
+    result: torch.Tensor = function.apply(*arguments)
+    return result
+
+
 # ---- convolutions ----
 
 
@@ -63,13 +68,12 @@ class _ChannelsLast(torch.autograd.Function):
         return x.contiguous(memory_format=torch.channels_last)
 
     @staticmethod
-    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
         return gradient.contiguous(memory_format=torch.channels_last)
 
 
 def _convolution(layer: nn.Conv2d, plain: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    result: torch.Tensor = _ChannelsLast.apply(plain(_ChannelsLast.apply(x)))
-    return result
+    return _apply(_ChannelsLast, plain(_apply(_ChannelsLast, x)))
 
 
 def _upsampling(
@@ -125,7 +129,7 @@ class _Lora(torch.autograd.Function):
         return inputs @ weights.t() if bias is None else torch.addmm(bias, inputs, weights.t())
 
     @staticmethod
-    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, h, weight, downs, ups = context.saved_tensors
         of_x = None
         if context.needs_input_grad[0]:
@@ -147,7 +151,8 @@ def _lora(layers: list[LoraLinear], x: torch.Tensor) -> torch.Tensor:
     missing = -sum(down.shape[0] for down in downs) % ALIGNMENT
     weight = torch.cat([layer.base_layer.weight for layer in layers])
     bias = layers[0].base_layer.bias
-    joint: torch.Tensor = _Lora.apply(
+    joint = _apply(
+        _Lora,
         x.reshape(-1, x.shape[-1]),
         weight,
         bias,

@@ -35,8 +35,8 @@ from bestiary.diffusion.base import (
     processes,
     size_factors,
 )
-from bestiary.diffusion.fast_step import waiting_bar
 from bestiary.diffusion.full_memory import Halving
+from bestiary.diffusion.waiting import waiting_bar
 from bestiary.errors import BestiaryError
 from bestiary.files import write_atomically
 from bestiary.subjects import Subjects, caption, templates_of

@@ -419,7 +419,7 @@ def _measure_setting(
 @contextmanager
 def _compiling() -> Iterator[None]:
     """Show a moving bar while the model compiles. Raises TooLongError after COMPILE_LIMIT_SECONDS."""
-    from bestiary.diffusion.fast_step import waiting_bar
+    from bestiary.diffusion.waiting import waiting_bar
 
     with waiting_bar(COMPILE_SECONDS), time_limit(COMPILE_LIMIT_SECONDS):
         yield

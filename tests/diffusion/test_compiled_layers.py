@@ -1,0 +1,120 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Node
+
+from bestiary.diffusion.adapter import inject
+from bestiary.diffusion.compiled_layers import use_compiled_forms
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    torch._dynamo.reset()
+
+
+def small_unet() -> UNet2DConditionModel:
+    """The layers of Stable Diffusion's UNet, once each."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        mid_block_type=None,
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=2,
+        cross_attention_dim=12,
+    )
+
+
+def test_the_compiled_forms_compute_the_same() -> None:
+    torch.manual_seed(0)
+    unet = small_unet()
+    parameters = inject(unet, rank=3, alpha=6, dropout=0.0, targets=TARGETS, seed=0)
+    for parameter in parameters:
+        torch.nn.init.normal_(parameter, std=0.1)
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), torch.randn(2, 7, 12)
+
+    def run(predict: Callable[..., Any]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        for parameter in parameters:
+            parameter.grad = None
+        (prediction,) = predict(*inputs, return_dict=False)
+        prediction.square().mean().backward()
+        return prediction.detach(), [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+    plain, gradients = run(unet)
+    use_compiled_forms(unet)
+    eager, _ = run(unet)
+    assert torch.equal(eager, plain)  # the forms are for the compiler only
+    compiled, compiled_gradients = run(torch.compile(unet, backend="aot_eager", dynamic=False))
+    torch.testing.assert_close(compiled, plain)
+    torch.testing.assert_close(compiled_gradients, gradients, rtol=1e-4, atol=1e-7)
+
+
+def test_a_compiled_step_copies_no_layouts_and_joins_its_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU's step is made of, traced without one."""
+    monkeypatch.setattr("torch._meta_registrations.device_hint", lambda _tensor: "cuda")
+    plain, forms = traced(lambda unet: None), traced(use_compiled_forms)
+    assert {node.target for node in plain if is_scatter(node)}
+    assert not [node for node in forms if is_scatter(node)]
+    assert not all(in_channels_last(node) for node in plain if is_convolution(node))
+    assert all(in_channels_last(node) for node in forms if is_convolution(node))
+    products = [sum("mm" in str(node.target) for node in nodes) for nodes in (plain, forms)]
+    # Forward, an attention's three layers need 3 products and 6 of their matrices; joined, 2. Backward, they need
+    # 3 and 12, and 4. A layer alone needs 1 and 2, and joined 2; backward 1 and 4, and 4.
+    # Forward, the three layers of the self-attention need 2 products instead of 9, and each other layer with an
+    # adapter 2 instead of 3 (-12). Backward, they need 3 instead of 9, and three others 4 instead of 5 (-9); the
+    # features of a caption need no gradient. The two halves of GEGLU are one more, forward and backward (+2).
+    assert products[0] - products[1] == 12 + 9 - 2
+
+
+def traced(change: Callable[[UNet2DConditionModel], object]) -> list[Node]:
+    """The operations of a training step, forward and backward, whose values have the layouts of a GPU."""
+    nodes: list[Node] = []
+
+    def keep(graph: GraphModule, _inputs: object) -> Callable[..., Any]:
+        nodes.extend(node for node in graph.graph.nodes if node.op == "call_function")
+        forward: Callable[..., Any] = graph.forward
+        return forward
+
+    torch._dynamo.reset()
+    unet = small_unet().to(torch.bfloat16)
+    inject(unet, rank=4, alpha=4, dropout=0.0, targets=TARGETS, seed=0)
+    for parameter in unet.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        change(unet)
+        decompositions = select_decomp_table()
+        backend: Any = aot_autograd(fw_compiler=keep, bw_compiler=keep, decompositions=decompositions)
+        inputs = torch.randn(2, 4, 8, 8), torch.zeros(2, dtype=torch.long), torch.randn(2, 7, 12)
+        inputs = inputs[0].bfloat16(), inputs[1], inputs[2].bfloat16()
+        compiled: Any = torch.compile(unet, backend=backend, dynamic=False)
+        (prediction,) = compiled(*inputs, return_dict=False)
+        prediction.float().square().mean().backward()
+    return nodes
+
+
+def is_convolution(node: Node) -> bool:
+    return "convolution" in str(node.target)
+
+
+def is_scatter(node: Node) -> bool:
+    return "index_put" in str(node.target)
+
+
+def in_channels_last(node: Node) -> bool:
+    """Whether a convolution reads and writes no image in another layout."""
+    value = node.meta["val"]
+    images = [value if isinstance(value, torch.Tensor) else value[0]]
+    images += [argument.meta["val"] for argument in node.args[:2] if isinstance(argument, Node)]
+    return all(image.is_contiguous(memory_format=torch.channels_last) for image in images)

@@ -22,7 +22,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Project:
         clean={"off_topic": "flag"},
         train={"steps": 6, "batch_size": 4, "warmup_steps": 1, "validate_every": 3, "sheet_animals": 2},
         evaluate={"seeds": 2, "steps": 2, "batch_size": 6, "bootstrap_resamples": 200},
-        benchmark={"schedulers": ["ddim"], "steps": [2], "repeats": 5},
+        benchmark={"schedulers": ["dpmsolver++sde"], "steps": [2], "repeats": 5, "guidance": [], "pictures": 5},
     )
     assert project.repro() == STAGES
     shutil.copytree(project.folder, project.folder.with_name("bestiary-finished"))

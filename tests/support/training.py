@@ -22,6 +22,22 @@ def run_training(
     return train(unet, load_scheduler(base), latents, train_settings(**changes), seed=seed), unet
 
 
+def least_unet() -> UNet2DConditionModel:
+    """A UNet with random weights, always the same, for the tiny base's latents. It compiles in half the base's time."""
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16,),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",),
+        mid_block_type=None,
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=8,
+        attention_head_dim=4,
+        cross_attention_dim=32,
+    ).requires_grad_(False)
+
+
 def adapter_weights(unet: UNet2DConditionModel) -> list[torch.Tensor]:
     """Copies of the adapter's weights."""
     return [value.clone() for name, value in unet.state_dict().items() if "lora" in name]

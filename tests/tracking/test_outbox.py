@@ -26,6 +26,7 @@ def test_a_run_that_cannot_be_sent_is_kept_and_sent_by_the_next_run(
     picture = tmp_path / "picture.png"
     picture.write_bytes(b"first")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # no server listens there
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # a second one would wait four seconds
     content = content_hash(picture)
     with one_run(key="lost", inputs=[str(picture)]) as run:
         run.log_metrics({"loss": 0.5})
@@ -115,6 +116,7 @@ def test_a_kept_run_holds_no_password_and_is_for_its_owner_alone(
 ) -> None:
     address = "http://ada:s3cret%2Fword@127.0.0.1:9"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     picture = tmp_path / "picture.png"
     picture.write_bytes(b"png")
     with pytest.raises(RuntimeError), one_run(key="lost") as run:  # noqa: PT012

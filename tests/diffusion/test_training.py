@@ -470,7 +470,7 @@ def test_two_processes_encode_and_train_like_one_and_see_each_image_once_an_epoc
 def test_one_step_at_the_size_of_stable_diffusion_fits_in_8_gib() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "support.training"],
-        env={"PYTHONPATH": ENVIRONMENT["PYTHONPATH"]},
+        env={name: ENVIRONMENT[name] for name in ("PYTHONPATH", "OMP_NUM_THREADS")},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (8 * 2**30, 8 * 2**30)),
         stdout=subprocess.PIPE,
         check=True,

@@ -78,7 +78,7 @@ def test_the_same_adapter_has_the_same_bytes_in_every_process(base: Path, tmp_pa
     for hash_seed in ("1", "2"):
         subprocess.run(
             [sys.executable, "-m", "support.adapters", str(base), str(tmp_path / hash_seed)],
-            env={"PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env=os.environ | {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             check=True,
         )
         files.append((tmp_path / hash_seed / FILE_NAME).read_bytes())

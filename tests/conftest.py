@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import shutil
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from support.scheduling import Groups, group
+from support.scheduling import Groups, group, read_seconds, record_seconds
 
 if TYPE_CHECKING:
+    from _pytest.terminal import TerminalReporter
     from xdist.remote import Producer
     from xdist.scheduler import Scheduling
 
@@ -38,13 +41,27 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Schedul
     return Groups(config, log) if config.getoption("dist") == "loadgroup" else None
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "write the seconds of each group of tests to tests/seconds.csv; run whole modules, on a machine that is idle"
+    parser.addoption("--record-seconds", action="store_true", help=text)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the groups that take longest first: the shared project, then the modules with the most slow tests.
+    """Start the groups that take longest first, and before them those that nobody has timed.
 
     Two processes then end at about the same time.
     """
-    slow = Counter(group(item.nodeid) for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: (group(item.nodeid) != "tests/pipeline", -slow[group(item.nodeid)]))
+    seconds = read_seconds()
+    items.sort(key=lambda item: -seconds.get(group(item.nodeid), math.inf))
+
+
+def pytest_terminal_summary(terminalreporter: TerminalReporter, config: pytest.Config) -> None:
+    if config.getoption("record_seconds"):
+        measured: dict[str, float] = defaultdict(float)
+        for report in itertools.chain.from_iterable(terminalreporter.stats.values()):
+            if isinstance(report, pytest.TestReport):
+                measured[group(report.nodeid)] += report.duration
+        record_seconds(measured)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import os
@@ -30,6 +31,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 # MLflow's server would start eight more processes, for jobs that the project does not use: 16 s of processor time.
 os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+
+# Importing what the tests import makes millions of objects, none of them garbage. Looking through them takes seconds.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage from here on, but never look again at what the imports made."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -20,7 +20,14 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Project:
             folder.rmdir()
     project.change(
         clean={"off_topic": "flag"},
-        train={"steps": 6, "batch_size": 4, "warmup_steps": 1, "validate_every": 3, "sheet_animals": 2},
+        train={
+            "steps": 6,
+            "batch_size": 4,
+            "warmup_steps": 1,
+            "validate_every": 3,
+            "sheet_animals": 2,
+            "sheet_steps": 2,
+        },
         evaluate={"seeds": 2, "steps": 2, "batch_size": 6, "bootstrap_resamples": 200},
         benchmark={"schedulers": ["dpmsolver++sde"], "steps": [2], "repeats": 5, "guidance": [], "pictures": 5},
     )

@@ -20,6 +20,7 @@ def test_a_folder_of_photos_and_one_command_make_an_adapter_and_a_page_about_it(
     project.folder.mkdir()
     project.fill()
     params = yaml.safe_load((project.folder / "params.yaml").read_text())
+    params["train"]["sheet_steps"] = 2
     params["evaluate"] |= {"seeds": 2, "steps": 2, "bootstrap_resamples": 200, "proof": {"seeds": 1, "class_seeds": 2}}
     params["benchmark"] |= {"schedulers": ["dpmsolver++sde"], "steps": [2], "guidance": [], "pictures": 1}
     (project.folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))

@@ -42,7 +42,13 @@ def show_runs(port: int, ready: Callable[[str], None]) -> None:
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", HOST, "--port", str(port)]
     command += ["--workers", "1"]
     with tempfile.TemporaryFile() as log:  # what the server prints is for developers, unless it does not start
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        environment = {
+            **os.environ,
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        }  # eight processes that a page leaves idle
+        server = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment
+        )
         try:
             address = address_of_runs(f"http://{HOST}:{port}", _experiment(uri))
             if not _answers(f"http://{HOST}:{port}/health", server):

@@ -295,6 +295,7 @@ class Evaluate(Section):
     classes: list[Name] | None = Field(min_length=1)  # class folders to draw; None draws all
     second_judge: Model | None
     proof: Proof | None  # None: only the scores that several classes have
+    adapter_weight: float | None = Field(gt=0)  # multiplied into the evaluated and registered adapter; None: 1
     sweep: Sweep | None
 
     def sampling(self, side: int | None = None) -> Sampling:

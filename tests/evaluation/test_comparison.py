@@ -37,6 +37,7 @@ SETTINGS = Evaluate.model_validate(
         "classes": ["bee", "tiger"],
         "second_judge": None,
         "proof": None,
+        "adapter_weight": None,
         "sweep": {
             "scales": [0.5, 1.0],
             "guidance_scales": [2.0],
@@ -195,7 +196,8 @@ def proved(
         class_seeds=2,
         image_judge=None,
     )
-    settings = SETTINGS.model_copy(update={"sweep": None, "classes": None, "proof": proof})
+    changes = {"sweep": None, "classes": None, "proof": proof, "adapter_weight": 0.5}
+    settings = SETTINGS.model_copy(update=changes)
     compared = Compared(load_pipeline(base_folder, device="cpu"), adapter, [judge], folder, folder, others)
     evaluation = comparison.evaluate(compared, settings, seed=5)
     point = OperatingPoint(adapter, "0" * 64, str(adapter), 1.0, 3.0)
@@ -215,6 +217,13 @@ def test_one_subject_is_proved_beside_its_text_scores(proved: tuple[Evaluation, 
     assert report.delta["prompt_following"] == proof.in_context.prompt_difference
     assert [score.key for score in report.table] == ["fidelity", "prompt_following", "cmmd"]
     assert EvaluationReport.model_validate_json(report.model_dump_json()) == report
+
+
+def test_without_a_sweep_the_adapter_has_the_weight_of_the_settings(
+    proved: tuple[Evaluation, EvaluationReport], adapter: Path
+) -> None:
+    chosen = proved[0].chosen
+    assert (chosen.checkpoint, chosen.sampling.adapter_weight) == (adapter, 0.5)
 
 
 def test_each_picture_of_one_subject_has_its_fidelity_and_each_context_its_pictures(

@@ -49,6 +49,7 @@ EVALUATE = Evaluate(
     classes=None,
     second_judge=None,
     proof=None,
+    adapter_weight=None,
     sweep=None,
 )
 

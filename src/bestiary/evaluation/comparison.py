@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -139,7 +139,8 @@ def evaluate(
     timer.lap("judge")
     subjects = Subjects.read_from(compared.split)
     jobs = make_jobs(texts.classes, np.repeat(labels, settings.seeds).tolist(), settings.template, seed, subjects)
-    chosen = Candidate(compared.adapter, settings.sampling(resolution))
+    weighted = replace(settings.sampling(resolution), adapter_weight=settings.adapter_weight or 1.0)
+    chosen = Candidate(compared.adapter, weighted)
     result = None
     if settings.sweep:
         # The sweep uses other seeds, because the best of many candidates was lucky on the seeds that chose it.

@@ -16,7 +16,7 @@ COPIED_SHARE = 0.5
 CHAMPION, CHALLENGER = "champion", "challenger"
 # These settings change the cost or the precision of a measurement, not what is measured. The guidance scale is taken
 # from the report, because a sweep may have chosen another one.
-NOT_MEASURED = {"batch_size", "bootstrap_resamples", "second_judge", "sweep", "guidance_scale"}
+NOT_MEASURED = {"batch_size", "bootstrap_resamples", "second_judge", "adapter_weight", "sweep", "guidance_scale"}
 
 
 class Decision(NamedTuple):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from bestiary.diffusion.adapter import inject
 from bestiary.diffusion.base import load_unet
 from bestiary.diffusion.fast_step import CompileChoice, FastPrediction
 from bestiary.diffusion.waiting import waiting_bar
@@ -57,6 +58,18 @@ def test_a_compiler_that_computes_something_else_is_not_used(
     predict.use(inputs, compiled=True, graph=False)
     assert torch.equal(predict(*inputs).sample, expected)
     assert "without torch.compile" in capsys.readouterr().out
+
+
+def test_a_step_with_dropout_can_be_compiled(
+    base: Path, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet = load_unet(base)
+    for parameter in inject(unet, rank=2, alpha=2, dropout=0.5, targets=["to_q", "to_out.0"], seed=0):
+        torch.nn.init.normal_(parameter)
+    monkeypatch.setattr(torch, "compile", lambda model, **_options: model)
+    predict = FastPrediction(unet.train())
+    predict.use(inputs, compiled=True, graph=False, must=True)  # drops other inputs than the plain step
+    assert predict.fast
 
 
 def test_other_shapes_than_the_trainings_take_the_plain_way(

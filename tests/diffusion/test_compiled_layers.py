@@ -1,9 +1,11 @@
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -57,6 +59,25 @@ def test_the_compiled_forms_compute_the_same() -> None:
     compiled, compiled_gradients = run(torch.compile(unet, backend="aot_eager", dynamic=False))
     torch.testing.assert_close(compiled, plain)
     torch.testing.assert_close(compiled_gradients, gradients, rtol=1e-4, atol=1e-7)
+
+
+def test_a_changed_adapter_autocast_and_a_copy_are_computed_right() -> None:
+    unet = small_unet()
+    parameters = inject(unet, rank=3, alpha=6, dropout=0.0, targets=TARGETS, seed=0)
+    for parameter in parameters:
+        torch.nn.init.normal_(parameter, std=0.1)
+    attention = next(module for module in unet.modules() if isinstance(module, Attention))
+    tokens = torch.randn(2, 5, 8, requires_grad=True)
+    use_compiled_forms(unet)
+    autocast: Any = torch.autocast("cpu", dtype=torch.float16)(attention.forward)  # as Accelerate wraps a model
+    compiled: Any = torch.compile(autocast, backend="aot_eager", dynamic=False)
+    compiled(tokens).float().sum().backward()
+    copied = deepcopy(attention)
+    copied.to_q.merge()
+    copied.to_v.enable_adapters(False)
+    changed: Any = torch.compile(copied, backend="aot_eager", dynamic=False)
+    torch.testing.assert_close(changed(tokens), copied(tokens))
+    assert not torch.allclose(copied(tokens), attention(tokens))
 
 
 def test_a_compiled_step_copies_no_layouts_and_joins_its_products(monkeypatch: pytest.MonkeyPatch) -> None:

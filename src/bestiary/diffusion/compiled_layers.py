@@ -13,6 +13,7 @@ A step of training on a GPU is bound by what its kernels read and write. Profile
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,14 +43,16 @@ def use_compiled_forms(unet: nn.Module) -> None:
 
 
 def _add_form(module: Any, form: Callable[..., torch.Tensor]) -> None:
-    plain = module.forward
+    # A copy of the module gets a copy of a `partial`, but it would share a closure and with it this module's weights.
+    module.forward = partial(_forward, module, form, module.forward)
 
-    def forward(*arguments: Any, **named: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return form(module, plain, *arguments, **named)
-        return plain(*arguments, **named)
 
-    module.forward = forward
+def _forward(
+    module: Any, form: Callable[..., torch.Tensor], plain: Callable[..., Any], *arguments: Any, **named: Any
+) -> Any:
+    if torch.compiler.is_compiling():
+        return form(module, plain, *arguments, **named)
+    return plain(*arguments, **named)
 
 
 def _apply(function: type[torch.autograd.Function], *arguments: torch.Tensor | None) -> torch.Tensor:
@@ -163,6 +166,8 @@ def _lora(layers: list[LoraLinear], x: torch.Tensor) -> torch.Tensor:
 
 
 def _lora_linear(layer: LoraLinear, plain: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    if not _fit([layer], x):
+        return plain(x)
     return _lora([layer], x)
 
 
@@ -175,14 +180,24 @@ def _self_attention(
     **named: Any,
 ) -> torch.Tensor:
     """Queries, keys and values in one product."""
-    if encoder_hidden_states is not None or attention_mask is not None or hidden_states.dim() != 3:
+    layers = [layer.to_q, layer.to_k, layer.to_v]
+    special = encoder_hidden_states is not None or attention_mask is not None or hidden_states.dim() != 3
+    if special or not _fit(layers, hidden_states):
         return plain(hidden_states, encoder_hidden_states, attention_mask, **named)
     batch, tokens, _ = hidden_states.shape
-    joint = _lora([layer.to_q, layer.to_k, layer.to_v], hidden_states)
+    joint = _lora(layers, hidden_states)
     query, key, value = joint.view(batch, tokens, 3, layer.heads, -1).permute(2, 0, 3, 1, 4).unbind()
     attended = F.scaled_dot_product_attention(query, key, value)
     result: torch.Tensor = layer.to_out[0](attended.transpose(1, 2).reshape(batch, tokens, -1))
     return result
+
+
+def _fit(layers: list[LoraLinear], x: torch.Tensor) -> bool:
+    """Whether the layers can be joined now: adapters can be merged or disabled at any time.
+
+    Not under autocast, which would give `_Lora` factors in different precisions.
+    """
+    return all(_plain(layer) for layer in layers) and not torch.is_autocast_enabled(x.device.type)
 
 
 def _plain(layer: object) -> bool:

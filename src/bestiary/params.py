@@ -199,7 +199,7 @@ class Train(AdapterTraining):
     timestep_sampling: Literal["uniform", "stratified", "importance"]
     weight_decay: float = Field(ge=0)
     accumulation: int = Positive
-    low_memory: bool  # what diffusion.low_memory makes of accumulation, gradient_checkpointing, compile and optimizer
+    low_memory: bool  # replaces four other settings: diffusion/low_memory.py
     compile: Literal[
         "auto", "always", "never"
     ]  # torch.compile; auto: on a GPU, when the run is long enough to repay it

@@ -89,8 +89,6 @@ def test_a_compiled_step_copies_no_layouts_and_joins_its_products(monkeypatch: p
     assert not all(in_channels_last(node) for node in plain if is_convolution(node))
     assert all(in_channels_last(node) for node in forms if is_convolution(node))
     products = [sum("mm" in str(node.target) for node in nodes) for nodes in (plain, forms)]
-    # Forward, an attention's three layers need 3 products and 6 of their matrices; joined, 2. Backward, they need
-    # 3 and 12, and 4. A layer alone needs 1 and 2, and joined 2; backward 1 and 4, and 4.
     # Forward, the three layers of the self-attention need 2 products instead of 9, and each other layer with an
     # adapter 2 instead of 3 (-12). Backward, they need 3 instead of 9, and three others 4 instead of 5 (-9); the
     # features of a caption need no gradient. The two halves of GEGLU are one more, forward and backward (+2).

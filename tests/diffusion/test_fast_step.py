@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,22 @@ def test_a_step_with_dropout_can_be_compiled(
     predict = FastPrediction(unet.train())
     predict.use(inputs, compiled=True, graph=False, must=True)  # drops other inputs than the plain step
     assert predict.fast
+
+
+def test_the_matrices_of_a_fresh_adapter_are_compared_although_half_of_them_have_no_gradient_yet(
+    base: Path, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet = load_unet(base)
+    parameters = inject(unet, rank=2, alpha=2, dropout=0.0, targets=["to_q"], seed=0)
+    before = [parameter.detach().clone() for parameter in parameters]
+    backwards = itertools.count()
+    down = next(parameter for name, parameter in unet.named_parameters() if "lora_A" in name)
+    down.register_hook(lambda gradient: -5 * gradient if next(backwards) == 0 else gradient)  # of the compiled step
+    monkeypatch.setattr(torch, "compile", lambda model, **_options: lambda *given: model(*given))
+    predict = FastPrediction(unet)
+    predict.use(inputs, compiled=True, graph=False)
+    assert predict.fast is None
+    assert all(torch.equal(*pair) for pair in zip(parameters, before, strict=True))
 
 
 def test_other_shapes_than_the_trainings_take_the_plain_way(

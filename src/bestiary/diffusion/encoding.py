@@ -346,9 +346,7 @@ class VaeEncoder:
                 with waiting_bar(COMPILE_SECONDS):
                     return self.fast(values)
             except Exception as error:  # whatever a compiler and its backends raise
-                tqdm.write(
-                    f"Encoding goes on without torch.compile, which does not work here ({type(error).__name__})."
-                )
+                tqdm.write(f"Encoding continues without torch.compile, which failed ({type(error).__name__}).")
                 self.fast = None
         return self.fast(values) if self.fast and pixels.shape == self.shape else self._moments(values)
 

@@ -18,7 +18,7 @@ class Halving:
     """Processes batches in parts that fit into the GPU's memory. A part that does not fit is halved permanently.
 
     what names the work in messages, such as "Drawing". key is the parameter for the batch size. largest is the size of
-    the parts to start with; None: whole batches.
+    the first parts; with None, the first part is the whole batch.
     """
 
     def __init__(self, what: str, key: str, largest: int | None = None) -> None:

@@ -136,8 +136,8 @@ class _Run:
 
     def speed_up(self, batch: Batch) -> None:
         """Change to a faster way to predict, once it is known whether compiling pays."""
-        if self.predict.decided:
-            return
+        if self.predict.decided or self.state.progress.batches % self.settings.accumulation:
+            return  # between the parts of an optimizer step, whose gradients would be lost
         device, graph = self.accelerator.device, graphs_fit(self.settings, self.accelerator)
         compiled = self.compile.compile_now(device)
         if compiled is None:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 @contextmanager
 def waiting_bar(expected_seconds: float) -> Iterator[None]:
-    """A bar that moves each second while something compiles, which reports nothing."""
+    """A bar that moves each second while a model compiles."""
     finished = threading.Event()
     seconds = round(expected_seconds)
     with tqdm(

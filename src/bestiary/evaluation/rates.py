@@ -327,7 +327,7 @@ class _Bench:
 
 @dataclass(frozen=True)
 class StepParts:
-    """How a process of training takes its share of an optimizer step: so many times, so many images at a time."""
+    """How a process splits its share of an optimizer step: the number of parts and the images in each."""
 
     at_a_time: int
     times: float

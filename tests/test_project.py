@@ -8,6 +8,7 @@ from support.registry import evaluation, make_adapter, submit
 
 from bestiary.diffusion.adapter import adapter_sha256
 from bestiary.errors import BestiaryError
+from bestiary.evaluation.sweep import write_operating_point
 from bestiary.project import (
     drawing_defaults,
     last_acceptance,
@@ -102,6 +103,20 @@ def test_results_of_an_adapter_that_is_not_registered_show_nothing_of_another_on
     assert "models:/" not in printed_results()
     (evaluated / "reports" / "results" / "register.json").unlink()
     assert "The adapter in models/adapter is not registered" in printed_results()
+
+
+def test_results_of_an_adapter_with_another_weight_are_those_of_the_adapter_that_it_was_made_from(
+    evaluated: Path, base_folder: Path
+) -> None:
+    point = write_operating_point(Path("reports") / "operating_point", Path("models") / "adapter", 0.5, 7.0)
+    report = evaluation(point.adapter_sha256)
+    weighted = report.operating_point.model_copy(update={"scale": 0.5})
+    report = report.model_copy(update={"operating_point": weighted})
+    (evaluated / "reports" / "results" / "evaluate.json").write_text(report.model_dump_json())
+    assert "The adapter in models/adapter is not registered" in printed_results()
+    assert "--adapter models/adapter:0.5 --count 4" in printed_results()
+    make_adapter(base_folder, evaluated / "models" / "adapter", 1)
+    assert "These scores are of another adapter than the one in models/adapter" in printed_results()
 
 
 def test_results_show_the_version_as_the_registry_has_it_now(evaluated: Path, base_folder: Path) -> None:

@@ -209,7 +209,7 @@ def render_results(
     elif registration is None:
         yield f"Version   The adapter in {evaluation.operating_point.checkpoint} is not registered."
         yield "          `dvc repro` registers it."
-        draw = f"{draw} --adapter {evaluation.operating_point.checkpoint}"
+        draw = f"{draw} --adapter {evaluation.operating_point.checkpoint}{_weight(evaluation)}"
     else:
         yield from _version_lines(registration)
         version = f"models:/{registration.name}/{registration.version}"
@@ -245,13 +245,37 @@ def _fast_lines(acceptance: AcceptanceReport) -> Iterator[str]:
 
 
 def _holds_adapter(evaluation: EvaluationReport) -> bool:
-    """Whether the evaluated adapter is still at its place. True where there is none, as in a fresh clone."""
+    """Whether the evaluated adapter is still at its place. True where there is none, as in a fresh clone.
+
+    With another weight than 1, the evaluated adapter is a copy in reports/operating_point that names its source.
+    """
+    from bestiary.diffusion.adapter_format import FILE_NAME
+
+    root, point = project_root(), evaluation.operating_point
+    place = root / point.checkpoint
+    files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
+    found = {_sha256(file) for file in files if file.is_file()}
+    if not found or evaluation.adapter_sha256 in found:
+        return True
+    copy = root / "reports" / "operating_point" / FILE_NAME
+    if point.scale == 1 or not copy.is_file() or _sha256(copy) != evaluation.adapter_sha256:
+        return False
+    from bestiary.diffusion.adapter_reading import read_adapter
+    from bestiary.diffusion.containment import contained
+
+    return not found.isdisjoint(contained(read_adapter(copy)))
+
+
+def _weight(evaluation: EvaluationReport) -> str:
+    """The adapter's weight as `--adapter` takes it; empty for 1."""
+    scale = evaluation.operating_point.scale
+    return "" if scale == 1 else f":{scale:g}"
+
+
+def _sha256(file: Path) -> str:
     import hashlib
 
-    place = project_root() / evaluation.operating_point.checkpoint
-    files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
-    found = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
-    return not found or evaluation.adapter_sha256 in found
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _version_lines(registration: Registration) -> Iterator[str]:

@@ -25,7 +25,9 @@ def free_port() -> int:
 def test_the_page_opens_on_the_runs_of_the_experiment(project: Path) -> None:
     with one_run():
         pass
-    command = "from bestiary.cli import main; main()"
+    # A shell's background jobs ignore Ctrl-C, and so would a program that a test in one starts.
+    take_interrupts = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = f"{take_interrupts}; from bestiary.cli import main; main()"
     port = free_port()
     page = subprocess.Popen(
         [sys.executable, "-c", command, "tracking", "ui", "--port", str(port)],

@@ -275,7 +275,7 @@ def test_without_openvino_the_error_says_what_to_install(folder: Path, monkeypat
 
 
 def test_openvino_sends_no_statistics() -> None:
-    # In a process of its own: another test's library may have imported the package by itself.
+    # A new process, because a library that another test uses may have imported openvino_telemetry in this one.
     code = (
         "import sys; from bestiary.diffusion import engines; engines.openvino(); "
         "print(sys.modules['openvino_telemetry'])"

@@ -42,10 +42,8 @@ def show_runs(port: int, ready: Callable[[str], None]) -> None:
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", HOST, "--port", str(port)]
     command += ["--workers", "1"]
     with tempfile.TemporaryFile() as log:  # what the server prints is for developers, unless it does not start
-        environment = {
-            **os.environ,
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        }  # eight processes that a page leaves idle
+        # The server would start eight more processes for jobs, which a page does not use.
+        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         server = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment
         )

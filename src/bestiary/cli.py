@@ -30,8 +30,8 @@ class Group(click.Group):
 def cli() -> None:
     """Teach Stable Diffusion your own animals, and draw them.
 
-    WHAT names an adapter: models:/bestiary@champion, models:/bestiary/3, a folder, a .safetensors file, or none. For a
-    drawing, it may carry a weight from 0 to 2: WHAT:0.8.
+    WHAT names an adapter: models:/bestiary@champion, models:/bestiary/3, a folder, a .safetensors file, or none. For
+    drawing, add a weight from 0 to 2: WHAT:0.8.
     """
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def export_adapter(
     what: str, to: Literal["openvino"], precision: Precision | None, decoder: Decoder, base: str | None, out: Path
 ) -> None:
-    """Export an adapter, fused into its base, for a fast engine.
+    """Export an adapter, fused into its base, for OpenVINO.
 
     `bestiary generate --adapter OUT` draws with the export. OpenVINO's own pipelines can draw with it, too.
     """
@@ -51,14 +51,17 @@ def export_adapter(
 
 @click.group()
 def adapter() -> None:
-    """Prove that an adapter applies; convert, merge and resize it."""
+    """Verify, inspect, convert, merge and resize adapters."""
 
 
 @adapter.command()
 @click.argument("what", metavar="PATH")
 @base_option
 def verify(what: str, base: str | None) -> None:
-    """Prove that an adapter applies, and print what was proved."""
+    """Prove that an adapter applies to its base.
+
+    Prints what was proved.
+    """
     from bestiary.registry import resolving
 
     found = resolving.resolve(what)
@@ -87,9 +90,12 @@ def verify(what: str, base: str | None) -> None:
 @click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
 @click.argument("target", metavar="DST", type=click.Path(path_type=Path))
 @click.option("--to", required=True, type=click.Choice(["diffusers", "kohya"]), help="Format to write.")
-@click.option("--alpha", type=Number(0, min_open=True), help="Alpha of a file that does not store one.")
+@click.option("--alpha", type=Number(0, min_open=True), help="Alpha, if the file stores none.")
 def convert(source: Path, target: Path, to: Literal["diffusers", "kohya"], alpha: float | None) -> None:
-    """Write an adapter in another format; reads diffusers, PEFT, kohya and the original system's files."""
+    """Write an adapter in another format.
+
+    Reads the files of diffusers, PEFT, kohya, other trainers and the original system (docs/adapters.md).
+    """
     if source.resolve() == target.resolve():
         raise BestiaryError(f"{target} is the file to convert and would be overwritten. Choose another target.")
     from bestiary.diffusion.stored_adapter import adapter_file, check_size
@@ -106,7 +112,10 @@ def convert(source: Path, target: Path, to: Literal["diffusers", "kohya"], alpha
 @click.option("--rank", type=click.IntRange(1), help="Lower the rank and print the error.  [default: exact]")
 @base_option
 def merge(named: tuple[str, ...], target: Path, rank: int | None, base: str | None) -> None:
-    """Write one adapter that draws as several do together, verified."""
+    """Write one adapter that has the effect of several.
+
+    The result is verified.
+    """
     from bestiary.generation import Weighted
 
     _merge([Weighted.parse(text) for text in named], target, rank, base)
@@ -118,7 +127,10 @@ def merge(named: tuple[str, ...], target: Path, rank: int | None, base: str | No
 @click.option("--rank", required=True, type=click.IntRange(1), help="Rank to write.")
 @base_option
 def resize(source: str, target: Path, rank: int, base: str | None) -> None:
-    """Write an adapter with a lower rank, verified, and print the error."""
+    """Write an adapter with a lower rank.
+
+    The result is verified, and the error is printed.
+    """
     from bestiary.generation import Weighted
 
     _merge([Weighted(source, 1.0)], target, rank, base)
@@ -153,7 +165,10 @@ def _merge(weighted: Sequence[Weighted], target: Path, rank: int | None, base: s
 @click.argument("what", metavar="FILE")
 @base_option
 def inspect_adapter(what: str, base: str | None) -> None:
-    """Show what an adapter's file holds, and what of it would be applied to the base."""
+    """Show what an adapter's file holds.
+
+    Also shows which parts would be applied to the base.
+    """
     from bestiary.diffusion.stored_adapter import adapter_file, check_size
     from bestiary.generation import named_base, portable_base
     from bestiary.registry import resolving

@@ -17,19 +17,38 @@ from bestiary.project import (
 
 @click.command()
 @click.option(
-    "--adapter", "adapters", multiple=True, metavar="WHAT", help="Also offer this file or folder; repeatable."
+    "--adapter", "adapters", multiple=True, metavar="WHAT", help="File or folder to offer as well. Repeat for several."
 )
-@click.option("--base", "bases", multiple=True, metavar="MODEL", help="Base to offer; the first is the default.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need a password.")
-@click.option("--port", default=7860, show_default=True, type=click.IntRange(0, 65535), help="Port to listen on.")
-@click.option("--auth", type=click.Path(path_type=Path), metavar="FILE", help="Password file, else $BESTIARY_AUTH.")
 @click.option(
-    "--token", type=click.Path(path_type=Path), metavar="FILE", help="Programs' token file, else $BESTIARY_TOKEN."
+    "--base",
+    "bases",
+    multiple=True,
+    metavar="MODEL",
+    help="Base to offer. Repeat for several; the first is the default.",
+)
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address to listen on. Any other one needs a password."
+)
+@click.option("--port", default=7860, show_default=True, type=click.IntRange(0, 65535), help="Port to listen on.")
+@click.option(
+    "--auth",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="File with user:password.  [default: $BESTIARY_AUTH]",
+)
+@click.option(
+    "--token",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="File with the token for programs.  [default: $BESTIARY_TOKEN]",
 )
 def app(
     adapters: tuple[str, ...], bases: tuple[str, ...], host: str, port: int, auth: Path | None, token: Path | None
 ) -> None:
-    """Draw in the browser, or from programs that speak OpenAI's images API or A1111's API."""
+    """Serve the web page, and image APIs for programs.
+
+    The APIs are OpenAI's images API and A1111's (docs/api.md).
+    """
     from bestiary.app.access import read_credentials
     from bestiary.app.offers import Offerings
     from bestiary.app.server import launch

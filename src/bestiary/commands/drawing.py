@@ -65,7 +65,10 @@ def generate(
     axes: tuple[str, ...],
     out: Path,
 ) -> None:
-    """Draw animals, named in English or Chinese. The same seed gives the same picture."""
+    """Draw animals, named in English or Chinese.
+
+    The same seed gives the same picture.
+    """
     from bestiary.engine_choice import choose_engine
     from bestiary.subjects import caption
 

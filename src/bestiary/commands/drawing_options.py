@@ -146,20 +146,20 @@ sampling_options = option_group(
         type=(Number(0, 1e6), Number(0, 1e6)),
         metavar="LOW HIGH",
         callback=_rising,
-        help="Guide only the steps between these noise levels; 0 1000 guides all.  [default: as evaluated]",
+        help="Guide only the steps between these noise levels. 0 1000 guides all.  [default: as evaluated]",
     ),
     scheduler=click.option("--scheduler", type=click.Choice(list(SAMPLERS)), help="Sampler.  [default: as evaluated]"),
     resolution=click.option(
         "--resolution",
         type=click.IntRange(MIN_SIDE, MAX_SIDE),
-        help="Pixels a side of a square picture.  [default: as evaluated, or the base's]",
+        help="Side of a square picture in pixels.  [default: as evaluated, or the base's]",
     ),
     size=click.option("--size", type=Size(), help="Width and height in pixels, multiples of 8: 768x512."),
     negative=click.option("--negative-prompt", "negative", metavar="TEXT", help="What the picture must not show."),
     decoder=click.option(
         "--decoder",
         type=click.Choice(["full", "tiny"]),
-        help="full: the base's own. tiny: faster, less exact.  [default: as evaluated]",
+        help="full: the base's decoder. tiny: faster, less exact.  [default: as evaluated]",
     ),
 )
 colour_options = option_group(
@@ -180,7 +180,7 @@ request_options = option_group(
     subjects=click.argument("subjects", nargs=-1, metavar="[ANIMAL...]"),
     prompt=click.option("--prompt", metavar="TEXT", help="Draw this text instead of animals."),
     like=click.option(
-        "--like", type=click.Path(path_type=Path), metavar="PNG", help="Draw this picture again, by its settings."
+        "--like", type=click.Path(path_type=Path), metavar="PNG", help="Draw this picture again, with its settings."
     ),
 )
 start_options = option_group(
@@ -190,7 +190,7 @@ start_options = option_group(
     denoise=click.option(
         "--denoise",
         type=Number(0, 1, min_open=True),
-        help=f"How much of the image is drawn anew, up to 1.  [default: {DEFAULT_DENOISE}]",
+        help=f"How much of the image is redrawn, up to 1.  [default: {DEFAULT_DENOISE}]",
     ),
 )
 

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 @click.command()
 def animals() -> None:
-    """List the 100 animals: class folder, English name, Chinese name."""
+    """List the 100 animals.
+
+    Prints the class folder, the English name and the Chinese name of each.
+    """
     from bestiary.subjects import ANIMALS
 
     for animal in ANIMALS:
@@ -37,10 +40,13 @@ def animals() -> None:
 @click.option(
     "--write",
     is_flag=True,
-    help="Let params.yaml's captioner describe the images in data/ that have no caption, in text files beside them.",
+    help="Write captions for images without one, with the captioning model of params.yaml (captioner).",
 )
 def captions(write: bool) -> None:
-    """Show what each image will be trained with, and what is odd."""
+    """Show each image's caption before training.
+
+    Also shows token counts and warnings. Needs `dvc repro clean` first.
+    """
     from tqdm import tqdm
 
     for line in write_project_captions() if write else project_captions():
@@ -49,13 +55,23 @@ def captions(write: bool) -> None:
 
 @click.command()
 @click.argument("photos", type=click.Path(path_type=Path))
-@click.option("--name", required=True, help="What stands for the subject in captions and prompts, such as 'sks cat'.")
-@click.option("--class", "class_word", default="", metavar="WORD", help="What it is in general, such as cat.")
-@click.option("--kind", type=click.Choice(["thing", "style"]), default="thing", show_default=True, help="What it is.")
-@click.option("--others", type=click.Path(path_type=Path), help="Folder of photos of others of its class, to compare.")
-@click.option("--steps", type=click.IntRange(1), help="Training steps, else the profile's.")
+@click.option("--name", required=True, help="Name of the subject in captions and prompts, such as 'sks cat'.")
+@click.option("--class", "class_word", default="", metavar="WORD", help="Class of the subject, such as cat.")
+@click.option(
+    "--kind",
+    type=click.Choice(["thing", "style"]),
+    default="thing",
+    show_default=True,
+    help="Whether the subject is a thing or a style.",
+)
+@click.option(
+    "--others",
+    type=click.Path(path_type=Path),
+    help="Folder with photos of other individuals of the class, to compare with.",
+)
+@click.option("--steps", type=click.IntRange(1), help="Training steps.  [default: the profile's]")
 @click.option("--profile", help="Profile in params.yaml.  [default: photos on a GPU, else subject]")
-@click.option("--replace", is_flag=True, help="Put other data in data/ aside, into put-aside/.")
+@click.option("--replace", is_flag=True, help="Move other data in data/ to put-aside/.")
 def learn(
     photos: Path,
     name: str,
@@ -66,7 +82,10 @@ def learn(
     profile: str | None,
     replace: bool,
 ) -> None:
-    """Teach one subject from a folder of PHOTOS: put them into data/, run the pipeline, show the result."""
+    """Teach one subject from a folder of PHOTOS.
+
+    Puts them into data/, runs the pipeline and shows the result. Run it again to resume.
+    """
     from bestiary import learning
 
     lesson = learning.Lesson(photos, name, class_word, kind, steps, profile, replace, others)
@@ -79,7 +98,10 @@ def learn(
 @click.command("estimate")
 @click.option("--profile", help="Profile in params.yaml.  [default: the one chosen there]")
 def estimate_run(profile: str | None) -> None:
-    """Estimate the time, memory and disk of a run on this machine, from a few measured steps."""
+    """Estimate the time, memory and disk of a run.
+
+    Measures a few steps on this machine.
+    """
     from bestiary.estimating import project_estimate
     from bestiary.files import find_project, no_project_error
     from bestiary.learning import params_with_profile
@@ -93,10 +115,15 @@ def estimate_run(profile: str | None) -> None:
 
 @click.command()
 @click.option("--profile", help="Profile in params.yaml.  [default: the one chosen there]")
-@click.option("--hours", default=24.0, show_default=True, type=Number(0, min_open=True), help="Longest run to accept.")
+@click.option(
+    "--hours", default=24.0, show_default=True, type=Number(0, min_open=True), help="Longest acceptable run, in hours."
+)
 @click.pass_context
 def preflight(context: click.Context, profile: str | None, hours: float) -> None:
-    """Find problems before a long run: device, models, memory, disk, time. Exits with 1 if it would fail."""
+    """Find problems before a long run.
+
+    Checks device, models, services, memory, disk and time. Exits with 1 if the run would fail.
+    """
     from bestiary.files import find_project, no_project_error
     from bestiary.learning import params_with_profile
     from bestiary.preflight import checks
@@ -122,7 +149,7 @@ def results() -> None:
 @click.command()
 @click.argument("revisions", nargs=-1, metavar="[REV...]")
 def compare(revisions: tuple[str, ...]) -> None:
-    """Compare the results with those of other revisions.
+    """Compare results with those of other revisions.
 
     REV is a commit, a tag, a branch or an experiment. The default is the last commit and its experiments. Shows the
     settings that differ, and the results that matter.

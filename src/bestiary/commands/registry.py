@@ -15,10 +15,10 @@ from bestiary.project import known_bases, registered_name
 @click.command()
 @click.argument("what", metavar="URI")
 @base_option
-@click.option("--fast", is_flag=True, help="Copy the fast variant to OUT/few_step and OUT/openvino.")
+@click.option("--fast", is_flag=True, help="Copy the fast variant instead, to OUT/few_step and OUT/openvino.")
 @click.option("--out", required=True, type=FOLDER, help="Folder for the adapter.")
 def pull(what: str, base: str | None, fast: bool, out: Path) -> None:
-    """Copy a registered adapter, or its fast variant, to this disk and verify it."""
+    """Copy a registered adapter to disk and verify it."""
     from bestiary.registry import resolving
 
     if fast and base:
@@ -29,9 +29,12 @@ def pull(what: str, base: str | None, fast: bool, out: Path) -> None:
 
 @click.command("model-card")
 @click.argument("what", metavar="[URI]", default=champion)
-@click.option("--out", required=True, type=FOLDER, help="Folder for it, ready for the Hugging Face hub.")
+@click.option("--out", required=True, type=FOLDER, help="Folder to write, ready for the Hugging Face hub.")
 def model_card(what: str, out: Path) -> None:
-    """Write a registered adapter with its model card: scores, pictures, provenance."""
+    """Write a registered adapter with its model card.
+
+    The card has scores, pictures and provenance.
+    """
     from bestiary.registry import model_card as card
 
     for path in card.write(what, out):
@@ -42,7 +45,7 @@ def model_card(what: str, out: Path) -> None:
 @click.argument("what", metavar="[URI]", default=champion)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def lineage(what: str, as_json: bool) -> None:
-    """Show which runs and which data a registered version comes from."""
+    """Show the runs and data that made a registered version."""
     from dataclasses import asdict
 
     from bestiary.registry.versions import walk

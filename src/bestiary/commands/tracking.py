@@ -9,7 +9,7 @@ import click
 
 @click.group()
 def tracking() -> None:
-    """Look after the MLflow runs."""
+    """Open MLflow, or copy its runs to a server."""
 
 
 @tracking.command()
@@ -31,10 +31,16 @@ def ui(port: int) -> None:
 @tracking.command()
 @click.argument("server", envvar="MLFLOW_TRACKING_URI", metavar="[SERVER]")
 @click.option(
-    "--database", type=click.Path(path_type=Path), metavar="FILE", help="Database to copy from, if not the project's."
+    "--database",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Database to copy from.  [default: the project's]",
 )
 def migrate(server: str, database: Path | None) -> None:
-    """Copy the local runs and registered versions to a team's MLflow server (default: $MLFLOW_TRACKING_URI)."""
+    """Copy local runs and versions to a team's server.
+
+    The default server is $MLFLOW_TRACKING_URI.
+    """
     from bestiary.files import project_root
     from bestiary.registry.migration import migrate as copy
 

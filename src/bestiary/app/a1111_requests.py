@@ -158,7 +158,7 @@ class Img2ImgRequest(Txt2ImgRequest):
         for name in ("mask", "latent_mask"):
             if given.get(name):
                 raise InvalidError(
-                    f"There are no masks here: the whole image is drawn anew. Leave {name} out.", field=name
+                    f"There are no masks here: the whole image is redrawn. Leave {name} out.", field=name
                 )
         super().check(usual)
 

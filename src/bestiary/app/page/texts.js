@@ -24,7 +24,7 @@ export const TEXTS = {
     weight: 'Adapter weight (1 is as trained)', shape: 'Shape',
     axis: 'Compare values of', noAxis: 'Nothing', values: 'Values', saveGrid: 'Save as one picture',
     fewValues: 'Write 1 to {max} values, separated by commas.', samplerNames: 'The samplers are {names}.', noEffect: '{field} has no effect here.',
-    start: 'Start from a picture', choose: 'Choose…', remove: 'Remove', denoise: 'Denoising strength (how much is drawn anew)',
+    start: 'Start from a picture', choose: 'Choose…', remove: 'Remove', denoise: 'Denoising strength (how much is redrawn)',
     dropHint: 'Drop an adapter (.safetensors) or a picture',
     notUsable: '{name} is neither a .safetensors file nor a picture.',
     settingsLoaded: 'The settings of {name} are loaded. To start from the picture itself, drop it on “Start from a picture”.',

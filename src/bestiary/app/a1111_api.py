@@ -38,10 +38,10 @@ from bestiary.app.programs import DrawnResponse, Render, image_base64
 from bestiary.app.uploads import UPLOAD_SECONDS, Uploads
 from bestiary.samplers import DEFAULT_DENOISE, SAMPLERS
 
-NAME = "a1111"  # of these orders in the queue
-MAX_REMEMBERED = 1000  # addresses whose chosen base is remembered
-MAX_IMAGE_MIB = 32  # of an image to start from, which is held in memory while it arrives
-# What clients ask for when they connect, and there is nothing of here.
+NAME = "a1111"  # marks this API's orders in the queue
+MAX_REMEMBERED = 1000  # number of addresses whose chosen base is stored
+MAX_IMAGE_MIB = 32  # largest image to start from; it is in memory while it arrives
+# Lists that clients request when they connect, and that are empty here.
 EMPTY: dict[str, object] = {
     "cmd-flags": {},
     "embeddings": {"loaded": {}, "skipped": {}},
@@ -62,7 +62,7 @@ class A1111Api:
         self._offers = offers
         self._queue = queue
         self._uploads = uploads
-        self._chosen_bases: dict[str, str] = {}  # by address, as A1111's options remember them
+        self._chosen_bases: dict[str, str] = {}  # base by address; A1111 stores this choice in its options
 
     def app(self) -> Starlette:
         """The API as an application, to be mounted at /sdapi/v1."""
@@ -142,9 +142,9 @@ class A1111Api:
         return named(name, self._offers.bases, "base", CHECKPOINT)
 
     async def progress(self, request: Request) -> Response:
-        """How far the oldest order of the client's address is. Orders of other addresses are not shown.
+        """The progress of the oldest order of the client's address. Orders of other addresses are not shown.
 
-        A preview is made only after a request for it: current_image is the one that an earlier request asked for.
+        Each request asks for the next preview; current_image is the one that an earlier request asked for.
         """
         drawing = self._queue.oldest(address_of(request.scope), NAME)
         told = drawing.progress if drawing else None
@@ -169,15 +169,15 @@ class A1111Api:
         return JSONResponse(answer | {"current_image": preview and image_base64(preview), "textinfo": None})
 
     async def interrupt(self, request: Request) -> Response:
-        """End the oldest order of the client's address with the pictures that are finished."""
+        """End the oldest order of the client's address. It is answered with its finished pictures."""
         if drawing := self._queue.oldest(address_of(request.scope), NAME):
             self._queue.interrupt(drawing)
         return JSONResponse({})
 
-    # ---- what there is ----
+    # ---- lists ----
 
     async def sd_models(self, _: Request) -> Response:
-        """The bases. Their hashes are left out: hashing a large base takes seconds."""
+        """The bases, without hashes, because hashing a large base takes seconds."""
         return JSONResponse(
             [
                 {"title": name, "model_name": name, "hash": None, "sha256": None, "filename": name, "config": None}
@@ -204,7 +204,7 @@ class A1111Api:
         return JSONResponse({CHECKPOINT: base, "CLIP_stop_at_last_layers": 1, "samples_format": "png"})
 
     async def set_options(self, request: Request) -> Response:
-        """Remember the base that an address chose, as A1111 does. Other addresses keep their own choice."""
+        """Store the base that an address chose, as A1111 does. It does not change the choice of other addresses."""
         options = parsed(Options, await read_json(request)).root
         check_options(options)
         if CHECKPOINT in options:
@@ -251,7 +251,7 @@ def _rendering(parameters: object, order: Order) -> Render:
 
 
 def _info(pictures: Sequence[Picture], order: Order) -> dict[str, object]:
-    """What A1111 says of the pictures of one request, and in `bestiary` the settings of each, with the adapters."""
+    """A1111's description of one request's pictures; `bestiary` has the settings and adapters of each picture."""
     settings = [dict(picture.settings) for picture in pictures]
     first, count = settings[0], len(pictures)
     width, height = (first.get(side) or first["resolution"] for side in ("width", "height"))

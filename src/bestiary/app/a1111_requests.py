@@ -1,6 +1,6 @@
-"""What A1111's clients send to txt2img and img2img: fields to draw with, and those that must keep their usual value.
+"""What A1111's clients send to txt2img and img2img: fields that Bestiary uses, and fields that must have their default.
 
-A field that would change the picture in A1111 and cannot here is refused, never ignored.
+A field that would change the picture in A1111 but has no effect here is refused, never ignored.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from bestiary.samplers import MAX_ADAPTER_WEIGHT, SAMPLERS, SamplingChanges
 
 ANYTHING: tuple[object, ...] = ()
 NOTHING = (None, False, 0, "", "None", -1)
-# The other fields of A1111's txt2img, with the values that change nothing; ANYTHING: none of them does.
+# The other fields of A1111's txt2img, with the values that have no effect. ANYTHING: no value has an effect.
 USUAL: Mapping[str, tuple[object, ...]] = {
     "alwayson_scripts": (None, {}),
     "comments": ANYTHING,
-    "denoising_strength": ANYTHING,  # of a second pass, which enable_hr turns on
+    "denoising_strength": ANYTHING,  # of the second pass, which enable_hr turns on
     "disable_extra_networks": NOTHING,
     "do_not_save_grid": ANYTHING,
     "do_not_save_samples": ANYTHING,
@@ -55,10 +55,10 @@ USUAL: Mapping[str, tuple[object, ...]] = {
     "subseed_strength": NOTHING,
     "tiling": NOTHING,
 }
-# Fields that img2img has beside them. How to inpaint matters only with a mask, which is refused.
+# The additional fields of img2img. Inpainting fields have no effect, because masks are refused.
 USUAL_IMG2IMG: Mapping[str, tuple[object, ...]] = {
     **USUAL,
-    "image_cfg_scale": ANYTHING,  # of bases that edit by instruction
+    "image_cfg_scale": ANYTHING,  # only for bases that edit images by instruction
     "include_init_images": ANYTHING,  # the answer never repeats the image
     "initial_noise_multiplier": (None, 1),
     "inpaint_full_res": ANYTHING,
@@ -72,7 +72,7 @@ USUAL_IMG2IMG: Mapping[str, tuple[object, ...]] = {
     "mask_blur_y": ANYTHING,
     "mask_round": ANYTHING,
 }
-SECOND_PASS = "hr_"  # how the fields begin that say how to draw the second pass
+SECOND_PASS = "hr_"  # prefix of the fields of the second pass
 USUAL_OPTIONS: Mapping[str, tuple[object, ...]] = {
     "CLIP_stop_at_last_layers": (None, 1),
     "samples_format": (None, "png"),
@@ -80,9 +80,9 @@ USUAL_OPTIONS: Mapping[str, tuple[object, ...]] = {
 }
 CHECKPOINT = "sd_model_checkpoint"  # the option that chooses the base
 OTHER_NETWORK = re.compile(r"<(hypernet|lyco):[^<>]*>", re.IGNORECASE)
-# A1111's schedule types, and what each adds to a sampler's label. Uniform is how ours are spaced without it.
+# A1111's schedule types, and what each adds to a sampler's label. Our samplers without an addition are uniform.
 SCHEDULES = {"Automatic": "", "Uniform": "", "Karras": " Karras", "SGM Uniform": " SGM Uniform"}
-# Other names of our samplers: k-diffusion's, which A1111 takes too, and ComfyUI's.
+# Other names of our samplers: those of k-diffusion (A1111 accepts them, too) and of ComfyUI.
 OTHER_NAMES = {
     "k_euler": "euler",
     "k_euler_a": "euler-ancestral",
@@ -97,7 +97,7 @@ OTHER_NAMES = {
 
 
 class Txt2ImgRequest(BaseModel):
-    """The fields of A1111's txt2img that decide the picture. What is left out is drawn as the adapter was evaluated."""
+    """The fields of A1111's txt2img that decide the picture. Their default is the adapter's evaluation."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -117,18 +117,18 @@ class Txt2ImgRequest(BaseModel):
 
     @property
     def count(self) -> int:
-        """How many pictures are wanted."""
+        """The number of requested pictures."""
         return (self.batch_size or 1) * (self.n_iter or 1)
 
     @property
     def checkpoint(self) -> str | None:
-        """The base that is wanted; None when the request names none."""
+        """The requested base; None when the request names none."""
         wanted = (self.override_settings or {}).get(CHECKPOINT)
         return None if wanted is None else str(wanted)
 
     @property
     def changes(self) -> SamplingChanges:
-        """What the request says of the sampling. Raises InvalidError when there is no such sampler."""
+        """The requested sampling. Raises InvalidError when there is no such sampler."""
         return SamplingChanges(
             sampler=sampler_key(self.sampler_name or self.sampler_index, self.scheduler),
             steps=self.steps,
@@ -139,7 +139,7 @@ class Txt2ImgRequest(BaseModel):
         )
 
     def check(self, usual: Mapping[str, tuple[object, ...]] = USUAL) -> None:
-        """Raise InvalidError when a field asks for what cannot be done here."""
+        """Raise InvalidError when a field asks for something that Bestiary cannot do."""
         given = self.model_extra or {}
         _check_usual({name: value for name, value in given.items() if not name.startswith(SECOND_PASS)}, usual)
         check_options(self.override_settings or {})
@@ -153,7 +153,7 @@ class Img2ImgRequest(Txt2ImgRequest):
     resize_mode: Literal[0, 1] = 1  # 0 stretches the image to the picture's size, 1 crops it
 
     def check(self, usual: Mapping[str, tuple[object, ...]] = USUAL_IMG2IMG) -> None:
-        """Raise InvalidError when a field asks for what cannot be done here."""
+        """Raise InvalidError when a field asks for something that Bestiary cannot do."""
         given = self.model_extra or {}
         for name in ("mask", "latent_mask"):
             if given.get(name):
@@ -189,7 +189,10 @@ class Img2ImgRequest(Txt2ImgRequest):
         >>> Img2ImgRequest(resize_mode=0).check_shape((640, 480), (512, 384))
         """
         width, height = size[0] or size[1] or 1, size[1] or size[0] or 1
-        scaled = image[0] * height / image[1], image[1] * width / image[0]  # with the one side, or the other, as wanted
+        scaled = (
+            image[0] * height / image[1],
+            image[1] * width / image[0],
+        )  # scaled to the picture's height, or to its width
         if self.resize_mode == 0 and min(abs(scaled[0] - width), abs(scaled[1] - height)) >= 1:
             raise InvalidError(
                 f"resize_mode 0 would stretch the image of {image[0]} x {image[1]} pixels. Send resize_mode 1, which "
@@ -199,7 +202,7 @@ class Img2ImgRequest(Txt2ImgRequest):
 
 
 def check_options(options: Mapping[str, object]) -> None:
-    """Raise InvalidError when an option other than the base asks for what cannot be done here."""
+    """Raise InvalidError when an option other than the base asks for something that Bestiary cannot do."""
     _check_usual({name: value for name, value in options.items() if name != CHECKPOINT}, USUAL_OPTIONS)
 
 
@@ -220,7 +223,7 @@ class LoraTag:
 
 
 def split_prompt(prompt: str) -> tuple[str, list[LoraTag]]:
-    """The prompt without its `<lora:name:weight>` tags, and the adapters that they name. A weight may be left out.
+    """The prompt without its `<lora:name:weight>` tags, and the adapters that they name. The weight is optional.
 
     >>> split_prompt("a tiger <lora:stripes:0.8>")
     ('a tiger', [LoraTag(name='stripes', weight=0.8)])

@@ -1,6 +1,6 @@
 """Who can reach the page and the programs' APIs.
 
-This machine alone, or everyone who knows the user name and the password; programs, also those who know the token.
+Either this machine only, or everyone with the user name and password; for programs, also everyone with the token.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Credentials = tuple[str, str]  # user name, password
 
 NAMES_OF_THIS_MACHINE = ("127.0.0.1", "localhost", "[::1]")
-WRONG_PASSWORD_SECONDS = 1.0  # delay before the answer; `Guesses` slows down those who do not wait for it
+WRONG_PASSWORD_SECONDS = 1.0  # delay before the answer; `Guesses` slows down clients that do not wait for it
 JSON = "application/json"
 DEFAULT_PORTS = {"http": 80, "https": 443}
 SECURITY_HEADERS = {

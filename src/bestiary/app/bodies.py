@@ -12,8 +12,8 @@ from bestiary.app.errors import RefusedError
 from bestiary.errors import BestiaryError
 
 MAX_ORDER_BYTES = 64 * 1024
-ORDER_SECONDS = 10.0  # within which an order must have arrived
-STALL_SECONDS = 20.0  # a body of which nothing arrives for so long is dropped
+ORDER_SECONDS = 10.0  # limit for the arrival of a whole order
+STALL_SECONDS = 20.0  # a body is dropped after this time without data
 
 
 async def read_json(

@@ -1,4 +1,4 @@
-"""How a program chooses: an adapter by one of its names, and an order by what it does not leave to the defaults."""
+"""What a program chooses: an adapter by one of its names, and the settings of an order that are not the defaults."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_RANDOM_SEED = 2**32
 
 @dataclass(frozen=True)
 class WeightedOffer:
-    """An adapter that a program chose, and its weight; None: as it was evaluated, or else 1."""
+    """An adapter that a program chose, and its weight; None: the weight of its evaluation, or 1 without one."""
 
     offer: Offer
     weight: float | None = None
@@ -40,7 +40,7 @@ class Wanted:
     changes: SamplingChanges
     seed: int | None = None
     count: int = 1
-    base: str = ""  # empty: the one that the adapter was trained on
+    base: str = ""  # empty: the adapter's base
     image: str = ""  # the key of an uploaded image to start from; empty: noise
     denoise: float = DEFAULT_DENOISE
     preview: bool = False  # the program may ask for previews while it waits
@@ -78,7 +78,7 @@ def make_order(offers: Offers, adapters: Sequence[WeightedOffer], wanted: Wanted
 
 
 def preferred(offers: Iterable[Offer]) -> Offer | None:
-    """The adapter for somebody who chooses none: the champion, else the first; None when there is no adapter."""
+    """The default adapter: the champion, else the first; None when there is no adapter."""
     offers = list(offers)
     return next((offer for offer in offers if "champion" in offer.aliases), offers[0] if offers else None)
 

@@ -1,4 +1,4 @@
-"""Limits on connections, so that nobody can hold up the others by sending or reading slowly, or by opening many."""
+"""Limits on connections, so that no client can block others by sending or reading slowly, or by opening many."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from collections.abc import Iterable
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-UPLOAD_PATHS = ("/api/adapters", "/api/images", "/sdapi/v1/img2img")  # their bodies are large
+UPLOAD_PATHS = ("/api/adapters", "/api/images", "/sdapi/v1/img2img")  # requests with large bodies
 
 MAX_CONNECTIONS = 512
 MAX_CONNECTIONS_PER_ADDRESS = 64
-RESERVED_FILES = 96  # open files that the server needs for everything else
+RESERVED_FILES = 96  # open files that the server needs besides connections
 MIN_CONNECTIONS = 8
 
-REQUEST_SECONDS = 10.0  # within which a client must send its whole request
-UPLOAD_SECONDS = 330.0  # a whole upload, even a refused one; `Uploads` gives up sooner, with a sentence
-READING_SECONDS = 20.0  # between two checks of a client that reads slowly
-READING_BYTES = 4096 * READING_SECONDS  # which it must have read meanwhile
+REQUEST_SECONDS = 10.0  # limit for sending a whole request
+UPLOAD_SECONDS = 330.0  # limit for a whole upload, even a refused one; `Uploads` stops sooner, with an error
+READING_SECONDS = 20.0  # between two checks of how much a client has read
+READING_BYTES = 4096 * READING_SECONDS  # least amount to read between two checks
 
-SAME_LINE_SECONDS = 60.0  # between two equal lines in the log
-TALKATIVE_LOGGERS = ("asyncio", "uvicorn.error")  # they write a line for what a client does
+SAME_LINE_SECONDS = 60.0  # between two identical lines in the log
+TALKATIVE_LOGGERS = ("asyncio", "uvicorn.error")  # a client's requests make them write lines
 
 
 class GuardedProtocol(H11Protocol):
@@ -33,9 +33,9 @@ class GuardedProtocol(H11Protocol):
     """
 
     _request_timer: asyncio.TimerHandle | None = None
-    _request_seconds: float | None = None  # that the timer was set to
+    _request_seconds: float | None = None  # the timer's current limit
     _reading_timer: asyncio.TimerHandle | None = None
-    max_connections = MAX_CONNECTIONS  # `launch` lowers it where fewer files can be open
+    max_connections = MAX_CONNECTIONS  # `launch` lowers it if the process may open fewer files
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         super().connection_made(transport)
@@ -133,7 +133,7 @@ def possible_connections() -> int:
 class NoRepetition(logging.Filter):
     """Passes equal log lines once a minute, so that no client can fill the disk with them."""
 
-    MAX_LINES = 1000  # that are remembered
+    MAX_LINES = 1000  # number of lines whose time is stored
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The queue of orders: the device draws one picture at a time, and never waits for somebody who reads slowly."""
+"""The queue of orders: the device draws one picture at a time, and never waits for a slow reader."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from bestiary.app.orders import Order
 from bestiary.app.studio import Studio
 from bestiary.errors import BestiaryError
 
-PAGE = "page"  # the API whose readers follow every step
-TURN_SECONDS = 5.0  # after which an order lets the others draw, once its picture is finished
-MAX_WAITING = 32  # orders, including the one that is drawn
-MAX_OPEN_PER_ADDRESS = 8  # orders that wait, are drawn, or have pictures that nobody has read yet
+PAGE = "page"  # the API whose clients get every step's events
+TURN_SECONDS = 5.0  # after this time, an order lets others draw when its current picture is finished
+MAX_WAITING = 32  # orders, including the one being drawn
+MAX_OPEN_PER_ADDRESS = 8  # orders that wait, are being drawn, or have unread pictures
 MAX_UNREAD = 96 * 2**20  # characters of one order's events; a pair of 1024 x 1024 pixels has up to 8 million
 MAX_UNREAD_TOGETHER = 256 * 2**20  # characters of all orders' events
 
@@ -33,14 +33,14 @@ class Drawing:
     def __init__(self, order: Order, address: str, api: str, leave: Callable[[Drawing], None]) -> None:
         self.order = order
         self.address = address
-        self.api = api  # that the order came through
+        self.api = api  # through which the order came
         self.stopped = threading.Event()
-        self.place = 0  # how many orders are drawn first
+        self.place = 0  # number of orders ahead
         self.future: Future[None] | None = None
         self.pictures: Iterator[None] = iter(())  # drawn one by one, in the worker's thread
-        self.progress: Progress | None = None  # the latest
-        self.preview: Preview | None = None  # the latest that a program asked for
-        self.wants_preview = threading.Event()  # set by a program for the next preview
+        self.progress: Progress | None = None  # the latest one
+        self.preview: Preview | None = None  # the latest one that a program asked for
+        self.wants_preview = threading.Event()  # a program sets it to ask for the next preview
         self._leave = leave
         self._unread: deque[Event] = deque()
         self._arrived = asyncio.Event()
@@ -52,7 +52,7 @@ class Drawing:
         return sum(len(event.image) for event in self._unread if isinstance(event, Picture | Preview))
 
     def put(self, event: Event) -> None:
-        """Add an event for the reader. It replaces what it makes outdated, so only pictures pile up."""
+        """Add an event for the reader. It replaces the events that it makes outdated, so only pictures accumulate."""
         if self._is_over:
             return
         if isinstance(event, Waiting | Progress | Preview | Picture):
@@ -99,7 +99,7 @@ class DrawingQueue:
     def __init__(self, studio: Studio) -> None:
         self._studio = studio
         self._waiting: list[Drawing] = []  # in the order of their turns; the first is being drawn
-        self._open: list[Drawing] = []  # those that somebody reads
+        self._open: list[Drawing] = []  # orders with a reader
         self._worker = ThreadPoolExecutor(1, "draw")
         self._closing = threading.Event()
 
@@ -184,7 +184,7 @@ class DrawingQueue:
         """Take an order out of the queue unless it is being drawn. Returns whether it was waiting."""
         if not (drawing.future and drawing.future.cancel()):
             return False
-        if drawing not in self._waiting:  # cancelled before
+        if drawing not in self._waiting:  # it was cancelled earlier
             return False
         self._waiting.remove(drawing)
         self._tell_places()

@@ -11,9 +11,9 @@ from bestiary.files import is_folder
 
 log = logging.getLogger(__name__)
 
-RETRY_SECONDS = 5  # after which a request that found no room may be sent again
+RETRY_SECONDS = 5  # wait before retrying a request for which there was no room
 
-# Sentences of the library that users of the page meet, by the key of their translation. Groups are its values.
+# The library's errors that the page translates, by the key of the translation. Groups are the translation's values.
 SENTENCES = {
     "tooManyTokens": r"This text has (?P<count>\d+) tokens and the base reads (?P<limit>\d+):",
     "lcmBase": r"The scheduler 'lcm' needs a latent consistency model",

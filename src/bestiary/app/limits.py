@@ -13,8 +13,8 @@ from starlette.types import Scope
 FIRST_FAILURES = 3  # each costs FIRST_SECONDS; every later one doubles the wait
 FIRST_SECONDS = 1.0
 MAX_SECONDS = 60.0
-FORGET_SECONDS = 900.0  # after which failures no longer count
-MAX_ADDRESSES = 10_000  # that are remembered
+FORGET_SECONDS = 900.0  # after this time, failures no longer count
+MAX_ADDRESSES = 10_000  # number of addresses whose failures are stored
 
 
 def address_of(scope: Scope) -> str:

@@ -65,8 +65,8 @@ class Offer:
     side: int | None = None
     sha256: str | None = None
     modules: Mapping[str, int] = field(default_factory=dict)
-    few_step: bool = False  # distilled for a few steps, which `defaults` then are for
-    export: bool = False  # drawn by OpenVINO, on the CPU; it holds no base to compare with, and has one weight
+    few_step: bool = False  # a few-step adapter; `defaults` then has its steps
+    export: bool = False  # OpenVINO draws it on the CPU, at one weight; there is no base to compare with
 
     @property
     def name(self) -> str:
@@ -103,7 +103,7 @@ class UploadedImage:
 
 @dataclass(frozen=True)
 class _About:
-    """What an adapter's file says: when it was changed, the side that it was trained at, its hash, its few steps."""
+    """The metadata of an adapter's file: time of change, training size, hash, and settings of a few-step adapter."""
 
     changed: int
     side: int | None
@@ -194,7 +194,7 @@ class Offers:
         return offer
 
     def add_image(self, key: str, name: str, file: Path) -> UploadedImage:
-        """Keep an uploaded image for whoever knows its key. Raises BestiaryError when it cannot be read."""
+        """Store an uploaded image for whoever knows its key. Raises BestiaryError when it cannot be read."""
         self.images[key] = UploadedImage(key, name, file)
         try:
             _, image = self.start_image(key, 1.0)
@@ -226,7 +226,7 @@ class Offers:
 
     @contextlib.contextmanager
     def without_paths(self, names: Mapping[str, str] | None = None) -> Iterator[None]:
-        """Replace paths in errors by names: users of the page must not learn where this machine keeps its files."""
+        """Replace paths in errors by names: users of the page must not learn this machine's folders."""
         try:
             yield
         except RefusedError:
@@ -256,7 +256,7 @@ class Offers:
         for version in reversed(found):
             offers.append(_registered_offer(version, last))
             if is_accepted(version) and find_spec("openvino"):
-                with contextlib.suppress(BestiaryError):  # tags that make no sense must not hide the other adapters
+                with contextlib.suppress(BestiaryError):  # invalid tags of one version must not hide the other adapters
                     offers.append(_fast_offer(version, offers[-1]))
         return offers
 
@@ -287,7 +287,7 @@ class Offers:
         return offers
 
     def _about(self, file: Path) -> _About:
-        """What an adapter's file says of itself. It is read again when it has changed."""
+        """The metadata of an adapter's file. It is read again when the file has changed."""
         from bestiary.diffusion.adapter import adapter_sha256
         from bestiary.diffusion.adapter_reading import read_adapter
 
@@ -295,7 +295,7 @@ class Offers:
         known = self._read.get(file)
         if known is None or known.changed != changed:
             side, few_step = None, None
-            with contextlib.suppress(BestiaryError):  # a broken file is named when somebody draws with it
+            with contextlib.suppress(BestiaryError):  # drawing with a broken file reports it
                 content = read_adapter(file)
                 side, few_step = content.provenance.resolution, content.few_step
             known = self._read[file] = _About(changed, side, adapter_sha256(file), few_step)

@@ -34,11 +34,11 @@ from bestiary.samplers import SamplerName, SamplingChanges
 # A program that names one of OpenAI's own models draws with the champion: only its base URL has to change.
 OPENAI_MODELS = re.compile(r"gpt-image-.*|chatgpt-image-latest|dall-e-[23]")
 MAX_PICTURES = 10
-NAME = "openai"  # of these orders in the queue
+NAME = "openai"  # marks this API's orders in the queue
 
 
 class ImagesRequest(BaseModel):
-    """What OpenAI's clients send. The last eight fields are ours: clients send them as `extra_body`."""
+    """What OpenAI's clients send. The last eight fields are Bestiary's: clients send them as `extra_body`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -46,8 +46,8 @@ class ImagesRequest(BaseModel):
     model: str | None = None
     n: int | None = Field(default=None, ge=1, le=MAX_PICTURES)
     size: str | None = None
-    response_format: Literal["b64_json"] | None = None  # pictures are stored nowhere, so they have no URL
-    output_format: Literal["png"] | None = None  # only a PNG carries the settings
+    response_format: Literal["b64_json"] | None = None  # pictures are not stored, so they have no URL
+    output_format: Literal["png"] | None = None  # only a PNG stores the settings
     background: Literal["auto", "opaque"] | None = None
     stream: Literal[False] | None = None
     partial_images: Literal[0] | None = None
@@ -66,7 +66,7 @@ class ImagesRequest(BaseModel):
 
     @property
     def changes(self) -> SamplingChanges:
-        """What the request says of the sampling. Raises InvalidError when the size is none."""
+        """The requested sampling. Raises InvalidError when the size is invalid."""
         width, height = _sides(self.size)
         return SamplingChanges(
             sampler=self.scheduler,

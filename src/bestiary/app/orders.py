@@ -12,8 +12,8 @@ from bestiary.app.errors import InvalidError, RefusedError
 from bestiary.params import rising
 from bestiary.samplers import DEFAULT_DENOISE, MAX_ADAPTER_WEIGHT, MAX_ADAPTERS, Decoder, SamplerName, SamplingChanges
 
-MAX_SIDE, SIDE_STEP = 1024, 64  # pixels, of the square pictures on offer; others have at most as many pixels
-MAX_WORK = 500_000_000  # of one order, in pixels x steps: 16 pairs of 512 x 512 pixels in 50 steps are 419 million
+MAX_SIDE, SIDE_STEP = 1024, 64  # pixels a side of a square picture; other shapes have at most as many pixels
+MAX_WORK = 500_000_000  # pixels x steps of one order: 16 pairs of 512 x 512 pixels in 50 steps are 419 million
 Side = Annotated[int, Field(multiple_of=samplers.SIDE_STEP, ge=32, le=2 * MAX_SIDE)]
 Weight = Annotated[float, Field(ge=0, le=MAX_ADAPTER_WEIGHT)]
 NoiseLevel = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -36,8 +36,8 @@ class Order(BaseModel):
 
     adapter: str = "none"
     adapter_weight: Weight = 1.0
-    more_adapters: tuple[WeightedKey, ...] = Field(default=(), max_length=MAX_ADAPTERS - 1)  # beside the first
-    base: str = ""  # empty: the one that the adapter was trained on
+    more_adapters: tuple[WeightedKey, ...] = Field(default=(), max_length=MAX_ADAPTERS - 1)  # in addition to the first
+    base: str = ""  # empty: the adapter's base
     device: str = ""  # empty: the best one
     animal: str = Field(default="", max_length=200)
     prompt: str = Field(default="", max_length=1000)  # replaces the sentence around the animal
@@ -52,7 +52,7 @@ class Order(BaseModel):
     height: Side | None = None
     image: str = ""  # the key of an uploaded image to start from; empty: noise
     denoise: float = Field(default=DEFAULT_DENOISE, gt=0, le=1)
-    decoder: Decoder | None = None  # None: as the adapter was evaluated
+    decoder: Decoder | None = None  # None: the decoder of the adapter's evaluation
     compare: bool = False  # also draw the base with each seed; beside a few-step adapter, with its defaults
     preview: bool = True
 
@@ -114,7 +114,7 @@ class Order(BaseModel):
 
     @property
     def changes(self) -> SamplingChanges:
-        """What the order says of the sampling."""
+        """The ordered sampling."""
         return SamplingChanges(
             sampler=self.scheduler,
             steps=self.steps,

@@ -10,7 +10,7 @@ from bestiary.app.errors import InvalidError, public_sentence, retry_headers, st
 from bestiary.errors import BestiaryError
 
 OPENAI, A1111 = "/v1", "/sdapi/v1"
-OPENAI_STATUS = {422: 400}  # OpenAI's clients know a request that makes no sense as 400
+OPENAI_STATUS = {422: 400}  # OpenAI's clients expect 400 for an invalid request
 CODES = {401: "invalid_api_key", 404: "not_found", 429: "rate_limit_exceeded"}
 FAILURE = "The picture could not be drawn. The server's log has the details."
 
@@ -55,12 +55,12 @@ async def not_here(request: Request, error: Exception) -> Response:
 
 
 async def failed(request: Request, _: Exception) -> Response:
-    """Answer a request that ends with an error of ours, which the log describes."""
+    """Answer a request that ends with an unexpected error. The log has the details."""
     return refusal(request.scope["path"], FAILURE, 500)
 
 
 async def disconnected(_: Request, __: Exception) -> Response:
-    """Answer a request whose client has gone: nobody reads it."""
+    """Answer a request whose client has disconnected: nobody reads the answer."""
     return Response(status_code=422)
 
 

@@ -16,10 +16,14 @@ from bestiary.app.events import Failed, Picture, Preview
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
-FAILED_STATUS = {"failure": 500, "slowReader": 503, "goneImage": 503}  # of an order that failed, by the error's key
+FAILED_STATUS = {
+    "failure": 500,
+    "slowReader": 503,
+    "goneImage": 503,
+}  # HTTP status of a failed order, by the error's key
 TOO_MUCH = "The server has no memory left for finished pictures that wait to be sent. Order fewer pictures at once."
 
-Render = Callable[[Sequence[Picture]], object]  # an order's pictures, as JSON
+Render = Callable[[Sequence[Picture]], object]  # turns an order's pictures into JSON
 
 
 class DrawnResponse(Response):

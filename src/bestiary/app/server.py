@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 PAGE = Path(__file__).parent / "page"
 MAX_UPLOAD_MIB = 256
-MAX_NAME_LENGTH = 80  # of an uploaded file, in characters
+MAX_NAME_LENGTH = 80  # characters of an uploaded file's name
 
 
 class Server:
@@ -150,7 +150,7 @@ def launch(
             f"Other machines can reach the page at {host}, so it needs a password. Put user:password into the "
             "environment variable BESTIARY_AUTH or into a file for --auth."
         )
-    native_side(offerings.bases[0])  # the base is there and can be read
+    native_side(offerings.bases[0])  # checks that the base can be read
     with _listen(host, port) as listening:
         app = create_app(offerings, auth=auth, token=token, max_upload_mib=max_upload_mib)
         config = serving(app)
@@ -189,7 +189,7 @@ def _listen(host: str, port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
-        listening.listen()  # so that a browser that is opened at once waits instead of being refused
+        listening.listen()  # before the browser opens, so that it waits instead of failing
     except OSError as error:
         listening.close()
         raise BestiaryError(

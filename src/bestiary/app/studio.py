@@ -55,15 +55,15 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Work:
-    """What an order is drawn with. The hashes of the adapters are empty until they have been loaded."""
+    """The adapters, base and settings of an order. The hashes of the adapters are empty until they have been loaded."""
 
     base: Base
     chosen: tuple[Chosen, ...] = ()
     device: str = ""  # empty: the best one
-    any_base: bool = False  # the user chose the base, so the adapters may be drawn on another than their own
+    any_base: bool = False  # the user chose the base, so it may differ from the adapters' base
     hashes: tuple[str, ...] = ()
     start: StartImage | None = None
-    image: Image | None = None  # the one that the pictures start from
+    image: Image | None = None  # image to start from; None: noise
 
     @property
     def adapters(self) -> list[Adapter]:
@@ -244,7 +244,7 @@ class Studio:
 
         In the few steps of such an adapter and without guidance, the base would draw nothing recognisable.
         """
-        sampling = replace(sampling, adapter_weight=1.0)  # the base alone has none
+        sampling = replace(sampling, adapter_weight=1.0)  # the base alone has no adapter weight
         if not any(each.offer.few_step and each.weight for each in work.chosen):
             return sampling
         own = self.offers.defaults.sampling
@@ -274,12 +274,12 @@ class Studio:
                 raise
             raise gone() from None  # a newer upload has taken its place
         if work.hashes and self._generator.adapter_hashes != work.hashes:
-            raise gone()  # it was trained again meanwhile
+            raise gone()  # the file has changed since the order arrived
 
 
 @contextlib.contextmanager
 def stoppable(pipeline: StableDiffusionPipeline, check: Callable[[], None]) -> Iterator[None]:
-    """Inside, call `check` before every block of the UNet and of the decoder. What it raises stops the drawing."""
+    """Inside, call `check` before every block of the UNet and of the decoder. An exception in it stops the drawing."""
     from bestiary.diffusion.engines import is_exported
 
     unet, decoder = pipeline.unet, pipeline.vae.decoder

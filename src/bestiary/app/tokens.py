@@ -12,7 +12,7 @@ from bestiary.errors import BestiaryError
 
 VARIABLE = "BESTIARY_TOKEN"
 MIN_LENGTH = 16  # characters
-TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # what a header can carry
+TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # characters that a header may contain
 
 
 class Token:

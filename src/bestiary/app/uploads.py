@@ -18,16 +18,16 @@ from bestiary.errors import BestiaryError
 
 T = TypeVar("T")
 
-# Together they bound the disk space that uploads can take.
+# Together, these limit the disk space of uploads.
 MAX_STORED = 16  # a newer upload replaces the oldest of the address that has stored the most
-MAX_ARRIVING = 4  # at the same time from one address
+MAX_ARRIVING = 4  # simultaneous uploads of one address
 MAX_ARRIVING_TOGETHER = 8
 
 HEADER_LENGTH_BYTES = 8
-MAX_HEADER_MIB = 4  # of a safetensors file: names, shapes and metadata, all of which is parsed
-UPLOAD_SECONDS = 300.0  # a file that takes longer to arrive is dropped
+MAX_HEADER_MIB = 4  # of a safetensors file: names, shapes and metadata, which are all parsed
+UPLOAD_SECONDS = 300.0  # limit for the arrival of a file
 
-ZIP = b"PK\x03\x04"  # what torch.save writes
+ZIP = b"PK\x03\x04"  # first bytes of a file by torch.save
 
 
 class Uploads:
@@ -37,9 +37,9 @@ class Uploads:
         self._offers = offers
         self.max_mib = max_mib
         self._folder = tempfile.TemporaryDirectory(prefix="bestiary-uploads-")
-        self._arriving: Counter[str] = Counter()  # by address
-        self._addresses: dict[str, str] = {}  # by the key of a stored upload
-        self._reading = asyncio.Semaphore(1)  # reading a file takes memory: one at a time
+        self._arriving: Counter[str] = Counter()  # number by address
+        self._addresses: dict[str, str] = {}  # address by the key of a stored upload
+        self._reading = asyncio.Semaphore(1)  # reads one file at a time, to save memory
 
     async def receive(self, name: str, chunks: AsyncIterable[bytes], address: str = "") -> Offer:
         """Store an adapter while it arrives and offer it under a secret key, which only its uploader learns.
@@ -91,7 +91,7 @@ class Uploads:
                     await self._write(file, name, chunks, check_start)
                 async with self._reading:
                     added = await asyncio.to_thread(add, key, name, file)
-        except BaseException:  # including a browser that disconnects
+        except BaseException:  # including a disconnected browser
             file.unlink(missing_ok=True)
             raise
         self._addresses[key] = address

@@ -154,7 +154,7 @@ def caption_file(image: Path) -> Path:
 def write_captions(images: Sequence[Path], describe: Describe) -> Iterator[tuple[Path, str]]:
     """Write a caption file beside each image; yield the file and its caption, or the image and what went wrong.
 
-    No file is overwritten. After an interruption, the images without a file are those that are left.
+    No file is overwritten. After an interruption, pass the images that have no file yet.
     """
     with tqdm(total=len(images), desc="write captions", unit="image") as bar:
         for start in range(0, len(images), BATCH_SIZE):

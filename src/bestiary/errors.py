@@ -41,7 +41,7 @@ def short(value: object) -> str:
 
 
 class BestiaryError(Exception):
-    """Something that the user can put right: its text is one plain sentence, shown without a traceback."""
+    """An error that the user can correct. Its text is one plain sentence, shown without a traceback."""
 
     def __init__(self, sentence: str = "") -> None:
         super().__init__(printable(sentence))  # it may quote a file that a stranger wrote

@@ -49,7 +49,7 @@ class Weighted:
 
     @staticmethod
     def parse(text: str) -> Weighted:
-        """Read WHAT or WHAT:WEIGHT. A colon belongs to WHAT unless a weight, or an adapter, stands on its side of it.
+        """Read WHAT or WHAT:WEIGHT. A path with colons that exists has no weight.
 
         >>> Weighted.parse("models:/bestiary@champion:0.8"), Weighted.parse("models:/bestiary/3").weight
         (Weighted(what='models:/bestiary@champion', weight=0.8), None)

@@ -48,7 +48,7 @@ class Axis:
 
     @property
     def labels(self) -> list[str]:
-        """What stands beside the rows, or above the columns."""
+        """The labels beside the rows or above the columns."""
         return [
             f"{self.name} {value:g}" if isinstance(value, float) else f"{self.name} {value}" for value in self.values
         ]
@@ -113,7 +113,7 @@ class Grid:
     def parse(texts: Sequence[str]) -> Grid | None:
         """Read at most two axes; None for none. A text may hold both: "weight=0.4,1 seed=1,2".
 
-        Raises BestiaryError for what is no grid.
+        Raises BestiaryError when the text is no grid.
         """
         texts = [axis for text in texts for axis in re.split(r"\s+(?=\w+\s*=)", text.strip())]
         if len(texts) > 2:

@@ -1,4 +1,4 @@
-"""Teach one subject with one command: from a folder of photos to the pipeline's result, with a way back."""
+"""Teach one subject with one command: from a folder of photos to the pipeline's result. A failure undoes it."""
 
 from __future__ import annotations
 
@@ -81,10 +81,9 @@ class Plan:
 def learn(lesson: Lesson, tell: Tell, estimated: Callable[[Plan], Iterator[str]] | None = None) -> bool:
     """Put the photos into data/, write the settings and run the pipeline.
 
-    `estimated` gives lines that are told before the pipeline starts. Returns False when all of this had been done
-    before, and only then nothing is run. When the pipeline fails or is stopped, data/, data.dvc, subjects.yaml and
-    params.yaml are as they were before, and the same command resumes.
-    Raises BestiaryError for a mistake of the user's.
+    `estimated` gives lines to print before the pipeline starts. Returns False, without running anything, when all of
+    this was done before. When the pipeline fails or is stopped, data/, data.dvc, subjects.yaml and params.yaml are
+    restored, and the same command resumes. Raises BestiaryError for a user's mistake.
     """
     root = find_project()
     if root is None or not (root / "dvc.yaml").is_file():
@@ -161,7 +160,7 @@ def params_with_profile(root: Path, profile: str | None) -> Params:
 
 
 def estimate_plan(plan: Plan) -> Iterator[str]:
-    """What running the plan takes on this machine. An estimate that fails is no reason not to run it."""
+    """The time, memory and disk of the plan, as lines. If the estimate fails, a line says so and the plan runs."""
     from bestiary.estimating import estimate, images_of, render
 
     yield "Measuring what this takes on this machine ..."
@@ -283,7 +282,7 @@ def _profiles(root: Path) -> list[str]:
 
 
 def _checked(root: Path, name: str, text: str, read: Callable[[Path], Any]) -> Any:
-    """What `read` makes of the text that `name` is to hold. Errors name the file by its own name."""
+    """The result of `read` on the future text of the file `name`. Errors contain that name."""
     staged = root / WORK / "checked" / name
     write_atomically(staged, text.encode())
     try:

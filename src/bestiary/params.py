@@ -1,6 +1,6 @@
-"""Typed parameters: `params.yaml` with its profile applied, refusing what it does not know.
+"""Typed parameters: `params.yaml` with its profile applied. Unknown keys are refused.
 
-No parameter has a default here: what is not in params.yaml DVC does not see change.
+No parameter has a default here, because DVC only sees changes in params.yaml.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class Encode(Section):
 
 
 class Preservation(Section):
-    """What of the base training preserves. `samples` counts those of one optimizer step, as `batch_size` does."""
+    """How training preserves the base's pictures. `samples` counts one optimizer step's, as `batch_size` does."""
 
     kind: Literal["none", "noised", "drawn", "both"]
     weight: float = Positive
@@ -390,9 +390,9 @@ class Params(Section):
 def load_params(path: Path = Path("params.yaml")) -> Params:
     """Read `path`, merge its shared keys, its profile and its recipe, and validate every key.
 
-    A key that the profile sets may have a value in the shared part, which then wins: `dvc exp run -S train.steps=60`
-    writes it there. Raises BestiaryError that names the key when the file is missing, is no YAML, names an unknown
-    profile or recipe, or holds an unknown key or a value of the wrong type.
+    A value in the shared part overrides the profile's: `dvc exp run -S train.steps=60` writes it there. Raises
+    BestiaryError that names the key when the file is missing, is no YAML, names an unknown profile or recipe, or holds
+    an unknown key or a value of the wrong type.
     """
     try:
         raw = read_yaml(path)

@@ -245,9 +245,9 @@ def _fast_lines(acceptance: AcceptanceReport) -> Iterator[str]:
 
 
 def _holds_adapter(evaluation: EvaluationReport) -> bool:
-    """Whether the evaluated adapter is still at its place. True where there is none, as in a fresh clone.
+    """Whether the evaluated adapter is still in its folder. True if there is no adapter, as in a fresh clone.
 
-    With another weight than 1, the evaluated adapter is a copy in reports/operating_point that names its source.
+    With a weight other than 1, the evaluated adapter is a copy in reports/operating_point that names its source.
     """
     from bestiary.diffusion.adapter_format import FILE_NAME
 

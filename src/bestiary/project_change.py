@@ -1,4 +1,4 @@
-"""A change of a project's data and settings that is undone unless it is kept, even when this process is killed."""
+"""A change of a project's data and settings. Until it is made final, it is undone, even if this process is killed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BUSY_SECONDS = 15.0  # to wait for a DVC that was killed
 
 
 class _Journal(BaseModel):
-    """What was there before a change, and what the change writes. Files by name, as base64; None: no such file."""
+    """The state before a change, and the files that the change writes: by name, as base64; None: no such file."""
 
     before: dict[str, str | None]
     after: dict[str, str | None]
@@ -124,7 +124,7 @@ class ProjectChange:
     def undo(self) -> str | None:
         """Put everything back as it was before an unfinished change; returns a note about what could not be, if any.
 
-        What somebody has edited since then stays as edited.
+        Edits since then are not undone.
         """
         journal = self._read()
         if journal is None:
@@ -211,7 +211,7 @@ def _restore(path: Path, packed: str | None) -> None:
 
 
 def _index_entry(root: Path) -> str | None:
-    """What Git's index holds of data.dvc, as `mode,object`: DVC stages the file when it tracks data/."""
+    """The entry of data.dvc in Git's index, as `mode,object`: DVC stages the file when it tracks data/."""
     done = _git(root, "ls-files", "--stage", "--", DATA_DVC)
     if done is None:
         return None

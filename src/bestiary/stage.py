@@ -225,7 +225,7 @@ class StageRun:
 
 @contextlib.contextmanager
 def _one_line_errors(name: str) -> Iterator[None]:
-    """Print what a user can put right as one line and exit; let every other exception through."""
+    """Print a BestiaryError as one line and exit; let every other exception through."""
     try:
         yield
     except BestiaryError as error:

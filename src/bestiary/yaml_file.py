@@ -76,7 +76,7 @@ def parse_table(text: str, path: Path) -> Table | None:
             return Table(())
         if not isinstance(node, MappingNode):
             return None
-        # A constructor of its own for each: it keeps what it has made.
+        # A new constructor for each value, because a constructor caches the objects that it made.
         values = [YAML(typ="safe", pure=True).constructor.construct_object(value, deep=True) for _, value in node.value]
     entries = [
         Entry(str(key.value), value, key.start_mark.line) for (key, _), value in zip(node.value, values, strict=True)

@@ -38,7 +38,7 @@ class Adapter:
     base_sha256: str | None
     defaults: DrawingDefaults | None = None  # how it was evaluated, or is meant to be drawn with
     notes: tuple[str, ...] = ()  # what was assumed about it, for the user to read
-    few_step: bool = False  # distilled for a few steps, which `defaults` then are for
+    few_step: bool = False  # a few-step adapter; `defaults` then has its steps
     subjects: tuple[Subject, ...] = ()  # that a registered adapter was taught, in the words of its captions
     export: Path | None = None  # the folder of an OpenVINO export of it, or of its accepted fast variant
     no_export: str = ""  # why its accepted fast variant cannot be used, in a sentence

@@ -71,7 +71,7 @@ class Weighted:
                 f"Write for example {shown(what, 200)}:0.8"
             )
         if what == "none":
-            raise BestiaryError("Without an adapter there is nothing to weigh. Write --adapter none.")
+            raise BestiaryError("'none' is no adapter, so it has no weight. Write --adapter none.")
         return Weighted(what, weight)
 
 

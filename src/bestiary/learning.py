@@ -139,7 +139,7 @@ def make_plan(root: Path, lesson: Lesson, tell: Tell) -> Plan:
         folders = _few(sorted({path.split("/")[0] for path in there}))
         raise BestiaryError(
             f"data/ holds other data already ({folders}), and an adapter of one subject is trained on its photos alone."
-            " Add --replace to put that data aside, into put-aside/."
+            " Add --replace to move that data to put-aside/."
         )
     return Plan(files, photos, data, params, lesson.folder, listing.images[lesson.folder], is_in_place)
 

@@ -118,7 +118,7 @@ class ProjectChange:
         except BaseException as error:
             self.undo()
             if isinstance(error, OSError):
-                raise BestiaryError(f"data/ cannot be changed: {error.strerror}. It is as it was.") from None
+                raise BestiaryError(f"data/ cannot be changed: {error.strerror}. Nothing has changed.") from None
             raise
 
     def undo(self) -> str | None:

@@ -123,7 +123,7 @@ def _read_text(path: Path) -> str:
     with path.open("rb") as file:
         content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
-        raise BestiaryError(f"{path} is larger than {MAX_BYTES // 2**20} MiB, which no settings are.")
+        raise BestiaryError(f"{path} is larger than {MAX_BYTES // 2**20} MiB. Use a smaller file.")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:

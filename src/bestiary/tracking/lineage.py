@@ -99,4 +99,4 @@ def _started(run: StoredRun) -> str:
     try:
         return datetime.fromtimestamp(run.start_time / 1000, UTC).strftime("%Y-%m-%d %H:%M UTC")
     except (OSError, OverflowError, TypeError, ValueError):
-        raise BestiaryError(f"The start of the run {run.run_id} is {short(run.start_time)}: no time.") from None
+        raise BestiaryError(f"The run {run.run_id} has an invalid start time: {short(run.start_time)}.") from None

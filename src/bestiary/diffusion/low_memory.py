@@ -22,8 +22,7 @@ def low_memory(settings: Train, processes: int) -> Train:
     """The settings with which training really runs on this many processes.
 
     With `low_memory`, each process takes one image at a time, recomputes activations, does not compile, and has the
-    8-bit optimizer where it works. Without it, the settings are returned as they are. The
-    function is idempotent.
+    8-bit optimizer where it works. Without it, the settings are returned as they are. The function is idempotent.
 
     Raises BestiaryError when low_memory is on and the images of a step cannot be split evenly over the processes.
     """

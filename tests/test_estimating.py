@@ -14,7 +14,7 @@ from bestiary.diffusion.low_memory import low_memory
 from bestiary.diffusion.optimization import start_adapter
 from bestiary.estimating import estimate, images_of, lines, render
 from bestiary.evaluation import rates as measuring
-from bestiary.evaluation.rates import Request, growing
+from bestiary.evaluation.rates import Request, StepPart, growing
 from bestiary.learning import params_with_profile
 from bestiary.params import Params, Train, load_params
 
@@ -102,17 +102,18 @@ def test_sizes_grow_to_the_real_one() -> None:
 
 
 def test_each_process_of_training_takes_its_share_of_a_step() -> None:
-    def share(processes: int, preserved: int = 0, **changes: object) -> measuring.StepParts:
+    def share(processes: int, preserved: int = 0, **changes: object) -> StepPart:
         kept = {"kind": "noised" if preserved else "none", "weight": 0.3, "samples": preserved or 4}
-        settings = train_settings(batch_size=16, preservation=kept, **changes)
-        return measuring.StepParts.of(low_memory(settings, processes), processes)
+        settings = train_settings(**{"batch_size": 16, "preservation": kept, **changes})
+        return StepPart.of(low_memory(settings, processes), processes)
 
-    assert share(1) == measuring.StepParts(at_a_time=16, times=1)
-    assert share(2) == measuring.StepParts(at_a_time=8, times=1)
-    assert share(2, accumulation=4) == measuring.StepParts(at_a_time=2, times=4)
-    assert share(2, preserved=4) == measuring.StepParts(at_a_time=10, times=1)
-    assert share(2, low_memory=True) == measuring.StepParts(at_a_time=1, times=8)
-    assert share(2, preserved=4, low_memory=True) == measuring.StepParts(at_a_time=1, times=10)
+    assert share(1) == StepPart(images=16, preserved=0, times=1)
+    assert share(2) == StepPart(images=8, preserved=0, times=1)
+    assert share(2, accumulation=4) == StepPart(images=2, preserved=0, times=4)
+    assert share(2, preserved=4) == StepPart(images=8, preserved=2, times=1)
+    assert share(2, low_memory=True) == StepPart(images=1, preserved=0, times=8)
+    assert share(2, preserved=4, low_memory=True) == StepPart(images=1, preserved=1, times=5)
+    assert share(1, preserved=4, low_memory=True, batch_size=1) == StepPart(images=1, preserved=4, times=1)
 
 
 @pytest.mark.parametrize(("launch", "graph"), [("", True), ("torchrun --nproc-per-node 2", False)])
@@ -133,14 +134,14 @@ def test_the_memory_that_a_training_steps_graph_keeps_is_measured(
     bench = measuring._Bench(sample(), 1.0)
     monkeypatch.setattr(bench, "device", torch.device("cuda"))
     monkeypatch.setattr("bestiary.diffusion.optimization.start_adapter", start_on_cpu)
-    step = measuring._TrainingStep(bench)
+    step = measuring._TrainingStep(bench, StepPart(images=3, preserved=1, times=1))
     assert step.is_graph == graph
     bench.device = torch.device("cpu")
     for batch in (4, 8):
         size = measuring.Size(batch, 64)
-        step.prepare(size)
+        assert step.prepare(size) == (batch * 3 / 4 if graph else 0)  # only the images are in the graph
         step(size)
-    assert step.graph_mib(measuring.Size(16, 64)) == (16 if graph else 0)  # extrapolated
+    assert step.graph_mib(measuring.Size(16, 64)) == (12 if graph else 0)  # extrapolated
     assert (step.predict.fast is not None) == graph
 
 

@@ -16,7 +16,7 @@ from support.sciencedb_server import serving
 from bestiary import cli, preflight
 from bestiary.errors import BestiaryError
 from bestiary.estimating import lines
-from bestiary.evaluation.rates import Rates
+from bestiary.evaluation.rates import Rate, Rates, StepPart
 from bestiary.learning import params_with_profile
 from bestiary.params import FewStepModel, Params, load_params
 from bestiary.preflight import Check, checks, disk, memory, time_needed
@@ -134,39 +134,57 @@ def test_another_dvc_command_and_a_batch_that_cannot_be_split_are_found(
 
 
 def on_gpu(**changes: object) -> Rates:
-    """Rates of a GPU with 8 GiB, 7 of them free."""
-    return measured(device_free_mib=7168.0, **changes)
+    """Rates of a GPU with 8 GiB, 7 of them free, on which everything needs 2 GiB besides these changes."""
+    small = dict.fromkeys(("encode", "row", "single_row", "decode", "step"), needing(2048.0))
+    return measured(**{"device_free_mib": 7168.0, **small, **changes})
 
 
-def needing(device_mib: float) -> object:
-    return rate(0.1).model_copy(update={"peak_device_mib": device_mib})
+def needing(device_mib: float, more_for_each_picture: float = 0.0) -> Rate:
+    """A rate that was measured at 512 x 512 pixels with one picture and two."""
+    known = {number * 512**2: device_mib + (number - 1) * more_for_each_picture for number in (1, 2)}
+    return rate(0.1).model_copy(update={"device_mib": known})
 
 
 def test_the_memory_check_counts_the_gpus_memory_and_says_what_to_lower(night: Params) -> None:
-    small = needing(2048.0)
-    others = {"encode": small, "row": small, "single_row": small, "decode": small}
     for train_mib, mark in ((6000.0, "ok"), (9000.0, "FAIL")):
-        rates = on_gpu(step=needing(train_mib), **others)
+        rates = on_gpu(step=needing(train_mib))
         check = memory(rates, lines(night, SAMPLE, rates))
         assert check.mark == mark
         assert ("train needs 8.8 GiB of 7.0 GiB. Set train.low_memory to true" in check.text) == (mark == "FAIL")
-    rates = on_gpu(step=needing(4096.0), graph_mib=3072.0, **others)  # validations compute beside the graph
+    rates = on_gpu(step=needing(4096.0), graph_mib=3072.0)  # validations compute beside the graph
     check = memory(rates, lines(night, SAMPLE, rates))
     assert "train 5.0 GiB" in check.text
     assert check.text.endswith("training measured with a real step, as a CUDA graph that keeps 3.0 GiB")
-    rates = on_gpu(step=small, **others | {"row": needing(9000.0)})  # a whole batch is drawn
-    for low_memory in (False, True):
-        train = night.train.model_copy(update={"low_memory": low_memory})
-        check = memory(rates, lines(night.model_copy(update={"train": train}), SAMPLE, rates))
-        assert ("train 2.0 GiB" in check.text) == low_memory
-    rates = on_gpu(step=small, **others | {"encode": needing(9000.0)})
-    check = memory(rates, lines(night, SAMPLE, rates))
-    assert check.mark == "note"
-    assert "encode needs 8.8 GiB of 7.0 GiB. It will halve its batches." in check.text
+    rates = on_gpu(judge_mib=1024.0)  # beside the stages that use it; low_memory has it on the CPU
+    assert "train 3.0 GiB, evaluate 3.0 GiB" in memory(rates, lines(night, SAMPLE, rates)).text
+    assert "train 2.0 GiB, evaluate 3.0 GiB" in memory(rates, lines(with_low_memory(night), SAMPLE, rates)).text
     rates = measured(step=rate(900.0, scaled_by=1024.0))
     check = memory(rates, lines(night, SAMPLE, rates), free_mib=65536.0)
     assert check.mark == "note"
     assert check.text.startswith("at least ")
+
+
+def with_low_memory(params: Params) -> Params:
+    return params.model_copy(update={"train": params.train.model_copy(update={"low_memory": True})})
+
+
+def test_batches_that_are_halved_make_no_run_fail(night: Params) -> None:
+    def note(params: Params = night, images: int = 4, **changes: object) -> Check:
+        rates = on_gpu(part=StepPart(images=images, preserved=0, times=16 / images), **changes)
+        return memory(rates, lines(params, SAMPLE, rates))
+
+    assert (note(encode=needing(2048.0, 1024.0)).mark, note(encode=needing(7000.0)).mark) == ("note", "FAIL")
+    assert "encode needs 33.0 GiB of 7.0 GiB. It will halve its" in note(encode=needing(2048.0, 1024.0)).text
+    # 8 guided pictures of the sheet, 16 of an evaluation, and 8 of a benchmark
+    found = note(row=needing(2048.0, 350.0))
+    assert found.mark == "note"
+    assert "train needs 7.1 GiB of 7.0 GiB. It will halve the batches of the sheet." in found.text
+    assert "evaluate needs 12.6 GiB of 7.0 GiB. It will halve its batches." in found.text
+    assert "benchmark needs 7.1 GiB of 7.0 GiB. It will skip the settings that do not fit." in found.text
+    assert "train 2.3 GiB" in note(with_low_memory(night), 1, row=needing(2048.0, 350.0)).text  # one picture
+    preserving = night.train.preservation.model_copy(update={"kind": "noised"})
+    kept = night.model_copy(update={"train": night.train.model_copy(update={"preservation": preserving})})
+    assert note(kept, row=needing(2048.0, 350.0)).mark == "FAIL"  # 16 predictions at once, which are not halved
 
 
 def test_disk_and_time_have_limits(tmp_path: Path, night: Params) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from bestiary.data.inspection import cores
@@ -44,12 +45,17 @@ class Images:
 
 @dataclass(frozen=True)
 class Line:
-    """What one stage takes. memory_mib is the process's, device_mib that of the GPU."""
+    """What one stage takes.
+
+    memory_mib is the process's. device_mib is that of the GPU, of which work that cannot halve its batches needs
+    least_device_mib.
+    """
 
     stage: str
     seconds: float
     memory_mib: float | None = None
     device_mib: float | None = None
+    least_device_mib: float | None = None
     disk_bytes: float = 0.0
 
 
@@ -71,15 +77,10 @@ def lines(params: Params, images: Images, rates: Rates) -> list[Line]:
     adapter = 4.0 * rates.trainable_parameters
     pictures_bytes = evaluated * side**2 * PICTURE_BYTES
 
-    def line(stage: str, work: float, *memory: Rate, disk: float = 0.0) -> Line:
-        devices = [rate.peak_device_mib for rate in memory if rate.peak_device_mib is not None]
-        return Line(
-            stage,
-            rates.start_s + work,
-            max((rate.peak_mib for rate in memory), default=None),
-            max(devices, default=None),
-            disk,
-        )
+    def line(stage: str, work: float, *memory: Rate, gpu: _Gpu | None = None, disk: float = 0.0) -> Line:
+        peak = max((rate.peak_mib for rate in memory), default=None)
+        most, least = (gpu.most, gpu.least) if gpu else (None, None)
+        return Line(stage, rates.start_s + work, peak, most, least, disk)
 
     return [
         line("download", 0.0, disk=DVC_COPIES * images.bytes),
@@ -89,6 +90,7 @@ def lines(params: Params, images: Images, rates: Rates) -> list[Line]:
             "encode",
             images.count * variants * rates.encode.seconds,
             rates.encode,
+            gpu=_Gpu.halving(partial(_encoding_mib, params, rates), params.encode.batch_size * variants),
             disk=DVC_COPIES * (images.count * latents + captions),
         ),
         # Checkpoints hold the adapter, its average and the optimizer's two averages.
@@ -96,7 +98,8 @@ def lines(params: Params, images: Images, rates: Rates) -> list[Line]:
             "train",
             _training(params, images, rates),
             rates.step,
-            _validating(params, rates),
+            _validated_row(params, rates),
+            gpu=_training_gpu(params, images, rates),
             disk=(DVC_COPIES + 4) * adapter,
         ),
         line(
@@ -104,19 +107,65 @@ def lines(params: Params, images: Images, rates: Rates) -> list[Line]:
             evaluated * drawing + (evaluated + images.count) * rates.judge_s * judges,
             rates.row,
             rates.decode,
+            gpu=_Gpu.halving(
+                partial(_drawing_mib, params, rates), params.evaluate.batch_size, judges * rates.judge_mib
+            ),
             disk=pictures_bytes,
         ),
-        line("benchmark", _benchmark(params, rates), rates.single_row, rates.decode),
+        line(
+            "benchmark",
+            _benchmark(params, rates),
+            rates.single_row,
+            rates.decode,
+            gpu=_Gpu.halving(partial(_drawing_mib, params, rates), max(params.benchmark.batch_sizes), rates.judge_mib),
+        ),
         line("register", 2 * rates.start_s, rates.single_row, disk=adapter + train.rank),
     ]
 
 
-def _validating(params: Params, rates: Rates) -> Rate:
-    """A row of a validation or a sheet. The graph of the training step keeps its memory meanwhile."""
-    row = _validated_row(params, rates)
-    if row.peak_device_mib is None:
-        return row
-    return row.model_copy(update={"peak_device_mib": row.peak_device_mib + rates.graph_mib})
+@dataclass(frozen=True)
+class _Gpu:
+    """MiB of a GPU's memory: the most that a stage uses, and what it needs even with halved batches."""
+
+    most: float
+    least: float
+
+    @classmethod
+    def halving(cls, needed: Callable[[int], float | None], batch: int, beside: float = 0.0) -> _Gpu | None:
+        """Of work that takes `needed(batch)`, beside other memory, and can halve its batches down to one."""
+        most, least = needed(batch), needed(1)
+        return None if most is None or least is None else cls(most + beside, least + beside)
+
+
+def _encoding_mib(params: Params, rates: Rates, pictures: int) -> float | None:
+    return rates.encode.device_mib_at(pictures * params.encode.resolution**2)
+
+
+def _drawing_mib(params: Params, rates: Rates, pictures: int) -> float | None:
+    """MiB of a GPU's memory to draw so many guided pictures at once."""
+    pixels = pictures * params.encode.resolution**2
+    row, decode = rates.row.device_mib_at(2 * pixels), rates.decode.device_mib_at(pixels)
+    return None if row is None or decode is None else max(row, decode)
+
+
+def _training_gpu(params: Params, images: Images, rates: Rates) -> _Gpu | None:
+    """Steps, validations and the predictions to preserve cannot halve their batches; the sheet can."""
+    from bestiary.diffusion.preservation import BATCH_SIZE
+    from bestiary.evaluation.watching import BATCH_SIZE as SHEET
+
+    train, pixels, part = params.train, params.encode.resolution**2, rates.part
+    drawn = min(train.sheet_animals, images.classes) * train.sheet_seeds
+    sheet = _Gpu.halving(partial(_drawing_mib, params, rates), 1 if train.low_memory else min(SHEET, drawn))
+    step = rates.step.device_mib_at(part.rows * pixels)
+    validation = rates.row.device_mib_at(part.images * pixels)
+    if sheet is None or step is None or validation is None:
+        return None
+    judge = 0.0 if train.low_memory else rates.judge_mib  # with low_memory, it is on the CPU
+    beside = rates.graph_mib + judge  # the graph of the training step keeps its memory meanwhile
+    least = [step + judge, max(validation, sheet.least) + beside]
+    if train.preservation.kind != "none":
+        least.append(rates.row.device_mib_at((1 if train.low_memory else BATCH_SIZE) * pixels) or 0.0)
+    return _Gpu(max(*least, sheet.most + beside), max(least))
 
 
 def _validated_row(params: Params, rates: Rates) -> Rate:

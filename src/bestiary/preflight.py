@@ -26,11 +26,21 @@ FAR = 8.0  # a measured step this many times smaller than the real one says litt
 SCIENCEDB_TIMEOUT_SECONDS = 15.0
 SHRINK = {
     "encode": "Lower encode.batch_size.",
-    "train": "Set train.low_memory to true (docs/real-run.md); if it is true already, lower encode.resolution.",
+    "train": (
+        "Set train.low_memory to true (docs/real-run.md). If it is true already, lower encode.resolution, or "
+        "train.preservation.samples if it preserves any."
+    ),
     "evaluate": "Lower evaluate.batch_size.",
     "benchmark": "Lower benchmark.batch_sizes.",
+    "register": "Close other programs.",
 }
-HALVES = ("encode", "evaluate")  # stages that halve their batches when a GPU's memory is full
+# What a stage does when a GPU's memory is full, but fits its smallest batch.
+HALVED = {
+    "encode": "It will halve its batches.",
+    "train": "It will halve the batches of the sheet.",
+    "evaluate": "It will halve its batches.",
+    "benchmark": "It will skip the settings that do not fit.",
+}
 
 
 @dataclass(frozen=True)
@@ -274,12 +284,15 @@ def memory(rates: Rates, lines: Sequence[Line], free_mib: float | None = None) -
         need, free = (line.device_mib, rates.device_free_mib) if on_gpu else (line.memory_mib, free_mib)
         if need is None or free is None:
             continue
-        shown.append(f"{line.stage} {shown_size(need)}")
+        if on_gpu == (rates.device_free_mib is not None):
+            shown.append(f"{line.stage} {shown_size(need)}")
         if need > free * MEMORY_SHARE:
-            halves = on_gpu and line.stage in HALVES
-            fails = fails or not halves
-            advice = "It will halve its batches." if halves else SHRINK.get(line.stage, "")
-            problems.append(f"{line.stage} needs {shown_size(need)} of {shown_size(free)}. {advice}".strip())
+            least = line.least_device_mib if on_gpu and line.least_device_mib is not None else need
+            fits = least <= free * MEMORY_SHARE
+            fails = fails or not fits
+            smaller = on_gpu and line.stage != "train"  # than one image
+            advice = HALVED[line.stage] if fits else "Lower encode.resolution." if smaller else SHRINK[line.stage]
+            problems.append(f"{line.stage} needs {shown_size(need)} of {shown_size(free)}. {advice}")
     kind = "GPU memory" if rates.device_free_mib is not None else "memory"
     free = rates.device_free_mib if rates.device_free_mib is not None else free_mib
     how = (

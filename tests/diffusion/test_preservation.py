@@ -1,5 +1,5 @@
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,14 @@ from bestiary.diffusion.adapter_format import Provenance
 from bestiary.diffusion.base import load_pipeline, load_scheduler, load_unet
 from bestiary.diffusion.encoding import encode_images
 from bestiary.diffusion.latents import Latents
+from bestiary.diffusion.low_memory import low_memory as settings_of
 from bestiary.diffusion.preservation import Preserved, class_word_of, preservation_error, preserve
 from bestiary.diffusion.sampling import generate
 from bestiary.diffusion.training import train
 from bestiary.errors import BestiaryError
+from bestiary.evaluation import rates
+from bestiary.evaluation.rates import StepPart
+from bestiary.params import load_params
 from bestiary.samplers import Sampling
 from bestiary.subjects import Subject, subject_of
 
@@ -201,6 +205,37 @@ def test_low_memory_takes_preserved_samples_one_at_a_time(base: Path, noised: La
     whole = adapter_weights(run_training(base, noised, **settings)[1])
     for first, second in zip(adapter_weights(unet), whole, strict=True):
         torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_preflight_measures_the_step_that_training_takes(
+    base: Path, noised: Latents, low_memory: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows of each forward pass, and how many of them share a backward pass."""
+    settings = train_settings(steps=1, batch_size=1, preservation=NOISED, low_memory=low_memory)
+    events: list[object] = []
+    backward: Callable[[torch.Tensor], None] = torch.Tensor.backward
+
+    def noted(loss: torch.Tensor) -> None:
+        events.append("backward")
+        backward(loss)
+
+    def listen(module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        if module.training:
+            events.append(len(inputs[0]))
+
+    monkeypatch.setattr(torch.Tensor, "backward", noted)
+
+    unet = load_unet(base)
+    unet.register_forward_pre_hook(listen)
+    train(unet, load_scheduler(base), noised, settings, seed=0)
+    trained, settings, params = events.copy(), settings_of(settings, 1), load_params(ROOT / "params.yaml")
+    events.clear()
+    model, part = params.base.model_copy(update={"model": str(base)}), StepPart.of(settings, processes=1)
+    bench = rates._Bench(params.model_copy(update={"base": model, "train": settings}), 1.0)
+    bench.unet.register_forward_pre_hook(listen)
+    rates._TrainingStep(bench, part)(rates.Size(part.rows, 32))
+    assert events == trained == ([1, 1, 1, 1, 1, "backward"] if low_memory else [1, 4, "backward"])
 
 
 def test_latents_of_several_sizes_are_preserved(base: Path, pictures: Path, tmp_path: Path) -> None:

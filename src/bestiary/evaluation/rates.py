@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,9 @@ from bestiary.params import Params, Train
 
 if TYPE_CHECKING:
     import torch
+
+    from bestiary.diffusion.preservation import Preserved
+    from bestiary.evaluation.judge import Judge
 
 SMALLEST_SIDE = 64  # pixels
 BUSY = 0.75  # of the cores in use by other programs make times too long
@@ -66,7 +70,33 @@ class Rate(BaseModel):
     measured_at: str
     scaled_by: float  # 1: measured at the real size
     peak_mib: float  # of the process
-    peak_device_mib: float | None
+    device_mib: dict[int, float] = {}  # by the pixels of the measured batches: peak memory of the GPU, if there is one
+
+    def device_mib_at(self, pixels: int) -> float | None:
+        """The GPU's peak memory with batches of so many pixels; None without a GPU."""
+        return at(pixels, self.device_mib) if self.device_mib else None
+
+
+@dataclass(frozen=True)
+class StepPart:
+    """The largest part of an optimizer step that a process computes with one backward pass."""
+
+    images: int
+    preserved: int  # samples
+    times: float  # that a process's share of a step is as much work as this part
+
+    @classmethod
+    def of(cls, train: Train, processes: int) -> StepPart:
+        """`train`: the settings that `low_memory` returns."""
+        parts = processes * train.accumulation
+        samples = 0 if train.preservation.kind == "none" else train.preservation.samples
+        images, preserved = -(-train.batch_size // parts), -(-samples // parts)
+        return cls(images, preserved, (train.batch_size + samples) / processes / (images + preserved))
+
+    @property
+    def rows(self) -> int:
+        """Images and preserved samples."""
+        return self.images + self.preserved
 
 
 class Rates(BaseModel):
@@ -78,12 +108,14 @@ class Rates(BaseModel):
     start_s: float  # imports and loading, at the start of each stage that uses the networks
     inspect_s: float  # a photo
     judge_s: float  # a picture
+    judge_mib: float  # its weights
     judge_is_stand_in: bool
     encode: Rate  # an image
     row: Rate  # in a batch of evaluate.batch_size pictures
     single_row: Rate  # of one picture alone
     decode: Rate  # a picture
-    step: Rate  # an optimizer step
+    step: Rate  # an optimizer step, measured with `part`
+    part: StepPart
     rows_per_step: float  # of one picture: 2 where every denoising step is guided
     graph_mib: float = 0.0  # GPU memory that the CUDA graph of a training step keeps; 0: training uses no graph
     trainable_parameters: int
@@ -162,7 +194,7 @@ class _Bench:
     """The base's networks, or networks of Stable Diffusion's size, on this machine's device."""
 
     def __init__(self, params: Params, seconds: float) -> None:
-        from bestiary.diffusion.base import device_and_dtype, load_text, load_unet, load_vae
+        from bestiary.diffusion.base import device_and_dtype, load_unet, load_vae
         from bestiary.memory import keep_freed_memory
 
         keep_freed_memory()
@@ -175,10 +207,21 @@ class _Bench:
         else:
             self.unet = load_unet(*base, dtype=self.dtype).to(self.device)
             self.vae = load_vae(*base, dtype=self.dtype).to(self.device)
-        self.tokens = TOKENS if self.is_stand_in else load_text(*base)[1].config.max_position_embeddings
+        self.text: Any = self._text()  # the stages keep it on the device, too
+        self.tokens = TOKENS if self.is_stand_in else self.text.config.max_position_embeddings
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self._meta: dict[str, Any] = {}
         self.multiple = self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+
+    def _text(self) -> Any:
+        """The text encoder, or a tensor of its size. It only takes memory."""
+        import torch
+
+        from bestiary.diffusion.base import load_text
+
+        if self.is_stand_in:
+            return torch.zeros(TEXT_PARAMETERS, device=self.device, dtype=self.dtype)
+        return load_text(self.params.base.model, self.params.base.revision, dtype=self.dtype)[1].to(self.device)
 
     def encode(self, size: Size) -> None:
         import torch
@@ -221,9 +264,12 @@ class _Bench:
         real: Size,
         *,
         per: float,
-        prepare: Callable[[Size], None] = lambda _: None,
+        prepare: Callable[[Size], float] = lambda _: 0.0,
     ) -> Rate:
-        """Seconds of `work` at the real size, divided by `per`. Of `prepare`, only the memory counts."""
+        """Seconds of `work` at the real size, divided by `per`.
+
+        Of `prepare`, only the memory counts. It returns the MiB that it keeps on the GPU and torch does not count.
+        """
         import torch
 
         measured, seconds, started = Size(0, 0), 0.0, time.perf_counter()
@@ -234,12 +280,14 @@ class _Bench:
             sizes = sizes[sizes.index(size) + 1 :]
             reset_peak_memory()
             try:
-                prepare(size)
+                kept, prepared = prepare(size), peak_memory()
+                reset_peak_memory()
                 seconds = self._time(work, size)
             except torch.OutOfMemoryError:
                 break
             measured, peak = size, peak_memory()
-            peaks[size.pixels] = (peak.process_mib, peak.device_mib or 0.0)
+            on_device = max(prepared.device_mib or 0.0, (peak.device_mib or 0.0) + kept)
+            peaks[size.pixels] = (max(prepared.process_mib, peak.process_mib), on_device)
         if not peaks:
             raise BestiaryError(f"Not even one picture fits into the memory of this {self.device.type}.")
         factor = 1.0 if measured == real else self._operations(network, real) / self._operations(network, measured)
@@ -248,8 +296,8 @@ class _Bench:
             seconds=seconds * factor / per,
             measured_at=str(measured),
             scaled_by=factor,
-            peak_mib=_at(real.pixels, process),
-            peak_device_mib=_at(real.pixels, device) if self.device.type == "cuda" else None,
+            peak_mib=at(real.pixels, process),
+            device_mib=device if self.device.type == "cuda" else {},
         )
 
     def _next(
@@ -275,7 +323,7 @@ class _Bench:
         import psutil
 
         process = {pixels: peak for pixels, (peak, _) in peaks.items()}
-        more = _at(size.pixels, process) - max(process.values())
+        more = at(size.pixels, process) - max(process.values())
         return more < psutil.virtual_memory().available / MIB * SHARE_OF_FREE_MEMORY
 
     def _time(self, work: Callable[[Size], None], size: Size) -> float:
@@ -325,27 +373,13 @@ class _Bench:
         return 1.0 + sum(scale > 1 for scale in scales) / len(scales)
 
 
-@dataclass(frozen=True)
-class StepParts:
-    """How a process splits its share of an optimizer step: the number of parts and the images in each."""
-
-    at_a_time: int
-    times: float
-
-    @classmethod
-    def of(cls, train: Train, processes: int) -> StepParts:
-        """Preserved samples count as images. `train`: the settings that `low_memory` returns."""
-        preserved = 0 if train.preservation.kind == "none" else train.preservation.samples
-        images = train.batch_size + preserved
-        if train.low_memory:  # preserved samples, too, are taken one at a time
-            return cls(1, images / processes)
-        return cls(-(-images // (train.accumulation * processes)), train.accumulation)
-
-
 class _TrainingStep:
-    """Trains on one micro-batch as `train` does: as a CUDA graph where `train` would capture one."""
+    """Trains on a part of a step as `train` does: on images, as a CUDA graph if possible, and on preserved samples.
 
-    def __init__(self, bench: _Bench) -> None:
+    The batch of a Size counts both.
+    """
+
+    def __init__(self, bench: _Bench, part: StepPart) -> None:
         from types import SimpleNamespace
 
         import torch
@@ -353,7 +387,7 @@ class _TrainingStep:
         from bestiary.diffusion.fast_step import FastPrediction, graphs_fit
         from bestiary.diffusion.optimization import make_optimizer, start_adapter
 
-        self.bench, train = bench, bench.params.train
+        self.bench, self.part, train = bench, part, bench.params.train
         self.trained = start_adapter(bench.unet, train, seed=0, device=bench.device)
         bench.unet.train()
         self.optimizer = make_optimizer(self.trained.weights, train)
@@ -376,16 +410,36 @@ class _TrainingStep:
     def __call__(self, size: Size) -> None:
         import torch
 
+        from bestiary.diffusion.preservation import preservation_error
+
+        images = self._images(size)
         with torch.autocast(self.bench.device.type, self.bench.dtype, enabled=self.scales_loss):
-            prediction = self.predict(*self.bench.inputs(size)).sample
-        prediction.float().square().mean().backward()
+            loss = self.predict(*self.bench.inputs(images)).sample.float().square().mean()
+            preserved = self._preserved(size.side)
+            # The samples share the images' backward pass.
+            one_at_a_time = self.bench.params.train.low_memory
+            for batch in preserved.batches(0, range(size.batch - images.batch), one_at_a_time=one_at_a_time):
+                loss = loss + preservation_error(self.bench.unet, batch, preserved.features).square().mean()
+        loss.backward()
         self.trained.collect_gradients()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.trained.spread()
 
-    def prepare(self, size: Size) -> None:
-        """Capture the graph for this size, if training would, and measure the memory that it keeps.
+    def _images(self, size: Size) -> Size:
+        """The images of a batch of images and preserved samples, in about the real proportion."""
+        return Size(size.batch - size.batch * self.part.preserved // self.part.rows, size.side)
+
+    def _preserved(self, side: int) -> Preserved:
+        """A pool of one sample."""
+        from bestiary.diffusion.preservation import Preserved, PreservedSample
+
+        (latents,), (timestep,), features = self.bench.inputs(Size(1, side))
+        noisy, first = latents.float(), timestep.new_zeros(())
+        return Preserved([PreservedSample(noisy, timestep, first, noisy)], features)
+
+    def prepare(self, size: Size) -> float:
+        """Capture the images' graph for this size, if training would, and return the MiB that it keeps.
 
         A graph's memory stays reserved for it, so torch does not count it as allocated after the capture.
         """
@@ -394,19 +448,20 @@ class _TrainingStep:
         from bestiary.diffusion.fast_step import FastPrediction
 
         if not self.is_graph:
-            return
+            return 0.0
         self.predict = FastPrediction(self.bench.unet)  # drops the graph of the size before
         gc.collect()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
-        self.predict.use(self.bench.inputs(size), compiled=False, graph=True)
+        self.predict.use(self.bench.inputs(self._images(size)), compiled=False, graph=True)
         torch.cuda.empty_cache()
         kept = torch.cuda.memory_reserved() - before
         self.graphs[size.pixels] = kept / MIB if self.predict.fast else 0.0
+        return self.graphs[size.pixels]
 
     def graph_mib(self, real: Size) -> float:
         """The MiB that the graph keeps at the real size; 0 without a graph."""
-        return _at(real.pixels, self.graphs) if self.graphs else 0.0
+        return at(real.pixels, self.graphs) if self.graphs else 0.0
 
 
 @cache
@@ -439,17 +494,22 @@ def _random(network: str, device: torch.device, dtype: torch.dtype) -> Any:
     return model
 
 
-def _at(pixels: int, measured: dict[int, float]) -> float:
-    """A straight line through the two largest measurements, at `pixels`; never below the largest.
+def at(pixels: int, measured: dict[int, float]) -> float:
+    """The memory at `pixels`, on a straight line through the two nearest measurements.
 
-    >>> _at(400, {100: 10.0, 200: 12.0}), _at(100, {100: 10.0})
-    (16.0, 10.0)
+    Never below the largest measurement for larger sizes, and never below the smallest one.
+
+    >>> at(400, {100: 10.0, 200: 12.0}), at(150, {100: 10.0, 200: 12.0}), at(50, {100: 10.0, 200: 12.0})
+    (16.0, 11.0, 10.0)
+    >>> at(400, {100: 10.0})
+    10.0
     """
-    known, most = sorted(measured.items()), max(measured.values())
+    known = sorted(measured.items())
     if len(known) == 1:
-        return most
-    (first, low), (last, high) = known[-2:]
-    return max(most, high + (high - low) * (pixels - last) / (last - first))
+        return known[0][1]
+    (first, low), (last, high) = next((pair for pair in pairwise(known) if pixels <= pair[1][0]), known[-2:])
+    least = max(measured.values()) if pixels > last else min(measured.values())
+    return max(least, high + (high - low) * (pixels - last) / (last - first))
 
 
 def _is_here(model: str, revision: str | None, file: str = "unet/diffusion_pytorch_model.safetensors") -> bool:
@@ -461,20 +521,24 @@ def _is_here(model: str, revision: str | None, file: str = "unet/diffusion_pytor
     return isinstance(huggingface_hub.try_to_load_from_cache(model, file, revision=revision), str)
 
 
-def _judge_seconds(params: Params, device: str) -> float:
-    """Seconds in which the judge sees a picture; a CLIP ViT-B/32 with random weights where the judge is not here."""
-    from PIL import Image
+def _judge(params: Params, device: str) -> Judge:
+    """The judge; a CLIP ViT-B/32 with random weights where it is not here."""
     from transformers import CLIPConfig, CLIPModel
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     from bestiary.evaluation.judge import Judge
 
     if _is_here(params.judge.model, params.judge.revision, "config.json"):
-        judge = Judge.load(params.judge.model, params.judge.revision, device)
-    else:
-        nothing: Any = None  # no tokenizer, for no texts
-        judge = Judge(CLIPModel(CLIPConfig()), nothing, CLIPImageProcessorPil(), device)
-    pictures = [Image.new("RGB", (params.encode.resolution, params.encode.resolution))] * JUDGED
+        return Judge.load(params.judge.model, params.judge.revision, device)
+    nothing: Any = None  # no tokenizer, for no texts
+    return Judge(CLIPModel(CLIPConfig()), nothing, CLIPImageProcessorPil(), device)
+
+
+def _judge_seconds(judge: Judge, side: int) -> float:
+    """Seconds in which the judge sees a picture."""
+    from PIL import Image
+
+    pictures = [Image.new("RGB", (side, side))] * JUDGED
     judge.image_features(pictures[:1])
     started = time.perf_counter()
     judge.image_features(pictures)
@@ -518,9 +582,9 @@ def _run(request: Request) -> Rates:
     single_row = bench.rate(bench.predict, "unet", Size(2, side), per=2)
     row = bench.rate(bench.predict, "unet", Size(2 * batch, side), per=2 * batch)
     parameters = sum(each.numel() for part in (bench.unet, bench.vae) for each in part.parameters())
-    step = _TrainingStep(bench)
-    parts = StepParts.of(train, processes)
-    trained = Size(parts.at_a_time, side)
+    part = StepPart.of(train, processes)
+    step, trained = _TrainingStep(bench, part), Size(part.rows, side)
+    judge = _judge(params, bench.device.type)
     sharing = processes if bench.device.type == "cpu" else 1  # the processes of one machine share its cores
     return Rates(
         load_average=before,
@@ -530,13 +594,15 @@ def _run(request: Request) -> Rates:
         base_is_stand_in=bench.is_stand_in,
         start_s=start_s,
         inspect_s=_inspect_seconds([Path(path) for path in request.photos]),
-        judge_s=_judge_seconds(params, bench.device.type),
+        judge_s=_judge_seconds(judge, side),
+        judge_mib=sum(weight.nbytes for weight in judge.model.parameters()) / MIB,
         judge_is_stand_in=not _is_here(params.judge.model, params.judge.revision, "config.json"),
         encode=encode,
         row=row,
         single_row=single_row,
         decode=decode,
-        step=bench.rate(step, "unet", trained, per=1 / (parts.times * sharing), prepare=step.prepare),
+        part=part,
+        step=bench.rate(step, "unet", trained, per=1 / (part.times * sharing), prepare=step.prepare),
         graph_mib=step.graph_mib(trained),
         rows_per_step=bench.rows_per_step(),
         trainable_parameters=step.trainable,

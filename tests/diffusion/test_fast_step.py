@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import nn
 
+from bestiary.diffusion import fast_step
 from bestiary.diffusion.adapter import inject
 from bestiary.diffusion.base import load_unet
-from bestiary.diffusion.fast_step import CompileChoice, FastPrediction
+from bestiary.diffusion.fast_step import MEASURED, WARM_UP, CompileChoice, FastPrediction, pays
 from bestiary.diffusion.waiting import waiting_bar
 from bestiary.errors import BestiaryError
 
@@ -79,9 +80,10 @@ def test_the_matrices_of_a_fresh_adapter_are_compared_although_half_of_them_have
     unet = load_unet(base)
     parameters = inject(unet, rank=2, alpha=2, dropout=0.0, targets=["to_q"], seed=0)
     before = [parameter.detach().clone() for parameter in parameters]
-    backwards = itertools.count()
-    down = next(parameter for name, parameter in unet.named_parameters() if "lora_A" in name)
-    down.register_hook(lambda gradient: -5 * gradient if next(backwards) == 0 else gradient)  # of the compiled step
+    gradients = itertools.count()
+    downs = [parameter for name, parameter in unet.named_parameters() if "lora_A" in name]
+    for down in downs:  # the compiled step's gradients come first
+        down.register_hook(lambda gradient: -gradient if next(gradients) < len(downs) else gradient)
     monkeypatch.setattr(torch, "compile", lambda model, **_options: lambda *given: model(*given))
     predict = FastPrediction(unet)
     predict.use(inputs, compiled=True, graph=False)
@@ -140,6 +142,25 @@ def test_a_cpu_and_several_processes_do_not_compile_by_themselves() -> None:
     assert CompileChoice("auto", 100_000, 2).compile_now(torch.device("cuda")) is False
     assert CompileChoice("always", 1, 2).compile_now(torch.device("cuda")) is True
     assert CompileChoice("never", 100_000, 1).compile_now(torch.device("cuda")) is False
+
+
+def test_a_validation_among_the_measured_steps_does_not_make_compiling_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a run that was stopped just before a validation and resumed. The clock is the test's own."""
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr(fast_step, "_synchronize", lambda _: None)
+
+    def decides(validated: bool) -> bool | None:
+        choice, decision = CompileChoice("auto", 1000, 1), None
+        while decision is None:
+            decision = choice.compile_now(torch.device("cuda"))
+            clock[0] += 0.1  # a step
+            if validated and choice.done == WARM_UP + 2:
+                with choice.paused(torch.device("cuda")):
+                    clock[0] += 600
+        return decision
+
+    assert pays(0.1, 1000 - WARM_UP - MEASURED) is decides(validated=False) is decides(validated=True) is False
 
 
 def test_the_bar_moves_while_nothing_reports(capsys: pytest.CaptureFixture[str]) -> None:

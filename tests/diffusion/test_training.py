@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
+from itertools import chain, repeat
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -26,6 +27,7 @@ from bestiary.diffusion.adapter import save_adapter, verify_adapter
 from bestiary.diffusion.adapter_format import Provenance
 from bestiary.diffusion.base import load_pipeline, load_scheduler, load_unet
 from bestiary.diffusion.encoding import encode_images
+from bestiary.diffusion.fast_step import CompileChoice, FastPrediction
 from bestiary.diffusion.latents import Latents
 from bestiary.diffusion.progress import TrainingResult
 from bestiary.diffusion.sampling import generate
@@ -100,6 +102,39 @@ def test_dropout_is_the_same_in_every_run_with_the_same_seed(
     first, second = (adapter_weights(run_training(base, latents, dropout=0.2)[1]) for _ in range(2))
     assert all_equal(first, second)
     assert not all_equal(first, plain)
+
+
+def test_compiling_draws_nothing_that_dropout_needs(
+    base: Path, latents: Latents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that compiles at its first step, and one that was resumed and compiles at a later one, drop the same."""
+    plain = adapter_weights(run_training(base, latents, dropout=0.2)[1])
+    use = FastPrediction.use
+
+    def drawing(*arguments: Any, **named: Any) -> None:
+        torch.rand(1)
+        use(*arguments, **named)
+
+    monkeypatch.setattr(FastPrediction, "use", drawing)
+    assert all_equal(adapter_weights(run_training(base, latents, dropout=0.2)[1]), plain)
+
+
+def test_a_step_is_compiled_for_a_whole_batch_of_one_size(
+    base: Path, bucketed: Latents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples: list[int] = []
+    use = FastPrediction.use
+
+    def seen(predict: FastPrediction, example: tuple[torch.Tensor, torch.Tensor, torch.Tensor], **named: Any) -> None:
+        examples.append(len(example[0]))
+        use(predict, example, **named)
+
+    monkeypatch.setattr(FastPrediction, "use", seen)
+    for step in range(4):
+        decisions = chain(repeat(None, step), repeat(False))  # the choice falls before this step
+        monkeypatch.setattr(CompileChoice, "compile_now", lambda *_, known=decisions: next(known))
+        run_training(base, bucketed, batch_size=6, steps=6)
+    assert examples == [6, 6, 6, 6]
 
 
 def test_accumulated_batches_train_like_one_large_batch(

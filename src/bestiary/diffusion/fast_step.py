@@ -81,12 +81,15 @@ class FastPrediction:
         if compiled_step is not None:
             step = compiled_step
         if graph:
+            reason = ""
             try:  # a module is changed in place and returned
                 step = torch.cuda.make_graphed_callables(step, (noisy, timesteps, features))
                 fast = True
             except RuntimeError as error:  # a graph keeps memory of its own, and not every kernel can be captured
+                reason = type(error).__name__
+            if reason:  # after the except block, because the error holds tensors until then
                 torch.cuda.empty_cache()
-                tqdm.write(f"Training continues without a CUDA graph ({type(error).__name__}).")
+                tqdm.write(f"Training continues without a CUDA graph ({reason}).")
         self.fast = step if fast else None
 
     def _compiled(self, plain: nn.Module, example: tuple[torch.Tensor, ...], must: bool) -> Any | None:
@@ -201,6 +204,15 @@ class CompileChoice:
             return None
         _synchronize(device)
         return pays((time.perf_counter() - self.started) / MEASURED, self.steps_left - self.done)
+
+    @contextmanager
+    def paused(self, device: torch.device) -> Iterator[None]:
+        """Inside, time does not count: a validation between two steps says nothing about steps."""
+        _synchronize(device)
+        begun = time.perf_counter()
+        yield
+        _synchronize(device)
+        self.started += time.perf_counter() - begun
 
 
 def pays(seconds_per_step: float, steps: int) -> bool:

@@ -119,10 +119,10 @@ class _Run:
     def train_on(self, batches: list[Batch]) -> bool:
         """Train on the next images, and return whether they complete an optimizer step."""
         settings, progress, accelerator = self.settings, self.state.progress, self.accelerator
-        if settings.dropout:  # dropout draws from torch's global generator only
+        self.speed_up(batches)
+        if settings.dropout:  # dropout draws from torch's global generator only, and so does speeding up
             torch.manual_seed(seeded_number(self.seed, "dropout", progress.batches, accelerator.process_index))
         self.state.set_learning_rate()
-        self.speed_up(batches[0])
         with accelerator.accumulate(self.model):
             losses, weighted = [], []
             for batch in batches:  # several only where images of different sizes share a batch
@@ -134,10 +134,13 @@ class _Run:
                 loss = loss + settings.preservation.weight * self.preservation_loss(self.preserved)
             return self.state.learn_from(loss, logged=torch.cat(losses).mean())
 
-    def speed_up(self, batch: Batch) -> None:
+    def speed_up(self, batches: list[Batch]) -> None:
         """Change to a faster way to predict, once it is known whether compiling pays."""
         if self.predict.decided or self.state.progress.batches % self.settings.accumulation:
             return  # between the parts of an optimizer step, whose gradients would be lost
+        if len(batches) > 1:
+            return  # images of several sizes share a batch, so its shapes are rare
+        (batch,) = batches
         device, graph = self.accelerator.device, graphs_fit(self.settings, self.accelerator)
         compiled = self.compile.compile_now(device)
         if compiled is None:
@@ -169,7 +172,7 @@ class _Run:
     def validate(self) -> None:
         """Measure the averaged weights, draw with them, and keep them if they are the best so far."""
         state = self.state
-        with state.averaged():
+        with state.averaged(), self.compile.paused(self.accelerator.device):
             found = validation_loss(
                 self.model, self.scheduler, self.grid, self.grid_batches, self.features, self.accelerator
             )

@@ -92,28 +92,34 @@ def main() -> None:
     jobs = {} if arguments.low_memory else measurements(sizes, rate, arguments.quick, arguments.compile_official)
     if arguments.low_memory or arguments.quick:
         jobs |= low_memory(sizes, arguments.quick)
-    for name, measure in jobs.items():
-        if arguments.only and not name.startswith(tuple(arguments.only)):
-            continue
-        started = time.perf_counter()
-        if GPU:
-            torch.cuda.reset_peak_memory_stats()
-        row: dict[str, Any]
-        try:
-            row = measure()
-        except Exception as error:  # the other measurements are worth having
-            traceback.print_exc()
-            row = {"error": f"{type(error).__name__}: {error}"[:300]}
-        row["whole_s"] = time.perf_counter() - started
-        if GPU:
-            row["peak_gib"] = torch.cuda.max_memory_reserved() / 2**30
-        row = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
-        free_memory()
-        result["rows"][name] = row
-        print(json.dumps({name: row}), flush=True)
-    print(json.dumps(result))
+    chosen = tuple(arguments.only or [""])
+    try:
+        for name, measure in jobs.items():
+            if name.startswith(chosen):
+                result["rows"][name] = row = measured(measure)
+                print(json.dumps({name: row}), flush=True)
+    finally:  # also after Ctrl-C
+        print(json.dumps(result), flush=True)
     if any("error" in row for row in result["rows"].values()):
         sys.exit(1)
+
+
+def measured(measure: Callable[[], dict[str, float]]) -> dict[str, float | str]:
+    """A row: its numbers, how long it took and its peak memory; or the error, because other rows are worth having."""
+    started = time.perf_counter()
+    row: dict[str, float | str] = {}
+    try:
+        free_memory()  # here, because after an error of CUDA's this fails, too
+        if GPU:
+            torch.cuda.reset_peak_memory_stats()
+        row |= measure()
+        if GPU:
+            row["peak_gib"] = torch.cuda.max_memory_reserved() / 2**30
+    except Exception as error:
+        traceback.print_exc()
+        row["error"] = f"{type(error).__name__}: {error}"[:300]
+    row["whole_s"] = time.perf_counter() - started
+    return {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
 
 
 def measurements(

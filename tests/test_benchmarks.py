@@ -53,6 +53,26 @@ def test_a_gpus_speed_is_measured_beside_other_ways_and_each_row_says_what_it_is
     assert result["gpu"] == "cpu"  # the tests hide a GPU
 
 
+@pytest.mark.parametrize("problem", ["RuntimeError", "KeyboardInterrupt"])
+def test_a_row_that_fails_loses_no_other_row(problem: str) -> None:
+    program = f"""if True:
+        import sys
+        sys.argv, sys.path[:0] = ["gpu.py", "--quick"], ["benchmarks"]
+        import gpu
+        def fail():
+            raise {problem}("out of luck")
+        gpu.low_memory = lambda *_: {{}}
+        gpu.measurements = lambda *_: {{"a": lambda: {{"images_per_second": 1.0}}, "b": fail, "c": lambda: {{}}}}
+        gpu.main()
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert done.returncode
+    assert rows["a"]["images_per_second"] == 1
+    assert list(rows) == (["a"] if problem == "KeyboardInterrupt" else ["a", "b", "c"])
+    assert problem == "KeyboardInterrupt" or rows["b"]["error"] == "RuntimeError: out of luck"
+
+
 def test_our_default_way_of_drawing_is_compared_with_the_originals() -> None:
     output, result = quick("inference")
     for size in ("bundled", "sd15_size"):

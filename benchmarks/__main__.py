@@ -4,14 +4,15 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 HERE = Path(__file__).parent
 
 
 def main() -> None:
-    """Run each script of this folder. Stops at the first one that fails."""
-    started = time.monotonic()
+    """Run each script of this folder, also after one that fails."""
+    started, failed = time.monotonic(), []
     results: dict[str, object] = {}  # each script's last line, parsed
     for script in sorted(HERE.glob("[a-z]*.py")):
         last = ""
@@ -21,10 +22,12 @@ def main() -> None:
                 print(last, end="", flush=True)
                 last = line
         if running.returncode:
-            print(last, end="")
-            sys.exit(f"{script.name} failed.")
-        results[script.stem] = json.loads(last)
+            failed.append(script.name)
+        with suppress(ValueError):  # what a script that failed printed last
+            results[script.stem] = json.loads(last)
     print(json.dumps(results | {"seconds": round(time.monotonic() - started)}))
+    if failed:
+        sys.exit(f"{', '.join(failed)} failed.")
 
 
 if __name__ == "__main__":

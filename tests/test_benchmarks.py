@@ -1,6 +1,7 @@
 """The long benchmarks of `make bench`, as small as possible: they run, and their numbers agree with one another."""
 
 import json
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -71,6 +72,18 @@ def test_a_row_that_fails_loses_no_other_row(problem: str) -> None:
     assert rows["a"]["images_per_second"] == 1
     assert list(rows) == (["a"] if problem == "KeyboardInterrupt" else ["a", "b", "c"])
     assert problem == "KeyboardInterrupt" or rows["b"]["error"] == "RuntimeError: out of luck"
+
+
+def test_make_bench_goes_through_all_scripts_and_fails_if_one_fails(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "benchmarks" / "__main__.py", tmp_path)
+    (tmp_path / "a.py").write_text("print('{\"rows\": 1}')\nraise SystemExit(1)")
+    (tmp_path / "b.py").write_text("raise SystemExit('broken')")
+    (tmp_path / "c.py").write_text("print('{\"seconds\": 2}')")
+    done = subprocess.run([sys.executable, str(tmp_path)], capture_output=True, text=True, check=False)
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert results == {"a": {"rows": 1}, "c": {"seconds": 2}, "seconds": results["seconds"]}
+    assert done.returncode
+    assert done.stderr.splitlines()[-1] == "a.py, b.py failed."
 
 
 def test_our_default_way_of_drawing_is_compared_with_the_originals() -> None:

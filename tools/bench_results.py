@@ -215,9 +215,9 @@ def gpu(result: dict[str, Any]) -> str:
 
 def gpu_rows(rows: dict[str, dict[str, Any]]) -> str:
     official = {
-        side: max(row["images_per_second"] for name, row in rows.items() if name.startswith(f"official script, {side}"))
+        side: max(rates)
         for side in (256, 512)
-        if any(name.startswith(f"official script, {side}") for name in rows)
+        if (rates := [row["images_per_second"] for name, row in rows.items() if _is_official(name, row, side)])
     }
     lines = []
     for name, row in rows.items():
@@ -225,7 +225,7 @@ def gpu_rows(rows: dict[str, dict[str, Any]]) -> str:
         side = next((side for side in official if f"{side} px" in name), None)
         cells = (
             name,
-            f"{rate:.4g}" if rate else "",
+            f"{rate:.4g}" if rate else "failed" if "error" in row else "",
             f"{100 * share:.1f} %" if share else "",
             f"{rate / official[side]:.2f}" if rate and side and name.startswith("our") else "",
             f"{row['peak_gib']:.1f}" if "peak_gib" in row else "",
@@ -235,6 +235,10 @@ def gpu_rows(rows: dict[str, dict[str, Any]]) -> str:
         "| what | images/s | share of the matmul rate | times the official script | peak GiB |\n|---|---|---|---|---|"
     )
     return "\n".join([head, *lines])
+
+
+def _is_official(name: str, row: dict[str, Any], side: int) -> bool:
+    return name.startswith(f"official script, {side}") and "images_per_second" in row
 
 
 def table(rows: Rows, head: tuple[str, str, str] = AIMS) -> str:

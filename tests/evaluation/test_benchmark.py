@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -316,3 +316,39 @@ def test_a_setting_that_compiles_too_long_or_does_not_fit_is_skipped_and_the_oth
     assert [row.setting for row in rows] == [default]
     reasons = {each.setting.batch: each.reason for each in skipped}
     assert reasons == {2: "the GPU's memory is too small", 1: "compiling takes more than 0 s"}
+
+
+def test_a_setting_that_does_not_compile_is_skipped(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(unet: torch.nn.Module) -> torch.nn.Module:
+        def fail(*_: object) -> None:
+            raise RuntimeError("no ptxas")
+
+        unet.register_forward_pre_hook(fail)
+        return unet
+
+    monkeypatch.setattr(benchmark, "this_machine", lambda _: CAPABLE)
+    monkeypatch.setattr(torch, "compile", broken)
+    default = Setting("ddim", 1, batch=1, fused=False)
+    rows, skipped = benchmark.run(bench, [default, replace(default, compiled=True)])
+    assert [row.setting for row in rows] == [default]
+    assert [each.reason for each in skipped] == ["torch.compile does not work on this machine (RuntimeError)"]
+
+
+def test_pictures_that_are_only_judged_are_drawn_in_halves_when_they_do_not_fit(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The converged pictures and those that no timed call draws. The memory of a GPU is replaced."""
+    draw, sizes = benchmark._draw, []
+
+    def small(pipeline: StableDiffusionPipeline, jobs: Jobs, *rest: Any) -> Any:
+        sizes.append(len(jobs.seeds))
+        if len(jobs.seeds) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return draw(pipeline, jobs, *rest)
+
+    monkeypatch.setattr(benchmark, "_draw", small)
+    (row,), skipped = benchmark.run(bench, [Setting("ddim", 1, batch=1, fused=False)])
+    assert not skipped
+    assert row.quality.distance_to_converged is not None
+    assert sizes.count(2) == 1  # it does not try again
+    assert "Lower evaluate.batch_size" in capsys.readouterr().out

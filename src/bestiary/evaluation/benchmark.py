@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderTiny, StableDiffusionPipeline
     from PIL.Image import Image
 
+    from bestiary.diffusion.full_memory import Halving
     from bestiary.evaluation.cold_start import ColdStart
     from bestiary.evaluation.judge import Judge
     from bestiary.params import Benchmark, Evaluate
@@ -189,6 +190,12 @@ class Trial:
         )
 
 
+def _untimed_fitting() -> Halving:
+    from bestiary.diffusion.full_memory import Halving
+
+    return Halving("Drawing", "evaluate.batch_size")
+
+
 @dataclass(frozen=True)
 class Bench:
     """What all settings of a benchmark have in common.
@@ -205,6 +212,7 @@ class Bench:
     repeats: int
     untimed_batch: int
     load_tiny_decoder: Callable[[StableDiffusionPipeline], AutoencoderTiny] | None = None
+    fitting: Halving = field(default_factory=_untimed_fitting)  # for pictures that are only judged
 
 
 def default_setting(evaluate: Evaluate, dtype: str = "float32") -> Setting:
@@ -359,11 +367,11 @@ def _draw_converged(
     by_guidance = {setting.guidance: setting for setting in settings if not SAMPLERS[setting.scheduler].stochastic}
     apply_adapter(pipeline, bench.adapter, bench.sampling.adapter_weight)
     return {
-        guidance: _draw(
+        guidance: _draw_untimed(
+            bench,
             pipeline,
             bench.trial.jobs,
             replace(setting.sampling(bench.sampling), sampler=CONVERGED_SAMPLER, steps=steps),
-            bench.untimed_batch,
         )
         for guidance, setting in by_guidance.items()
     }
@@ -374,7 +382,7 @@ def _measure_group(
 ) -> Iterator[Row | Skipped]:
     """Measure settings of the same dtype and fusing with one pipeline, which is freed afterwards.
 
-    A setting that does not fit into a GPU's memory is skipped.
+    A setting that does not fit into a GPU's memory or does not compile is skipped.
     """
     import torch
 
@@ -396,6 +404,12 @@ def _measure_group(
             found = Skipped(setting, "the GPU's memory is too small")
         except TooLongError:
             found = Skipped(setting, f"compiling takes more than {COMPILE_LIMIT_SECONDS:.0f} s")
+        except BestiaryError:
+            raise
+        except Exception as error:  # whatever a compiler and its backends raise
+            if not setting.compiled:
+                raise
+            found = Skipped(setting, f"torch.compile does not work on this machine ({type(error).__name__})")
         yield found
 
 
@@ -410,7 +424,7 @@ def _measure_setting(
     cost, images = draw_timed(pipeline, jobs, sampling, setting.batch, bench.repeats)
     rest = [index for index in range(len(jobs.seeds)) if index not in images]
     if rest:
-        drawn = _draw(pipeline, jobs.take(rest), sampling, bench.untimed_batch)
+        drawn = _draw_untimed(bench, pipeline, jobs.take(rest), sampling)
         images |= dict(zip(rest, drawn, strict=True))
     compile_s = warm_up.p50_s - cost.p50_s if setting.compiled else None
     return Row(setting, cost, judge_quality(images, bench.trial, converged), compile_s)
@@ -423,6 +437,17 @@ def _compiling() -> Iterator[None]:
 
     with waiting_bar(COMPILE_SECONDS), time_limit(COMPILE_LIMIT_SECONDS):
         yield
+
+
+def _draw_untimed(bench: Bench, pipeline: StableDiffusionPipeline, jobs: Jobs, sampling: Sampling) -> list[Image]:
+    """Pictures that are only judged: a batch that does not fit into a GPU's memory is halved."""
+    pictures: list[Image] = []
+    numbers = range(len(jobs.seeds))
+    for first in numbers[:: bench.untimed_batch]:
+        batch = numbers[first : first + bench.untimed_batch]
+        for part in bench.fitting.parts(lambda part: _draw(pipeline, jobs.take(part), sampling, len(part)), batch):
+            pictures.extend(part)
+    return pictures
 
 
 def _draw(pipeline: StableDiffusionPipeline, jobs: Jobs, sampling: Sampling, batch_size: int) -> list[Image]:

@@ -187,11 +187,17 @@ def test_batches_that_are_halved_make_no_run_fail(night: Params) -> None:
     assert note(kept, row=needing(2048.0, 350.0)).mark == "FAIL"  # 16 predictions at once, which are not halved
 
 
-def test_disk_and_time_have_limits(tmp_path: Path, night: Params) -> None:
+def test_disk_and_time_have_limits(tmp_path: Path, night: Params, monkeypatch: pytest.MonkeyPatch) -> None:
     assert disk(tmp_path / "not" / "there", 1e6, 1e6).mark == "ok"
     check = disk(tmp_path, 1e18, 0)
     assert check.mark == "FAIL"
     assert "Free space" in check.text
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
+    assert disk(tmp_path, 1e6, 0).mark == "ok"  # nothing to download
+    check = disk(tmp_path, 1e6, 1e6)
+    assert check.mark == "FAIL"
+    assert f"{tmp_path}/file cannot be written" in check.text
     found = lines(night, SAMPLE, measured())
     assert time_needed(night, measured(), found, hours=1000).mark == "ok"
     assert "more than --hours 0.01" in time_needed(night, measured(), found, hours=0.01).text

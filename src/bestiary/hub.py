@@ -77,8 +77,9 @@ def bytes_to_download(wanted: HubModel) -> int:
     if is_complete(wanted):
         return 0
     try:
-        # Fails fast without a network: the hub's own client would retry for half a minute, for each model.
-        httpx.head(huggingface_hub.constants.ENDPOINT, timeout=KNOCK_SECONDS)
+        if not huggingface_hub.constants.HF_HUB_OFFLINE:
+            # Fails fast without a network: the hub's own client would retry for half a minute, for each model.
+            httpx.head(huggingface_hub.constants.ENDPOINT, timeout=KNOCK_SECONDS)
         for patterns in _choices(wanted):
             with _quiet():
                 found = huggingface_hub.snapshot_download(
@@ -144,6 +145,11 @@ def explain(error: BaseException, wanted: HubModel) -> BestiaryError:
             f"{name} does not fit onto the disk of {constants.HF_HUB_CACHE}. Free space, or set HF_HOME to a folder on "
             f"a larger disk. {AGAIN}"
         )
+    if any(_is_about_a_file(each) for each in found):
+        return BestiaryError(
+            f"{name} cannot be downloaded, because {constants.HF_HUB_CACHE} cannot be written. Make this folder "
+            f"writable, or set HF_HOME to another one. {AGAIN}"
+        )
     if has(errors.GatedRepoError):
         return BestiaryError(
             f"{name} is gated, and the Hugging Face hub does not let you download it. Accept its licence at "
@@ -153,7 +159,7 @@ def explain(error: BaseException, wanted: HubModel) -> BestiaryError:
         return BestiaryError(
             f"{name} has no revision {shown(str(wanted.revision))} on the Hugging Face hub. {where}. {AGAIN}"
         )
-    if has(errors.RepositoryNotFoundError) or status in (401, 403):
+    if has(errors.RepositoryNotFoundError, errors.HFValidationError) or status in (401, 403):
         return BestiaryError(
             f"{name} is not on the Hugging Face hub, or it is private, or your login has expired. {where}, or log in "
             f"with `hf auth login`. {AGAIN}"
@@ -171,6 +177,11 @@ def explain(error: BaseException, wanted: HubModel) -> BestiaryError:
         f"{name} is not complete on this machine and cannot be downloaded from the Hugging Face hub "
         f"({type(found[-1]).__name__}). Check the network connection, or name a local folder. {AGAIN}"
     )
+
+
+def _is_about_a_file(error: BaseException) -> bool:
+    """Whether the file system raised this error, and not the network, which raises OSError as well."""
+    return isinstance(error, OSError) and error.errno is not None and error.filename is not None
 
 
 @contextmanager

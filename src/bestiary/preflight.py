@@ -314,8 +314,11 @@ def disk(root: Path, need: float, download_bytes: float) -> Check:
     from huggingface_hub import constants
 
     needs: dict[int, tuple[Path, float]] = {}
+    locked = []
     for folder, size in ((root, need), (Path(constants.HF_HUB_CACHE), download_bytes)):
-        place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+        place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if size and not (place.is_dir() and os.access(place, os.W_OK)):
+            locked.append(str(place))
         device = place.stat().st_dev
         first, before = needs.get(device, (place, 0.0))
         needs[device] = (first, before + size)
@@ -325,6 +328,9 @@ def disk(root: Path, need: float, download_bytes: float) -> Check:
         texts.append(f"{shown_size(size / MIB)} of {shown_size(free / MIB)} free in {place}")
         fails = fails or size > free
     text = f"the run needs {', '.join(texts)}"
+    if locked:
+        made = "Make it writable (HF_HOME sets the folder for models)."
+        return Check("disk", f"{text}, and {', '.join(locked)} cannot be written. {made}", "FAIL")
     if fails:
         return Check("disk", f"{text}. Free space, or use a larger disk (HF_HOME sets the folder for models).", "FAIL")
     return Check("disk", text)

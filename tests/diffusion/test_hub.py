@@ -17,7 +17,7 @@ from bestiary.diffusion.training import train
 from bestiary.errors import BestiaryError
 from bestiary.evaluation.image_judge import ImageJudge
 from bestiary.evaluation.judge import Judge
-from bestiary.hub import HubModel, bytes_to_download, is_complete
+from bestiary.hub import HubModel, bytes_to_download, download, is_complete
 
 ROOT = Path(__file__).parents[2]
 BASE, JUDGE = "some-org/base", "some-org/judge"
@@ -86,6 +86,23 @@ def test_gated_missing_and_busy_models_get_different_errors(hub: Hub, monkeypatc
     hub.status = None
     monkeypatch.setenv("HF_TOKEN", "hf_ofSomebodyWhoAcceptedTheLicence")
     assert Judge.load(JUDGE, COMMIT)
+
+
+def test_a_folder_that_cannot_be_written_and_a_wrong_id_are_not_taken_for_a_missing_network(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
+    with pytest.raises(BestiaryError, match=r"because .*/file/hub cannot be written\. .* set HF_HOME"):
+        download(judge())
+    for act in (download, bytes_to_download):
+        with pytest.raises(BestiaryError, match="open ai/x is not on the Hugging Face hub"):
+            act(HubModel("judge", "open ai/x", COMMIT))
+    hub.gone = True
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for act in (download, bytes_to_download):
+        with pytest.raises(BestiaryError, match="HF_HUB_OFFLINE forbids"):
+            act(judge())
 
 
 def test_a_partial_file_is_never_loaded_and_the_next_download_completes_it(hub: Hub) -> None:

@@ -52,6 +52,16 @@ def test_training_time_grows_with_its_steps_and_with_what_it_preserves() -> None
     assert of_kept - train == pytest.approx(384 * 0.0047)
 
 
+def test_several_gpus_share_the_images_and_the_pictures() -> None:
+    rates = measured(start_s=0.0)
+    one, four = (
+        {line.stage: line.seconds for line in lines(sample(), SAMPLE, rates.model_copy(update={"gpus": gpus}))}
+        for gpus in (1, 4)
+    )
+    assert {stage for stage in one if four[stage] == pytest.approx(one[stage] / 4)} >= {"encode", "evaluate"}
+    assert four["benchmark"] == one["benchmark"]  # one process
+
+
 def test_the_table_adds_times_and_disk_and_takes_the_largest_memory() -> None:
     rates = measured(step=rate(0.175).model_copy(update={"peak_mib": 1536.0}))
     found = lines(sample(), SAMPLE, rates)

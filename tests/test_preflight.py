@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from diffusers import AutoencoderTiny
 from support.hub_server import COMMIT, Hub, Served, hub_server
@@ -124,6 +125,12 @@ def test_another_dvc_command_and_a_batch_that_cannot_be_split_are_found(
     assert preflight._processes(night).startswith("2, each training on 8 images at a time")
     small = night.model_copy(update={"train": night.train.model_copy(update={"low_memory": True})})
     assert preflight._processes(small).startswith("2, each training on 1 image at a time")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(BestiaryError, match="starts 2 processes on this machine, which has 1 GPU that"):
+        preflight._processes(night)
+    launch = "accelerate launch --num_machines 2 --num_processes 2"
+    monkeypatch.setenv("BESTIARY_LAUNCH", launch)
+    assert preflight._processes(night).endswith(f"({launch})")
     held.unlink()
     lock = held.with_name("lock")
     with lock.open("w") as file:

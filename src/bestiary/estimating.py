@@ -88,7 +88,7 @@ def lines(params: Params, images: Images, rates: Rates) -> list[Line]:
         line("split", 0.0),
         line(
             "encode",
-            images.count * variants * rates.encode.seconds,
+            images.count * variants * rates.encode.seconds / rates.gpus,
             rates.encode,
             gpu=_Gpu.halving(partial(_encoding_mib, params, rates), params.encode.batch_size * variants),
             disk=DVC_COPIES * (images.count * latents + captions),
@@ -104,7 +104,7 @@ def lines(params: Params, images: Images, rates: Rates) -> list[Line]:
         ),
         line(
             "evaluate",
-            evaluated * drawing + (evaluated + images.count) * rates.judge_s * judges,
+            (evaluated * drawing + (evaluated + images.count) * rates.judge_s * judges) / rates.gpus,
             rates.row,
             rates.decode,
             gpu=_Gpu.halving(

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -115,8 +116,23 @@ def _processes(params: Params) -> str:
     if count is None:
         return f"set by the launcher ({launch})"
     images = images_at_a_time(params.train, count)
+    _check_gpus(launch, count)
     each = f"{images} image{'s' * (images != 1)} at a time"
     return f"{count}, each training on {each} ({launch or 'BESTIARY_LAUNCH is empty'})"
+
+
+def _check_gpus(launch: str, processes: int) -> None:
+    """Raise BestiaryError when this machine has fewer GPUs than its share of the launched processes."""
+    import torch
+
+    machines = re.search(r"--num[_-]machines[ =](\d+)", launch)
+    here = processes // max(1, int(machines[1])) if machines else processes
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < here:
+        raise BestiaryError(
+            f"BESTIARY_LAUNCH starts {here} processes on this machine, which has {gpus} GPU{'s' * (gpus != 1)} that "
+            "torch can use. Start one process for each GPU."
+        )
 
 
 def _images(root: Path, params: Params, found: list[Images]) -> str:

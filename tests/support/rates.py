@@ -14,6 +14,7 @@ def measured(**changes: object) -> Rates:
     """The rates that two idle cores measured for the profile sample."""
     known = {
         "device": "2 CPU threads",
+        "gpus": 1,
         "load_average": 0.1,
         "base_is_stand_in": False,
         "start_s": 4.0,

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -103,6 +104,7 @@ class Rates(BaseModel):
     """What was measured. A row is one prompt through the UNet once."""
 
     device: str
+    gpus: int  # that share the images of `encode` and the pictures of `evaluate`; 1 on a CPU
     load_average: float  # before measuring
     base_is_stand_in: bool
     start_s: float  # imports and loading, at the start of each stage that uses the networks
@@ -275,7 +277,8 @@ class _Bench:
         measured, seconds, started = Size(0, 0), 0.0, time.perf_counter()
         peaks: dict[int, tuple[float, float]] = {}
         sizes = growing(real, self.multiple)
-        work(sizes[0])  # the very first call loads and sets up code
+        with suppress(torch.OutOfMemoryError):  # which the first measurement reports
+            work(sizes[0])  # the very first call loads and sets up code
         while sizes and (size := self._next(sizes, network, measured, seconds, started, peaks)):
             sizes = sizes[sizes.index(size) + 1 :]
             reset_peak_memory()
@@ -585,8 +588,9 @@ def _run(request: Request) -> Rates:
     part = StepPart.of(train, processes)
     step, trained = _TrainingStep(bench, part), Size(part.rows, side)
     judge = _judge(params, bench.device.type)
-    sharing = processes if bench.device.type == "cpu" else 1  # the processes of one machine share its cores
+    gpus = 1 if bench.device.type == "cpu" else processes  # the processes of one machine share its cores
     return Rates(
+        gpus=gpus,
         load_average=before,
         device=torch.cuda.get_device_name()
         if bench.device.type == "cuda"
@@ -602,7 +606,7 @@ def _run(request: Request) -> Rates:
         single_row=single_row,
         decode=decode,
         part=part,
-        step=bench.rate(step, "unet", trained, per=1 / (part.times * sharing), prepare=step.prepare),
+        step=bench.rate(step, "unet", trained, per=gpus / (part.times * processes), prepare=step.prepare),
         graph_mib=step.graph_mib(trained),
         rows_per_step=bench.rows_per_step(),
         trainable_parameters=step.trainable,

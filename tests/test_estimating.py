@@ -42,14 +42,17 @@ def test_the_sample_is_estimated_within_a_quarter_of_what_its_stages_took() -> N
 def test_training_time_grows_with_its_steps_and_with_what_it_preserves() -> None:
     params = sample()
     longer = params.model_copy(update={"train": params.train.model_copy(update={"steps": 1400})})
-    preserving = params.train.preservation.model_copy(update={"kind": "noised"})
-    kept = params.model_copy(update={"train": params.train.model_copy(update={"preservation": preserving})})
-    train, of_longer, of_kept = (
+    kept, drawn = (
+        params.model_copy(update={"train": params.train.model_copy(update={"preservation": preserving})})
+        for preserving in (params.train.preservation.model_copy(update={"kind": kind}) for kind in ("noised", "drawn"))
+    )
+    train, of_longer, of_kept, of_drawn = (
         next(line for line in lines(each, SAMPLE, measured()) if line.stage == "train").seconds
-        for each in (params, longer, kept)
+        for each in (params, longer, kept, drawn)
     )
     assert of_longer - train == pytest.approx(700 * 0.175 + 4 * (8 * (20 * 0.0047 + 0.0041) + 133 * 0.0047))
     assert of_kept - train == pytest.approx(384 * 0.0047)
+    assert of_drawn - of_kept == pytest.approx(48 * (20 * 0.0047 + 0.0041))
 
 
 def test_several_gpus_share_the_images_and_the_pictures() -> None:

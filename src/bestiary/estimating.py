@@ -25,7 +25,7 @@ from bestiary.subjects import CAPTION_TEMPLATES
 
 SECONDS = 40.0  # to measure for, at most; imports and loading come on top
 PHOTOS = 8  # that are inspected
-PRESERVED_ROWS = 384  # that preservation predicts before training
+PRESERVED_ROWS, PRESERVED_PICTURES = 384, 48  # that preservation predicts, and that its kinds draw, before training
 PICTURE_BYTES = 1.5  # of a pixel in a PNG
 DVC_COPIES = 2  # an output lies in the project and, unless the file system shares blocks, again in DVC's cache
 SCIENCEDB_IMAGES, SCIENCEDB_CLASSES = 39_704, 100  # of that dataset, before it is downloaded
@@ -197,9 +197,13 @@ def _training(params: Params, images: Images, rates: Rates) -> float:
     drawn = min(train.sheet_animals, images.classes) * train.sheet_seeds
     row_seconds = _validated_row(params, rates).seconds
     sheet = drawn * (2 * train.sheet_steps * row_seconds + rates.decode.seconds)
-    preserved = PRESERVED_ROWS * row_seconds if train.preservation.kind != "none" else 0.0
     validation = sheet + held_out * row_seconds
-    return train.steps * rates.step.seconds + validations * validation + preserved
+    before = 0.0
+    if train.preservation.kind != "none":
+        before += PRESERVED_ROWS * row_seconds
+    if train.preservation.kind in ("drawn", "both"):
+        before += PRESERVED_PICTURES * (2 * train.sheet_steps * row_seconds + rates.decode.seconds)
+    return train.steps * rates.step.seconds + validations * validation + before
 
 
 def _benchmark(params: Params, rates: Rates) -> float:

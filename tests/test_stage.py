@@ -114,9 +114,12 @@ def test_a_report_with_a_number_that_is_not_finite_is_rejected_and_not_written(
     assert not (workspace / REPORTS).exists()
 
 
-def test_a_full_disk_ends_in_one_line_that_names_the_file(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+def test_a_file_that_cannot_be_written_ends_in_one_line_that_names_it(
+    number: int, workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended, stage("split"):
-        raise OSError(errno.ENOSPC, "No space left on device", "build/split/train.csv")
+        raise OSError(number, os.strerror(number), "build/split/train.csv")
     assert ended.value.code == 1
     printed = capsys.readouterr().err
     assert printed.startswith("split: ")

@@ -235,10 +235,14 @@ def _one_line_errors(name: str) -> Iterator[None]:
         print(f"{name}: stopped.", file=sys.stderr)
         raise SystemExit(130) from None
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno == errno.ENOSPC:
+            file = error.filename or "a file"
+            reason = f"the disk is full, so {file} cannot be written. Free space, then try again."
+        elif error.errno in (errno.EACCES, errno.EROFS) and error.filename:
+            reason = f"{error.filename} cannot be read or written ({error.strerror}). Change its permissions."
+        else:
             raise
-        file = error.filename or "a file"
-        print(f"{name}: the disk is full, so {file} cannot be written. Free space, then try again.", file=sys.stderr)
+        print(f"{name}: {reason}", file=sys.stderr)
         raise SystemExit(1) from None
 
 

@@ -6,7 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bestiary.diffusion.export_format import MANIFEST, DamagedExportError, EngineChoice, Manifest, read_manifest
+from bestiary.diffusion.export_format import (
+    MANIFEST,
+    DamagedExportError,
+    EngineChoice,
+    Manifest,
+    UnusableExportError,
+    read_manifest,
+)
 from bestiary.errors import BestiaryError
 from bestiary.registry.resolving import Adapter, how_to_restore_fast_variant
 from bestiary.samplers import SamplingChanges
@@ -93,7 +100,7 @@ def choose_engine(
 
     `auto` takes an adapter's accepted export if it can draw what the user asks for and is faster on this machine. If
     torch draws instead, the note gives the reason. `auto` opens the export with `open_export`, and falls back to torch
-    if that raises DamagedExportError.
+    if that raises UnusableExportError.
     Raises BestiaryError when the chosen engine cannot draw this.
     """
     exports = [adapter for adapter in adapters if adapter.is_export]
@@ -117,10 +124,17 @@ def choose_engine(
     export = as_export(first, first.export)
     try:
         open_export(export)
-    except DamagedExportError as error:
-        mend = how_to_restore_fast_variant(first.export)
-        return list(adapters), f"Drawing with torch instead of the fast variant. {error.problem} {mend}"
+    except UnusableExportError as error:
+        return list(adapters), why_torch_draws(first, error)
     return [export], None
+
+
+def why_torch_draws(adapter: Adapter, error: UnusableExportError) -> str:
+    """The note that torch draws with an adapter because its fast variant cannot be used."""
+    note = f"Drawing with torch instead of the fast variant. {error.problem}"
+    if adapter.export and isinstance(error, DamagedExportError):
+        note += f" {how_to_restore_fast_variant(adapter.export)}"
+    return note
 
 
 def _reason_for_torch(export: Path | None, wish: Wish) -> str | None:

@@ -1,6 +1,7 @@
 """OpenVINO as an engine: an export draws what torch draws, and every problem with it is reported in one sentence."""
 
 import json
+import re
 import runpy
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from PIL.Image import Image
 from support.adapters import make_adapter
 
 from bestiary import cli
+from bestiary.commands import drawing
 from bestiary.diffusion import engines
 from bestiary.diffusion.adapter import apply_adapter
 from bestiary.diffusion.adapter_format import FILE_NAME, Provenance
@@ -30,6 +32,7 @@ from bestiary.diffusion.sampling import generate
 from bestiary.errors import BestiaryError
 from bestiary.files import write_atomically
 from bestiary.png_metadata import as_a1111, read_settings
+from bestiary.registry.resolving import Adapter
 from bestiary.samplers import DrawingDefaults, Sampling
 
 if not all(map(find_spec, ("openvino", "openvino_tokenizers", "nncf"))):  # not imported: that would count as a use
@@ -342,6 +345,67 @@ def test_the_command_draws_with_an_export_and_repeats_its_picture(
     ):
         assert command(monkeypatch, *options, "--out", "none") == 1
         assert sentence in capsys.readouterr().err
+    assert not Path("none").exists()
+
+
+def damage_a_network(folder: Path, _: pytest.MonkeyPatch) -> None:
+    manifest_with(files={})(folder)
+    network = folder / "unet" / "openvino_model.xml"
+    network.write_bytes(network.read_bytes()[:5000])
+
+
+def damage_the_decoders_weights(folder: Path, _: pytest.MonkeyPatch) -> None:
+    manifest_with(files={})(folder)
+    (folder / "vae_decoder" / "openvino_model.bin").write_bytes(b"damaged")
+
+
+def fail_to_run(_: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(_: object) -> None:
+        raise RuntimeError("[CPU] out of memory\nat src/plugins/intel_cpu/node.cpp:1")
+
+    monkeypatch.setattr(engines._Network, "_cached", lambda *_: run)
+
+
+def fail_to_import(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = folder.with_name("site-packages")
+    broken.mkdir()
+    (broken / "openvino.py").write_text("raise ImportError('libopenvino.so: cannot open shared object file')")
+    monkeypatch.delitem(sys.modules, "openvino")
+    monkeypatch.syspath_prepend(broken)
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (damage_a_network, r"The installed version of OpenVINO cannot compute .*unet/openvino_model\.xml\."),
+        (damage_the_decoders_weights, r"The installed version of OpenVINO cannot compute .*vae_decoder.*\.xml\."),
+        (fail_to_run, r"OpenVINO failed to run .*text_encoder/openvino_model\.xml\."),
+        (fail_to_import, r"The installed OpenVINO cannot be imported\."),
+    ],
+)
+def test_torch_draws_where_openvino_fails_at_the_first_picture_unless_openvino_was_chosen(
+    fused: Fused,
+    folder: Path,
+    damage: Callable[[Path, pytest.MonkeyPatch], None],
+    problem: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    registered = Adapter(
+        fused.adapter, "models:/bestiary/1", fused.base, None, None, export=folder, has_fast_variant=True
+    )
+    monkeypatch.setattr(drawing, "_resolve", lambda *_, **__: [registered])
+    monkeypatch.setattr(engines, "reason_against", lambda _: None)
+    damage(folder, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    assert command(monkeypatch, "--count", "2", "--out", "drawn") == 0
+    (note,) = (line for line in capsys.readouterr().err.splitlines() if "torch" in line)
+    assert re.fullmatch(rf"Drawing with torch instead of the fast variant\. {problem}", note)
+    assert [read_settings(Path("drawn", f"prompt-{seed}.png")).engine for seed in (0, 1)] == ["torch", "torch"]
+
+    assert command(monkeypatch, "--engine", "openvino", "--out", "none") == 1
+    assert re.fullmatch(rf"{problem} \w.*\.", capsys.readouterr().err.splitlines()[-1])
     assert not Path("none").exists()
 
 

@@ -69,7 +69,8 @@ def generate(
 
     The same seed gives the same picture.
     """
-    from bestiary.engine_choice import choose_engine
+    from bestiary.diffusion.export_format import UnusableExportError
+    from bestiary.engine_choice import choose_engine, why_torch_draws
     from bestiary.subjects import caption
 
     request, grid = take_axes(request, axes)
@@ -85,36 +86,47 @@ def generate(
     weighted = [generation.Weighted.parse(text) for text in source.adapters]
     named = _adapters_of(original, like, weighted) if original and like else [each.what for each in weighted]
     wish = replace(_wish(_engine(source, original), source, changes, start, weighted), has_grid=bool(grid))
-    adapters = _resolve(named, fast=_looks_for_exports(wish, named, original))
+    resolved = _resolve(named, fast=_looks_for_exports(wish, named, original))
     generator = generation.Generator(project_tiny_decoder(params))
-    adapters, note = choose_engine(adapters, wish, generator.open_export)
+    adapters, note = choose_engine(resolved, wish, generator.open_export)
     _tell([note] if note and not original else [])
     taught = [subject for adapter in adapters for subject in adapter.subjects]
     wanted = list(dict.fromkeys(_find(name, taught) for name in request.subjects))
     chosen, default = generation.named_base(source.base), project_base(params)
-    adapter = generation.decisive(adapters)
-    if original and like:
-        generation.check_same_adapters(adapters, original, like, named)
-        base = chosen or generation.base_of_picture(original, like, default)
-    else:
-        known = [default] if default else []
-        base = generation.choose_base(adapter, chosen, None if adapter else default, known=known)
-    generator.prepare(base, adapters, any_base=generation.overrides_base(chosen, adapter))
-    if original and like:
-        jobs = [(like.stem, original)]
-    else:
-        weights = [generation.weight_of(*each) for each in zip(adapters, weighted, strict=False)]  # none: no adapter
-        defaults = generation.defaults_of(adapters, weights) or drawing_defaults(params)
-        sampling = generator.sized(replace(changes, adapter_weight=weighted[0].weight).apply(defaults.sampling))
-        common = generation.common_settings(generator, adapters, weighted, sampling)
-        common = replace(common, colours=colours, start=start_image)
-        captions = [(generation.file_stem(subject.name), caption(subject, defaults.template)) for subject in wanted]
-        jobs = _jobs(generator, common, captions, request.prompt or "", series)
-    _tell(generator.applied_files(adapters))
-    if grid:
-        _draw_grids(generator, jobs, grid, out, image)
-    else:
-        _draw_all(generator, jobs, out, image)
+
+    def draw(adapters: Sequence[Adapter]) -> None:
+        adapter = generation.decisive(adapters)
+        if original and like:
+            generation.check_same_adapters(adapters, original, like, named)
+            base = chosen or generation.base_of_picture(original, like, default)
+        else:
+            known = [default] if default else []
+            base = generation.choose_base(adapter, chosen, None if adapter else default, known=known)
+        generator.prepare(base, adapters, any_base=generation.overrides_base(chosen, adapter))
+        if original and like:
+            jobs = [(like.stem, original)]
+        else:
+            pairs = zip(adapters, weighted, strict=False)  # none: no adapter
+            weights = [generation.weight_of(*each) for each in pairs]
+            defaults = generation.defaults_of(adapters, weights) or drawing_defaults(params)
+            sampling = generator.sized(replace(changes, adapter_weight=weighted[0].weight).apply(defaults.sampling))
+            common = generation.common_settings(generator, adapters, weighted, sampling)
+            common = replace(common, colours=colours, start=start_image)
+            captions = [(generation.file_stem(subject.name), caption(subject, defaults.template)) for subject in wanted]
+            jobs = _jobs(generator, common, captions, request.prompt or "", series)
+        _tell(generator.applied_files(adapters))
+        if grid:
+            _draw_grids(generator, jobs, grid, out, image)
+        else:
+            _draw_all(generator, jobs, out, image)
+
+    try:
+        draw(adapters)
+    except UnusableExportError as error:
+        if adapters == resolved or wish.engine != "auto":  # the user chose the export
+            raise
+        _tell([why_torch_draws(resolved[0], error)])
+        draw(resolved)
 
 
 def _resolve(named: Sequence[str], *, fast: bool) -> list[Adapter]:
@@ -210,6 +222,7 @@ def _draw_all(
 ) -> None:
     from tqdm import tqdm
 
+    from bestiary.diffusion.export_format import UnusableExportError
     from bestiary.generation import save_picture
 
     steps = sum(settings.drawn_steps for _, settings in jobs)
@@ -218,8 +231,13 @@ def _draw_all(
         def count_step(_done: int, _total: int) -> None:
             bar.update()
 
-        for name, settings in jobs:
-            picture = generator.draw(settings, count_step, image)
+        for number, (name, settings) in enumerate(jobs):
+            try:
+                picture = generator.draw(settings, count_step, image)
+            except UnusableExportError as error:
+                if number == 0:
+                    raise
+                raise BestiaryError(str(error)) from error  # torch would draw the earlier pictures again
             bar.write(str(save_picture(picture, settings, out, name)), file=sys.stdout)
 
 

@@ -29,6 +29,7 @@ from bestiary.diffusion.export_format import (
     DamagedExportError,
     Manifest,
     Precision,
+    UnusableExportError,
     check_files,
     read_manifest,
 )
@@ -78,13 +79,17 @@ class Processor:
 def openvino() -> Any:
     """The openvino package. It sends no usage statistics unless the user sets DO_NOT_TRACK=false.
 
-    Raises BestiaryError when it is not installed.
+    Raises BestiaryError when it is not installed, and UnusableExportError when its installation is broken.
     """
     if find_spec("openvino") is None:
         raise BestiaryError(f"The engine openvino is not installed. Install it with `{INSTALL}`.")
     refuse_statistics()
-    import openvino
-
+    try:
+        import openvino
+    except (ImportError, OSError, RuntimeError) as error:
+        raise UnusableExportError(
+            "The installed OpenVINO cannot be imported.", f"Install it again with `{INSTALL}`."
+        ) from error
     return openvino
 
 
@@ -118,8 +123,9 @@ def open_export(folder: Path) -> StableDiffusionPipeline:
     """A pipeline whose networks OpenVINO runs on the CPU. Its UNet contains the adapter and has no torch weights.
 
     The pipeline cannot start from an image, because an export has no encoder. Raises DamagedExportError when a file is
-    missing, has changed or does not load, and another BestiaryError when OpenVINO is not installed or the processor
-    lacks the instructions.
+    missing, has changed or does not load, UnusableExportError when OpenVINO does not work, and another BestiaryError
+    when it is not installed or the processor lacks the instructions. OpenVINO compiles the networks when they are first
+    called, so the first picture may raise UnusableExportError, too.
     """
     manifest = read_manifest(folder)
     core = openvino().Core()
@@ -194,7 +200,7 @@ class _Network:
         self._compiled: dict[tuple[torch.Size, ...], Any] = {}  # by input shapes, most recently used last
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """The network's first output."""
+        """The network's first output. Raises UnusableExportError when OpenVINO cannot compile or run the network."""
         shapes = tuple(each.shape for each in inputs)
         compiled = self._compiled.pop(shapes, None)
         if compiled is None:
@@ -202,7 +208,12 @@ class _Network:
                 del self._compiled[next(iter(self._compiled))]  # frees its memory before the next one is compiled
             compiled = self._cached(shapes) or self._compile(shapes)
         self._compiled[shapes] = compiled
-        (first, *_) = compiled([each.numpy() for each in inputs]).values()
+        try:
+            (first, *_) = compiled([each.numpy() for each in inputs]).values()
+        except RuntimeError as error:
+            raise UnusableExportError(
+                f"OpenVINO failed to run {self._folder / NETWORK_FILE}.", "Draw with torch instead."
+            ) from error
         return torch.from_numpy(first.copy())  # the next call overwrites the request's memory
 
     def _blob(self, shapes: Sequence[torch.Size]) -> Path | None:
@@ -232,8 +243,8 @@ class _Network:
             model.reshape({port.any_name: list(shape) for port, shape in zip(model.inputs, shapes, strict=True)})
             compiled = self._core.compile_model(model, "CPU", self._options)
         except RuntimeError as error:
-            raise BestiaryError(
-                f"The installed version of OpenVINO cannot compute {file}. Export the adapter again."
+            raise UnusableExportError(
+                f"The installed version of OpenVINO cannot compute {file}.", "Export the adapter again."
             ) from error
         if blob := self._blob(shapes):
             # If OpenVINO cannot export it, or the folder cannot be written, the next process compiles again.

@@ -25,12 +25,19 @@ NETWORKS = ("text_encoder", "unet", "vae_decoder")
 NETWORK_FILE, WEIGHTS_FILE = "openvino_model.xml", "openvino_model.bin"
 
 
-class DamagedExportError(BestiaryError):
-    """A file of an export is missing, has changed or does not load; `problem` says which, in a sentence."""
+class UnusableExportError(BestiaryError):
+    """OpenVINO cannot draw with an export here; `problem` says why, in a sentence."""
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(f"{problem} {remedy}")
+        self.problem = problem
+
+
+class DamagedExportError(UnusableExportError):
+    """A file of an export is missing, has changed or does not load."""
 
     def __init__(self, problem: str) -> None:
-        super().__init__(f"{problem} Export the adapter again.")
-        self.problem = problem
+        super().__init__(problem, "Export the adapter again.")
 
 
 class Manifest(BaseModel):

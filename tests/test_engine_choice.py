@@ -16,7 +16,7 @@ from bestiary.diffusion.export_format import MANIFEST
 from bestiary.engine_choice import Wish, choose_engine
 from bestiary.errors import BestiaryError
 from bestiary.generation import Base, choose_base
-from bestiary.registry.resolving import Adapter, resolve
+from bestiary.registry.resolving import Adapter, Obstacle, resolve
 from bestiary.samplers import DrawingDefaults, Sampling, SamplingChanges
 
 FEW_STEPS = DrawingDefaults("a {}", Sampling("lcm", 2, 1.0, timesteps=(999, 699), decoder="tiny"))
@@ -137,6 +137,8 @@ def test_auto_says_why_torch_draws_with_or_without_the_files_of_the_export(
         ([], True),
         (["--decoder", "tiny"], True),
         (["--engine", "openvino", "--steps", "9"], True),
+        (["--engine", "openvino", "--base", "other"], False),
+        (["--engine", "openvino", "--adapter", "models:/bestiary/3", "--adapter", "other"], False),
         (["--engine", "torch"], False),
         (["--steps", "9"], False),
         (["--guidance", "5"], False),
@@ -153,8 +155,8 @@ def test_generate_looks_for_a_fast_variant_only_if_it_may_draw_the_request(
     class LookedUpError(Exception):
         pass
 
-    def resolve_all(_: Sequence[str], *, fast: bool) -> None:
-        raise LookedUpError(fast)
+    def resolve_all(_: Sequence[str], *, fast: Obstacle | None) -> None:
+        raise LookedUpError(fast is not None)
 
     monkeypatch.setattr(generation, "resolving_all", resolve_all)
     monkeypatch.setattr(drawing, "find_spec", lambda _: True)  # OpenVINO is installed

@@ -59,6 +59,16 @@ class Wish:
             return f"the sides of its pictures are multiples of {step} pixels"
         return None
 
+    def reason_against(self, manifest: Manifest) -> str | None:
+        """Why not to draw this with an export that is not on this machine yet, as a clause.
+
+        None if the export is worth its download: this machine can draw this with it and, for `auto`, faster.
+        """
+        from bestiary.diffusion import engines
+
+        of_machine = engines.reason_against if self.engine == "auto" else engines.obstacle_here
+        return self.obstacle(manifest) or of_machine(manifest)
+
     @property
     def changes_steps(self) -> bool:
         """Whether the user chose a sampler, steps, guidance or a negative prompt. An export is made for its own."""
@@ -86,7 +96,9 @@ class Wish:
 
         A server's export is downloaded only if it does.
         """
-        return self.engine == "openvino" or (self.engine == "auto" and not self.obstacle_for_auto(adapters))
+        if self.engine == "openvino":
+            return adapters == 1 and not self.obstacle_to_any
+        return self.engine == "auto" and not self.obstacle_for_auto(adapters)
 
 
 def _leave_closed(_: Adapter) -> None:
@@ -118,7 +130,7 @@ def choose_engine(
     reason = wish.obstacle_for_auto(len(adapters))
     if not reason and first.no_export:
         return list(adapters), f"Drawing with torch. {first.no_export}"
-    reason = reason or _reason_for_torch(first.export, wish)
+    reason = reason or first.not_downloaded or _reason_for_torch(first.export, wish)
     if first.export is None or reason:
         return list(adapters), f"Drawing with torch instead of the fast variant: {reason}." if reason else None
     export = as_export(first, first.export)
@@ -184,11 +196,12 @@ def _openvino(adapters: Sequence[Adapter], wish: Wish) -> Adapter:
             "draw with --engine torch."
         )
     (adapter,) = adapters
+    of_export = wish.obstacle(read_manifest(adapter.export)) if adapter.export else wish.obstacle_to_any
+    if reason := of_export or adapter.not_downloaded:
+        raise BestiaryError(f"The engine openvino cannot draw this: {reason}. Use --engine torch.")
     if adapter.export is None:
         make = f"`bestiary export {adapter.uri} --to openvino --out DIR`"
         raise BestiaryError(
             adapter.no_export or f"{adapter.uri} has no export. Make one with {make}, then draw with --adapter DIR."
         )
-    if reason := wish.obstacle(read_manifest(adapter.export)):
-        raise BestiaryError(f"The engine openvino cannot draw this: {reason}. Use --engine torch.")
     return as_export(adapter, adapter.export)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from bestiary.diffusion.adapter import Applied
     from bestiary.diffusion.sampling import Progress
-    from bestiary.registry.resolving import Adapter
+    from bestiary.registry.resolving import Adapter, Obstacle
     from bestiary.samplers import Decoder, DrawingDefaults, Sampling
 
 MAX_STEM = 60  # characters of a file name
@@ -76,7 +76,7 @@ class Weighted:
 
 
 @contextmanager
-def resolving(what: str, *, fast: bool = False) -> Iterator[Callable[[], Adapter | None]]:
+def resolving(what: str, *, fast: Obstacle | None = None) -> Iterator[Callable[[], Adapter | None]]:
     """Find the adapter that `what` names; "none" is no adapter. With `fast`, also find its accepted export.
 
     Yields a function that waits for the result. If MLflow is needed, a second process asks it, because importing MLflow
@@ -96,7 +96,7 @@ def resolving(what: str, *, fast: bool = False) -> Iterator[Callable[[], Adapter
 
 
 @contextmanager
-def resolving_all(named: Sequence[str], *, fast: bool = False) -> Iterator[Callable[[], list[Adapter]]]:
+def resolving_all(named: Sequence[str], *, fast: Obstacle | None = None) -> Iterator[Callable[[], list[Adapter]]]:
     """Find the adapters of these names, as `resolving` does it; "none" alone is no adapter.
 
     Raises BestiaryError for "none" beside an adapter, and for too many.

@@ -1,5 +1,6 @@
 """A fast variant is stored with the registered version of its adapter, but only if it was accepted."""
 
+import contextlib
 import json
 import shutil
 import sys
@@ -7,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
@@ -17,9 +19,10 @@ from bestiary.app.offers import Offerings, Offers
 from bestiary.cli import cli
 from bestiary.diffusion import engines
 from bestiary.diffusion.adapter import adapter_sha256
+from bestiary.diffusion.export_format import Manifest
 from bestiary.engine_choice import Wish, choose_engine
 from bestiary.errors import BestiaryError
-from bestiary.generation import Base
+from bestiary.generation import Base, resolving
 from bestiary.png_metadata import read_settings
 from bestiary.registry.attaching import Attachment, Candidate, attach
 from bestiary.registry.fast_variant import how_to_restore, read_fast_tags
@@ -27,6 +30,7 @@ from bestiary.registry.model_card import write
 from bestiary.registry.registering import Registration, register
 from bestiary.registry.resolving import fast_variant, pull_fast, resolve
 from bestiary.registry.versions import find_version, local_files, walk
+from bestiary.samplers import SamplingChanges
 from bestiary.tracking.store import open_client, tracking_uri
 
 URI = "models:/bestiary/1"
@@ -51,6 +55,10 @@ def changed(made: Made, folder: Path, **verdict: bool) -> Made:
     export = make_export(folder, adapter_sha256(few_step), content="another network")
     report = acceptance(made.registration.adapter_sha256, adapter_sha256(few_step), export, **verdict)
     return replace(made, candidate=replace(made.candidate, export=export, report=report))
+
+
+def nothing(_: Manifest) -> None:
+    """What is against drawing with an export: nothing."""
 
 
 def fast_folders() -> list[Path]:
@@ -218,9 +226,9 @@ def test_lost_and_changed_files_are_refused_and_nothing_is_written(made: Made, p
 
 def test_torch_draws_where_the_fast_variant_is_lost(made: Made, project: Path) -> None:
     attach_as_stage(made, project)
-    assert resolve(URI, fast=True).export is not None
+    assert resolve(URI, fast=nothing).export is not None
     shutil.rmtree(fast_folders()[0])
-    found = resolve(URI, fast=True)
+    found = resolve(URI, fast=nothing)
     chosen, note = choose_engine([found], Wish())
     assert chosen == [found]
     assert note is not None
@@ -284,7 +292,7 @@ def test_a_report_about_another_fast_variant_is_refused(
 
 
 @pytest.mark.slow
-def test_a_fast_variant_is_uploaded_to_a_server_and_downloaded_once(
+def test_a_fast_variant_is_uploaded_to_a_server_and_downloaded_once_and_only_if_it_may_draw(
     made: Made,
     server: str,
     project: Path,
@@ -300,7 +308,24 @@ def test_a_fast_variant_is_uploaded_to_a_server_and_downloaded_once(
     register(replace(make_submission(project, base_folder, adapters[0]), run_id=run.info.run_id), RULES)
     attach_as_stage(made, project)
     attach_as_stage(changed(made, tmp_path / "other"), project)
-    stored = fast_variant(find_version(URI))
+    monkeypatch.setattr(engines, "obstacle_here", lambda _: None)
+    for wish, gpu, reason in (
+        (Wish(changes=SamplingChanges(decoder="full")), "cpu", "the export has only the tiny decoder"),
+        (Wish("openvino", SamplingChanges(decoder="full")), "cpu", "the export has only the tiny decoder"),
+        (Wish(changes=SamplingChanges(width=20, height=20)), "cpu", "the sides of its pictures are multiples of 8"),
+        (Wish(), "cuda", "this machine has a GPU, which torch uses"),
+    ):
+        monkeypatch.setattr(engines, "device_and_dtype", lambda gpu=gpu: (torch.device(gpu), torch.float32))
+        found = resolve(URI, fast=wish.reason_against)
+        assert found.export is None
+        with contextlib.ExitStack() as stack:
+            if wish.engine == "openvino":
+                stack.enter_context(pytest.raises(BestiaryError, match=f"cannot draw this: {reason}"))
+            assert reason in str(choose_engine([found], wish)[1])
+    with resolving(URI, fast=Wish(changes=SamplingChanges(decoder="full")).reason_against) as another_process:
+        assert another_process() == replace(found, not_downloaded="the export has only the tiny decoder")
+    assert not (tmp_path / "cache" / "fast").exists()
+    stored = resolve(URI, fast=Wish("openvino").reason_against).export
     assert stored is not None
     assert stored.is_relative_to(tmp_path / "cache" / "fast")
     kept = sorted((tmp_path / "server" / "artifacts").rglob("fast-*"))

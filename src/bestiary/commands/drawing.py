@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from bestiary.engine_choice import Wish
     from bestiary.generation import Generator, Weighted
     from bestiary.grids import Grid
-    from bestiary.registry.resolving import Adapter
+    from bestiary.registry.resolving import Adapter, Obstacle
     from bestiary.subjects import Subject
 
 
@@ -86,7 +86,7 @@ def generate(
     weighted = [generation.Weighted.parse(text) for text in source.adapters]
     named = _adapters_of(original, like, weighted) if original and like else [each.what for each in weighted]
     wish = replace(_wish(_engine(source, original), source, changes, start, weighted), has_grid=bool(grid))
-    resolved = _resolve(named, fast=_looks_for_exports(wish, named, original))
+    resolved = _resolve(named, fast=wish.reason_against if _looks_for_exports(wish, named, original) else None)
     generator = generation.Generator(project_tiny_decoder(params))
     adapters, note = choose_engine(resolved, wish, generator.open_export)
     _tell([note] if note and not original else [])
@@ -129,7 +129,7 @@ def generate(
         draw(resolved)
 
 
-def _resolve(named: Sequence[str], *, fast: bool) -> list[Adapter]:
+def _resolve(named: Sequence[str], *, fast: Obstacle | None) -> list[Adapter]:
     """The adapters of these names. Prints what the registry notes about them."""
     from bestiary import generation
 

@@ -103,6 +103,11 @@ def reason_against(manifest: Manifest | None) -> str | None:
     """Why the export is not faster on this machine, as a clause; None if it is. Without a manifest: any export."""
     if device_and_dtype()[0].type != "cpu":
         return "this machine has a GPU, which torch uses"
+    return obstacle_here(manifest)
+
+
+def obstacle_here(manifest: Manifest | None) -> str | None:
+    """Why this machine cannot run the export, as a clause; None if it can. Without a manifest: any export."""
     if find_spec("openvino") is None:
         return f"the engine openvino is not installed (`{INSTALL}`)"
     if manifest and not Processor.here().has(manifest.precision):

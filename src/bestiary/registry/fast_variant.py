@@ -12,12 +12,13 @@ import re
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
-from bestiary.diffusion.export_format import MANIFEST, check_files, file_sha256, is_export, read_manifest
+from bestiary.diffusion.export_format import MANIFEST, Manifest, check_files, file_sha256, is_export, read_manifest
 from bestiary.errors import BestiaryError
 from bestiary.evaluation.acceptance import MAKE
 from bestiary.registry.tags import odd, text
@@ -115,6 +116,22 @@ def find_stored(version: Version, cache: Path) -> StoredFastVariant:
     return _in(kept, tags)
 
 
+def reason_against_download(version: Version, cache: Path, obstacle: Callable[[Manifest], str | None]) -> str | None:
+    """What `obstacle` has against the export on a server, as a clause; None if `find_stored` downloads nothing.
+
+    The manifest is small, so only that is downloaded. Raises BestiaryError when the version has no fast variant, it was
+    refused, or its manifest is lost or has changed.
+    """
+    tags = read_fast_tags(version)
+    if is_export(cache / tags.folder / EXPORT_FOLDER) or local_files(version):
+        return None
+    with TemporaryDirectory() as temporary:
+        export = _download(version, tags, Path(temporary), part=f"/{EXPORT_FOLDER}/{MANIFEST}").parent
+        if export_sha256(export) != tags.export_sha256:
+            raise _changed(version, "on the server")
+        return obstacle(read_manifest(export))
+
+
 def how_to_restore(export: Path, cache: Path) -> str:
     """What to do when a file of a version's stored export is damaged, in a sentence."""
     if export.is_relative_to(cache):
@@ -170,10 +187,14 @@ def _check(version: Version, folder: Path, tags: FastTags, place: str, *, every_
     if not folder.is_dir():
         raise _lost(version, place)
     if not is_intact(folder, tags, every_file=every_file):
-        raise BestiaryError(
-            f"The fast variant of {version.uri} has changed since it was stored: {place}. If the version is this "
-            f"project's, `{ATTACH}` stores it again."
-        )
+        raise _changed(version, place)
+
+
+def _changed(version: Version, place: str) -> BestiaryError:
+    return BestiaryError(
+        f"The fast variant of {version.uri} has changed since it was stored: {place}. If the version is this "
+        f"project's, `{ATTACH}` stores it again."
+    )
 
 
 def _lost(version: Version, place: str) -> BestiaryError:
@@ -183,13 +204,14 @@ def _lost(version: Version, place: str) -> BestiaryError:
     )
 
 
-def _download(version: Version, tags: FastTags, folder: Path) -> None:
+def _download(version: Version, tags: FastTags, folder: Path, part: str = "") -> Path:
+    """Copy a version's fast variant, or one `part` of it, from the server to `folder` and return the copy."""
     uri, client = open_registry()
     with plain_errors(uri):
         found = file_store(client, version).list_artifacts(tags.folder)
     if not found:  # MLflow's own error would not say what is missing
         raise _lost(version, f"{tags.folder} on the server")
-    download(version, tags.folder, folder)
+    return download(version, f"{tags.folder}{part}", folder)
 
 
 @contextlib.contextmanager

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from platformdirs import user_cache_path
 
-from bestiary.diffusion.export_format import MANIFEST, is_export, read_manifest
+from bestiary.diffusion.export_format import MANIFEST, Manifest, is_export, read_manifest
 from bestiary.diffusion.single_file import PICKLES, SUFFIX, is_single_file
 from bestiary.errors import BestiaryError, shown
 from bestiary.files import is_file, is_folder, project_root, write_atomically
-from bestiary.registry import fast_variant as fast
+from bestiary.registry import fast_variant as fast_variants
 from bestiary.registry.fast_variant import is_accepted
 from bestiary.registry.tags import read_tags
 from bestiary.registry.versions import REGISTER, Version, find_version, local_database, weights
 from bestiary.samplers import DrawingDefaults, Sampling
 from bestiary.subjects import Subject
 
+Obstacle = Callable[[Manifest], str | None]  # why not to draw with an export, as a clause; None: nothing against it
 MAX_NAME = 200  # characters of an id on the Hugging Face hub; the hub allows 96 for each of its two parts
 
 
@@ -42,6 +43,7 @@ class Adapter:
     subjects: tuple[Subject, ...] = ()  # that a registered adapter was taught, in the words of its captions
     export: Path | None = None  # the folder of an OpenVINO export of it, or of its accepted fast variant
     no_export: str = ""  # why its accepted fast variant cannot be used, in a sentence
+    not_downloaded: str = ""  # why its accepted fast variant was left on the server, as a clause
     has_fast_variant: bool = False  # its version has an accepted one, even if its files were not looked up
 
     @property
@@ -60,11 +62,12 @@ def needs_mlflow(what: str) -> bool:
     return what.startswith("models:") and local_database() is None
 
 
-def resolve(what: str, *, fast: bool = False) -> Adapter:
+def resolve(what: str, *, fast: Obstacle | None = None) -> Adapter:
     """The adapter that `what` names: `models:/...`, a folder, or a file. A registered file's hash is checked.
 
     With `fast`, a registered adapter includes the export of its fast variant if that was accepted, or the reason why it
-    cannot be used. Raises BestiaryError when there is no such adapter, or when its file has changed.
+    cannot be used. An export on a server is downloaded only if `fast` has nothing against it.
+    Raises BestiaryError when there is no such adapter, or when its file has changed.
     """
     from bestiary.diffusion.stored_adapter import adapter_file, check_size
 
@@ -78,10 +81,11 @@ def resolve(what: str, *, fast: bool = False) -> Adapter:
     version = find_version(what)
     tags = read_tags(version)
     file = _registered_file(version, tags.adapter_sha256)
-    export, no_export = None, ""
-    if fast:
+    export, no_export, not_downloaded = None, "", None
+    if fast and is_accepted(version):
         try:
-            export = fast_variant(version)
+            not_downloaded = fast_variants.reason_against_download(version, fast_cache(), fast)
+            export = None if not_downloaded else fast_variant(version)
             if export:
                 read_manifest(export)
         except BestiaryError as error:  # torch draws with the adapter all the same
@@ -97,6 +101,7 @@ def resolve(what: str, *, fast: bool = False) -> Adapter:
         subjects=tags.subjects,
         export=export,
         no_export=no_export,
+        not_downloaded=not_downloaded or "",
         has_fast_variant=is_accepted(version),
     )
 
@@ -178,7 +183,7 @@ def fast_variant(version: Version) -> Path | None:
     An export from a server is downloaded once, to the user's cache folder. Raises BestiaryError when its files are lost
     or have changed.
     """
-    return fast.find_stored(version, fast_cache()).export if is_accepted(version) else None
+    return fast_variants.find_stored(version, fast_cache()).export if is_accepted(version) else None
 
 
 def fast_cache() -> Path:
@@ -188,7 +193,7 @@ def fast_cache() -> Path:
 
 def how_to_restore_fast_variant(export: Path) -> str:
     """What to do when a file of a version's fast variant is damaged, in a sentence."""
-    return fast.how_to_restore(export, fast_cache())
+    return fast_variants.how_to_restore(export, fast_cache())
 
 
 def find_base(adapter: Adapter, base: str | None = None, known: Collection[str] = ()) -> str:
@@ -252,7 +257,7 @@ def pull_fast(what: str, out: Path) -> list[Path]:
 
     Raises BestiaryError when there is none, it was refused, or its files are lost or have changed.
     """
-    return fast.pull_fast(what, out, fast_cache())
+    return fast_variants.pull_fast(what, out, fast_cache())
 
 
 def pull(what: str, out: Path, base: str | None = None, known: Collection[str] = ()) -> Path:

@@ -1,11 +1,13 @@
 """OpenVINO as an engine: an export draws what torch draws, and every problem with it is reported in one sentence."""
 
 import json
+import os
 import re
 import runpy
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
@@ -307,6 +309,38 @@ def test_compiled_networks_are_cached_for_the_next_process_without_a_copy_of_the
         path.write_bytes(b"damaged")
     assert draw() == first
     assert all(path.read_bytes() != b"damaged" for path in blobs)
+
+
+def test_compiled_networks_that_are_unused_for_30_days_are_removed_and_nothing_else(
+    exported: tuple[Path, Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BESTIARY_CACHE", str(tmp_path))
+    cache = engines.compiled_cache()
+
+    def draw(sampling: Sampling) -> None:
+        generate(open_export(exported[0]), PROMPTS[:1], [0], sampling, batch_size=1)
+
+    def age(days: float, *paths: Path) -> None:
+        for path in paths:
+            os.utime(path, (time.time() - days * 86_400,) * 2, follow_symlinks=False)
+
+    draw(FEW_STEPS)
+    used = set(cache.iterdir())
+    unused, recent = cache / f"{'0' * 64}.blob", cache / f"{'1' * 64}.blob"
+    others = [cache / "notes.txt", cache / "mine.blob", cache / f"{'2' * 64}.blob", cache / f"{'3' * 64}.blob"]
+    for file in (unused, recent, *others[:2]):
+        file.touch()
+    others[2].symlink_to(exported[0] / MANIFEST)
+    others[3].mkdir()
+    age(29, recent)
+    age(31, unused, *others, *used)
+    draw(FEW_STEPS)  # uses the cached networks and adds none
+    assert unused.exists()
+    draw(replace(FEW_STEPS, width=40, height=40))  # adds networks of another size
+    left = set(cache.iterdir())
+    assert unused not in left
+    assert {recent, *others, *used} < left
+    assert (exported[0] / MANIFEST).exists()
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

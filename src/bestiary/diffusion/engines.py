@@ -11,7 +11,10 @@ import hashlib
 import json
 import os
 import platform
+import re
+import stat
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -47,6 +50,8 @@ INSTRUCTIONS: Mapping[Precision, frozenset[str]] = {
     "int8": frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}),
     "bf16": frozenset({"avx512_bf16", "amx_bf16", "bf16"}),
 }
+UNUSED_SECONDS = 30 * 24 * 60 * 60  # after which a compiled network is removed from the cache
+BLOB = re.compile(r"[0-9a-f]{64}\.blob")  # the file name of a compiled network
 MAX_COMPILED = 2  # shapes in memory per network: a guided step has twice the batch of one without guidance
 
 
@@ -167,6 +172,22 @@ def compiled_cache() -> Path:
     return Path(os.environ.get("BESTIARY_CACHE") or user_cache_path("bestiary")) / "compiled"
 
 
+def remove_unused(cache: Path) -> None:
+    """Delete the compiled networks that no process has used for 30 days, and no other file.
+
+    Another process may delete them at the same time, or compile again what it finds deleted.
+    """
+    oldest = time.time() - UNUSED_SECONDS
+    with suppress(OSError):
+        for file in cache.iterdir():
+            if not BLOB.fullmatch(file.name):
+                continue
+            with suppress(OSError):
+                found = file.lstat()
+                if stat.S_ISREG(found.st_mode) and found.st_mtime < oldest:
+                    file.unlink()
+
+
 def is_exported(pipeline: StableDiffusionPipeline) -> bool:
     """Whether OpenVINO runs this pipeline's networks."""
     return isinstance(pipeline.unet, _UNet)
@@ -237,8 +258,12 @@ class _Network:
         """The network compiled for these shapes by an earlier process; None if none can be loaded."""
         blob = self._blob(shapes)
         options = {**self._options, "WEIGHTS_PATH": str(self._folder / WEIGHTS_FILE)}
+        if blob is None:
+            return None
+        with suppress(OSError):  # another user's cache can be read
+            os.utime(blob)  # keeps it from being removed as unused
         with suppress(OSError, RuntimeError):  # OpenVINO rejects a damaged file, and one for other instructions
-            return self._core.import_model(blob.read_bytes(), "CPU", options) if blob else None
+            return self._core.import_model(blob.read_bytes(), "CPU", options)
         return None
 
     def _compile(self, shapes: Sequence[torch.Size]) -> Any:
@@ -255,6 +280,7 @@ class _Network:
             # If OpenVINO cannot export it, or the folder cannot be written, the next process compiles again.
             with suppress(BestiaryError, RuntimeError):
                 write_atomically(blob, compiled.export_model().getvalue())
+                remove_unused(blob.parent)
         return compiled
 
 

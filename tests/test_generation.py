@@ -1,4 +1,5 @@
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,12 +20,14 @@ from bestiary.generation import (
     Weighted,
     base_of_picture,
     choose_base,
+    common_settings,
     decisive,
     defaults_of,
     overrides_base,
     portable_base,
     resolving,
     save_picture,
+    weight_of,
 )
 from bestiary.png_metadata import PictureSettings
 from bestiary.registry.resolving import Adapter, resolve
@@ -145,6 +148,21 @@ def test_the_same_adapter_twice_is_refused_whatever_its_names(base_folder: Path,
         Generator().prepare(Base(str(base_folder)), [one, resolve(str(tmp_path / "two"))])
 
 
+def prepared(base_folder: Path) -> Generator:
+    """A generator with the base in memory."""
+    generator = Generator()
+    generator.prepare(Base(str(base_folder)), [])
+    return generator
+
+
+def draw_with(generator: Generator, weighted: Sequence[Weighted]) -> Image.Image:
+    """A picture with these adapters."""
+    adapters = [resolve(each.what) for each in weighted]
+    generator.prepare(generator.base, adapters)
+    sampling = replace(SETTINGS.sampling, adapter_weight=weight_of(adapters[0], weighted[0]))
+    return generator.draw(replace(common_settings(generator, adapters, weighted, sampling), prompt="a tiger"))
+
+
 def distilled(folder: Path, style: Path, other: Path) -> Path:
     """Write the few-step adapter that `make fast` would make from a style: its file names the style by its hash."""
     content = combine(style, other, 1.0, Sampling("lcm", 2, 1.0, timesteps=(999, 499)), Provenance())
@@ -163,25 +181,36 @@ def test_a_style_and_an_adapter_that_contains_it_are_refused_together(base_folde
     merged = tmp_path / "merged.safetensors"
     merged.write_bytes(merge(parents).content.to_bytes())
 
-    def prepare(*adapters: Path) -> Generator:
-        generator = Generator()
-        generator.prepare(Base(str(base_folder)), [resolve(str(adapter)) for adapter in adapters])
-        return generator
+    def draw(*paths: Path) -> None:
+        draw_with(generator, [Weighted(str(path), 1.0) for path in paths])
 
+    generator = prepared(base_folder)
     for pair in ((style, few_step), (few_step, style)):
         with pytest.raises(BestiaryError) as refused:
-            prepare(*pair)
+            draw(*pair)
         assert str(refused.value) == (
             f"{few_step} already contains {style}, which would count twice. Leave out {style}."
         )
     with pytest.raises(BestiaryError, match=r"few_step and .*again contain the same adapter, which would count twice"):
-        prepare(few_step, again)
+        draw(few_step, again)
     for inner in (few_step, third, style):
         with pytest.raises(BestiaryError, match=f"merged.safetensors already contains {inner}, "):
-            prepare(inner, merged)
+            draw(inner, merged)
     with pytest.raises(BestiaryError, match="few already contains style, which would count twice"):
         merge([Parent("few", adapter_file(few_step)), Parent("style", adapter_file(style))])
-    assert len(prepare(few_step, third).adapter_hashes) == 2
+    draw(few_step, third)
+
+
+def test_an_adapter_with_weight_0_may_be_contained_in_another_one(base_folder: Path, tmp_path: Path) -> None:
+    style, other = (make_adapter(base_folder, tmp_path / name, i) for i, name in enumerate(("style", "other")))
+    both = tmp_path / "both.safetensors"
+    both.write_bytes(merge([Parent(str(each), adapter_file(each)) for each in (style, other)]).content.to_bytes())
+    generator = prepared(base_folder)
+    alone = draw_with(generator, [Weighted(str(both), 1.0)])
+    assert draw_with(generator, [Weighted(str(both), 1.0), Weighted(str(style), 0.0)]) == alone
+    assert draw_with(generator, [Weighted(str(both), 0.0), Weighted(str(style), 1.0)]) != alone
+    with pytest.raises(BestiaryError, match="already contains"):  # the same adapters stay loaded
+        draw_with(generator, [Weighted(str(both), 0.1), Weighted(str(style), 0.1)])
 
 
 def test_every_adapter_must_be_for_the_base(base_folder: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from bestiary.diffusion.adapter import Applied
+    from bestiary.diffusion.containment import Named
     from bestiary.diffusion.sampling import Progress
     from bestiary.registry.resolving import Adapter, Obstacle
     from bestiary.samplers import Decoder, DrawingDefaults, Sampling
@@ -262,6 +263,7 @@ class Generator:
         self.export: Export | None = None  # the loaded export, if an export draws
         self.device = ""
         self.adapter_hashes: tuple[str, ...] = ()  # SHA-256 of the applied adapters, in their order
+        self._named: tuple[Named, ...] = ()  # the same adapters, and which ones they contain
         self.applied: tuple[Applied, ...] = ()  # what the base took of each
         self._pipeline: StableDiffusionPipeline | None = None
         self._hashed: tuple[Base, str] | None = None  # a base and its SHA-256
@@ -291,21 +293,20 @@ class Generator:
     def prepare(self, base: Base, adapters: Sequence[Adapter], device: str = "", *, any_base: bool = False) -> None:
         """Load `base` on `device` (empty: the best one) and apply `adapters`, in place of what was there.
 
-        Raises BestiaryError when the base cannot be loaded, when an adapter does not fit it, is given twice or is
-        contained in another one, or when an adapter was trained on another base, unless `any_base`. An export replaces
-        base and adapter.
+        Raises BestiaryError when the base cannot be loaded, when an adapter does not fit it or is given twice, or when
+        one was trained on another base, unless `any_base`. An export replaces base and adapter.
         """
         if adapters and adapters[0].is_export:
             self.open_export(adapters[0])
             return
         versions = [_version(adapter) for adapter in adapters]
         if not (self.is_loaded(base, device) and self._applied == versions):
-            hashes = _different_hashes(adapters)
+            named = _different(adapters)
             for adapter in adapters:
                 if adapter.base_sha256 and not any_base:
                     check_base(adapter, base.model, self._hash(base))
             self._load(base, device)
-            self._apply(adapters, versions, hashes)
+            self._apply(adapters, versions, named)
 
     def open_export(self, adapter: Adapter) -> None:
         """Load an export, which contains its base, unless it is in memory. Raises what `engines.open_export` does."""
@@ -343,13 +344,14 @@ class Generator:
         self._base, self.device = base, device
 
     def _apply(
-        self, adapters: Sequence[Adapter], versions: list[tuple[Path, list[int]]], hashes: tuple[str, ...]
+        self, adapters: Sequence[Adapter], versions: list[tuple[Path, list[int]]], named: tuple[Named, ...]
     ) -> None:
         from bestiary.diffusion.adapter import apply_adapters
 
-        self._applied, self.adapter_hashes, self.applied = [], (), ()
+        self._applied, self.adapter_hashes, self.applied, self._named = [], (), (), ()
         applied = apply_adapters(self.pipeline, [adapter.file for adapter in adapters], [1.0] * len(adapters))
-        self._applied, self.adapter_hashes, self.applied = versions, hashes, tuple(applied)
+        self._applied, self.applied, self._named = versions, tuple(applied), named
+        self.adapter_hashes = tuple(each.sha256 for each in named)
 
     def applied_files(self, adapters: Sequence[Adapter]) -> list[str]:
         """What the base took of each adapter that is a file, in words. A registered version was verified before.
@@ -394,16 +396,20 @@ class Generator:
     def draw(self, settings: PictureSettings, progress: Progress | None = None, image: Image | None = None) -> Image:
         """Draw the picture that `settings` describe, without the applied adapters if they name none.
 
-        `image` is the one that the settings start from. Raises BestiaryError when this base cannot draw the picture, or
-        when there is no such image; whatever `progress` raises stops the drawing.
+        `image` is the one that the settings start from. Raises BestiaryError when this base cannot draw the picture,
+        when an adapter contains another one and neither has the weight 0, or when there is no such image; whatever
+        `progress` raises stops the drawing.
         """
         from bestiary.diffusion.adapter import set_weights
+        from bestiary.diffusion.containment import check_counted_once
         from bestiary.diffusion.sampling import Start, generate
 
         if settings.start is not None and image is None:
             raise BestiaryError("This picture starts from an image. Give the image with --image.")
         weights = [applied.weight for applied in settings.adapters]
         if self.export is None:
+            pairs = zip(self._named, weights, strict=False)  # none: no adapter
+            check_counted_once([named for named, weight in pairs if weight])
             set_weights(self.pipeline, weights or [0.0] * len(self._applied))
             self._add_tiny_decoder(settings.sampling)
         elif weights != [1.0]:
@@ -431,11 +437,11 @@ class Generator:
             add_tiny_decoder(self.pipeline, decoder)
 
 
-def _different_hashes(adapters: Sequence[Adapter]) -> tuple[str, ...]:
-    """The SHA-256 of each adapter. Raises BestiaryError when an adapter would count twice."""
+def _different(adapters: Sequence[Adapter]) -> tuple[Named, ...]:
+    """The adapters, and which ones they contain. Raises BestiaryError when one of them is given twice."""
     from bestiary.diffusion.adapter import adapter_sha256
     from bestiary.diffusion.adapter_reading import read_adapter
-    from bestiary.diffusion.containment import Named, check_counted_once
+    from bestiary.diffusion.containment import Named, contained
 
     known: dict[str, Adapter] = {}
     for adapter in adapters:
@@ -443,11 +449,11 @@ def _different_hashes(adapters: Sequence[Adapter]) -> tuple[str, ...]:
         if first := known.get(sha256):
             raise BestiaryError(f"{first.uri} and {adapter.uri} are the same adapter. Name it once, with one weight.")
         known[sha256] = adapter
-    if len(known) > 1:
-        check_counted_once(
-            [Named(adapter.uri, sha256, read_adapter(adapter.file)) for sha256, adapter in known.items()]
-        )
-    return tuple(known)
+    alone = len(known) == 1  # then what it contains does not matter
+    return tuple(
+        Named(adapter.uri, sha256, frozenset() if alone else contained(read_adapter(adapter.file)))
+        for sha256, adapter in known.items()
+    )
 
 
 def _version(adapter: Adapter) -> tuple[Path, list[int]]:

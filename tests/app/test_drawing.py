@@ -110,6 +110,7 @@ def test_an_adapter_and_an_uploaded_one_that_contains_it_are_refused_together(
         f"both.safetensors already contains {stripes}, which would count twice. Leave out {stripes}."
     )
     assert (refusal["key"], refusal["values"]) == ("containsAdapter", {"outer": "both.safetensors", "inner": stripes})
+    assert pictures(server.draw(adapter="local:0", more_adapters=[{"adapter": offer["key"], "weight": 0}]))
 
 
 def test_the_base_beside_a_few_step_adapter_is_drawn_with_its_default_settings(

@@ -157,7 +157,7 @@ class Studio:
                 if order.preview
                 else contextlib.nullcontext()
             )
-            with stoppable(pipeline, check), watching:
+            with self.offers.without_paths(), stoppable(pipeline, check), watching:
                 image = self._generator.draw(job.settings, progress, work.image)
             tell(
                 Picture(

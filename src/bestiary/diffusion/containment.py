@@ -18,11 +18,11 @@ HASHES = ("adapter_sha256", "few_step_sha256")  # keys of a source; the second i
 
 @dataclass(frozen=True)
 class Named:
-    """An adapter to combine with others: its name for errors, its SHA-256, and its content."""
+    """An adapter to combine with others: its name for errors, its SHA-256, and those of the adapters it contains."""
 
     name: str
     sha256: str
-    content: AdapterContent
+    contained: frozenset[str]
 
 
 def contained(content: AdapterContent) -> frozenset[str]:
@@ -38,7 +38,7 @@ def contained(content: AdapterContent) -> frozenset[str]:
 
 def check_counted_once(adapters: Sequence[Named]) -> None:
     """Raise BestiaryError when one of the adapters contains another one, or two contain the same."""
-    held = [(each, {each.sha256} | contained(each.content)) for each in adapters]
+    held = [(each, {each.sha256} | each.contained) for each in adapters]
     for (first, its), (second, others) in combinations(held, 2):
         if first.sha256 == second.sha256:  # the caller handles an adapter that is given twice
             continue

@@ -9,6 +9,7 @@ from support.registry import make_adapter
 
 from bestiary.diffusion.adapter import adapter_sha256
 from bestiary.diffusion.adapter_format import Provenance
+from bestiary.diffusion.conversion import convert
 from bestiary.diffusion.few_step import few_step_sampling
 from bestiary.diffusion.few_step_adapter import combine
 from bestiary.diffusion.merging import Parent, merge
@@ -144,8 +145,10 @@ def test_a_picture_without_an_adapter_is_the_bases_even_while_one_is_applied(bas
 def test_the_same_adapter_twice_is_refused_whatever_its_names(base_folder: Path, tmp_path: Path) -> None:
     one = resolve(str(make_adapter(base_folder, tmp_path / "one", 0)))
     shutil.copytree(tmp_path / "one", tmp_path / "two")
-    with pytest.raises(BestiaryError, match=r"one and .*two are the same adapter\. Name it once, with one weight\."):
-        Generator().prepare(Base(str(base_folder)), [one, resolve(str(tmp_path / "two"))])
+    convert(adapter_file(tmp_path / "one"), tmp_path / "two.safetensors", "kohya")
+    for copy in (tmp_path / "two", tmp_path / "two.safetensors"):
+        with pytest.raises(BestiaryError, match=f"one and {copy} are the same adapter. Name it once, with one weight"):
+            Generator().prepare(Base(str(base_folder)), [one, resolve(str(copy))])
 
 
 def prepared(base_folder: Path) -> Generator:
@@ -196,6 +199,15 @@ def test_a_style_and_an_adapter_that_contains_it_are_refused_together(base_folde
     for inner in (few_step, third, style):
         with pytest.raises(BestiaryError, match=f"merged.safetensors already contains {inner}, "):
             draw(inner, merged)
+    kohya = convert(adapter_file(style), tmp_path / "kohya.safetensors", "kohya")
+    back = convert(kohya, tmp_path / "back.safetensors", "diffusers")
+    of_kohya = tmp_path / "of_kohya.safetensors"
+    of_kohya.write_bytes(merge([Parent("kohya", kohya), Parent("c", adapter_file(third))]).content.to_bytes())
+    for copy in (kohya, back):
+        with pytest.raises(BestiaryError, match=f"few_step already contains {copy}, which would count twice"):
+            draw(few_step, copy)
+    with pytest.raises(BestiaryError, match=f"of_kohya.safetensors already contains {style}, which would count twice"):
+        draw(style, of_kohya)
     with pytest.raises(BestiaryError, match="few already contains style, which would count twice"):
         merge([Parent("few", adapter_file(few_step)), Parent("style", adapter_file(style))])
     draw(few_step, third)

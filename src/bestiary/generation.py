@@ -263,7 +263,7 @@ class Generator:
         self.export: Export | None = None  # the loaded export, if an export draws
         self.device = ""
         self.adapter_hashes: tuple[str, ...] = ()  # SHA-256 of the applied adapters, in their order
-        self._named: tuple[Named, ...] = ()  # the same adapters, and which ones they contain
+        self._named: tuple[Named, ...] = ()  # the same adapters if they are several, and which ones they contain
         self.applied: tuple[Applied, ...] = ()  # what the base took of each
         self._pipeline: StableDiffusionPipeline | None = None
         self._hashed: tuple[Base, str] | None = None  # a base and its SHA-256
@@ -296,17 +296,21 @@ class Generator:
         Raises BestiaryError when the base cannot be loaded, when an adapter does not fit it or is given twice, or when
         one was trained on another base, unless `any_base`. An export replaces base and adapter.
         """
+        from bestiary.diffusion.adapter import adapter_sha256
+
         if adapters and adapters[0].is_export:
             self.open_export(adapters[0])
             return
         versions = [_version(adapter) for adapter in adapters]
         if not (self.is_loaded(base, device) and self._applied == versions):
-            named = _different(adapters)
+            hashes = tuple(adapter_sha256(adapter.file) for adapter in adapters)
+            named = _named(adapters, hashes)
             for adapter in adapters:
                 if adapter.base_sha256 and not any_base:
                     check_base(adapter, base.model, self._hash(base))
             self._load(base, device)
-            self._apply(adapters, versions, named)
+            self._apply(adapters, versions)
+            self.adapter_hashes, self._named = hashes, named
 
     def open_export(self, adapter: Adapter) -> None:
         """Load an export, which contains its base, unless it is in memory. Raises what `engines.open_export` does."""
@@ -343,15 +347,12 @@ class Generator:
         self._pipeline = load_pipeline(base.model, base.revision, device=device or None)
         self._base, self.device = base, device
 
-    def _apply(
-        self, adapters: Sequence[Adapter], versions: list[tuple[Path, list[int]]], named: tuple[Named, ...]
-    ) -> None:
+    def _apply(self, adapters: Sequence[Adapter], versions: list[tuple[Path, list[int]]]) -> None:
         from bestiary.diffusion.adapter import apply_adapters
 
         self._applied, self.adapter_hashes, self.applied, self._named = [], (), (), ()
         applied = apply_adapters(self.pipeline, [adapter.file for adapter in adapters], [1.0] * len(adapters))
-        self._applied, self.applied, self._named = versions, tuple(applied), named
-        self.adapter_hashes = tuple(each.sha256 for each in named)
+        self._applied, self.applied = versions, tuple(applied)
 
     def applied_files(self, adapters: Sequence[Adapter]) -> list[str]:
         """What the base took of each adapter that is a file, in words. A registered version was verified before.
@@ -408,7 +409,7 @@ class Generator:
             raise BestiaryError("This picture starts from an image. Give the image with --image.")
         weights = [applied.weight for applied in settings.adapters]
         if self.export is None:
-            pairs = zip(self._named, weights, strict=False)  # none: no adapter
+            pairs = zip(self._named, weights, strict=False)  # none: one adapter, or the base alone
             check_counted_once([named for named, weight in pairs if weight])
             set_weights(self.pipeline, weights or [0.0] * len(self._applied))
             self._add_tiny_decoder(settings.sampling)
@@ -437,23 +438,20 @@ class Generator:
             add_tiny_decoder(self.pipeline, decoder)
 
 
-def _different(adapters: Sequence[Adapter]) -> tuple[Named, ...]:
-    """The adapters, and which ones they contain. Raises BestiaryError when one of them is given twice."""
-    from bestiary.diffusion.adapter import adapter_sha256
-    from bestiary.diffusion.adapter_reading import read_adapter
-    from bestiary.diffusion.containment import Named, contained
+def _named(adapters: Sequence[Adapter], hashes: Sequence[str]) -> tuple[Named, ...]:
+    """The adapters by the hashes that tell whether one would count twice; nothing for a single one.
 
-    known: dict[str, Adapter] = {}
-    for adapter in adapters:
-        sha256 = adapter_sha256(adapter.file)
-        if first := known.get(sha256):
-            raise BestiaryError(f"{first.uri} and {adapter.uri} are the same adapter. Name it once, with one weight.")
-        known[sha256] = adapter
-    alone = len(known) == 1  # then what it contains does not matter
-    return tuple(
-        Named(adapter.uri, sha256, frozenset() if alone else contained(read_adapter(adapter.file)))
-        for sha256, adapter in known.items()
-    )
+    Raises BestiaryError when one of them is given twice.
+    """
+    from bestiary.diffusion.adapter_reading import read_adapter
+    from bestiary.diffusion.containment import Named, check_given_once
+
+    if len(adapters) < 2:
+        return ()
+    pairs = zip(adapters, hashes, strict=True)
+    named = tuple(Named.of(adapter.uri, sha256, read_adapter(adapter.file)) for adapter, sha256 in pairs)
+    check_given_once(named)
+    return named
 
 
 def _version(adapter: Adapter) -> tuple[Path, list[int]]:

@@ -1,6 +1,7 @@
 """Which adapters an adapter contains, by the provenance in its file, so that no change is applied twice.
 
-A few-step adapter contains the adapter that it was distilled from, and a merged one contains its parents.
+A few-step adapter contains the adapter that it was distilled from, and a merged one contains its parents. Provenance
+names them by their hashes, so a copy in another format is known by the hashes of the files in all formats.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from bestiary.diffusion.adapter_format import AdapterContent
+from bestiary.diffusion.conversion import hashes_of_formats
 from bestiary.errors import BestiaryError
 
 CONTAINS = "contains"  # in the provenance of a merged adapter: what its parents contain; of a weighted copy: its source
@@ -18,11 +20,19 @@ HASHES = ("adapter_sha256", "few_step_sha256")  # keys of a source; the second i
 
 @dataclass(frozen=True)
 class Named:
-    """An adapter to combine with others: its name for errors, its SHA-256, and those of the adapters it contains."""
+    """An adapter to combine with others: its name for errors, and hashes that tell whether it would count twice.
+
+    `hashes` are the SHA-256 of its file and of its copies in other formats, `contained` those of the adapters in it.
+    """
 
     name: str
-    sha256: str
+    hashes: frozenset[str]
     contained: frozenset[str]
+
+    @staticmethod
+    def of(name: str, sha256: str, content: AdapterContent) -> Named:
+        """The adapter with this content in a file with this SHA-256."""
+        return Named(name, hashes_of_formats(content) | {sha256}, contained(content))
 
 
 def contained(content: AdapterContent) -> frozenset[str]:
@@ -36,18 +46,24 @@ def contained(content: AdapterContent) -> frozenset[str]:
     return frozenset(_contained(content))
 
 
+def check_given_once(adapters: Sequence[Named]) -> None:
+    """Raise BestiaryError when two of the adapters are the same, in whatever formats."""
+    for first, second in combinations(adapters, 2):
+        if first.hashes & second.hashes:
+            raise BestiaryError(f"{first.name} and {second.name} are the same adapter. Name it once, with one weight.")
+
+
 def check_counted_once(adapters: Sequence[Named]) -> None:
     """Raise BestiaryError when one of the adapters contains another one, or two contain the same."""
-    held = [(each, {each.sha256} | each.contained) for each in adapters]
-    for (first, its), (second, others) in combinations(held, 2):
-        if first.sha256 == second.sha256:  # the caller handles an adapter that is given twice
+    for first, second in combinations(adapters, 2):
+        if first.hashes & second.hashes:  # the caller handles an adapter that is given twice
             continue
-        for outer, inner, inside in ((first, second, its), (second, first, others)):
-            if inner.sha256 in inside:
+        for outer, inner in ((first, second), (second, first)):
+            if inner.hashes & outer.contained:
                 raise BestiaryError(
                     f"{outer.name} already contains {inner.name}, which would count twice. Leave out {inner.name}."
                 )
-        if its & others:
+        if first.contained & second.contained:
             raise BestiaryError(
                 f"{first.name} and {second.name} contain the same adapter, which would count twice. Leave out one of "
                 "them."

@@ -72,6 +72,15 @@ def read(path: Path, alpha: float | None = None) -> AdapterContent:
     return read_adapter(adapter_file(path), alpha=alpha, original_alpha=ORIGINAL_ALPHA)
 
 
+def hashes_of_formats(adapter: AdapterContent) -> frozenset[str]:
+    """The SHA-256 of the files that this project writes for an adapter in diffusers' and in kohya's format.
+
+    Conversions are exact, so they are the same for every copy that this project converted.
+    """
+    files = [_kohya(adapter)] if adapter.changes else [_kohya(adapter), adapter.to_bytes()]
+    return frozenset(hashlib.sha256(data).hexdigest() for data in files)
+
+
 def _diffusers(adapter: AdapterContent, source: Path) -> bytes:
     if adapter.changes:
         (_, module), change = min(adapter.changes.items(), key=lambda item: item[0])

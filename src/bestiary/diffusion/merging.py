@@ -55,7 +55,7 @@ def merge(parents: Sequence[Parent], rank: int | None = None) -> Merged:
     contents = [read_adapter(parent.file) for parent in parents]
     check_counted_once(
         [
-            Named(parent.name, adapter_sha256(parent.file), contained(content))
+            Named.of(parent.name, adapter_sha256(parent.file), content)
             for parent, content in zip(parents, contents, strict=True)
         ]
     )

@@ -327,6 +327,23 @@ def test_a_grid_is_one_picture_of_what_each_setting_draws_alone(
     assert "--grid sets the seed. Leave out --seed." in capsys.readouterr().err
 
 
+def test_the_cell_of_a_few_step_adapter_without_weight_is_drawn_as_the_base_alone(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("models/adapter/pytorch_lora_weights.safetensors").rename("lcm-lora.safetensors")
+    assert call(monkeypatch, "generate", "tiger", "--adapter", "lcm-lora.safetensors", "--grid", "weight=0,1") == 0
+    assert call(monkeypatch, "generate", "tiger", "--adapter", "none") == 0
+    assert call(monkeypatch, "generate", "tiger", "--adapter", "lcm-lora.safetensors", "--out", "few") == 0
+    assert read_settings(Path("few/tiger-0.png")).sampling.steps == 4
+    assert read_settings(Path("pictures/tiger-0.png")).sampling.steps != 4
+    with Image.open("pictures/tiger-0-grid.png") as grid:
+        left, top = grid.width - 2 * (128 + 4), grid.height - (128 + 4)
+        cells = [grid.crop((x, top, x + 128, top + 128)) for x in (left, left + 128 + 4)]
+    for cell, folder in zip(cells, ("pictures", "few"), strict=True):
+        with Image.open(f"{folder}/tiger-0.png") as alone:
+            assert cell.tobytes() == alone.resize((128, 128), Image.Resampling.NEAREST).tobytes()
+
+
 def test_a_picture_that_starts_from_an_image_is_drawn_again_with_that_image(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

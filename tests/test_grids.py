@@ -41,6 +41,18 @@ def test_columns_and_rows_have_every_combination() -> None:
     ]
 
 
+def test_what_follows_from_the_weights_of_a_cell_comes_before_the_other_axes() -> None:
+    def reweighted(settings: PictureSettings) -> PictureSettings:
+        steps = 2 if settings.adapters[0].weight else 25
+        return replace(settings, sampling=replace(settings.sampling, steps=steps))
+
+    for axes in (("weight=0,1", "seed=1"), ("seed=1", "weight=0,1")):
+        rows = grid_of(*axes).cells(SETTINGS, reweighted)
+        assert [cell.sampling.steps for row in rows for cell in row] == [25, 2]
+    ((cell,),) = grid_of("steps=9", "weight=0").cells(SETTINGS, reweighted)
+    assert (cell.sampling.steps, cell.sampling.adapter_weight) == (9, 0)
+
+
 def test_one_text_may_hold_both_axes_and_spaces() -> None:
     assert grid_of("weight=0.4, 1  seed = 1,2,3") == grid_of("weight=0.4,1", "seed=1,2,3")
     with pytest.raises(BestiaryError, match="two axes, not 3"):

@@ -139,16 +139,7 @@ def defaults_of(adapters: Sequence[Evaluated], weights: Sequence[float] = ()) ->
     few_step = next((adapter.defaults for adapter in adapters if adapter.few_step and adapter.defaults), None)
     if first is None or few_step is None:
         return few_step or first
-    fast = few_step.sampling
-    sampling = replace(
-        first.sampling,
-        sampler=fast.sampler,
-        steps=fast.steps,
-        guidance_scale=fast.guidance_scale,
-        guidance_interval=None,
-        timesteps=fast.timesteps,
-    )
-    return replace(first, sampling=sampling)
+    return replace(first, sampling=first.sampling.in_steps_of(few_step.sampling))
 
 
 def decisive(adapters: Sequence[Adapter]) -> Adapter | None:

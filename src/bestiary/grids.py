@@ -20,6 +20,7 @@ MAX_PIXELS = 2**28  # of a whole grid: 800 MB in memory
 MIN_CELL = 128  # pixels a side, for the labels; smaller pictures are enlarged by whole factors
 AXES = ("weight", "weight2", "seed", "steps", "guidance", "scheduler", "denoise")
 Value = str | int | float
+Change = Callable[[PictureSettings], PictureSettings]
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class Axis:
                 "weight=0.4,0.7,1.0"
             )
         return Axis(name, tuple(_parse(name, value.strip()) for value in values.split(",")))
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether it changes the weight of an adapter."""
+        return self.name in ("weight", "weight2")
 
     @property
     def labels(self) -> list[str]:
@@ -125,15 +131,29 @@ class Grid:
             raise BestiaryError(f"A grid may have at most {MAX_CELLS} pictures. Choose fewer values.")
         return Grid(axes) if axes else None
 
-    def cells(self, settings: PictureSettings) -> list[list[PictureSettings]]:
-        """The settings of each picture, by row and column. Raises BestiaryError when the whole would be too large."""
+    def cells(self, settings: PictureSettings, reweighted: Change = lambda each: each) -> list[list[PictureSettings]]:
+        """The settings of each picture, by row and column.
+
+        `reweighted` changes what follows from the weights of a cell, such as its steps, before the other axes apply.
+        Raises BestiaryError when the whole would be too large.
+        """
         columns, *rows = self.axes
-        across = [columns.applied(settings, value) for value in columns.values]
-        cells = [[rows[0].applied(each, value) for each in across] for value in rows[0].values] if rows else [across]
+        downwards = [(value,) for value in rows[0].values] if rows else [()]
+        cells = [[self._cell(settings, (across, *down), reweighted) for across in columns.values] for down in downwards]
         width, height = settings.sampling.width or 0, settings.sampling.height or 0
-        if max(width, height, MIN_CELL) ** 2 * len(cells) * len(across) > MAX_PIXELS:
+        if max(width, height, MIN_CELL) ** 2 * len(cells) * len(columns.values) > MAX_PIXELS:
             raise BestiaryError("The grid would be larger than 268 megapixels. Choose fewer values or a smaller size.")
         return cells
+
+    def _cell(self, settings: PictureSettings, values: Sequence[Value], reweighted: Change) -> PictureSettings:
+        """The settings with one value of each axis."""
+        chosen = list(zip(self.axes, values, strict=True))
+        for axis, value in chosen:
+            settings = axis.applied(settings, value) if axis.is_weight else settings
+        settings = reweighted(settings)
+        for axis, value in chosen:
+            settings = settings if axis.is_weight else axis.applied(settings, value)
+        return settings
 
     def sheet(self, rows: Sequence[Sequence[Image]], settings: PictureSettings) -> Image:
         """The pictures in their colours on one sheet, with the labels of the axes."""

@@ -140,6 +140,21 @@ class Sampling:
             and (self.timesteps is None or _fit(self.timesteps, self.steps))
         )
 
+    def in_steps_of(self, other: Sampling) -> Sampling:
+        """This sampling with the other's sampler, steps, timesteps and guidance.
+
+        >>> Sampling("ddim", steps=10, width=64).in_steps_of(Sampling("lcm", 2, 1.0, timesteps=(999, 499))).steps
+        2
+        """
+        return replace(
+            self,
+            sampler=other.sampler,
+            steps=other.steps,
+            guidance_scale=other.guidance_scale,
+            guidance_interval=other.guidance_interval,
+            timesteps=other.timesteps,
+        )
+
 
 def _fit(timesteps: Timesteps, steps: int) -> bool:
     """Whether there is one timestep for each step, and each is below the one before."""

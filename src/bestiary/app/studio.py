@@ -247,15 +247,7 @@ class Studio:
         sampling = replace(sampling, adapter_weight=1.0)  # the base alone has no adapter weight
         if not any(each.offer.few_step and each.weight for each in work.chosen):
             return sampling
-        own = self.offers.defaults.sampling
-        return replace(
-            sampling,
-            sampler=own.sampler,
-            steps=own.steps,
-            guidance_scale=own.guidance_scale,
-            guidance_interval=own.guidance_interval,
-            timesteps=own.timesteps,
-        )
+        return sampling.in_steps_of(self.offers.defaults.sampling)
 
     def _load(self, work: Work, tell: Tell) -> None:
         """Load the order's base and adapters, unless they are in memory."""

@@ -33,7 +33,7 @@ from bestiary.errors import BestiaryError, printable, shown
 from bestiary.files import is_file, is_folder
 from bestiary.png_metadata import Colours, PictureSettings, read_settings
 from bestiary.project import drawing_defaults, project_base, project_params, project_tiny_decoder
-from bestiary.samplers import SamplingChanges
+from bestiary.samplers import DrawingDefaults, SamplingChanges
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -95,6 +95,13 @@ def generate(
     chosen, default = generation.named_base(source.base), project_base(params)
 
     def draw(adapters: Sequence[Adapter]) -> None:
+        def defaults_with(weights: Sequence[float]) -> DrawingDefaults:
+            return generation.defaults_of(adapters, weights) or drawing_defaults(params)
+
+        def reweighted(settings: PictureSettings) -> PictureSettings:
+            own = defaults_with([applied.weight for applied in settings.adapters])
+            return replace(settings, sampling=settings.sampling.in_steps_of(changes.apply(own.sampling)))
+
         adapter = generation.decisive(adapters)
         if original and like:
             generation.check_same_adapters(adapters, original, like, named)
@@ -108,7 +115,7 @@ def generate(
         else:
             pairs = zip(adapters, weighted, strict=False)  # none: no adapter
             weights = [generation.weight_of(*each) for each in pairs]
-            defaults = generation.defaults_of(adapters, weights) or drawing_defaults(params)
+            defaults = defaults_with(weights)
             sampling = generator.sized(replace(changes, adapter_weight=weighted[0].weight).apply(defaults.sampling))
             common = generation.common_settings(generator, adapters, weighted, sampling)
             common = replace(common, colours=colours, start=start_image)
@@ -116,7 +123,8 @@ def generate(
             jobs = _jobs(generator, common, captions, request.prompt or "", series)
         _tell(generator.applied_files(adapters))
         if grid:
-            _draw_grids(generator, jobs, grid, out, image)
+            cells = [(name, grid.cells(settings, reweighted)) for name, settings in jobs]
+            _draw_grids(generator, grid, cells, out, image)
         else:
             _draw_all(generator, jobs, out, image)
 
@@ -242,20 +250,23 @@ def _draw_all(
 
 
 def _draw_grids(
-    generator: Generator, jobs: list[tuple[str, PictureSettings]], grid: Grid, out: Path, image: Image | None
+    generator: Generator,
+    grid: Grid,
+    by_name: Sequence[tuple[str, list[list[PictureSettings]]]],
+    out: Path,
+    image: Image | None,
 ) -> None:
     from tqdm import tqdm
 
     from bestiary.generation import save_png
 
-    by_job = [(name, settings, grid.cells(settings)) for name, settings in jobs]
-    steps = sum(cell.drawn_steps for _, _, rows in by_job for row in rows for cell in row)
+    steps = sum(cell.drawn_steps for _, rows in by_name for row in rows for cell in row)
     with tqdm(total=steps, desc="draw grids", unit="step", leave=False) as bar:
 
         def count_step(_done: int, _total: int) -> None:
             bar.update()
 
-        for name, settings, rows in by_job:
+        for name, rows in by_name:
             drawn = [[generator.draw(cell, count_step, image) for cell in row] for row in rows]
-            path = save_png(grid.png(grid.sheet(drawn, settings), rows[0][0]), out, f"{name}-grid")
+            path = save_png(grid.png(grid.sheet(drawn, rows[0][0]), rows[0][0]), out, f"{name}-grid")
             bar.write(str(path), file=sys.stdout)

@@ -46,11 +46,8 @@ function offerIn(id) {
 /** How the chosen adapters draw: as the first was evaluated, in the few steps of one that was made for them. */
 function usual() {
   const chosen = [chosenOffer(), offerIn('second')];
-  const own = { adapter_weight: 1, ...(chosen[0]?.usual ?? catalog.usual) };
-  const fast = chosen.find((offer) => offer?.few_step)?.usual;
-  if (!fast) return own;
-  const { scheduler, steps, guidance_scale } = fast;
-  return { ...own, scheduler, steps, guidance_scale, guidance_interval: null };
+  const own = chosen[0]?.usual ?? catalog.usual;
+  return { adapter_weight: 1, ...own, ...stepsOf(chosen.map((offer) => ({ offer, weight: 1 }))) };
 }
 
 /** What an order draws with when its few-step adapters have the weight 0, and so change nothing; {} for other orders. */
@@ -58,9 +55,14 @@ export function withoutFewSteps({ adapter, adapter_weight, more_adapters }) {
   const applied = [{ adapter, weight: adapter_weight }, ...more_adapters]
     .map(({ adapter: chosen, weight }) => ({ weight, offer: offers().find(({ key }) => key === chosen) }));
   const fast = applied.filter(({ offer }) => offer?.few_step);
-  if (!fast.length || fast.some(({ weight }) => weight)) return {};
-  const style = applied.find(({ offer, weight }) => offer && !offer.few_step && weight)?.offer;
-  const { scheduler, steps, guidance_scale, guidance_interval = null } = style?.usual ?? catalog.usual;
+  return fast.length && fast.every(({ weight }) => !weight) ? stepsOf(applied) : {};
+}
+
+/** The steps of the first few-step adapter that has a weight, else those of the first other adapter or of the base. */
+function stepsOf(applied) {
+  const drawn = applied.filter(({ offer, weight }) => weight || !offer?.few_step);
+  const { offer } = drawn.find((each) => each.offer?.few_step) ?? drawn[0] ?? {};
+  const { scheduler, steps, guidance_scale, guidance_interval = null } = offer?.usual ?? catalog.usual;
   return { scheduler, steps, guidance_scale, guidance_interval };
 }
 

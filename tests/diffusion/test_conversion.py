@@ -89,6 +89,17 @@ def test_to_kohya_and_back_is_exact_to_the_byte(adapter: Path, tmp_path: Path) -
     assert back.read_bytes() == adapter.read_bytes()
 
 
+def test_the_file_to_convert_is_never_overwritten(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_bytes(adapter.read_bytes())
+    kohya = convert(adapter, tmp_path / "kohya.safetensors", "kohya")
+    for source, target in ((tmp_path / FILE_NAME, tmp_path), (tmp_path, tmp_path)):
+        with pytest.raises(BestiaryError, match="is the file to convert and would be overwritten"):
+            convert(source, target, "diffusers")
+    for target in (kohya, tmp_path):
+        with pytest.raises(BestiaryError, match="is the file to convert and would be overwritten"):
+            convert(kohya, target, "kohya")
+
+
 def test_an_adapter_on_all_layers_is_converted_exactly_and_works_in_diffusers_own_loader(
     base: Path, on_all_layers: Path, tmp_path: Path
 ) -> None:

@@ -162,3 +162,18 @@ def test_a_parent_is_never_overwritten(base: Path, parents: list[Parent]) -> Non
         write_verified(merge(parents), parents, parents[0].file.parent, str(base), None)
     assert parents[0].file.read_bytes() == before
     assert read_adapter(parents[0].file).config.r == 2
+
+
+def test_another_adapter_is_never_overwritten_and_no_error_names_a_temporary_file(
+    base: Path, parents: list[Parent], tmp_path: Path
+) -> None:
+    forgotten = tmp_path / "c.safetensors"  # the last adapter to merge, where OUT was forgotten
+    forgotten.write_bytes(parents[2].file.read_bytes())
+    with pytest.raises(BestiaryError, match=r"c\.safetensors exists and would be overwritten"):
+        write_verified(merge(parents[:2]), parents[:2], forgotten, str(base), None)
+    assert forgotten.read_bytes() == parents[2].file.read_bytes()
+    for _ in range(2):  # the same merge again changes nothing
+        write_verified(merge(parents), parents, tmp_path / "out", str(base), None)
+    other = build_base(tmp_path / "other", cross_attention_dim=64)
+    with pytest.raises(BestiaryError, match=f"^The adapter {tmp_path / 'new.safetensors'} does not fit the base"):
+        write_verified(merge(parents), parents, tmp_path / "new.safetensors", str(other), None)

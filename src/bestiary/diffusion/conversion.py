@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -43,8 +44,8 @@ def convert(
 
     `target` is a .safetensors file or a folder. `alpha` is for files that do not store their own; where their producer
     is known, its own rule is used. `tell` gets a sentence that says so, and one of what was read.
-    Raises BestiaryError when the source is no adapter of the UNet and the text encoder, when its alpha is unknown, or
-    when the format cannot hold one of its kinds.
+    Raises BestiaryError when the source is no adapter of the UNet and the text encoder, when its alpha is unknown, when
+    the format cannot hold one of its kinds, or when the source would be overwritten.
     """
     if target.suffix not in ("", ".safetensors"):
         raise BestiaryError(f"{target} is neither a folder nor a .safetensors file. Choose another name.")
@@ -56,6 +57,8 @@ def convert(
     else:
         name, data = f"{source.stem}.safetensors", _kohya(adapter)
     file = target if target.suffix == ".safetensors" else target / name
+    if os.path.realpath(file) == os.path.realpath(adapter_file(source)):
+        raise BestiaryError(f"{file} is the file to convert and would be overwritten. Choose another target.")
     write_atomically(file, data)
     counts = [(len(adapter.modules(part)), PART_NAMES[part]) for part in adapter.parts]
     total = sum(count for count, _ in counts)

@@ -97,7 +97,7 @@ def convert(source: Path, target: Path, to: Literal["diffusers", "kohya"], alpha
 
     Reads the files of diffusers, PEFT, kohya, other trainers and the original system (docs/adapters.md).
     """
-    if source.resolve() == target.resolve():
+    if os.path.realpath(source) == os.path.realpath(target):  # without an error for links in a circle
         raise BestiaryError(f"{target} is the file to convert and would be overwritten. Choose another target.")
     from bestiary.diffusion.stored_adapter import adapter_file, check_size
 

@@ -79,6 +79,11 @@ class AdapterConfig(BaseModel):
         rank = self.rank_of(module)
         return self.alpha_of(module) / (math.sqrt(rank) if self.use_rslora else rank)
 
+    def weighted(self, weight: float) -> AdapterConfig:
+        """The config of the same adapter with `weight` multiplied into its alphas."""
+        alphas = {module: alpha * weight for module, alpha in self.alpha_pattern.items()}
+        return self.model_copy(update={"lora_alpha": self.lora_alpha * weight, "alpha_pattern": alphas})
+
     def stored(self, prefix: str = "") -> dict[str, object]:
         """The fields as files hold them, without patterns that are empty."""
         return {f"{prefix}{name}": value for name, value in self if value or not name.endswith("_pattern")}

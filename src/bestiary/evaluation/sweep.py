@@ -137,28 +137,19 @@ def write_weighted_adapter(source: Path, weight: float, folder: Path) -> Path:
     The written adapter with weight 1 draws what `source` draws with this weight. Its provenance says that it contains
     `source`, so that the two are never drawn together.
     """
-    from safetensors import safe_open
-    from safetensors.torch import save
-
     from bestiary.diffusion.adapter import adapter_sha256
-    from bestiary.diffusion.adapter_format import CONFIG_KEY, FILE_NAME, PROVENANCE_KEY, with_sorted_header
+    from bestiary.diffusion.adapter_format import FILE_NAME
     from bestiary.diffusion.adapter_reading import read_adapter
     from bestiary.diffusion.containment import CONTAINS, contained
     from bestiary.diffusion.stored_adapter import adapter_file
 
-    stored = adapter_file(source)
-    content = read_adapter(stored)
+    content = read_adapter(adapter_file(source))
     inside = sorted({adapter_sha256(source)} | contained(content))
-    with safe_open(stored, framework="pt") as file:
-        metadata = dict(file.metadata())
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    config = json.loads(metadata[CONFIG_KEY])
-    for key, value in config.items():
-        if key.endswith(".lora_alpha"):
-            config[key] = value * weight
-        elif key.endswith(".alpha_pattern"):
-            config[key] = {module: alpha * weight for module, alpha in value.items()}
-    metadata[CONFIG_KEY] = json.dumps(config, sort_keys=True)
-    metadata[PROVENANCE_KEY] = content.provenance.model_copy(update={CONTAINS: inside}).to_json()
-    write_atomically(folder / FILE_NAME, with_sorted_header(save(tensors, metadata)))
+    weighted = replace(
+        content,
+        config=content.config.weighted(weight),
+        text_config=content.text_config and content.text_config.weighted(weight),
+        provenance=content.provenance.model_copy(update={CONTAINS: inside}),
+    )
+    write_atomically(folder / FILE_NAME, weighted.to_bytes())
     return folder

@@ -51,6 +51,7 @@ from bestiary.evaluation.scoring import (
     JudgedImages,
     bootstrap_cmmd,
     bootstrap_mean,
+    resample,
     resample_counts,
     score,
 )
@@ -160,14 +161,15 @@ def measure_bundled(adapter: Path, other_steps: Sequence[int], quick: bool) -> d
     apply_adapter(pipeline, adapter)
     samplings = {name: setting.sampling(evaluate.sampling()) for name, setting in ways(evaluate, other_steps, quick)}
     drawn = {name: draw(pipeline, jobs, sampling, judge) for name, sampling in samplings.items()}
-    counts, other_counts = (resample_counts(len(jobs.seeds), evaluate.bootstrap_resamples, seed) for seed in (0, 1))
+    original = resample(drawn["original"].judged, evaluate.bootstrap_resamples, seed=1)
+    counts = resample_counts(len(jobs.seeds), evaluate.bootstrap_resamples, seed=0)
     rows = {}
     for name, one in drawn.items():
         distance = None
         if name != "original":
             images = generate(pipeline, other_jobs.prompts, other_jobs.seeds, one.sampling, batch_size=BATCH_SIZE)
-            features = view(judge, images, jobs.labels).features, drawn["original"].judged.features
-            distance = bootstrap_cmmd(*features, counts, other_counts).estimate()
+            judged = view(judge, images, jobs.labels)
+            distance = bootstrap_cmmd(resample(judged, evaluate.bootstrap_resamples, seed=0), original).estimate()
         rows[name] = compare(one, drawn["original"], texts, counts, distance)
     return rows
 

@@ -13,6 +13,7 @@ from bestiary.evaluation.scoring import (
     Array,
     ClassTexts,
     JudgedImages,
+    Resampled,
     bootstrap_cmmd,
     bootstrap_copied,
     bootstrap_diversity,
@@ -24,8 +25,8 @@ from bestiary.evaluation.scoring import (
     confusion,
     nearest,
     picture_table,
+    resample,
     resample_counts,
-    resample_counts_by_class,
     score,
     shuffled,
     unit,
@@ -51,9 +52,13 @@ def around(texts: ClassTexts, per_class: int, noise: float, seed: int) -> Judged
     return JudgedImages(unit(texts.prompts[labels] + noise * vectors(len(labels), seed)), labels)
 
 
+def of_one_class(features: Array) -> JudgedImages:
+    return JudgedImages(features, np.zeros(len(features), np.int64))
+
+
 def report_of(texts: ClassTexts, base: JudgedImages, adapter: JudgedImages) -> ScoreReport:
     real, train = around(texts, 5, 0.3, seed=40), around(texts, 20, 0.3, seed=41)
-    return compare(base, adapter, real, train.features, texts, resamples=500, seed=0)
+    return compare(base, adapter, real, train, texts, resamples=500, seed=0)
 
 
 def test_the_bootstrap_of_a_mean_agrees_with_scipy() -> None:
@@ -128,9 +133,9 @@ def test_cmmd_between_samples_of_one_source_is_zero_on_average() -> None:
 def test_a_resample_of_cmmd_is_the_cmmd_of_the_resampled_pictures() -> None:
     x, y = vectors(6, seed=7), vectors(5, seed=8)
     drawn = np.array([1.0, 1.0, 0.0, 1.0, 1.0, 1.0])  # five of the six pictures
-    counts = np.vstack([np.ones(6), drawn])
-    resampled = bootstrap_cmmd(x, y, counts, np.ones((2, 5))).resampled[0]
-    assert resampled == pytest.approx(cmmd(x[drawn > 0], y))
+    pictures = Resampled(of_one_class(x), np.vstack([np.ones(6), drawn]), np.zeros(6, np.int64))
+    reference = Resampled(of_one_class(y), np.ones((2, 5)), np.zeros(5, np.int64))
+    assert bootstrap_cmmd(pictures, reference).resampled[0] == pytest.approx(cmmd(x[drawn > 0], y))
 
 
 def test_95_percent_intervals_of_cmmd_contain_the_truth_at_least_95_times_in_100() -> None:
@@ -145,8 +150,8 @@ def test_95_percent_intervals_of_cmmd_contain_the_truth_at_least_95_times_in_100
     for trial in range(trials):
         random = np.random.default_rng(trial)
         pictures, reference = sample(60, random, 1.5), sample(50, random, 0.0)
-        counts = resample_counts(60, 300, seed=2 * trial), resample_counts(50, 300, seed=2 * trial + 1)
-        low, high = bootstrap_cmmd(pictures, reference, *counts).ci95
+        drawn = resample(of_one_class(pictures), 300, seed=2 * trial)
+        low, high = bootstrap_cmmd(drawn, resample(of_one_class(reference), 300, seed=2 * trial + 1)).ci95
         covered += bool(low <= truth <= high)
     assert covered / trials > 0.95 - 3 * (0.95 * 0.05 / trials) ** 0.5
 
@@ -164,10 +169,13 @@ def test_resampling_within_classes_narrows_the_interval_of_cmmd_and_still_contai
     for trial in range(trials):
         random = np.random.default_rng(trial)
         pictures, reference = sample(12, random, 0.3), sample(12, random, 0.0)
-        first, second = (resample_counts_by_class(labels, 200, seed=2 * trial + side) for side in (0, 1))
-        low, high = bootstrap_cmmd(pictures, reference, first, second, (labels, labels)).ci95
-        first, second = (resample_counts(len(labels), 200, seed=2 * trial + side) for side in (0, 1))
-        wide = bootstrap_cmmd(pictures, reference, first, second).ci95
+        sides = [JudgedImages(each, labels) for each in (pictures, reference)]
+        (low, high), wide = (
+            bootstrap_cmmd(
+                *(resample(side, 200, 2 * trial + number, by_class=by_class) for number, side in enumerate(sides))
+            ).ci95
+            for by_class in (True, False)
+        )
         covered += bool(low <= truth <= high)
         widths.append((high - low) / (wide[1] - wide[0]))
     assert covered / trials > 0.95 - 3 * (0.95 * 0.05 / trials) ** 0.5
@@ -211,17 +219,16 @@ def test_the_floor_labels_pictures_with_every_other_class_equally_often_and_neve
 def test_diversity_is_the_mean_distance_within_a_class_and_zero_for_equal_pictures() -> None:
     labels = np.repeat(np.arange(2), 3)
     once = JudgedImages(np.repeat(vectors(2, seed=10), 3, axis=0), labels)
-    assert bootstrap_diversity(once, np.ones((1, 6))).mean == pytest.approx(0, abs=1e-9)
+    assert bootstrap_diversity(resample(once, 0, seed=0)).mean == pytest.approx(0, abs=1e-9)
     features = vectors(6, seed=11)
     pairs = [1 - features[i] @ features[j] for first in (0, 3) for i, j in combinations(range(first, first + 3), 2)]
-    assert bootstrap_diversity(JudgedImages(features, labels), np.ones((1, 6))).mean == pytest.approx(
-        100 * np.mean(pairs)
-    )
+    drawn = resample(JudgedImages(features, labels), 0, seed=0)
+    assert bootstrap_diversity(drawn).mean == pytest.approx(100 * np.mean(pairs))
 
 
 def test_resamples_of_very_few_pictures_are_finite() -> None:
     pictures = JudgedImages(vectors(4, seed=12), np.array([0, 0, 1, 1]))
-    assert np.isfinite(bootstrap_diversity(pictures, resample_counts(4, 2000, seed=0)).resampled).all()
+    assert np.isfinite(bootstrap_diversity(resample(pictures, 2000, seed=0)).resampled).all()
 
 
 def test_the_nearest_of_a_random_subset_is_the_mean_over_all_subsets_of_that_size() -> None:
@@ -241,9 +248,9 @@ def test_a_copied_training_image_is_the_closest_pair(texts: ClassTexts) -> None:
 
 
 def test_memorisation_is_found_in_an_adapter_that_copies_but_not_in_one_that_learned(texts: ClassTexts) -> None:
-    train = around(texts, 20, 0.6, seed=17).features
+    train = around(texts, 20, 0.6, seed=17)
     learned = around(texts, 20, 0.6, seed=18)
-    copies = JudgedImages(unit(train + 0.05 * vectors(len(train), seed=19)), learned.labels)
+    copies = JudgedImages(unit(train.features + 0.05 * vectors(len(train.labels), seed=19)), learned.labels)
     real = around(texts, 20, 0.6, seed=20)
     memorisation = compare(learned, copies, real, train, texts, resamples=500, seed=0).memorisation
     low, high = memorisation.base.gap.ci95
@@ -310,7 +317,7 @@ def test_one_class_has_no_scores_that_take_several(texts: ClassTexts) -> None:
     alone = ClassTexts(["cat"], texts.prompts[:1], {name: rows[:1] for name, rows in texts.templates.items()})
     pictures = around(texts, 4, 0.5, seed=30)
     cats = JudgedImages(pictures.features[:4], pictures.labels[:4])
-    report = compare(cats, cats, cats, cats.features, alone, resamples=10, seed=0)
+    report = compare(cats, cats, cats, cats, alone, resamples=10, seed=0)
     assert list(report.delta) == ["clip_score", "cmmd", "diversity"]
     assert report.floor == {}
     assert list(report.per_class["cat"].delta) == ["clip_score"]
@@ -325,7 +332,7 @@ def test_one_validation_image_has_no_scores_that_need_pairs(texts: ClassTexts) -
     alone = ClassTexts(["cat"], texts.prompts[:1], {name: rows[:1] for name, rows in texts.templates.items()})
     pictures = around(texts, 5, 0.5, seed=31)
     cats, held_out = (JudgedImages(pictures.features[at], pictures.labels[at]) for at in (slice(4), slice(4, 5)))
-    report = compare(cats, cats, held_out, cats.features, alone, resamples=10, seed=0)
+    report = compare(cats, cats, held_out, cats, alone, resamples=10, seed=0)
     assert list(report.delta) == ["clip_score", "diversity"]
     assert list(report.real) == ["clip_score"]
     assert all(math.isfinite(row.mean) for row in (*report.adapter.values(), *report.real.values()))
@@ -335,14 +342,13 @@ def test_pictures_that_cannot_be_compared_are_refused_with_the_reason(texts: Cla
     pictures = around(texts, 3, 0.5, seed=28)
     nothing = JudgedImages(np.empty((0, DIMENSIONS)), np.empty(0, dtype=np.int64))
     not_finite = replace(pictures, features=np.full_like(pictures.features, np.nan))
-    train = pictures.features
 
     def refusal(base: JudgedImages, adapter: JudgedImages, real: JudgedImages, texts: ClassTexts = texts) -> str:
         with pytest.raises(BestiaryError) as caught:
-            compare(base, adapter, real, train, texts, resamples=10, seed=0)
+            compare(base, adapter, real, pictures, texts, resamples=10, seed=0)
         return str(caught.value)
 
-    without_first = JudgedImages(train[3:], pictures.labels[3:])
+    without_first = JudgedImages(pictures.features[3:], pictures.labels[3:])
     assert "split.val_fraction" in refusal(pictures, pictures, nothing)
     assert "evaluate.classes" in refusal(nothing, nothing, pictures)
     message = refusal(pictures, pictures, without_first)

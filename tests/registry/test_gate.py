@@ -270,8 +270,8 @@ def decision_on(judged: Judged, adapter: "JudgedImages") -> Decision:
     """What the gate decides about an adapter that draws these pictures."""
     from bestiary.evaluation.scoring import compare
 
-    train = judged.train.features
-    return decide(compare(judged.base, adapter, judged.real, train, judged.texts, resamples=500, seed=0), RULES, None)
+    scores = compare(judged.base, adapter, judged.real, judged.train, judged.texts, resamples=500, seed=0)
+    return decide(scores, RULES, None)
 
 
 def test_an_adapter_that_draws_the_animals_passes_the_gate(judged: Judged) -> None:

@@ -160,7 +160,7 @@ def evaluate(
         scoring.compare(
             *pair,
             reference.validation,
-            reference.train.features,
+            reference.train,
             reference.texts,
             resamples=settings.bootstrap_resamples,
             seed=seed,

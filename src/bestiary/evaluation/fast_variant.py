@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from bestiary.diffusion.sampling import generate, guidance_scales, make_scheduler
 from bestiary.errors import BestiaryError
@@ -329,39 +328,29 @@ def _seconds(pipeline: StableDiffusionPipeline, jobs: Jobs, sampling: Sampling, 
     return median(spent[1:])
 
 
-def _strata(images: JudgedImages) -> NDArray[np.int64]:
-    """The labels within which the images are resampled: their classes, unless one of them has no pair."""
-    _, sizes = np.unique(images.labels, return_counts=True)
-    return images.labels if sizes.min() > 1 else np.zeros_like(images.labels)
-
-
 def _measure(trial: Trial, references: _References, sides: Mapping[Way, Side]) -> Measured:
-    real = references.real  # five times as many images as the validation split has, so the intervals are narrower
-    of_real = _strata(real)
-    real_counts = scoring.resample_counts_by_class(of_real, trial.resamples, trial.seed + 1)
+    # Five times as many images as the validation split has, so the intervals are narrower.
+    real = scoring.resample(references.real, trial.resamples, trial.seed + 1, by_class=True)
 
     def scores(images: JudgedImages) -> dict[str, Bootstrap]:
         # The same resamples for each way with the same labels, so that a difference is paired.
-        strata = _strata(images)
-        counts = scoring.resample_counts_by_class(strata, trial.resamples, trial.seed)
+        drawn = scoring.resample(images, trial.resamples, trial.seed, by_class=True)
         table = scoring.score(images, references.texts)
-        means = {key: scoring.bootstrap_mean(table[key], counts) for key in scoring.scored(table)}
-        return means | scoring.pair_scores(images, real.features, counts, real_counts, (strata, of_real))
+        means = {key: scoring.bootstrap_mean(table[key], drawn.counts) for key in scoring.scored(table)}
+        return means | scoring.pair_scores(drawn, real)
 
     every = {way: scores(side.judged) | _likeness(trial, side.images) for way, side in sides.items()}
     rows = list(sides["reference"].rows)
     fast = sides["fast"].judged
     shared = scores(JudgedImages(fast.features[rows], fast.labels[rows]))
     shared |= _likeness(trial, sides["fast"].images_of(rows))
-    validation, train = references.validation, references.train
-    counts, train_counts = (
-        scoring.resample_counts(len(each.labels), trial.resamples, trial.seed + 2) for each in (validation, train)
+    of_splits = scoring.pair_scores(
+        *(scoring.resample(each, trial.resamples, trial.seed + 2) for each in (references.validation, references.train))
     )
-    of_splits = scoring.pair_scores(validation, train.features, counts, train_counts)
     return Measured(
         ways={way: _drawn(trial, references, side, every[way]) for way, side in sides.items()},
         real=_estimates(of_splits),
-        real_pictures=len(real.labels),
+        real_pictures=len(real.images.labels),
         differences=Differences(
             fast_default=_difference(every["fast"], every["default"]),
             fast_reference=_difference(shared, every["reference"]),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import lgamma
 from typing import NamedTuple
 
@@ -26,7 +27,6 @@ from bestiary.evaluation.report import (
 )
 
 Array = NDArray[np.float64]
-Strata = tuple[NDArray[np.int64], NDArray[np.int64]]  # of the pictures (N,), and of the reference images (M,)
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0  # the kernel's width and the scale of arXiv:2401.09603
 
 
@@ -60,6 +60,24 @@ class JudgedImages:
 
     features: Array
     labels: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """Images with their bootstrap resamples: `counts` (1 + R, N), as `resample_counts` returns them.
+
+    `strata` (N,) are the labels within which the images were resampled; they are all equal if it was as a whole.
+    """
+
+    images: JudgedImages
+    counts: Array
+    strata: NDArray[np.int64]
+
+    @cached_property
+    def similarity(self) -> Array:
+        """The mean (1 + R,) of CMMD's kernel over the pairs of images. Copies of one image are no pair."""
+        features = self.images.features
+        return _mean_within(self.counts, _kernel(features, features), self.strata)
 
 
 @dataclass(frozen=True)
@@ -130,6 +148,14 @@ def resample_counts_by_class(labels: NDArray[np.int64], resamples: int, seed: in
     return counts
 
 
+def resample(images: JudgedImages, resamples: int, seed: int, *, by_class: bool = False) -> Resampled:
+    """Resample images as a whole, or within their classes unless one of the classes has no pair."""
+    strata = np.zeros_like(images.labels)
+    if by_class and np.unique(images.labels, return_counts=True)[1].min() > 1:
+        strata = images.labels
+    return Resampled(images, resample_counts_by_class(strata, resamples, seed), strata)
+
+
 def _resample(random: np.random.Generator, count: int, resamples: int) -> Array:
     drawn = random.integers(0, count, (resamples, count))
     flat = (drawn + count * np.arange(resamples)[:, None]).ravel()
@@ -146,20 +172,12 @@ def bootstrap_mean(values: ArrayLike, counts: Array) -> Bootstrap:
     return _bootstrap(counts @ np.asarray(values, dtype=np.float64) / counts.sum(axis=1))
 
 
-def bootstrap_cmmd(
-    features: Array, reference: Array, counts: Array, reference_counts: Array, strata: Strata | None = None
-) -> Bootstrap:
-    """CMMD of `features` (N, D) against `reference` (M, D), both resampled.
-
-    Copies of one picture in a resample do not count as a pair. `strata` are the labels within which both were
-    resampled; None if they were resampled as a whole.
-    """
-    of_features, of_reference = strata or (np.zeros(len(features), int), np.zeros(len(reference), int))
-    within = _mean_within(counts, _kernel(features, features), of_features)
-    within_reference = _mean_within(reference_counts, _kernel(reference, reference), of_reference)
-    across = ((counts @ _kernel(features, reference)) * reference_counts).sum(axis=1)
-    across /= counts.sum(axis=1) * reference_counts.sum(axis=1)
-    return _bootstrap(CMMD_SCALE * (within + within_reference - 2 * across))
+def bootstrap_cmmd(pictures: Resampled, reference: Resampled) -> Bootstrap:
+    """CMMD of the pictures against the reference images, both resampled."""
+    across = pictures.counts @ _kernel(pictures.images.features, reference.images.features)
+    totals = (across * reference.counts).sum(axis=1)
+    totals /= pictures.counts.sum(axis=1) * reference.counts.sum(axis=1)
+    return _bootstrap(CMMD_SCALE * (pictures.similarity + reference.similarity - 2 * totals))
 
 
 def cmmd(features: Array, reference: Array) -> float:
@@ -169,31 +187,29 @@ def cmmd(features: Array, reference: Array) -> float:
     >>> round(cmmd(left, right), 1), round(cmmd(left, unit(right + 1.0)), 1)
     (-0.3, 9.3)
     """
-    return bootstrap_cmmd(features, reference, np.ones((1, len(features))), np.ones((1, len(reference)))).mean
+    images = (JudgedImages(each, np.zeros(len(each), np.int64)) for each in (features, reference))
+    return bootstrap_cmmd(*(resample(each, resamples=0, seed=0) for each in images)).mean
 
 
-def bootstrap_diversity(images: JudgedImages, counts: Array) -> Bootstrap:
+def bootstrap_diversity(pictures: Resampled) -> Bootstrap:
     """100 x (1 - mean cosine) over the pairs of pictures of one class: 0 if all pictures of a class are equal."""
-    same_class = (images.labels[:, None] == images.labels) * _pairs(len(images.labels))
-    return _bootstrap(100 * (1 - _pair_mean(counts, images.features @ images.features.T, same_class)))
+    labels, features = pictures.images.labels, pictures.images.features
+    same_class = (labels[:, None] == labels) * _pairs(len(labels))
+    return _bootstrap(100 * (1 - _pair_mean(pictures.counts, features @ features.T, same_class)))
 
 
-def pair_scores(
-    images: JudgedImages, reference: Array, counts: Array, reference_counts: Array, strata: Strata | None = None
-) -> dict[str, Bootstrap]:
-    """CMMD against `reference` (M, D), and diversity. Both need pairs: a single image has neither.
+def pair_scores(pictures: Resampled, reference: Resampled) -> dict[str, Bootstrap]:
+    """CMMD against the reference, and diversity. Both need pairs: a single image has neither.
 
-    `strata` as in `bootstrap_cmmd`.
-
-    >>> alone = JudgedImages(np.eye(2)[:1], np.array([0]))
-    >>> pair_scores(alone, np.eye(2), np.ones((1, 1)), np.ones((1, 2)))
+    >>> alone = resample(JudgedImages(np.eye(2)[:1], np.array([0])), resamples=0, seed=0)
+    >>> pair_scores(alone, alone)
     {}
     """
-    scores = {}
-    if min(len(images.labels), len(reference)) > 1:
-        scores["cmmd"] = bootstrap_cmmd(images.features, reference, counts, reference_counts, strata)
-    if len(np.unique(images.labels)) < len(images.labels):
-        scores["diversity"] = bootstrap_diversity(images, counts)
+    labels, scores = pictures.images.labels, {}
+    if min(len(labels), len(reference.images.labels)) > 1:
+        scores["cmmd"] = bootstrap_cmmd(pictures, reference)
+    if len(np.unique(labels)) < len(labels):
+        scores["diversity"] = bootstrap_diversity(pictures)
     return scores
 
 
@@ -270,7 +286,7 @@ def compare(
     base: JudgedImages,
     adapter: JudgedImages,
     real: JudgedImages,
-    train_features: Array,
+    train: JudgedImages,
     texts: ClassTexts,
     *,
     resamples: int,
@@ -283,25 +299,22 @@ def compare(
     BestiaryError when images are missing or features are not finite.
     """
     _check(base, adapter, real, texts)
-    counts = resample_counts(len(base.labels), resamples, seed)
-    real_counts = resample_counts(len(real.labels), resamples, seed + 1)
-    train_counts = resample_counts(len(train_features), resamples, seed + 2)
+    by_base, of_validation = resample(base, resamples, seed), resample(real, resamples, seed + 1)
+    counts = by_base.counts
 
-    def all_scores(
-        images: JudgedImages, counts: Array, reference: Array, reference_counts: Array
-    ) -> dict[str, Bootstrap]:
-        return _mean_scores(score(images, texts), counts) | pair_scores(images, reference, counts, reference_counts)
+    def all_scores(pictures: Resampled, reference: Resampled) -> dict[str, Bootstrap]:
+        return _mean_scores(score(pictures.images, texts), pictures.counts) | pair_scores(pictures, reference)
 
-    of_base = all_scores(base, counts, real.features, real_counts)
-    of_adapter = all_scores(adapter, counts, real.features, real_counts)
+    of_base = all_scores(by_base, of_validation)
+    of_adapter = all_scores(resample(adapter, resamples, seed), of_validation)
     # Real against real images: the CMMD that two samples of the same source have.
-    of_real = all_scores(real, real_counts, train_features, train_counts)
+    of_real = all_scores(of_validation, resample(train, resamples, seed + 2))
     several = len(texts.classes) > 1
     floor = _mean_scores(score(shuffled(adapter, len(texts.classes)), texts), counts) if several else {}
     by_class = per_class(base, adapter, texts, resamples=resamples, seed=seed)
 
     def memorisation(images: JudgedImages) -> Memorisation:
-        return _memorisation(images.features, train_features, real.features, counts, resamples, seed)
+        return _memorisation(images.features, train.features, real.features, counts, resamples, seed)
 
     return ScoreReport(
         images=len(base.labels),

@@ -33,11 +33,11 @@ from bestiary import params
 from bestiary.data import duplicates
 from bestiary.data.cleaning import clean
 from bestiary.data.hashing import VIEWS
-from bestiary.data.inspection import cores
 from bestiary.data.off_topic import AskJudge
 from bestiary.data.sciencedb import download
 from bestiary.data.versions import MIRRORED_VIEWS
 from bestiary.memory import peak_memory
+from bestiary.worker_processes import cores
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tests"))  # for support: the server and the planted faults

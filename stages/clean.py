@@ -11,13 +11,13 @@ from PIL.Image import Image
 
 from bestiary.data.cleaning import ByHand, clean
 from bestiary.data.findings import count_kinds, read_overrides
-from bestiary.data.inspection import cores
 from bestiary.data.names import printable
 from bestiary.data.off_topic import AskJudge
 from bestiary.memory import peak_memory
 from bestiary.params import Model
 from bestiary.stage import stage
 from bestiary.subjects import Subjects
+from bestiary.worker_processes import cores
 
 RAW, CLEAN, REPORT = Path("build/raw"), Path("build/clean"), Path("reports/clean")
 OVERRIDES = Path("overrides.csv")

@@ -18,12 +18,22 @@ STAGES: dict[str, Any] = {
     for file in ("dvc.yaml", "fast/dvc.yaml")
     for name, stage in yaml.safe_load((ROOT / file).read_text(encoding="utf-8"))["stages"].items()
 }
-# Modules and packages that do not affect any stage's result: they handle errors, files, memory, downloads of pinned
-# models and MLflow runs, or read params.yaml, whose values DVC watches by itself. What only they import does not affect
-# a result either.
+# Modules and packages that do not affect any stage's result: they handle errors, files, memory, processes, downloads of
+# pinned models and MLflow runs, or read params.yaml, whose values DVC watches by itself. What only they import does not
+# affect a result either.
 CARRIERS = {
     PACKAGE / name
-    for name in ("errors.py", "files.py", "hub.py", "memory.py", "params.py", "stage.py", "tracking", "yaml_file.py")
+    for name in (
+        "errors.py",
+        "files.py",
+        "hub.py",
+        "memory.py",
+        "params.py",
+        "stage.py",
+        "tracking",
+        "worker_processes.py",
+        "yaml_file.py",
+    )
 }
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from bestiary.data.inspection import cores
 from bestiary.evaluation.benchmark import (
     CONVERGED_FACTOR,
     MAX_CONVERGED_STEPS,
@@ -22,6 +21,7 @@ from bestiary.memory import MIB
 from bestiary.params import Params
 from bestiary.samplers import SAMPLERS
 from bestiary.subjects import CAPTION_TEMPLATES
+from bestiary.worker_processes import cores
 
 SECONDS = 40.0  # to measure for, at most; imports and loading come on top
 PHOTOS = 8  # that are inspected

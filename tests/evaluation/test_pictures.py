@@ -175,6 +175,20 @@ def test_pictures_that_are_not_square_come_from_the_cache_as_they_were_drawn(
 
 
 @pytest.mark.slow
+def test_a_process_for_each_core_draws_and_caches_the_same_pictures_as_one(
+    pipeline: StableDiffusionPipeline, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = PictureCache(tmp_path / "cache", "one")
+    alone = [image.tobytes() for image in draw(pipeline, adapter, JOBS, SAMPLING, batch_size=1)]
+    monkeypatch.setattr(pictures, "MANY_STEPS", 1)
+    monkeypatch.setattr(pictures, "generate", None)  # this process draws nothing
+    for reused in (0, 3):
+        images = draw(pipeline, adapter, JOBS, SAMPLING, batch_size=1, cache=cache)
+        assert [image.tobytes() for image in images] == alone
+        assert cache.reused == reused
+
+
+@pytest.mark.slow
 def test_two_processes_draw_and_judge_the_same_as_one(base_folder: Path, judge_folder: Path, tmp_path: Path) -> None:
     program = """
 import json, os, sys

@@ -21,7 +21,7 @@ from bestiary.data.captions import load_captions
 from bestiary.data.findings import Decision, Finding, write_findings
 from bestiary.data.folder import link, replacing
 from bestiary.data.images import decode, right_extension
-from bestiary.data.inspection import Inspection, cores, inspect_all
+from bestiary.data.inspection import Inspection, inspect_all
 from bestiary.data.listing import list_images, read_left_out
 from bestiary.data.losses import Loss, check_losses, describe_losses, losses
 from bestiary.data.names import safe_name
@@ -30,6 +30,7 @@ from bestiary.data.triage import Triage
 from bestiary.data.versions import VersionPair, find_versions
 from bestiary.errors import BestiaryError
 from bestiary.subjects import Subjects, check_folders
+from bestiary.worker_processes import cores
 
 # If the judge gives one of the two classes of an image at least this share, the image stays in that class only.
 CONFIDENT = 0.8

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
-import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from types import ModuleType
 from typing import NoReturn
 
 import numpy as np
@@ -22,6 +18,7 @@ from bestiary.data.hashing import Hashes, content_box, hashes, small_grey, thumb
 from bestiary.data.images import decode
 from bestiary.data.listing import RAW_SUFFIXES
 from bestiary.image_files import UnreadableImageError, read_image
+from bestiary.worker_processes import cores, empty_main_module
 
 _MIN_FILES_FOR_WORKERS = 1000  # with fewer files, one process finishes before a second one has started
 _CHUNK = 16
@@ -98,11 +95,6 @@ def inspect_all(root: Path, paths: Sequence[str], workers: int | None = None) ->
         return found
 
 
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _inspect_in_parallel(
     root: Path, chunks: Sequence[Sequence[str]], workers: int, bar: tqdm[NoReturn]
 ) -> list[Inspection]:
@@ -111,7 +103,7 @@ def _inspect_in_parallel(
     # process also does its share, because the others take a while to start.
     with ProcessPoolExecutor(workers - 1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
-            with _empty_main_module():
+            with empty_main_module():
                 pending = [pool.submit(_inspect_chunk, root, chunk) for chunk in chunks]
             own: list[list[Inspection]] = []
             while len(own) < len(chunks) and pending[-1 - len(own)].cancel():
@@ -125,17 +117,6 @@ def _inspect_in_parallel(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-@contextmanager
-def _empty_main_module() -> Iterator[None]:
-    """Hide the running script from processes that start meanwhile: importing it would cost each of them a second."""
-    script = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = script
 
 
 def _inspect_chunk(root: Path, paths: Sequence[str]) -> list[Inspection]:

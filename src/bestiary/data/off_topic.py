@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from bestiary import params
 from bestiary.data.images import open_rgb
-from bestiary.data.inspection import Inspection, cores
+from bestiary.data.inspection import Inspection
 from bestiary.data.losses import MUCH
 from bestiary.data.triage import Triage
 from bestiary.subjects import ANIMALS, Subject, Subjects, caption
+from bestiary.worker_processes import cores
 
 # Takes B images and T texts; returns the probability of each text for each image, (B, T).
 JudgeFunction = Callable[[Sequence[Image.Image], Sequence[str]], NDArray[np.float32]]

@@ -16,7 +16,8 @@ from scipy.ndimage import gaussian_filter
 from bestiary.data import duplicates
 from bestiary.data.hashing import THUMBNAIL, VIEWS, Hashes, content_box, small_grey
 from bestiary.data.images import decode
-from bestiary.data.inspection import Inspection, cores
+from bestiary.data.inspection import Inspection
+from bestiary.worker_processes import cores
 
 _BATCH = 64
 _DETAIL = 2 * THUMBNAIL  # pixels per side, for finding watermarks

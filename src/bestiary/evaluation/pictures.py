@@ -8,7 +8,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -23,12 +23,13 @@ from PIL import Image
 
 from bestiary.data.images import open_rgb
 from bestiary.diffusion.adapter import adapter_sha256, apply_adapter, remove
+from bestiary.diffusion.base import processes
 from bestiary.diffusion.full_memory import Halving
 from bestiary.diffusion.sampling import generate
 from bestiary.errors import BestiaryError
 from bestiary.evaluation.judge import BATCH_SIZE, Judge
 from bestiary.evaluation.scoring import Array, ClassTexts, JudgedImages, unit
-from bestiary.evaluation.sharing import map_across_processes
+from bestiary.evaluation.sharing import map_across_processes, one_process_per_core
 from bestiary.files import write_atomically
 from bestiary.samplers import Sampling
 from bestiary.subjects import Subjects, caption, templates_of
@@ -53,10 +54,14 @@ DRAWING_CODE = (
     "diffusion/sampling.py",
 )
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
+# When a process for each core draws faster than one process with a thread for each core.
+SMALL_UNET = 50_000_000  # parameters; threads share the work of a larger UNet well, and each process has its own copy
+MANY_STEPS = 10_000  # of all pictures together: a minute or more
 WEIGHT_ZERO_PICTURES = 2  # enough to show whether an adapter with weight 0 changes anything
 READER_THREADS = 4  # decoding an image releases Python's lock
 
 Source = TypeVar("Source")
+Batch = Sequence[tuple[str, int]]  # a prompt and a seed for each picture
 OnDrawn = Callable[[Sequence[Image.Image]], object]
 
 
@@ -108,7 +113,7 @@ class PictureCache:
         self.used: set[str] = set()
         self.reused = 0  # pictures that this process read from the cache
 
-    def path(self, settings_key: str, batch: Sequence[tuple[str, int]]) -> Path:
+    def path(self, settings_key: str, batch: Batch) -> Path:
         """The file of a batch of (prompt, seed). Batches with the same base and settings share a folder."""
         folder, name = _hash([self.base_sha256, settings_key]), _hash(batch)
         self.used.add(folder)
@@ -250,16 +255,35 @@ def _draw_batches(
 ) -> list[Image.Image]:
     prompts_and_seeds = list(zip(jobs.prompts, jobs.seeds, strict=True))
     batches = [prompts_and_seeds[start : start + batch_size] for start in range(0, len(prompts_and_seeds), batch_size)]
+    missing = [batch for batch in batches if not (cache and _cached(cache.path(key, batch), len(batch)))]
+    in_processes = on_drawn is None and _is_long(pipeline, sampling, sum(map(len, missing)))
     fitting = Halving("Drawing", "evaluate.batch_size")
+    with closing(one_process_per_core(partial(_generate, pipeline, sampling), missing)) as drawn:
 
-    def paint(batch: Sequence[tuple[str, int]]) -> list[Image.Image]:
-        images = [image for part in fitting.parts(partial(_generate, pipeline, sampling), batch) for image in part]
-        if on_drawn:
-            on_drawn(images)
-        return images
+        def paint(batch: Batch) -> list[Image.Image]:
+            if in_processes:
+                return next(drawn)
+            images = [image for part in fitting.parts(partial(_generate, pipeline, sampling), batch) for image in part]
+            if on_drawn:
+                on_drawn(images)
+            return images
 
-    strips = map_across_processes(partial(_draw_batch, paint, cache, key), batches, task, "batch")
+        strips = map_across_processes(partial(_draw_batch, paint, cache, key), batches, task, "batch")
     return [image for strip, batch in zip(strips, batches, strict=True) for image in _cut(strip, len(batch))]
+
+
+def _is_long(pipeline: StableDiffusionPipeline, sampling: Sampling, pictures: int) -> bool:
+    """Whether a process for each core draws so many pictures sooner than this one, by more than the processes' start.
+
+    The pictures are the same.
+    """
+    return (
+        isinstance(pipeline.unet, torch.nn.Module)  # an export cannot be copied to other processes
+        and pipeline.device.type == "cpu"
+        and processes().num_processes == 1
+        and sum(weight.numel() for weight in pipeline.unet.parameters()) <= SMALL_UNET
+        and pictures * sampling.steps >= MANY_STEPS
+    )
 
 
 def draw_pairs(
@@ -308,33 +332,37 @@ def _hash(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _generate(
-    pipeline: StableDiffusionPipeline, sampling: Sampling, batch: Sequence[tuple[str, int]]
-) -> list[Image.Image]:
+def _generate(pipeline: StableDiffusionPipeline, sampling: Sampling, batch: Batch) -> list[Image.Image]:
     """The pictures of a batch of (prompt, seed)."""
     prompts, seeds = zip(*batch, strict=True)
     return generate(pipeline, prompts, seeds, sampling, batch_size=len(batch))
 
 
 def _draw_batch(
-    paint: Callable[[Sequence[tuple[str, int]]], list[Image.Image]],
+    paint: Callable[[Batch], list[Image.Image]],
     cache: PictureCache | None,
     settings_key: str,
-    batch: Sequence[tuple[str, int]],
+    batch: Batch,
 ) -> bytes:
     """A batch of (prompt, seed) as one PNG, from the cache if it is there."""
     path = cache.path(settings_key, batch) if cache else None
-    if cache and path and path.is_file():
-        data = path.read_bytes()
-        with suppress(OSError, ValueError, SyntaxError):  # a file damaged by a power failure is drawn again
-            _cut(data, len(batch))
-            cache.reused += len(batch)
-            return data
-
+    if cache and path and (cached := _cached(path, len(batch))):
+        cache.reused += len(batch)
+        return cached
     data = _strip(paint(batch))
     if path:
         write_atomically(path, data)
     return data
+
+
+def _cached(path: Path, count: int) -> bytes | None:
+    """The strip of `count` pictures in a file; None when there is none."""
+    if path.is_file():
+        data = path.read_bytes()
+        with suppress(OSError, ValueError, SyntaxError):  # a file damaged by a power failure is drawn again
+            _cut(data, count)
+            return data
+    return None
 
 
 def _strip(images: Sequence[Image.Image]) -> bytes:

@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from bestiary.data.inspection import cores
 from bestiary.errors import BestiaryError
 from bestiary.memory import MIB, peak_memory, reset_peak_memory
 from bestiary.params import Params, Train
+from bestiary.worker_processes import cores
 
 if TYPE_CHECKING:
     import torch

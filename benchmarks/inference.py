@@ -52,7 +52,7 @@ from bestiary.evaluation.scoring import (
     bootstrap_cmmd,
     bootstrap_mean,
     resample,
-    resample_counts,
+    resample_counts_by_class,
     score,
 )
 from bestiary.memory import keep_freed_memory
@@ -162,7 +162,7 @@ def measure_bundled(adapter: Path, other_steps: Sequence[int], quick: bool) -> d
     samplings = {name: setting.sampling(evaluate.sampling()) for name, setting in ways(evaluate, other_steps, quick)}
     drawn = {name: draw(pipeline, jobs, sampling, judge) for name, sampling in samplings.items()}
     original = resample(drawn["original"].judged, evaluate.bootstrap_resamples, seed=1)
-    counts = resample_counts(len(jobs.seeds), evaluate.bootstrap_resamples, seed=0)
+    counts = resample_counts_by_class(np.asarray(jobs.labels), evaluate.bootstrap_resamples, seed=0)
     rows = {}
     for name, one in drawn.items():
         distance = None

@@ -130,11 +130,27 @@ def test_cmmd_between_samples_of_one_source_is_zero_on_average() -> None:
     assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(len(values))
 
 
+def test_cmmd_between_samples_with_as_many_of_each_class_is_zero_on_average() -> None:
+    centres, labels = np.repeat(np.eye(8)[:4], 5, axis=0), np.repeat(np.arange(4), 5)
+    random = np.random.default_rng(1)
+
+    def sample() -> Resampled:
+        features = unit(centres + random.normal(0, 0.3, size=centres.shape))
+        return resample(JudgedImages(features, labels), resamples=0, seed=0)
+
+    pairs = [(sample(), sample()) for _ in range(400)]
+    values = [bootstrap_cmmd(*pair).mean for pair in pairs]
+    assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(len(values))
+    # Without the classes, pairs of one class are missing, and the CMMD is too low.
+    as_one = [cmmd(*(each.images.features for each in pair)) for pair in pairs]
+    assert np.mean(as_one) < -10 * np.std(as_one) / np.sqrt(len(as_one))
+
+
 def test_a_resample_of_cmmd_is_the_cmmd_of_the_resampled_pictures() -> None:
     x, y = vectors(6, seed=7), vectors(5, seed=8)
     drawn = np.array([1.0, 1.0, 0.0, 1.0, 1.0, 1.0])  # five of the six pictures
-    pictures = Resampled(of_one_class(x), np.vstack([np.ones(6), drawn]), np.zeros(6, np.int64))
-    reference = Resampled(of_one_class(y), np.ones((2, 5)), np.zeros(5, np.int64))
+    pictures = Resampled(of_one_class(x), np.vstack([np.ones(6), drawn]))
+    reference = Resampled(of_one_class(y), np.ones((2, 5)))
     assert bootstrap_cmmd(pictures, reference).resampled[0] == pytest.approx(cmmd(x[drawn > 0], y))
 
 
@@ -168,13 +184,12 @@ def test_resampling_within_classes_narrows_the_interval_of_cmmd_and_still_contai
     trials, covered, widths = 150, 0, []
     for trial in range(trials):
         random = np.random.default_rng(trial)
-        pictures, reference = sample(12, random, 0.3), sample(12, random, 0.0)
-        sides = [JudgedImages(each, labels) for each in (pictures, reference)]
+        sides = sample(12, random, 0.3), sample(12, random, 0.0)
         (low, high), wide = (
             bootstrap_cmmd(
-                *(resample(side, 200, 2 * trial + number, by_class=by_class) for number, side in enumerate(sides))
+                *(resample(JudgedImages(side, of), 200, 2 * trial + number) for number, side in enumerate(sides))
             ).ci95
-            for by_class in (True, False)
+            for of in (labels, np.zeros_like(labels))
         )
         covered += bool(low <= truth <= high)
         widths.append((high - low) / (wide[1] - wide[0]))

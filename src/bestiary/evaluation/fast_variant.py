@@ -330,11 +330,11 @@ def _seconds(pipeline: StableDiffusionPipeline, jobs: Jobs, sampling: Sampling, 
 
 def _measure(trial: Trial, references: _References, sides: Mapping[Way, Side]) -> Measured:
     # Five times as many images as the validation split has, so the intervals are narrower.
-    real = scoring.resample(references.real, trial.resamples, trial.seed + 1, by_class=True)
+    real = scoring.resample(references.real, trial.resamples, trial.seed + 1)
 
     def scores(images: JudgedImages) -> dict[str, Bootstrap]:
         # The same resamples for each way with the same labels, so that a difference is paired.
-        drawn = scoring.resample(images, trial.resamples, trial.seed, by_class=True)
+        drawn = scoring.resample(images, trial.resamples, trial.seed)
         table = scoring.score(images, references.texts)
         means = {key: scoring.bootstrap_mean(table[key], drawn.counts) for key in scoring.scored(table)}
         return means | scoring.pair_scores(drawn, real)

@@ -64,20 +64,16 @@ class JudgedImages:
 
 @dataclass(frozen=True)
 class Resampled:
-    """Images with their bootstrap resamples: `counts` (1 + R, N), as `resample_counts` returns them.
-
-    `strata` (N,) are the labels within which the images were resampled; they are all equal if it was as a whole.
-    """
+    """Images with their bootstrap resamples: `counts` (1 + R, N), as `resample_counts_by_class` returns them."""
 
     images: JudgedImages
     counts: Array
-    strata: NDArray[np.int64]
 
     @cached_property
     def similarity(self) -> Array:
         """The mean (1 + R,) of CMMD's kernel over the pairs of images. Copies of one image are no pair."""
-        features = self.images.features
-        return _mean_within(self.counts, _kernel(features, features), self.strata)
+        features, labels = self.images.features, self.images.labels
+        return _mean_within(self.counts, _kernel(features, features), strata(labels))
 
 
 @dataclass(frozen=True)
@@ -129,31 +125,39 @@ def resample_counts(count: int, resamples: int, seed: int) -> Array:
     return _resample(np.random.default_rng(seed), count, resamples)
 
 
+def strata(labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """What to resample pictures within (N,): their classes, or all together when a class has a single picture.
+
+    >>> strata(np.array([2, 1, 2])), strata(np.array([2, 1, 2, 1]))
+    (array([0, 0, 0]), array([2, 1, 2, 1]))
+    """
+    _, sizes = np.unique(labels, return_counts=True)
+    return labels if sizes.min(initial=2) > 1 else np.zeros_like(labels)
+
+
 def resample_counts_by_class(labels: NDArray[np.int64], resamples: int, seed: int) -> Array:
     """As `resample_counts`, for pictures with these labels (N,): each resample has as many of each class as the data.
 
-    For pictures whose number in each class is chosen, not drawn (a stratified bootstrap: Davison and Hinkley 1997,
-    section 3.2). Otherwise a resample with more cats differs from the real images because of its many cats.
+    The number of pictures of each class is chosen, not drawn (a stratified bootstrap: Davison and Hinkley 1997, section
+    3.2). Otherwise a resample with more cats would differ from the real images because of its many cats. When a class
+    has a single picture, the pictures are resampled as a whole.
 
-    >>> resample_counts_by_class(np.array([0, 1, 0]), resamples=2, seed=1)
-    array([[1., 1., 1.],
-           [1., 1., 1.],
-           [0., 1., 2.]])
+    >>> resample_counts_by_class(np.array([0, 1, 0, 1]), resamples=2, seed=1)
+    array([[1., 1., 1., 1.],
+           [1., 2., 1., 0.],
+           [0., 0., 2., 2.]])
     """
-    random = np.random.default_rng(seed)
+    random, within = np.random.default_rng(seed), strata(labels)
     counts = np.empty((1 + resamples, len(labels)))
-    for label in np.unique(labels):
-        of_class = np.flatnonzero(labels == label)
-        counts[:, of_class] = _resample(random, len(of_class), resamples)
+    for stratum in np.unique(within):
+        chosen = np.flatnonzero(within == stratum)
+        counts[:, chosen] = _resample(random, len(chosen), resamples)
     return counts
 
 
-def resample(images: JudgedImages, resamples: int, seed: int, *, by_class: bool = False) -> Resampled:
-    """Resample images as a whole, or within their classes unless one of the classes has no pair."""
-    strata = np.zeros_like(images.labels)
-    if by_class and np.unique(images.labels, return_counts=True)[1].min() > 1:
-        strata = images.labels
-    return Resampled(images, resample_counts_by_class(strata, resamples, seed), strata)
+def resample(images: JudgedImages, resamples: int, seed: int) -> Resampled:
+    """The images with their resamples, within their classes."""
+    return Resampled(images, resample_counts_by_class(images.labels, resamples, seed))
 
 
 def _resample(random: np.random.Generator, count: int, resamples: int) -> Array:
@@ -484,19 +488,17 @@ def _pair_mean(counts: Array, values: Array, weights: Array) -> Array:
     return np.divide(total, weight, out=np.full_like(total, total[0] / weight[0]), where=weight > 0)
 
 
-def _mean_within(counts: Array, kernel: Array, strata: NDArray[np.int64]) -> Array:
-    """The mean (1 + R,) of `kernel` (N, N) over the pairs of pictures, each stratum with its share of the pictures.
+def _mean_within(counts: Array, kernel: Array, within: NDArray[np.int64]) -> Array:
+    """The mean (1 + R,) of `kernel` (N, N) over the pairs of pictures, each stratum of `within` (N,) with its share.
 
     Pairs within a stratum are fewer than their share, because a picture is no pair with itself, nor with its copies.
     Without the shares, the mean of a resample would be off in one direction.
     """
-    chosen = [np.flatnonzero(strata == stratum) for stratum in np.unique(strata)]
-    if len(chosen) == 1:
-        return _pair_mean(counts, kernel, _pairs(len(strata)))
-    total: Array = ((counts @ (kernel * (strata[:, None] != strata))) * counts).sum(axis=1)
-    for rows in chosen:
+    total: Array = ((counts @ (kernel * (within[:, None] != within))) * counts).sum(axis=1)
+    for stratum in np.unique(within):
+        rows = np.flatnonzero(within == stratum)
         total += len(rows) ** 2 * _pair_mean(counts[:, rows], kernel[np.ix_(rows, rows)], _pairs(len(rows)))
-    return total / len(strata) ** 2
+    return total / len(within) ** 2
 
 
 def _pairs(count: int) -> Array:

@@ -171,7 +171,7 @@ def paired_difference(mine: Path, theirs: Path, score: str) -> Estimate | None:
 
     The tables are evaluate's pictures.csv. None when they are not about the same prompts and seeds.
     """
-    from bestiary.evaluation.scoring import bootstrap_mean, resample_counts
+    from bestiary.evaluation.scoring import bootstrap_mean, resample_counts_by_class
     from bestiary.tables import read_table
 
     tables = []
@@ -183,7 +183,8 @@ def paired_difference(mine: Path, theirs: Path, score: str) -> Estimate | None:
         tables.append(table[f"adapter_{score}"])
     if not tables[0].index.equals(tables[1].index):
         return None
-    return bootstrap_mean(tables[0] - tables[1], resample_counts(len(tables[0]), 10_000, seed=0)).estimate()
+    labels = table["class"].factorize()[0]  # of both tables
+    return bootstrap_mean(tables[0] - tables[1], resample_counts_by_class(labels, 10_000, seed=0)).estimate()
 
 
 def measurement_hash(

@@ -70,6 +70,7 @@ def one_process_per_core(work: Callable[[Item], Result], items: Sequence[Item]) 
 def _begin(work: bytes) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this process
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # tqdm's own lock is a semaphore, which this process would leave behind
     torch.set_num_threads(1)
     keep_freed_memory()
     _WORK.append(pickle.loads(work))

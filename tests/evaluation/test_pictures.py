@@ -189,6 +189,17 @@ def test_a_process_for_each_core_draws_and_caches_the_same_pictures_as_one(
 
 
 @pytest.mark.slow
+def test_a_process_for_each_core_draws_a_batch_that_occurs_twice_and_the_batches_after_it(
+    pipeline: StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = JOBS.take([0, 0, 1])
+    alone = [image.tobytes() for image in draw(pipeline, None, jobs, SAMPLING, batch_size=1)]
+    monkeypatch.setattr(pictures, "MANY_STEPS", 1)
+    cache = PictureCache(tmp_path / "cache", "one")
+    assert [image.tobytes() for image in draw(pipeline, None, jobs, SAMPLING, batch_size=1, cache=cache)] == alone
+
+
+@pytest.mark.slow
 def test_two_processes_draw_and_judge_the_same_as_one(base_folder: Path, judge_folder: Path, tmp_path: Path) -> None:
     program = """
 import json, os, sys

@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
@@ -55,7 +55,7 @@ DRAWING_CODE = (
 )
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 # When a process for each core draws faster than one process with a thread for each core.
-SMALL_UNET = 50_000_000  # parameters; threads share the work of a larger UNet well, and each process has its own copy
+SMALL_BASE = 50_000_000  # parameters; threads share the work of a larger UNet well, and each process has its own copy
 MANY_STEPS = 10_000  # of all pictures together: a minute or more
 WEIGHT_ZERO_PICTURES = 2  # enough to show whether an adapter with weight 0 changes anything
 READER_THREADS = 4  # decoding an image releases Python's lock
@@ -258,11 +258,15 @@ def _draw_batches(
     missing = [batch for batch in batches if not (cache and _cached(cache.path(key, batch), len(batch)))]
     in_processes = on_drawn is None and _is_long(pipeline, sampling, sum(map(len, missing)))
     fitting = Halving("Drawing", "evaluate.batch_size")
-    with closing(one_process_per_core(partial(_generate, pipeline, sampling), missing)) as drawn:
+    with closing(one_process_per_core(partial(_generate, pipeline, sampling), missing)) as results:
+        drawn = zip(missing, results, strict=True)
 
         def paint(batch: Batch) -> list[Image.Image]:
             if in_processes:
-                return next(drawn)
+                # Skips batches that are now in the cache: repeated ones, or drawn by another run meanwhile.
+                for other, images in drawn:
+                    if other == batch:
+                        return images
             images = [image for part in fitting.parts(partial(_generate, pipeline, sampling), batch) for image in part]
             if on_drawn:
                 on_drawn(images)
@@ -281,9 +285,14 @@ def _is_long(pipeline: StableDiffusionPipeline, sampling: Sampling, pictures: in
         isinstance(pipeline.unet, torch.nn.Module)  # an export cannot be copied to other processes
         and pipeline.device.type == "cpu"
         and processes().num_processes == 1
-        and sum(weight.numel() for weight in pipeline.unet.parameters()) <= SMALL_UNET
+        and sum(weight.numel() for weight in _weights(pipeline)) <= SMALL_BASE
         and pictures * sampling.steps >= MANY_STEPS
     )
+
+
+def _weights(pipeline: StableDiffusionPipeline) -> Iterator[torch.Tensor]:
+    for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        yield from module.parameters()
 
 
 def draw_pairs(

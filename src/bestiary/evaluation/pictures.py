@@ -256,7 +256,7 @@ def _draw_batches(
     prompts_and_seeds = list(zip(jobs.prompts, jobs.seeds, strict=True))
     batches = [prompts_and_seeds[start : start + batch_size] for start in range(0, len(prompts_and_seeds), batch_size)]
     missing = [batch for batch in batches if not (cache and _cached(cache.path(key, batch), len(batch)))]
-    in_processes = on_drawn is None and _is_long(pipeline, sampling, sum(map(len, missing)))
+    in_processes = on_drawn is None and _is_long(pipeline, sampling, len(jobs.seeds))
     fitting = Halving("Drawing", "evaluate.batch_size")
     with closing(one_process_per_core(partial(_generate, pipeline, sampling), missing)) as results:
         drawn = zip(missing, results, strict=True)
@@ -279,7 +279,9 @@ def _draw_batches(
 def _is_long(pipeline: StableDiffusionPipeline, sampling: Sampling, pictures: int) -> bool:
     """Whether a process for each core draws so many pictures sooner than this one, by more than the processes' start.
 
-    The pictures are the same.
+    Each of these processes computes with one thread, so some pictures round differently than in a process with several.
+    They are the same for any number of processes. Cached pictures count, too: a resumed run then draws the others in
+    the same way.
     """
     return (
         isinstance(pipeline.unet, torch.nn.Module)  # an export cannot be copied to other processes

@@ -1,6 +1,7 @@
 import errno
 import hashlib
 import json
+import os
 import re
 import resource
 import shutil
@@ -45,6 +46,21 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     with pytest.raises(SystemExit) as ended:
         cli.main()
     return int(ended.value.code or 0)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+def test_a_file_without_permissions_or_space_is_one_sentence(
+    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @click.command()
+    def fails() -> None:
+        raise OSError(number, os.strerror(number), "photos/1.jpg")
+
+    monkeypatch.setitem(cli.cli.commands, "fails", fails)
+    assert call(monkeypatch, "fails") == 1
+    sentence = capsys.readouterr().err
+    assert "photos/1.jpg cannot be" in sentence
+    assert sentence.count("\n") == 1
 
 
 def cpu_seconds_of_children() -> float:

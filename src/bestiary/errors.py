@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import reprlib
 
@@ -45,3 +46,18 @@ class BestiaryError(Exception):
 
     def __init__(self, sentence: str = "") -> None:
         super().__init__(printable(sentence))  # it may quote a file that a stranger wrote
+
+
+def file_sentence(error: OSError) -> str | None:
+    """What a user can do about a full disk or missing permissions; None for every other error.
+
+    >>> file_sentence(PermissionError(errno.EACCES, "Permission denied", "photos/1.jpg"))
+    'photos/1.jpg cannot be read or written (Permission denied). Change its permissions.'
+    """
+    if error.errno == errno.ENOSPC:
+        return printable(
+            f"the disk is full, so {error.filename or 'a file'} cannot be written. Free space, then try again."
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
+        return printable(f"{error.filename} cannot be read or written ({error.strerror}). Change its permissions.")
+    return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -22,7 +21,7 @@ from typing import Any, TypeAlias
 
 from pydantic import BaseModel, ValidationError
 
-from bestiary.errors import BestiaryError
+from bestiary.errors import BestiaryError, file_sentence
 from bestiary.files import project_root, write_atomically
 from bestiary.libraries import silence_libraries
 from bestiary.params import Model, Params, load_params
@@ -235,14 +234,10 @@ def _one_line_errors(name: str) -> Iterator[None]:
         print(f"{name}: stopped.", file=sys.stderr)
         raise SystemExit(130) from None
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            file = error.filename or "a file"
-            reason = f"the disk is full, so {file} cannot be written. Free space, then try again."
-        elif error.errno in (errno.EACCES, errno.EROFS) and error.filename:
-            reason = f"{error.filename} cannot be read or written ({error.strerror}). Change its permissions."
-        else:
+        sentence = file_sentence(error)
+        if sentence is None:
             raise
-        print(f"{name}: {reason}", file=sys.stderr)
+        print(f"{name}: {sentence}", file=sys.stderr)
         raise SystemExit(1) from None
 
 

@@ -202,8 +202,9 @@ def ours(
 
 
 def with_plain_layers(measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """Measure compiled training without the forms of compiled_layers.py: what they are worth."""
-    with patch("bestiary.diffusion.fast_step.use_compiled_forms"):
+    """Measure compiled training without the forms and options of compiled_layers.py: what they are worth."""
+    step = "bestiary.diffusion.fast_step"
+    with patch(f"{step}.use_compiled_forms"), patch(f"{step}.INDUCTOR_OPTIONS", {}):
         return measure()
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from bestiary.diffusion.compiled_layers import use_compiled_forms
+from bestiary.diffusion.compiled_layers import INDUCTOR_OPTIONS, use_compiled_forms
 from bestiary.diffusion.waiting import waiting_bar
 from bestiary.errors import BestiaryError
 
@@ -98,7 +98,7 @@ class FastPrediction:
         for parameter, data in layouts:
             parameter.data = data.contiguous(memory_format=torch.channels_last)
         use_compiled_forms(self.model)
-        step: Any = torch.compile(plain, dynamic=False)
+        step: Any = torch.compile(plain, dynamic=False, options=INDUCTOR_OPTIONS)
         try:
             with waiting_bar(COMPILE_SECONDS):
                 self._compare(plain, step, example)

@@ -48,6 +48,24 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return int(ended.value.code or 0)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "tiger", "--base", ""),
+        ("generate", "tiger", "--adapter", ""),
+        ("generate", "tiger", "--out", ""),
+        ("adapter", "inspect", " "),
+        ("adapter", "convert", "adapter.safetensors", ""),
+        ("pull", ""),
+    ],
+)
+def test_an_empty_name_is_an_error(
+    arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, *arguments) == 1
+    assert "It is empty. Name a file, a folder or a model." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS])
 def test_a_file_without_permissions_or_space_is_one_sentence(
     number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from bestiary.commands.options import Number, base_option, champion
+from bestiary.commands.options import FILE, NAME, Number, base_option, champion
 from bestiary.errors import BestiaryError, printable
 from bestiary.project import drawing_defaults, known_bases, project_base, project_params, project_tiny_decoder
 from bestiary.samplers import Decoder
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @click.command("export")
-@click.argument("what", metavar="WHAT[:WEIGHT]", default=champion)
+@click.argument("what", metavar="WHAT[:WEIGHT]", type=NAME, default=champion)
 @click.option("--to", required=True, type=click.Choice(["openvino"]), help="Engine to export for.")
 @click.option("--int8", "precision", flag_value="int8", help="Quantize the UNet. Fastest with VNNI or AMX.")
 @click.option("--bf16", "precision", flag_value="bf16", help="bfloat16, for AVX512-BF16 or AMX.")
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     "--decoder", type=click.Choice(["full", "tiny"]), default="full", show_default=True, help="Decoder to export."
 )
 @base_option
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the export.")
+@click.option("--out", required=True, type=FILE, help="Folder for the export.")
 def export_adapter(
     what: str, to: Literal["openvino"], precision: Precision | None, decoder: Decoder, base: str | None, out: Path
 ) -> None:
@@ -56,7 +56,7 @@ def adapter() -> None:
 
 
 @adapter.command()
-@click.argument("what", metavar="PATH")
+@click.argument("what", metavar="PATH", type=NAME)
 @base_option
 def verify(what: str, base: str | None) -> None:
     """Prove that an adapter applies to its base.
@@ -88,8 +88,8 @@ def verify(what: str, base: str | None) -> None:
 
 
 @adapter.command()
-@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
-@click.argument("target", metavar="DST", type=click.Path(path_type=Path))
+@click.argument("source", metavar="SRC", type=FILE)
+@click.argument("target", metavar="DST", type=FILE)
 @click.option("--to", required=True, type=click.Choice(["diffusers", "kohya"]), help="Format to write.")
 @click.option("--alpha", type=Number(0, min_open=True), help="Alpha, if the file stores none.")
 def convert(source: Path, target: Path, to: Literal["diffusers", "kohya"], alpha: float | None) -> None:
@@ -108,8 +108,8 @@ def convert(source: Path, target: Path, to: Literal["diffusers", "kohya"], alpha
 
 
 @adapter.command()
-@click.argument("named", metavar="WHAT[:WEIGHT]...", nargs=-1, required=True)
-@click.argument("target", metavar="OUT", type=click.Path(path_type=Path))
+@click.argument("named", metavar="WHAT[:WEIGHT]...", type=NAME, nargs=-1, required=True)
+@click.argument("target", metavar="OUT", type=FILE)
 @click.option("--rank", type=click.IntRange(1), help="Lower the rank and print the error.  [default: exact]")
 @base_option
 def merge(named: tuple[str, ...], target: Path, rank: int | None, base: str | None) -> None:
@@ -123,8 +123,8 @@ def merge(named: tuple[str, ...], target: Path, rank: int | None, base: str | No
 
 
 @adapter.command()
-@click.argument("source", metavar="SRC")
-@click.argument("target", metavar="OUT", type=click.Path(path_type=Path))
+@click.argument("source", metavar="SRC", type=NAME)
+@click.argument("target", metavar="OUT", type=FILE)
 @click.option("--rank", required=True, type=click.IntRange(1), help="Rank to write.")
 @base_option
 def resize(source: str, target: Path, rank: int, base: str | None) -> None:
@@ -163,7 +163,7 @@ def _merge(weighted: Sequence[Weighted], target: Path, rank: int | None, base: s
 
 
 @adapter.command("inspect")
-@click.argument("what", metavar="FILE")
+@click.argument("what", metavar="FILE", type=NAME)
 @base_option
 def inspect_adapter(what: str, base: str | None) -> None:
     """Show what an adapter's file holds.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from bestiary.commands.options import FILE, NAME
 from bestiary.project import (
     drawing_defaults,
     project_base,
@@ -17,12 +18,18 @@ from bestiary.project import (
 
 @click.command()
 @click.option(
-    "--adapter", "adapters", multiple=True, metavar="WHAT", help="File or folder to offer as well. Repeat for several."
+    "--adapter",
+    "adapters",
+    multiple=True,
+    type=NAME,
+    metavar="WHAT",
+    help="File or folder to offer as well. Repeat for several.",
 )
 @click.option(
     "--base",
     "bases",
     multiple=True,
+    type=NAME,
     metavar="MODEL",
     help="Base to offer. Repeat for several; the first is the default.",
 )
@@ -32,13 +39,13 @@ from bestiary.project import (
 @click.option("--port", default=7860, show_default=True, type=click.IntRange(0, 65535), help="Port to listen on.")
 @click.option(
     "--auth",
-    type=click.Path(path_type=Path),
+    type=FILE,
     metavar="FILE",
     help="File with user:password.  [default: $BESTIARY_AUTH]",
 )
 @click.option(
     "--token",
-    type=click.Path(path_type=Path),
+    type=FILE,
     metavar="FILE",
     help="File with the token for programs.  [default: $BESTIARY_TOKEN]",
 )

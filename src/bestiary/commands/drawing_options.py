@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bestiary.commands.options import CHAMPION, Number, Size, base_option, champion, option_group
+from bestiary.commands.options import CHAMPION, FILE, NAME, Number, Size, base_option, champion, option_group
 from bestiary.errors import BestiaryError
 from bestiary.png_metadata import Colours
 from bestiary.samplers import (
@@ -95,6 +95,7 @@ source_options = option_group(
         "--adapter",
         "adapters",
         multiple=True,
+        type=NAME,
         default=lambda: [champion()],
         show_default=CHAMPION,
         metavar="WHAT[:WEIGHT]",
@@ -179,14 +180,12 @@ request_options = option_group(
     Request,
     subjects=click.argument("subjects", nargs=-1, metavar="[ANIMAL...]"),
     prompt=click.option("--prompt", metavar="TEXT", help="Draw this text instead of animals."),
-    like=click.option(
-        "--like", type=click.Path(path_type=Path), metavar="PNG", help="Draw this picture again, with its settings."
-    ),
+    like=click.option("--like", type=FILE, metavar="PNG", help="Draw this picture again, with its settings."),
 )
 start_options = option_group(
     "start",
     Start,
-    image=click.option("--image", type=click.Path(path_type=Path), help="Start from this image instead of noise."),
+    image=click.option("--image", type=FILE, help="Start from this image instead of noise."),
     denoise=click.option(
         "--denoise",
         type=Number(0, 1, min_open=True),

@@ -16,9 +16,33 @@ from bestiary.project import registered_name
 from bestiary.samplers import MAX_SIDE, MIN_SIDE, SIDE_STEP
 
 CHAMPION = "models:/bestiary@champion"  # shown in help; the name comes from register.name in params.yaml
-FOLDER = click.Path(file_okay=False, writable=True, path_type=Path)
 Command = Callable[..., None]
 Decorator = Callable[[Command], Command]
+
+
+class _File(click.Path):
+    """A path. An empty one is an error: it would mean the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(_filled(self, value, param, ctx), param, ctx)
+
+
+class _Name(click.types.StringParamType):
+    """A model's or an adapter's name, path or address. An empty one is an error."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(_filled(self, value, param, ctx), param, ctx)
+
+
+def _filled(kind: click.ParamType[Any], value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+    if not str(value).strip():
+        kind.fail("It is empty. Name a file, a folder or a model.", param, ctx)
+    return value
+
+
+FILE = _File(path_type=Path)
+FOLDER = _File(file_okay=False, writable=True, path_type=Path)
+NAME = _Name()
 
 
 class Size(click.ParamType[tuple[int, int]]):
@@ -69,4 +93,6 @@ def champion() -> str:
     return f"models:/{registered_name()}@champion"
 
 
-base_option = click.option("--base", metavar="MODEL", help="Base to use instead of the one that the adapter names.")
+base_option = click.option(
+    "--base", type=NAME, metavar="MODEL", help="Base to use instead of the one that the adapter names."
+)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bestiary.commands.options import Number
+from bestiary.commands.options import FILE, Number
 from bestiary.errors import printable
 from bestiary.project import (
     last_acceptance,
@@ -54,7 +54,7 @@ def captions(write: bool) -> None:
 
 
 @click.command()
-@click.argument("photos", type=click.Path(path_type=Path))
+@click.argument("photos", type=FILE)
 @click.option("--name", required=True, help="Name of the subject in captions and prompts, such as 'sks cat'.")
 @click.option("--class", "class_word", default="", metavar="WORD", help="Class of the subject, such as cat.")
 @click.option(
@@ -66,7 +66,7 @@ def captions(write: bool) -> None:
 )
 @click.option(
     "--others",
-    type=click.Path(path_type=Path),
+    type=FILE,
     help="Folder with photos of other individuals of the class, to compare with.",
 )
 @click.option("--steps", type=click.IntRange(1), help="Training steps.  [default: the profile's]")

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import click
 
-from bestiary.commands.options import FOLDER, base_option, champion
+from bestiary.commands.options import FOLDER, NAME, base_option, champion
 from bestiary.errors import BestiaryError, printable
 from bestiary.project import known_bases, registered_name
 
 
 @click.command()
-@click.argument("what", metavar="URI")
+@click.argument("what", metavar="URI", type=NAME)
 @base_option
 @click.option("--fast", is_flag=True, help="Copy the fast variant instead, to OUT/few_step and OUT/openvino.")
 @click.option("--out", required=True, type=FOLDER, help="Folder for the adapter.")
@@ -28,7 +28,7 @@ def pull(what: str, base: str | None, fast: bool, out: Path) -> None:
 
 
 @click.command("model-card")
-@click.argument("what", metavar="[URI]", default=champion)
+@click.argument("what", metavar="[URI]", type=NAME, default=champion)
 @click.option("--out", required=True, type=FOLDER, help="Folder to write, ready for the Hugging Face hub.")
 def model_card(what: str, out: Path) -> None:
     """Write a registered adapter with its model card.
@@ -42,7 +42,7 @@ def model_card(what: str, out: Path) -> None:
 
 
 @click.command()
-@click.argument("what", metavar="[URI]", default=champion)
+@click.argument("what", metavar="[URI]", type=NAME, default=champion)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def lineage(what: str, as_json: bool) -> None:
     """Show the runs and data that made a registered version."""

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from bestiary.commands.options import FILE
+
 
 @click.group()
 def tracking() -> None:
@@ -32,7 +34,7 @@ def ui(port: int) -> None:
 @click.argument("server", envvar="MLFLOW_TRACKING_URI", metavar="[SERVER]")
 @click.option(
     "--database",
-    type=click.Path(path_type=Path),
+    type=FILE,
     metavar="FILE",
     help="Database to copy from.  [default: the project's]",
 )

@@ -221,15 +221,15 @@ def render_results(
         yield from _fast_lines(acceptance)
     fast = f"{program} {pull} --fast" if pull and acceptance and acceptance.accepted else ""
     yield "\nNext"
-    for command, purpose in (
+    steps = [
         (f"{program} {draw} --count 4", "draw with it"),
         ("make mlflow", "see every run in the browser"),
         (f"{program} {pull}" if pull else "", "copy the adapter"),
         (fast, "copy its fast variant"),
         ("make fast" if pull and not acceptance else "", "distil it to a few steps and export it for CPUs"),
-    ):
-        if command:
-            yield f"  {command:69} {purpose}"
+    ]
+    width = max(len(command) for command, _ in steps)
+    yield from (f"  {command:{width}}  {purpose}" for command, purpose in steps if command)
 
 
 def _fast_lines(acceptance: AcceptanceReport) -> Iterator[str]:

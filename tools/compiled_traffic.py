@@ -76,8 +76,7 @@ def main(base: Path | None, batch: int, resolution: int) -> None:
 
 def traffic(sizes: Any, batch: int, resolution: int, *, forms: bool, options: dict[str, Any]) -> Traffic:
     """Plan a step of `batch` images of `resolution` pixels in bfloat16, with LoRA of rank 4."""
-    with patch("torch._meta_registrations.device_hint", return_value="cuda"):
-        graphs = _graphs(sizes, batch, resolution, forms)
+    graphs = step_graphs(sizes, batch, resolution, forms=forms)
     with _as_on_a_gpu(), inductor.patch({**options, "shape_padding": False}):
         kernels = [kernel for graph in graphs for kernel in _planned(graph)]
     generated = sum(size for library, size in kernels if not library)
@@ -85,8 +84,8 @@ def traffic(sizes: Any, batch: int, resolution: int, *, forms: bool, options: di
     return Traffic(generated, library, sum(size > 0 for _, size in kernels))
 
 
-def _graphs(sizes: Any, batch: int, resolution: int, forms: bool) -> list[GraphModule]:
-    """The operations of the forward and of the backward pass, traced without values."""
+def step_graphs(sizes: Any, batch: int, resolution: int, *, forms: bool) -> list[GraphModule]:
+    """The operations of the forward and of the backward pass, traced without values, in the layouts of a GPU."""
     graphs: list[GraphModule] = []
 
     def keep(graph: GraphModule, _inputs: object) -> Callable[..., Any]:
@@ -103,7 +102,8 @@ def _graphs(sizes: Any, batch: int, resolution: int, forms: bool) -> list[GraphM
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     if forms:
         use_compiled_forms(unet)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    on_gpu = patch("torch._meta_registrations.device_hint", return_value="cuda")
+    with on_gpu, FakeTensorMode(allow_non_fake_inputs=True):
         backend: Any = aot_autograd(
             fw_compiler=keep,
             bw_compiler=keep,

@@ -6,13 +6,11 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
-from torch._dynamo.backends.common import aot_autograd
-from torch._inductor.decomposition import select_decomp_table
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from bestiary.diffusion.adapter import inject
 from bestiary.diffusion.compiled_layers import use_compiled_forms
+from compiled_traffic import step_graphs
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -80,10 +78,9 @@ def test_a_changed_adapter_autocast_and_a_copy_are_computed_right() -> None:
     assert not torch.allclose(copied(tokens), attention(tokens))
 
 
-def test_a_compiled_step_copies_no_layouts_and_joins_its_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_step_copies_no_layouts_and_joins_its_products() -> None:
     """What a GPU's step is made of, traced without one."""
-    monkeypatch.setattr("torch._meta_registrations.device_hint", lambda _tensor: "cuda")
-    plain, forms = traced(lambda unet: None), traced(use_compiled_forms)
+    plain, forms = traced(forms=False), traced(forms=True)
     assert {node.target for node in plain if is_scatter(node)}
     assert not [node for node in forms if is_scatter(node)]
     assert not all(in_channels_last(node) for node in plain if is_convolution(node))
@@ -95,32 +92,10 @@ def test_a_compiled_step_copies_no_layouts_and_joins_its_products(monkeypatch: p
     assert products[0] - products[1] == 12 + 9 - 2
 
 
-def traced(change: Callable[[UNet2DConditionModel], object]) -> list[Node]:
+def traced(*, forms: bool) -> list[Node]:
     """The operations of a training step, forward and backward, whose values have the layouts of a GPU."""
-    nodes: list[Node] = []
-
-    def keep(graph: GraphModule, _inputs: object) -> Callable[..., Any]:
-        nodes.extend(node for node in graph.graph.nodes if node.op == "call_function")
-        forward: Callable[..., Any] = graph.forward
-        return forward
-
-    torch._dynamo.reset()
-    unet = small_unet().to(torch.bfloat16)
-    inject(unet, rank=4, alpha=4, dropout=0.0, targets=TARGETS, seed=0)
-    for parameter in unet.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
-        if parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        change(unet)
-        decompositions = select_decomp_table()
-        backend: Any = aot_autograd(fw_compiler=keep, bw_compiler=keep, decompositions=decompositions)
-        inputs = torch.randn(2, 4, 8, 8), torch.zeros(2, dtype=torch.long), torch.randn(2, 7, 12)
-        inputs = inputs[0].bfloat16(), inputs[1], inputs[2].bfloat16()
-        compiled: Any = torch.compile(unet, backend=backend, dynamic=False)
-        (prediction,) = compiled(*inputs, return_dict=False)
-        prediction.float().square().mean().backward()
-    return nodes
+    graphs = step_graphs(small_unet().config, batch=2, resolution=64, forms=forms)
+    return [node for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
 
 
 def is_convolution(node: Node) -> bool:

@@ -32,6 +32,8 @@ from bestiary.diffusion.export import Calibration, Exported, Format, Fused, Tiny
 from bestiary.diffusion.export_format import MANIFEST, check_files, file_sha256, read_manifest
 from bestiary.diffusion.sampling import generate
 from bestiary.errors import BestiaryError
+from bestiary.evaluation import pictures
+from bestiary.evaluation.pictures import Jobs, draw_as_loaded
 from bestiary.files import write_atomically
 from bestiary.png_metadata import as_a1111, read_settings
 from bestiary.registry.resolving import Adapter
@@ -99,6 +101,14 @@ def test_an_export_draws_what_torch_draws(
     expected = generate(torch_pipeline, PROMPTS, seeds, sampling, batch_size=1)
     assert difference(generate(opened, PROMPTS, seeds, sampling, batch_size=1), expected) <= 1
     assert difference(generate(opened, PROMPTS, seeds, sampling, batch_size=2), expected) <= 1
+
+
+def test_an_export_draws_a_long_series_in_this_process(
+    opened: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "MANY_STEPS", 1)
+    drawn = draw_as_loaded(opened, Jobs([0, 1], PROMPTS, [0, 1]), FEW_STEPS, batch_size=1, task="draw")
+    assert difference(drawn, generate(opened, PROMPTS, range(2), FEW_STEPS, batch_size=1)) == 0
 
 
 def test_an_export_records_its_lineage(fused: Fused, exported: tuple[Path, Exported]) -> None:

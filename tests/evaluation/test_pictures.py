@@ -174,6 +174,22 @@ def test_pictures_that_are_not_square_come_from_the_cache_as_they_were_drawn(
     assert [image.tobytes() for image in first] == [image.tobytes() for image in second]
 
 
+def test_one_process_looks_for_each_cached_batch_once(
+    pipeline: StableDiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Path] = []
+    cached = pictures._cached
+
+    def counted(path: Path, count: int) -> bytes | None:
+        found.append(path)
+        return cached(path, count)
+
+    monkeypatch.setattr(pictures, "_cached", counted)
+    for _ in range(2):
+        draw(pipeline, None, JOBS, SAMPLING, batch_size=2, cache=PictureCache(tmp_path, "one"))
+    assert len(found) == 2 * 2
+
+
 @pytest.mark.slow
 def test_a_process_for_each_core_draws_and_caches_the_same_pictures_as_one(
     pipeline: StableDiffusionPipeline, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

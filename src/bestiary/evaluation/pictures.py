@@ -24,6 +24,7 @@ from PIL import Image
 from bestiary.data.images import open_rgb
 from bestiary.diffusion.adapter import adapter_sha256, apply_adapter, remove
 from bestiary.diffusion.base import processes
+from bestiary.diffusion.engines import is_exported
 from bestiary.diffusion.full_memory import Halving
 from bestiary.diffusion.sampling import generate
 from bestiary.errors import BestiaryError
@@ -255,8 +256,10 @@ def _draw_batches(
 ) -> list[Image.Image]:
     prompts_and_seeds = list(zip(jobs.prompts, jobs.seeds, strict=True))
     batches = [prompts_and_seeds[start : start + batch_size] for start in range(0, len(prompts_and_seeds), batch_size)]
-    missing = [batch for batch in batches if not (cache and _cached(cache.path(key, batch), len(batch)))]
     in_processes = on_drawn is None and _is_long(pipeline, sampling, len(jobs.seeds))
+    missing: list[Batch] = []  # that other processes draw
+    if in_processes:
+        missing = [batch for batch in batches if not (cache and _cached(cache.path(key, batch), len(batch)))]
     fitting = Halving("Drawing", "evaluate.batch_size")
     with closing(one_process_per_core(partial(_generate, pipeline, sampling), missing)) as results:
         drawn = zip(missing, results, strict=True)
@@ -284,7 +287,7 @@ def _is_long(pipeline: StableDiffusionPipeline, sampling: Sampling, pictures: in
     the same way.
     """
     return (
-        isinstance(pipeline.unet, torch.nn.Module)  # an export cannot be copied to other processes
+        not is_exported(pipeline)  # which cannot be copied to other processes
         and pipeline.device.type == "cpu"
         and processes().num_processes == 1
         and sum(weight.numel() for weight in _weights(pipeline)) <= SMALL_BASE

@@ -55,6 +55,23 @@ def test_training_time_grows_with_its_steps_and_with_what_it_preserves() -> None
     assert of_drawn - of_kept == pytest.approx(48 * (20 * 0.0047 + 0.0041))
 
 
+def test_a_gpu_must_hold_the_guided_pictures_that_training_draws_to_preserve_the_base() -> None:
+    known = {rows * 64**2: 100.0 * rows for rows in (1, 2)}
+    small = rate(0.1).model_copy(update={"device_mib": {64**2: 1.0, 2 * 64**2: 2.0}})
+    row, part = rate(0.1).model_copy(update={"device_mib": known}), StepPart(images=1, preserved=0, times=1)
+    rates = measured(row=row, part=part, step=small, decode=small, encode=small)
+
+    def least(kind: str, **changes: object) -> float | None:
+        kept = {"kind": kind, "weight": 0.3, "samples": 4}
+        train = Train.model_validate(sample().train.model_dump() | {"preservation": kept} | changes)
+        found = lines(sample().model_copy(update={"train": train}), SAMPLE, rates)
+        return next(line.least_device_mib for line in found if line.stage == "train")
+
+    assert least("noised") == pytest.approx(16 * 100)
+    assert least("drawn") == least("both") == pytest.approx(2 * 16 * 100)
+    assert least("drawn", low_memory=True) == pytest.approx(2 * 100)
+
+
 def test_several_gpus_share_the_images_and_the_pictures() -> None:
     rates = measured(start_s=0.0)
     one, four = (

@@ -163,8 +163,11 @@ def _training_gpu(params: Params, images: Images, rates: Rates) -> _Gpu | None:
     judge = 0.0 if train.low_memory else rates.judge_mib  # with low_memory, it is on the CPU
     beside = rates.graph_mib + judge  # the graph of the training step keeps its memory meanwhile
     least = [step + judge, max(validation, sheet.least) + beside]
+    batch = 1 if train.low_memory else BATCH_SIZE
     if train.preservation.kind != "none":
-        least.append(rates.row.device_mib_at((1 if train.low_memory else BATCH_SIZE) * pixels) or 0.0)
+        least.append(rates.row.device_mib_at(batch * pixels) or 0.0)
+    if train.preservation.kind in ("drawn", "both"):
+        least += [_drawing_mib(params, rates, batch) or 0.0, _encoding_mib(params, rates, batch) or 0.0]
     return _Gpu(max(*least, sheet.most + beside), max(least))
 
 

@@ -1,5 +1,6 @@
 """`bestiary preflight` finds problems that would end a long run, before it starts."""
 
+import errno
 import fcntl
 import json
 import os
@@ -128,6 +129,9 @@ def test_another_dvc_command_and_a_batch_that_cannot_be_split_are_found(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(BestiaryError, match="starts 2 processes on this machine, which has 1 GPU that"):
         preflight._processes(night)
+    monkeypatch.setenv("BESTIARY_LAUNCH", "accelerate launch --cpu --num_processes 2")
+    assert preflight._processes(night).startswith("2, each training on 8 images at a time")
+    assert "CPU threads, as BESTIARY_LAUNCH asks for" in preflight._device()
     launch = "accelerate launch --num_machines 2 --num_processes 2"
     monkeypatch.setenv("BESTIARY_LAUNCH", launch)
     assert preflight._processes(night).endswith(f"({launch})")
@@ -208,6 +212,27 @@ def test_disk_and_time_have_limits(tmp_path: Path, night: Params, monkeypatch: p
     found = lines(night, SAMPLE, measured())
     assert time_needed(night, measured(), found, hours=1000).mark == "ok"
     assert "more than --hours 0.01" in time_needed(night, measured(), found, hours=0.01).text
+
+
+def test_a_cache_in_a_folder_that_this_user_must_not_read_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tests may run as root, who may read everything, so the test refuses in the system's place."""
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    stat, access = Path.stat, os.access
+
+    def refusing(path: Path, **options: bool) -> os.stat_result:
+        if locked in path.parents:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refusing)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode == os.F_OK and access(path, mode))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(locked / "hub"))
+    check = disk(tmp_path, 0, 1e6)
+    assert check.mark == "FAIL"
+    assert f"{locked} cannot be written" in check.text
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from typing import Literal
 
 from bestiary.errors import BestiaryError
 from bestiary.estimating import Images, Line, duration, estimate, project_images, shown_size, total_line
-from bestiary.evaluation.rates import Rates, launched_processes
+from bestiary.evaluation.rates import Rates, launched_on_cpu, launched_processes
 from bestiary.files import is_file, is_folder
 from bestiary.hub import HubModel, bytes_to_download, is_hub_id
 from bestiary.memory import MIB
@@ -89,6 +89,8 @@ def _device() -> str:
     """The device of a run. Only counts GPUs, because using one would take memory, which is measured later."""
     import torch
 
+    if launched_on_cpu():
+        return f"{torch.get_num_threads()} CPU threads, as BESTIARY_LAUNCH asks for"
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         return f"{count} GPU{'s' * (count != 1)} that torch {torch.__version__} can use"
@@ -128,7 +130,7 @@ def _check_gpus(launch: str, processes: int) -> None:
     machines = re.search(r"--num[_-]machines[ =](\d+)", launch)
     here = processes // max(1, int(machines[1])) if machines else processes
     gpus = torch.cuda.device_count()
-    if 0 < gpus < here:
+    if 0 < gpus < here and not launched_on_cpu():
         raise BestiaryError(
             f"BESTIARY_LAUNCH starts {here} processes on this machine, which has {gpus} GPU{'s' * (gpus != 1)} that "
             "torch can use. Start one process for each GPU."
@@ -278,7 +280,7 @@ def _is_locked(path: Path) -> bool:
 def _measured(root: Path, params: Params, images: Images, download_bytes: int, hours: float) -> Iterator[Check]:
     import torch
 
-    seconds = GPU_SECONDS if torch.cuda.is_available() else CPU_SECONDS
+    seconds = GPU_SECONDS if torch.cuda.is_available() and not launched_on_cpu() else CPU_SECONDS
     try:
         rates, lines = estimate(params, images, seconds)
     except BestiaryError as error:
@@ -332,7 +334,8 @@ def disk(root: Path, need: float, download_bytes: float) -> Check:
     needs: dict[int, tuple[Path, float]] = {}
     locked = []
     for folder, size in ((root, need), (Path(constants.HF_HUB_CACHE), download_bytes)):
-        place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        # os.access also answers where Path.exists raises: in a folder that this user must not read.
+        place = next(path for path in (folder, *folder.absolute().parents) if os.access(path, os.F_OK))
         if size and not (place.is_dir() and os.access(place, os.W_OK)):
             locked.append(str(place))
         device = place.stat().st_dev

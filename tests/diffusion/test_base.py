@@ -29,6 +29,14 @@ def test_a_cpu_computes_in_float32() -> None:
     assert device.type != "cpu" or dtype == torch.float32
 
 
+def test_a_gpu_is_left_alone_by_a_launch_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    for asked, device in (("False", "cuda"), ("True", "cpu")):  # as accelerate launch sets it
+        monkeypatch.setenv("ACCELERATE_USE_CPU", asked)
+        assert device_and_dtype()[0].type == device
+
+
 def test_the_bundled_base_loads_as_a_pipeline(base_folder: Path) -> None:
     pipeline = load_pipeline(base_folder, device="cpu")
     assert pipeline.vae_scale_factor == 4

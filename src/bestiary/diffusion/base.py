@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import sys
 import warnings
@@ -50,8 +51,13 @@ def device_and_dtype() -> tuple[torch.device, torch.dtype]:
     """The best device of this machine and the dtype that it computes fastest in without losing quality.
 
     A GPU computes in bfloat16 if its hardware can, otherwise in float16. A CPU computes in float32, because a CPU
-    without AMX is fifty times slower in bfloat16.
+    without AMX is fifty times slower in bfloat16. `accelerate launch --cpu` leaves a GPU alone.
     """
+    if "ACCELERATE_USE_CPU" in os.environ:
+        from accelerate.utils import parse_flag_from_env
+
+        if parse_flag_from_env("ACCELERATE_USE_CPU"):
+            return torch.device("cpu"), torch.float32
     if torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.device("cuda"), torch.bfloat16 if native else torch.float16

@@ -169,7 +169,11 @@ def measure_rates(params: Params, photos: Sequence[Path], seconds: float) -> Rat
         input=request.model_dump_json(),
         capture_output=True,
         text=True,
-        env={**(PATIENT if load_average() > BUSY * cores() else {}), **os.environ},
+        env={
+            **(PATIENT if load_average() > BUSY * cores() else {}),
+            **os.environ,
+            **({"ACCELERATE_USE_CPU": "true"} if launched_on_cpu() else {}),
+        },
         check=False,
     )
     if process.returncode < 0:
@@ -190,6 +194,11 @@ def launched_processes() -> int | None:
     if found := re.search(r"--(?:num[_-]processes|nproc[_-]per[_-]node)[ =](\d+)", launch):
         return int(found[1])
     return None if launch else 1
+
+
+def launched_on_cpu() -> bool:
+    """Whether BESTIARY_LAUNCH asks Accelerate to leave the GPUs alone."""
+    return re.search(r"--(?:use[_-])?cpu(?:\s|$)", os.environ.get("BESTIARY_LAUNCH", "")) is not None
 
 
 class _Bench:
@@ -569,11 +578,12 @@ def _run(request: Request) -> Rates:
     import torch
     import transformers  # noqa: F401
 
+    from bestiary.diffusion.base import device_and_dtype
     from bestiary.diffusion.low_memory import low_memory
 
     before = load_average()
     params, processes = Params.model_validate_json(request.params), launched_processes() or 1
-    free = torch.cuda.mem_get_info()[0] / MIB if torch.cuda.is_available() else None
+    free = torch.cuda.mem_get_info()[0] / MIB if device_and_dtype()[0].type == "cuda" else None
     train = low_memory(params.train, processes)
     bench = _Bench(params.model_copy(update={"train": train}), request.seconds)
     start_s = time.perf_counter() - started

@@ -3,7 +3,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch._C._distributed_c10d import GradBucket, HashStore
+from torch.nn.parallel import DistributedDataParallel
 
 from bestiary.diffusion import fast_step
 from bestiary.diffusion.adapter import inject
@@ -137,6 +139,31 @@ def test_a_captured_graph_is_used_although_it_is_the_same_module(
     assert replays == [inputs[0].shape]
 
 
+def test_processes_that_average_gradients_need_not_compile_at_the_same_step(
+    base: Path, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    averaged: list[torch.Tensor] = []
+
+    def average(_state: None, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+        averaged.append(bucket.buffer())
+        done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    monkeypatch.setattr(torch, "compile", lambda model, **_options: model)
+    distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(load_unet(base).requires_grad_(True))
+        model.register_comm_hook(None, average)
+        predict = FastPrediction(model)
+        predict.use(inputs, compiled=True, graph=False, must=True)
+        assert not averaged
+        predict(*inputs).sample.mean().backward()
+        assert averaged
+    finally:
+        distributed.destroy_process_group()
+
+
 def test_a_cpu_and_several_processes_do_not_compile_by_themselves() -> None:
     assert CompileChoice("auto", 100_000, 1).compile_now(torch.device("cpu")) is False
     assert CompileChoice("auto", 100_000, 2).compile_now(torch.device("cuda")) is False
@@ -161,6 +188,27 @@ def test_a_validation_among_the_measured_steps_does_not_make_compiling_pay(monke
         return decision
 
     assert pays(0.1, 1000 - WARM_UP - MEASURED) is decides(validated=False) is decides(validated=True) is False
+
+
+def test_a_choice_is_made_once_and_waits_for_a_batch_of_one_size(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr(fast_step, "_synchronize", lambda _: None)
+    choice, decisions = CompileChoice("auto", 15_000, 1), []
+    for _ in range(3 * (WARM_UP + MEASURED)):
+        decisions.append(choice.compile_now(torch.device("cuda")))
+        clock[0] += 0.1 if choice.chosen is None else 0.001
+        if choice.chosen:
+            choice.wait()
+    assert decisions == [None] * (WARM_UP + MEASURED) + [True] * 2 * (WARM_UP + MEASURED)
+    assert capsys.readouterr().out.count("of several sizes") == 1
+    choice = CompileChoice("never", 15_000, 1)
+    for _ in range(MEASURED):
+        choice.compile_now(torch.device("cuda"))
+        choice.wait()
+    assert not capsys.readouterr().out
 
 
 def test_the_bar_moves_while_nothing_reports(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from bestiary.diffusion.compiled_layers import INDUCTOR_OPTIONS, use_compiled_forms
@@ -116,10 +117,12 @@ class FastPrediction:
     ) -> None:
         """Compile, and raise OtherNumbersError when prediction or gradients differ from the plain step's.
 
-        With dropout the two draw different random numbers, so they are not compared.
+        With dropout the two draw different random numbers, so they are not compared. Gradients are not averaged with
+        other processes, which may not compile at the same step.
         """
+        alone = self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        with _without_zeros(trained):
+        with _without_zeros(trained), alone:
             answers = _answers(compiled, example, trained)
             _synchronize(example[0].device)
             if any(isinstance(module, nn.Dropout) and module.p for module in self.model.modules()):
@@ -189,9 +192,16 @@ class CompileChoice:
         self.steps_left = steps_left
         self.started = 0.0
         self.done = 0
+        self.chosen: bool | None = None
+        self.waited = 0
 
     def compile_now(self, device: torch.device) -> bool | None:
-        """Whether to compile before the next step; None while that is not known yet."""
+        """Whether to compile, asked once before each step; None while that is not known yet."""
+        if self.chosen is None:
+            self.chosen = self._choose(device)
+        return self.chosen
+
+    def _choose(self, device: torch.device) -> bool | None:
         if self.mode != "auto":
             return self.mode == "always"
         if device.type != "cuda":
@@ -204,6 +214,12 @@ class CompileChoice:
             return None
         _synchronize(device)
         return pays((time.perf_counter() - self.started) / MEASURED, self.steps_left - self.done)
+
+    def wait(self) -> None:
+        """Count a step that could not be compiled, and say so after a few."""
+        self.waited += 1
+        if self.chosen and self.waited == MEASURED:
+            tqdm.write("Training is not compiled yet: its batches have images of several sizes.")
 
     @contextmanager
     def paused(self, device: torch.device) -> Iterator[None]:

@@ -138,13 +138,13 @@ class _Run:
         """Change to a faster way to predict, once it is known whether compiling pays."""
         if self.predict.decided or self.state.progress.batches % self.settings.accumulation:
             return  # between the parts of an optimizer step, whose gradients would be lost
-        if len(batches) > 1:
-            return  # images of several sizes share a batch, so its shapes are rare
-        (batch,) = batches
-        device, graph = self.accelerator.device, graphs_fit(self.settings, self.accelerator)
-        compiled = self.compile.compile_now(device)
+        compiled, graph = self.compile.compile_now(self.accelerator.device), graphs_fit(self.settings, self.accelerator)
         if compiled is None:
             return
+        if len(batches) > 1:  # of several sizes, so their shapes are rare
+            self.compile.wait()
+            return
+        (batch,) = batches
         example = batch["latents"].to(self.features.dtype), batch["timesteps"], self.features[batch["captions"]]
         self.predict.use(example, compiled=compiled, graph=graph, must=self.settings.compile == "always")
         self.state.trained.forget_gradients()

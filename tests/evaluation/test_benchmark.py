@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -332,6 +333,19 @@ def test_a_setting_that_does_not_compile_is_skipped(bench: Bench, monkeypatch: p
     rows, skipped = benchmark.run(bench, [default, replace(default, compiled=True)])
     assert [row.setting for row in rows] == [default]
     assert [each.reason for each in skipped] == ["torch.compile does not work on this machine (RuntimeError)"]
+
+
+def test_what_fails_after_compiling_is_not_called_a_compilers_failure(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(benchmark, "this_machine", lambda _: CAPABLE)
+    monkeypatch.setattr(torch, "compile", lambda unet: unet)
+    monkeypatch.setattr(benchmark, "judge_quality", full)
+    with pytest.raises(OSError, match="No space left"):
+        benchmark.run(bench, [Setting("ddim", 1, batch=1, fused=False, compiled=True)])
 
 
 def test_pictures_that_are_only_judged_are_drawn_in_halves_when_they_do_not_fit(

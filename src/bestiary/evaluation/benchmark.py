@@ -92,6 +92,10 @@ class Skipped:
         return {**asdict(self.setting), "reason": self.reason}
 
 
+class CannotCompileError(Exception):
+    """torch.compile or one of its backends failed."""
+
+
 @dataclass(frozen=True)
 class Quality:
     """How good a setting's pictures are.
@@ -404,12 +408,8 @@ def _measure_group(
             found = Skipped(setting, "the GPU's memory is too small")
         except TooLongError:
             found = Skipped(setting, f"compiling takes more than {COMPILE_LIMIT_SECONDS:.0f} s")
-        except BestiaryError:
-            raise
-        except Exception as error:  # whatever a compiler and its backends raise
-            if not setting.compiled:
-                raise
-            found = Skipped(setting, f"torch.compile does not work on this machine ({type(error).__name__})")
+        except CannotCompileError as error:
+            found = Skipped(setting, f"torch.compile does not work on this machine ({type(error.__cause__).__name__})")
         yield found
 
 
@@ -432,11 +432,21 @@ def _measure_setting(
 
 @contextmanager
 def _compiling() -> Iterator[None]:
-    """Show a moving bar while the model compiles. Raises TooLongError after COMPILE_LIMIT_SECONDS."""
+    """Show a moving bar while the model compiles.
+
+    Raises TooLongError after COMPILE_LIMIT_SECONDS, and CannotCompileError when the compiler fails.
+    """
+    import torch
+
     from bestiary.diffusion.waiting import waiting_bar
 
-    with waiting_bar(COMPILE_SECONDS), time_limit(COMPILE_LIMIT_SECONDS):
-        yield
+    try:
+        with waiting_bar(COMPILE_SECONDS), time_limit(COMPILE_LIMIT_SECONDS):
+            yield
+    except (BestiaryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a compiler and its backends raise
+        raise CannotCompileError from error
 
 
 def _draw_untimed(bench: Bench, pipeline: StableDiffusionPipeline, jobs: Jobs, sampling: Sampling) -> list[Image]:

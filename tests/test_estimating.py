@@ -82,6 +82,15 @@ def test_several_gpus_share_the_images_and_the_pictures() -> None:
     assert four["benchmark"] == one["benchmark"]  # one process
 
 
+def test_each_process_needs_memory_of_its_own() -> None:
+    one, two = (
+        {line.stage: line.memory_mib for line in lines(sample(), SAMPLE, measured(processes=count))} for count in (1, 2)
+    )
+    assert one["train"] == 800
+    assert {stage for stage in one if one[stage] != two[stage]} == {"encode", "train", "evaluate"}
+    assert two["train"] == 2 * 800
+
+
 def test_the_table_adds_times_and_disk_and_takes_the_largest_memory() -> None:
     rates = measured(step=rate(0.175).model_copy(update={"peak_mib": 1536.0}))
     found = lines(sample(), SAMPLE, rates)

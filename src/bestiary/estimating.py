@@ -77,8 +77,10 @@ def lines(params: Params, images: Images, rates: Rates) -> list[Line]:
     adapter = 4.0 * rates.trainable_parameters
     pictures_bytes = evaluated * side**2 * PICTURE_BYTES
 
-    def line(stage: str, work: float, *memory: Rate, gpu: _Gpu | None = None, disk: float = 0.0) -> Line:
-        peak = max((rate.peak_mib for rate in memory), default=None)
+    def line(
+        stage: str, work: float, *memory: Rate, processes: int = 1, gpu: _Gpu | None = None, disk: float = 0.0
+    ) -> Line:
+        peak = max((processes * rate.peak_mib for rate in memory), default=None)
         most, least = (gpu.most, gpu.least) if gpu else (None, None)
         return Line(stage, rates.start_s + work, peak, most, least, disk)
 
@@ -90,6 +92,7 @@ def lines(params: Params, images: Images, rates: Rates) -> list[Line]:
             "encode",
             images.count * variants * rates.encode.seconds / rates.gpus,
             rates.encode,
+            processes=rates.processes,
             gpu=_Gpu.halving(partial(_encoding_mib, params, rates), params.encode.batch_size * variants),
             disk=DVC_COPIES * (images.count * latents + captions),
         ),
@@ -99,6 +102,7 @@ def lines(params: Params, images: Images, rates: Rates) -> list[Line]:
             _training(params, images, rates),
             rates.step,
             _validated_row(params, rates),
+            processes=rates.processes,
             gpu=_training_gpu(params, images, rates),
             disk=(DVC_COPIES + 4) * adapter,
         ),
@@ -107,6 +111,7 @@ def lines(params: Params, images: Images, rates: Rates) -> list[Line]:
             (evaluated * drawing + (evaluated + images.count) * rates.judge_s * judges) / rates.gpus,
             rates.row,
             rates.decode,
+            processes=rates.processes,
             gpu=_Gpu.halving(
                 partial(_drawing_mib, params, rates), params.evaluate.batch_size, judges * rates.judge_mib
             ),

@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from typing import Literal
 
 from bestiary.errors import BestiaryError
 from bestiary.estimating import Images, Line, duration, estimate, project_images, shown_size, total_line
-from bestiary.evaluation.rates import Rates, launched_on_cpu, launched_processes
+from bestiary.evaluation.rates import Rates, launched_on_cpu, launched_processes, processes_here
 from bestiary.files import is_file, is_folder
 from bestiary.hub import HubModel, bytes_to_download, is_hub_id
 from bestiary.memory import MIB
@@ -118,18 +117,16 @@ def _processes(params: Params) -> str:
     if count is None:
         return f"set by the launcher ({launch})"
     images = images_at_a_time(params.train, count)
-    _check_gpus(launch, count)
+    _check_gpus()
     each = f"{images} image{'s' * (images != 1)} at a time"
     return f"{count}, each training on {each} ({launch or 'BESTIARY_LAUNCH is empty'})"
 
 
-def _check_gpus(launch: str, processes: int) -> None:
+def _check_gpus() -> None:
     """Raise BestiaryError when this machine has fewer GPUs than its share of the launched processes."""
     import torch
 
-    machines = re.search(r"--num[_-]machines[ =](\d+)", launch)
-    here = processes // max(1, int(machines[1])) if machines else processes
-    gpus = torch.cuda.device_count()
+    here, gpus = processes_here(), torch.cuda.device_count()
     if 0 < gpus < here and not launched_on_cpu():
         raise BestiaryError(
             f"BESTIARY_LAUNCH starts {here} processes on this machine, which has {gpus} GPU{'s' * (gpus != 1)} that "

@@ -15,6 +15,7 @@ def measured(**changes: object) -> Rates:
     known = {
         "device": "2 CPU threads",
         "gpus": 1,
+        "processes": 1,
         "load_average": 0.1,
         "base_is_stand_in": False,
         "start_s": 4.0,

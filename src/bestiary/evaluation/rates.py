@@ -105,6 +105,7 @@ class Rates(BaseModel):
 
     device: str
     gpus: int  # that share the images of `encode` and the pictures of `evaluate`; 1 on a CPU
+    processes: int  # of one machine, in the stages that share their work; each has its own networks
     load_average: float  # before measuring
     base_is_stand_in: bool
     start_s: float  # imports and loading, at the start of each stage that uses the networks
@@ -194,6 +195,12 @@ def launched_processes() -> int | None:
     if found := re.search(r"--(?:num[_-]processes|nproc[_-]per[_-]node)[ =](\d+)", launch):
         return int(found[1])
     return None if launch else 1
+
+
+def processes_here() -> int:
+    """The processes that BESTIARY_LAUNCH starts on each machine; 1 where only the launcher knows it."""
+    machines = re.search(r"--num[_-]machines[ =](\d+)", os.environ.get("BESTIARY_LAUNCH", ""))
+    return max(1, (launched_processes() or 1) // max(1, int(machines[1]) if machines else 1))
 
 
 def launched_on_cpu() -> bool:
@@ -601,6 +608,7 @@ def _run(request: Request) -> Rates:
     gpus = 1 if bench.device.type == "cpu" else processes  # the processes of one machine share its cores
     return Rates(
         gpus=gpus,
+        processes=processes_here(),
         load_average=before,
         device=torch.cuda.get_device_name()
         if bench.device.type == "cuda"

@@ -524,7 +524,9 @@ def test_a_full_disk_ends_in_one_sentence_and_leaves_no_half_picture(
 
     monkeypatch.setattr(Path, "write_bytes", full)
     assert call(monkeypatch, "generate", "tiger", "--adapter", "none", "--steps", "1") == 1
-    assert capsys.readouterr().err.splitlines()[-1] == "There is no space left in pictures to write tiger-0.png."
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "pictures/tiger-0.png cannot be written (No space left on device). Free space on its disk, then try again."
+    )
     assert list((workspace / "pictures").iterdir()) == []
 
 

@@ -1,10 +1,11 @@
 import errno
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from bestiary.errors import BestiaryError
+from bestiary.errors import BestiaryError, file_sentence
 from bestiary.files import write_atomically, write_new
 
 
@@ -24,7 +25,7 @@ def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path: Path, monkeypatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", write_half)
-    with pytest.raises(BestiaryError, match="There is no space left in"):
+    with pytest.raises(BestiaryError, match=r"cannot be written \(No space left on device\)\. Free space"):
         write_atomically(path, b"newer")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
@@ -32,8 +33,42 @@ def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path: Path, monkeypatch
 
 def test_a_folder_that_is_a_file_is_a_plain_sentence(tmp_path: Path) -> None:
     (tmp_path / "folder").write_bytes(b"")
-    with pytest.raises(BestiaryError, match="cannot be written"):
+    with pytest.raises(BestiaryError, match=r"cannot be written .* is a file, not a folder"):
         write_atomically(tmp_path / "folder" / "file", b"")
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.EROFS, "writable disk"),
+        (errno.EDQUOT, "Delete other files"),
+        (errno.EACCES, "permissions"),
+        (errno.ENOTDIR, "a file, not a folder"),
+        (errno.EISDIR, "Name a file"),
+        (errno.ENAMETOOLONG, "shorter name"),
+        (errno.EIO, "Check its disk"),
+    ],
+)
+def test_the_advice_fits_the_systems_error(
+    number: int, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = OSError(number, os.strerror(number), "photos/1.jpg")
+    assert advice in str(file_sentence(error))
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(BestiaryError, match=advice):
+        write_atomically(tmp_path / "file", b"")
+
+
+def test_only_errors_about_files_become_sentences() -> None:
+    assert "open files" in str(file_sentence(OSError(errno.EMFILE, os.strerror(errno.EMFILE))))
+    assert file_sentence(OSError(errno.EACCES, os.strerror(errno.EACCES))) is None  # such as a port
+    assert file_sentence(OSError(errno.EBADF, os.strerror(errno.EBADF), "file")) is None
+    long = OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), "x" * 5000)
+    assert len(str(file_sentence(long))) < 400
 
 
 def test_the_longest_names_that_a_file_system_takes_are_written(tmp_path: Path) -> None:

@@ -48,16 +48,32 @@ class BestiaryError(Exception):
         super().__init__(printable(sentence))  # it may quote a file that a stranger wrote
 
 
+# What to do about a file that cannot be read or written, by the system's error. Other errors are probably bugs.
+FILE_ADVICE = {
+    errno.ENOSPC: "Free space on its disk, then try again.",
+    errno.EDQUOT: "Delete other files of yours on its disk, then try again.",
+    errno.EROFS: "Use a folder on a writable disk.",
+    errno.EACCES: "Change its permissions.",
+    errno.EPERM: "Change its permissions.",
+    errno.ENOTDIR: "Part of this path is a file, not a folder. Use another path.",
+    errno.EEXIST: "Part of this path is a file, not a folder. Use another path.",  # where a folder was to be created
+    errno.EISDIR: "It is a folder. Name a file.",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+    errno.EMFILE: "Raise the limit on open files with `ulimit -n 4096`, then try again.",
+    errno.ENFILE: "Close other programs, then try again.",
+    errno.EIO: "Check its disk, or the connection to it.",
+}
+NAMELESS = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)  # about a file even if the error names none
+
+
 def file_sentence(error: OSError) -> str | None:
-    """What a user can do about a full disk or missing permissions; None for every other error.
+    """What a user can do about a file that cannot be read or written; None if the error is probably a bug.
 
     >>> file_sentence(PermissionError(errno.EACCES, "Permission denied", "photos/1.jpg"))
     'photos/1.jpg cannot be read or written (Permission denied). Change its permissions.'
     """
-    if error.errno == errno.ENOSPC:
-        return printable(
-            f"the disk is full, so {error.filename or 'a file'} cannot be written. Free space, then try again."
-        )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
-        return printable(f"{error.filename} cannot be read or written ({error.strerror}). Change its permissions.")
-    return None
+    advice = FILE_ADVICE.get(error.errno or 0)
+    if advice is None or not (error.filename or error.errno in NAMELESS):
+        return None
+    name = shown(str(error.filename or "A file"), 200)
+    return printable(f"{name} cannot be read or written ({error.strerror}). {advice}")

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from bestiary.errors import BestiaryError
+from bestiary.errors import FILE_ADVICE, BestiaryError, shown
 
 
 def project_root() -> Path:
@@ -106,6 +106,10 @@ def _write(path: Path, data: bytes, put_in_place: Callable[[Path, Path], object]
             temporary.unlink(missing_ok=True)
         if isinstance(error, FileExistsError) and os.path.lexists(path):
             raise
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise BestiaryError(f"There is no space left in {path.parent} to write {path.name}.") from None
-        raise BestiaryError(f"{path} cannot be written: {error.strerror}.") from None
+        raise unwritable(path, error) from None
+
+
+def unwritable(path: Path, error: OSError) -> BestiaryError:
+    """The error for a file or folder that the system refuses to write, with advice."""
+    advice = FILE_ADVICE.get(error.errno or 0, "Use another path.")
+    return BestiaryError(f"{shown(str(path), 200)} cannot be written ({error.strerror or error}). {advice}")

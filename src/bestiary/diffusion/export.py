@@ -35,7 +35,7 @@ from bestiary.diffusion.export_format import (
 )
 from bestiary.diffusion.sampling import base_side, generate, make_scheduler
 from bestiary.errors import BestiaryError
-from bestiary.files import write_atomically
+from bestiary.files import unwritable, write_atomically
 from bestiary.samplers import Decoder, DrawingDefaults
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ def _replacing(out: Path) -> Iterator[Path]:
                 out.rename(Path(temporary, "replaced"))  # removed with the temporary folder
             folder.rename(out)
     except OSError as error:
-        raise BestiaryError(f"{out} cannot be written: {error.strerror or error}. {ELSEWHERE}") from error
+        raise unwritable(out, error) from error
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:

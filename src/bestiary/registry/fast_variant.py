@@ -21,6 +21,7 @@ from typing import Literal
 from bestiary.diffusion.export_format import MANIFEST, Manifest, check_files, file_sha256, is_export, read_manifest
 from bestiary.errors import BestiaryError
 from bestiary.evaluation.acceptance import MAKE
+from bestiary.files import unwritable
 from bestiary.registry.tags import odd, text
 from bestiary.registry.versions import (
     Version,
@@ -225,7 +226,7 @@ def _written(folder: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
     except OSError as error:
-        raise BestiaryError(f"{folder} cannot be written: {error.strerror or error}.") from None
+        raise unwritable(folder, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if temporary.exists():  # such as an earlier copy with a write-protected folder

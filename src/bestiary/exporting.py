@@ -58,7 +58,7 @@ def export_adapter(request: ExportRequest, project: Surroundings) -> Exported:
     from bestiary.diffusion import engines, export  # imports torch, so do the cheap checks first
 
     export.check_target(request.out)
-    engines.openvino()
+    engines.openvino_core()
     model = find_base(adapter, request.base, [project.base.model] if project.base else [])
     revision = None if request.base else adapter.base_revision
     if request.base is None and adapter.base_sha256:

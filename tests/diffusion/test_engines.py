@@ -418,6 +418,27 @@ def fail_to_import(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(broken)
 
 
+def fail_to_import_with_another_numpy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_to_import(folder, monkeypatch)
+    (folder.with_name("site-packages") / "openvino.py").write_text("raise ValueError('numpy.dtype size changed')")
+
+
+def fail_to_start(_: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start() -> None:
+        raise RuntimeError("Failed to create plugin CPU")
+
+    monkeypatch.setattr(engines.openvino(), "Core", start)
+
+
+def fail_to_compile(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Core(engines.openvino().Core):  # type: ignore[misc]
+        def compile_model(self, *_: object) -> None:
+            raise MemoryError("std::bad_alloc")
+
+    manifest_with(files={})(folder)  # no compiled network can be cached
+    monkeypatch.setattr(engines.openvino(), "Core", Core)
+
+
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
@@ -425,6 +446,9 @@ def fail_to_import(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (damage_the_decoders_weights, r"The installed version of OpenVINO cannot compute .*vae_decoder.*\.xml\."),
         (fail_to_run, r"OpenVINO failed to run .*text_encoder/openvino_model\.xml\."),
         (fail_to_import, r"The installed OpenVINO cannot be imported\."),
+        (fail_to_import_with_another_numpy, r"The installed OpenVINO cannot be imported\."),
+        (fail_to_start, r"OpenVINO cannot be started\."),
+        (fail_to_compile, r"The installed version of OpenVINO cannot compute .*text_encoder.*\.xml\."),
     ],
 )
 def test_torch_draws_where_openvino_fails_at_the_first_picture_unless_openvino_was_chosen(

@@ -15,8 +15,8 @@ import re
 import stat
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -89,13 +89,25 @@ def openvino() -> Any:
     if find_spec("openvino") is None:
         raise BestiaryError(f"The engine openvino is not installed. Install it with `{INSTALL}`.")
     refuse_statistics()
-    try:
+    with _unusable("The installed OpenVINO cannot be imported.", f"Install it again with `{INSTALL}`."):
         import openvino
-    except (ImportError, OSError, RuntimeError) as error:
-        raise UnusableExportError(
-            "The installed OpenVINO cannot be imported.", f"Install it again with `{INSTALL}`."
-        ) from error
     return openvino
+
+
+def openvino_core() -> Any:
+    """OpenVINO's Core, which compiles networks. Raises what `openvino` does; UnusableExportError if it cannot start."""
+    package = openvino()
+    with _unusable("OpenVINO cannot be started.", f"Install it again with `{INSTALL}`."):
+        return package.Core()
+
+
+@contextmanager
+def _unusable(problem: str, remedy: str) -> Iterator[None]:
+    """Turn whatever OpenVINO raises in the body into an UnusableExportError."""
+    try:
+        yield
+    except Exception as error:  # the type depends on OpenVINO's version, on numpy's and on the cause
+        raise UnusableExportError(problem, remedy) from error
 
 
 def refuse_statistics() -> None:
@@ -138,7 +150,7 @@ def open_export(folder: Path) -> StableDiffusionPipeline:
     called, so the first picture may raise UnusableExportError, too.
     """
     manifest = read_manifest(folder)
-    core = openvino().Core()
+    core = openvino_core()
     check_processor(folder, manifest.precision)
     check_files(folder, manifest)
     try:
@@ -234,12 +246,9 @@ class _Network:
                 del self._compiled[next(iter(self._compiled))]  # frees its memory before the next one is compiled
             compiled = self._cached(shapes) or self._compile(shapes)
         self._compiled[shapes] = compiled
-        try:
-            (first, *_) = compiled([each.numpy() for each in inputs]).values()
-        except RuntimeError as error:
-            raise UnusableExportError(
-                f"OpenVINO failed to run {self._folder / NETWORK_FILE}.", "Draw with torch instead."
-            ) from error
+        arrays = [each.numpy() for each in inputs]
+        with _unusable(f"OpenVINO failed to run {self._folder / NETWORK_FILE}.", "Draw with torch instead."):
+            (first, *_) = compiled(arrays).values()
         return torch.from_numpy(first.copy())  # the next call overwrites the request's memory
 
     def _blob(self, shapes: Sequence[torch.Size]) -> Path | None:
@@ -262,23 +271,19 @@ class _Network:
             return None
         with suppress(OSError):  # another user's cache can be read
             os.utime(blob)  # keeps it from being removed as unused
-        with suppress(OSError, RuntimeError):  # OpenVINO rejects a damaged file, and one for other instructions
+        with suppress(Exception):  # OpenVINO rejects a damaged file, and one for other instructions
             return self._core.import_model(blob.read_bytes(), "CPU", options)
         return None
 
     def _compile(self, shapes: Sequence[torch.Size]) -> Any:
         file = self._folder / NETWORK_FILE
-        try:
+        with _unusable(f"The installed version of OpenVINO cannot compute {file}.", "Export the adapter again."):
             model = self._core.read_model(file)
             model.reshape({port.any_name: list(shape) for port, shape in zip(model.inputs, shapes, strict=True)})
             compiled = self._core.compile_model(model, "CPU", self._options)
-        except RuntimeError as error:
-            raise UnusableExportError(
-                f"The installed version of OpenVINO cannot compute {file}.", "Export the adapter again."
-            ) from error
         if blob := self._blob(shapes):
             # If OpenVINO cannot export it, or the folder cannot be written, the next process compiles again.
-            with suppress(BestiaryError, RuntimeError):
+            with suppress(Exception):
                 write_atomically(blob, compiled.export_model().getvalue())
                 remove_unused(blob.parent)
         return compiled

@@ -23,7 +23,7 @@ from bestiary import __version__
 from bestiary.diffusion.adapter import adapter_sha256, apply_adapter, read_provenance
 from bestiary.diffusion.base import base_sha256, load_pipeline, quiet_loading
 from bestiary.diffusion.decoders import load_tiny_decoder, without_tiny
-from bestiary.diffusion.engines import INSTALL, Processor, openvino, refuse_statistics
+from bestiary.diffusion.engines import INSTALL, Processor, openvino, openvino_core, refuse_statistics
 from bestiary.diffusion.export_format import (
     MANIFEST,
     NETWORK_FILE,
@@ -143,7 +143,7 @@ def export(fused: Fused, form: Format, calibration: Calibration, out: Path) -> E
     """
     out = out.resolve()
     check_target(out)
-    ov = openvino()
+    ov, core = openvino(), openvino_core()
     if form.precision == "int8" and find_spec("nncf") is None:
         raise BestiaryError(f"Quantizing to int8 needs NNCF, which is not installed. Install it with `{INSTALL}`.")
     pipeline = load_pipeline(fused.base, fused.base_revision, device="cpu", dtype=torch.float32)
@@ -162,7 +162,7 @@ def export(fused: Fused, form: Format, calibration: Calibration, out: Path) -> E
                 model = _quantized(model, samples)
             (folder / name).mkdir(exist_ok=True)
             if name == "unet":
-                unet_error = _error(ov, model, held_out)
+                unet_error = _error(core, model, held_out)
             ov.save_model(model, folder / name / NETWORK_FILE, compress_to_fp16=form.precision != "fp32")
             write_json(folder / name / "config.json", config)
         manifest = _manifest(fused, form, pipeline, hash_files(folder))
@@ -241,9 +241,9 @@ def _watch(pipeline: StableDiffusionPipeline, fused: Fused, calibration: Calibra
         hook.remove()
 
 
-def _error(ov: Any, model: Any, samples: Sequence[Sample]) -> float:
+def _error(core: Any, model: Any, samples: Sequence[Sample]) -> float:
     """The error of the model's outputs, relative to the norm of torch's."""
-    compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     found = torch.cat([torch.from_numpy(compiled(sample.inputs)[0].copy()).flatten() for sample in samples])
     true = torch.cat([sample.output.flatten() for sample in samples])
     return float((found - true).norm() / true.norm())

@@ -1,7 +1,10 @@
 """Captions that a captioning model writes, with a tiny random model of BLIP's kind."""
 
+import errno
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -208,6 +211,18 @@ def test_captions_are_not_written_where_dvc_would_delete_them(photo_project: Pat
     with pytest.raises(BestiaryError, match=r"is an import \(data\.dvc\).*rm data\.dvc && dvc add data"):
         captions("--write")
     assert texts(photo_project / "data") == {}
+
+
+def test_the_command_loads_no_model_if_captions_cannot_be_written(
+    photo_project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(**_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    (photo_project / "models" / "blip").unlink()
+    monkeypatch.setattr(tempfile, "TemporaryFile", fail)
+    with pytest.raises(BestiaryError, match=r"my-cat cannot be written .* writable disk"):
+        captions("--write")
 
 
 def test_a_model_that_cannot_caption_or_is_damaged_is_named(blip: Path, judge_folder: Path, tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ from bestiary.tracking import store as tracking
 
 ROOT = Path(__file__).parents[1]
 BASE = str(ROOT / "models" / "base")
+BELOW_A_FILE = f"{os.devnull}/out"
+CANNOT_BE_WRITTEN = "cannot be written (Not a directory). Part of this path is a file"
 
 
 def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -178,8 +180,15 @@ def test_animals_lists_a_hundred_with_their_names() -> None:
         (["app", "--adapter", "no/such/file", "--base", BASE], "no/such/file"),
         (["pull", "models:/bestiary/7", "--out", "x"], "`dvc repro`"),
         (["adapter", "convert", "no/such/file", "x", "--to", "kohya"], "no/such/file"),
-        (["adapter", "convert", "x", "./x", "--to", "kohya"], "x is the file to convert"),
         (["model-card", "--out", "x"], "`dvc repro`"),
+        # An output that cannot be written is an error before adapters are looked for and models are loaded.
+        (["generate", "tiger", "--adapter", "no/such", "--out", BELOW_A_FILE], CANNOT_BE_WRITTEN),
+        (["generate", "tiger", "--adapter", "no/such", "--out", "x" * 256], "Choose a shorter name"),
+        (["pull", "models:/bestiary/7", "--out", BELOW_A_FILE], CANNOT_BE_WRITTEN),
+        (["model-card", "--out", BELOW_A_FILE], CANNOT_BE_WRITTEN),
+        (["adapter", "merge", "no/such", "no/such/2", BELOW_A_FILE], CANNOT_BE_WRITTEN),
+        (["adapter", "merge", "no/such", "no/such/2", "both.txt"], "both.txt is neither a folder nor"),
+        (["adapter", "resize", "no/such", f"{BELOW_A_FILE}.safetensors", "--rank", "1"], CANNOT_BE_WRITTEN),
         (["lineage"], "`dvc repro`"),
         (["promote", "1", "--because", " "], "--because"),
         (["results"], "`dvc repro`"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bestiary.errors import BestiaryError, file_sentence
-from bestiary.files import write_atomically, write_new
+from bestiary.files import check_not_overwritten, check_writable, write_atomically, write_new
 
 
 def test_a_file_is_written_with_its_folder(tmp_path: Path) -> None:
@@ -69,6 +69,27 @@ def test_only_errors_about_files_become_sentences() -> None:
     assert file_sentence(OSError(errno.EBADF, os.strerror(errno.EBADF), "file")) is None
     long = OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), "x" * 5000)
     assert len(str(file_sentence(long))) < 400
+
+
+def test_an_output_folder_is_checked_without_creating_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in (Path(), Path("new", "folder"), tmp_path / "new", tmp_path):
+        check_writable(folder)
+    (tmp_path / "file").write_bytes(b"")
+    for folder in (Path("file"), Path("file", "below"), Path("file", "far", "below"), tmp_path / ("x" * 256)):
+        with pytest.raises(BestiaryError, match="cannot be written"):
+            check_writable(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_only_the_same_file_may_be_written_again(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"data")
+    (tmp_path / "link").symlink_to("link")  # to itself
+    check_not_overwritten(tmp_path / "file", b"data")
+    check_not_overwritten(tmp_path / "new", b"data")
+    for path in (tmp_path / "file", tmp_path / "link", tmp_path):
+        with pytest.raises(BestiaryError, match="exists and would be overwritten"):
+            check_not_overwritten(path, b"other")
 
 
 def test_the_longest_names_that_a_file_system_takes_are_written(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import errno
 import os
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +58,26 @@ def is_file(path: str | Path) -> bool:
         return Path(path).is_file()
     except (OSError, ValueError):
         return False
+
+
+def check_writable(folder: Path) -> None:
+    """Raise BestiaryError when files cannot be written to `folder`, which need not exist. Creates nothing.
+
+    Call it before work that takes long.
+    """
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            folder.lstat()  # fails if a parent is a file, or if the name is too long
+        existing = next(each for each in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(each))
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise unwritable(folder, error) from None
+
+
+def check_not_overwritten(file: Path, data: bytes) -> None:
+    """Raise BestiaryError when writing `data` to `file` would overwrite anything but the same file."""
+    if os.path.lexists(file) and not (is_file(file) and file.read_bytes() == data):
+        raise BestiaryError(f"{file} exists and would be overwritten. Choose another name.")
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bestiary.errors import BestiaryError
-from bestiary.files import find_project, is_folder, no_project_error, project_root
+from bestiary.files import check_writable, find_project, is_folder, no_project_error, project_root
 from bestiary.samplers import DrawingDefaults
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def write_project_captions() -> Iterator[str]:
     params, data = project_params(), project_root() / "data"
     if params is None:
         raise no_project_error()
-    _check_writable(params, data)
+    _check_own(params, data)
     listing = list_images(data, dvc_cache)
     chosen = choose(listing.images, params.dataset.classes, params.dataset.images_per_class)
     from bestiary import captioning
@@ -146,6 +146,8 @@ def write_project_captions() -> Iterator[str]:
             "captioning model, as profiles.sciencedb has them."
         )
     own = project_root() / wanted.model  # "models/blip" also has the form of a hub id
+    for folder in sorted({image.parent for image in found.images}):
+        check_writable(folder)
     captioner = captioning.Captioner.load(own if is_folder(own.parent) else wanted.model, wanted.revision)
     for path, text in captioning.write_captions(found.images, captioner.describe):
         yield f"{short_path(path)}  {text}"
@@ -161,7 +163,7 @@ _NAMES = {
 }
 
 
-def _check_writable(params: Params, data: Path) -> None:
+def _check_own(params: Params, data: Path) -> None:
     """Raise BestiaryError when files that are written to data/ would not be used, or be deleted."""
     from bestiary.yaml_file import read_yaml
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import click
 
-from bestiary.errors import shown
+from bestiary.errors import BestiaryError, shown
+from bestiary.files import check_writable
 from bestiary.project import registered_name
 from bestiary.samplers import MAX_SIDE, MIN_SIDE, SIDE_STEP
 
@@ -25,6 +26,18 @@ class _File(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return super().convert(_filled(self, value, param, ctx), param, ctx)
+
+
+class _Folder(_File):
+    """A folder to write files to. One that cannot be written is an error before any work begins."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        folder = super().convert(value, param, ctx)
+        try:
+            check_writable(folder)
+        except BestiaryError as error:
+            self.fail(str(error), param, ctx)
+        return folder
 
 
 class _Name(click.types.StringParamType):
@@ -41,7 +54,7 @@ def _filled(kind: click.ParamType[Any], value: Any, param: click.Parameter | Non
 
 
 FILE = _File(path_type=Path)
-FOLDER = _File(file_okay=False, writable=True, path_type=Path)
+FOLDER = _Folder(file_okay=False, path_type=Path)
 NAME = _Name()
 
 

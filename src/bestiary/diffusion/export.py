@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +34,7 @@ from bestiary.diffusion.export_format import (
 )
 from bestiary.diffusion.sampling import base_side, generate, make_scheduler
 from bestiary.errors import BestiaryError
-from bestiary.files import unwritable, write_atomically
+from bestiary.files import check_writable, unwritable, write_atomically
 from bestiary.samplers import Decoder, DrawingDefaults
 
 if TYPE_CHECKING:
@@ -173,11 +172,7 @@ def export(fused: Fused, form: Format, calibration: Calibration, out: Path) -> E
 
 def check_target(out: Path) -> None:
     """Raise BestiaryError when `out` contains anything but an export, which would be lost, or cannot be a folder."""
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise BestiaryError(
-            f"{out} cannot be written, because {parent} is not a folder that you may write to. {ELSEWHERE}"
-        )
+    check_writable(out.absolute().parent)
     if not out.exists():
         return
     if not is_export(out) and not (out.is_dir() and not any(out.iterdir())):

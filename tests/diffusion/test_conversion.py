@@ -89,15 +89,23 @@ def test_to_kohya_and_back_is_exact_to_the_byte(adapter: Path, tmp_path: Path) -
     assert back.read_bytes() == adapter.read_bytes()
 
 
-def test_the_file_to_convert_is_never_overwritten(adapter: Path, tmp_path: Path) -> None:
-    (tmp_path / FILE_NAME).write_bytes(adapter.read_bytes())
+def test_no_other_file_is_overwritten_and_converting_again_changes_nothing(adapter: Path, tmp_path: Path) -> None:
     kohya = convert(adapter, tmp_path / "kohya.safetensors", "kohya")
-    for source, target in ((tmp_path / FILE_NAME, tmp_path), (tmp_path, tmp_path)):
-        with pytest.raises(BestiaryError, match="is the file to convert and would be overwritten"):
-            convert(source, target, "diffusers")
-    for target in (kohya, tmp_path):
-        with pytest.raises(BestiaryError, match="is the file to convert and would be overwritten"):
-            convert(kohya, target, "kohya")
+    converted = kohya.read_bytes()
+    assert convert(adapter, kohya, "kohya") == convert(kohya, kohya, "kohya") == kohya
+    assert kohya.read_bytes() == converted
+    another = tmp_path / FILE_NAME
+    for content in (b"another adapter", b""):
+        another.write_bytes(content)
+        with pytest.raises(BestiaryError, match=f"{FILE_NAME} exists and would be overwritten. Choose another name."):
+            convert(kohya, tmp_path, "diffusers")
+        assert another.read_bytes() == content
+    with pytest.raises(BestiaryError, match=r"kohya\.safetensors exists and would be overwritten"):
+        convert(kohya, kohya, "diffusers")
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(BestiaryError, match=r"folder\.safetensors exists and would be overwritten"):
+        convert(kohya, tmp_path / "folder.safetensors", "diffusers")
+    assert kohya.read_bytes() == converted
 
 
 def test_an_adapter_on_all_layers_is_converted_exactly_and_works_in_diffusers_own_loader(

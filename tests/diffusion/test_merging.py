@@ -48,8 +48,8 @@ def output_of(base: Path, files: Sequence[Path], weights: Sequence[float]) -> to
 def test_the_exact_merge_equals_the_adapters_together(base: Path, parents: list[Parent], tmp_path: Path) -> None:
     merged = merge(parents)
     assert (merged.error, merged.content.config.r) == (0.0, 9)
-    file, proof = write_verified(merged, parents, tmp_path / "out", str(base), None)
-    assert file == tmp_path / "out" / FILE_NAME
+    file = tmp_path / "out" / FILE_NAME
+    proof = write_verified(merged, file, str(base), None)
     together = output_of(base, [parent.file for parent in parents], [parent.weight for parent in parents])
     alone = output_of(base, [file], [1.0])
     torch.testing.assert_close(alone, together, rtol=0, atol=1e-5)
@@ -74,7 +74,8 @@ def test_text_encoders_and_ranks_that_differ_by_module_are_merged_too(
     mixed = replace(content, weights=weights, config=uneven, text_weights=text, text_config=config)
     (tmp_path / "mixed.safetensors").write_bytes(mixed.to_bytes())
     both = [Parent("mixed", tmp_path / "mixed.safetensors", 0.5), parents[1]]
-    file, _ = write_verified(merge(both), both, tmp_path / "out", str(base), None)
+    file = tmp_path / "out" / FILE_NAME
+    write_verified(merge(both), file, str(base), None)
     merged = read_adapter(file)
     change = merged.text_weights[f"{module}{UP}"] @ merged.text_weights[f"{module}{DOWN}"]
     torch.testing.assert_close(change, 0.5 * 6 / 3 * text[f"{module}{UP}"] @ text[f"{module}{DOWN}"])
@@ -152,14 +153,14 @@ def test_a_dora_a_weight_of_0_and_another_base_are_refused(base: Path, parents: 
 def test_a_merge_that_does_not_apply_is_not_written(parents: list[Parent], tmp_path: Path) -> None:
     other = build_base(tmp_path / "other", cross_attention_dim=64)
     with pytest.raises(BestiaryError, match="does not fit the base"):
-        write_verified(merge(parents), parents, tmp_path / "out.safetensors", str(other), None)
+        write_verified(merge(parents), tmp_path / "out.safetensors", str(other), None)
     assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_a_parent_is_never_overwritten(base: Path, parents: list[Parent]) -> None:
     before = parents[0].file.read_bytes()
-    with pytest.raises(BestiaryError, match="is one of the adapters"):
-        write_verified(merge(parents), parents, parents[0].file.parent, str(base), None)
+    with pytest.raises(BestiaryError, match="exists and would be overwritten"):
+        write_verified(merge(parents), parents[0].file, str(base), None)
     assert parents[0].file.read_bytes() == before
     assert read_adapter(parents[0].file).config.r == 2
 
@@ -170,10 +171,10 @@ def test_another_adapter_is_never_overwritten_and_no_error_names_a_temporary_fil
     forgotten = tmp_path / "c.safetensors"  # the last adapter to merge, where OUT was forgotten
     forgotten.write_bytes(parents[2].file.read_bytes())
     with pytest.raises(BestiaryError, match=r"c\.safetensors exists and would be overwritten"):
-        write_verified(merge(parents[:2]), parents[:2], forgotten, str(base), None)
+        write_verified(merge(parents[:2]), forgotten, str(base), None)
     assert forgotten.read_bytes() == parents[2].file.read_bytes()
     for _ in range(2):  # the same merge again changes nothing
-        write_verified(merge(parents), parents, tmp_path / "out", str(base), None)
+        write_verified(merge(parents), tmp_path / "out.safetensors", str(base), None)
     other = build_base(tmp_path / "other", cross_attention_dim=64)
     with pytest.raises(BestiaryError, match=f"^The adapter {tmp_path / 'new.safetensors'} does not fit the base"):
-        write_verified(merge(parents), parents, tmp_path / "new.safetensors", str(other), None)
+        write_verified(merge(parents), tmp_path / "new.safetensors", str(other), None)

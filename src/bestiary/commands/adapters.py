@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -97,8 +96,6 @@ def convert(source: Path, target: Path, to: Literal["diffusers", "kohya"], alpha
 
     Reads the files of diffusers, PEFT, kohya, other trainers and the original system (docs/adapters.md).
     """
-    if os.path.realpath(source) == os.path.realpath(target):  # without an error for links in a circle
-        raise BestiaryError(f"{target} is the file to convert and would be overwritten. Choose another target.")
     from bestiary.diffusion.stored_adapter import adapter_file, check_size
 
     check_size(adapter_file(source))
@@ -139,8 +136,10 @@ def resize(source: str, target: Path, rank: int, base: str | None) -> None:
 
 def _merge(weighted: Sequence[Weighted], target: Path, rank: int | None, base: str | None) -> None:
     from bestiary import generation
+    from bestiary.diffusion.stored_adapter import target_file
     from bestiary.registry import resolving
 
+    file = target_file(target)
     with generation.resolving_all([each.what for each in weighted]) as resolved:
         found = resolved()
     chosen = generation.decisive(found)
@@ -154,7 +153,7 @@ def _merge(weighted: Sequence[Weighted], target: Path, rank: int | None, base: s
         for adapter, each in zip(found, weighted, strict=True)
     ]
     merged = merging.merge(parents, rank)
-    file, proof = merging.write_verified(merged, parents, target, model, None if base else chosen.base_revision)
+    proof = merging.write_verified(merged, file, model, None if base else chosen.base_revision)
     click.echo(f"{file}: rank {proof.rank}, {proof.keys} weights in place, sha256 {proof.sha256}")
     if merged.worst_module:
         click.echo(

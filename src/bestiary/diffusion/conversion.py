@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -24,9 +23,9 @@ from bestiary.diffusion.adapter_format import (
 )
 from bestiary.diffusion.adapter_names import KOHYA_PREFIX, KOHYA_TEXT_PREFIX
 from bestiary.diffusion.adapter_reading import ORIGINAL_ALPHA, read_adapter
-from bestiary.diffusion.stored_adapter import adapter_file
+from bestiary.diffusion.stored_adapter import adapter_file, target_file
 from bestiary.errors import BestiaryError
-from bestiary.files import write_atomically
+from bestiary.files import check_not_overwritten, write_atomically
 
 KOHYA_PREFIXES: dict[Part, str] = {"unet": KOHYA_PREFIX, "text_encoder": KOHYA_TEXT_PREFIX}
 KOHYA_FIELDS = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}  # the others are the same
@@ -45,20 +44,14 @@ def convert(
     `target` is a .safetensors file or a folder. `alpha` is for files that do not store their own; where their producer
     is known, its own rule is used. `tell` gets a sentence that says so, and one of what was read.
     Raises BestiaryError when the source is no adapter of the UNet and the text encoder, when its alpha is unknown, when
-    the format cannot hold one of its kinds, or when the source would be overwritten.
+    the format cannot hold one of its kinds, or when another file would be overwritten.
     """
-    if target.suffix not in ("", ".safetensors"):
-        raise BestiaryError(f"{target} is neither a folder nor a .safetensors file. Choose another name.")
+    file = target_file(target, FILE_NAME if to == "diffusers" else f"{source.stem}.safetensors")
     adapter = read(source, alpha)
     if adapter.alpha_rule and alpha is None:
         tell(f"The alpha {spread(adapter.alphas)} was assumed: {adapter.alpha_rule}. Give another with --alpha.")
-    if to == "diffusers":
-        name, data = FILE_NAME, _diffusers(adapter, source)
-    else:
-        name, data = f"{source.stem}.safetensors", _kohya(adapter)
-    file = target if target.suffix == ".safetensors" else target / name
-    if os.path.realpath(file) == os.path.realpath(adapter_file(source)):
-        raise BestiaryError(f"{file} is the file to convert and would be overwritten. Choose another target.")
+    data = _diffusers(adapter, source) if to == "diffusers" else _kohya(adapter)
+    check_not_overwritten(file, data)
     write_atomically(file, data)
     counts = [(len(adapter.modules(part)), PART_NAMES[part]) for part in adapter.parts]
     total = sum(count for count, _ in counts)

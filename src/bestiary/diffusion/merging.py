@@ -7,7 +7,6 @@ values of each module's change (Eckart and Young 1936) and says how much of the 
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,11 +15,11 @@ from pathlib import Path
 import torch
 
 from bestiary.diffusion.adapter import Verification, adapter_sha256, verify_adapter
-from bestiary.diffusion.adapter_format import DOWN, FILE_NAME, UP, AdapterConfig, AdapterContent, Part, Provenance
+from bestiary.diffusion.adapter_format import DOWN, UP, AdapterConfig, AdapterContent, Part, Provenance
 from bestiary.diffusion.adapter_reading import read_adapter
 from bestiary.diffusion.containment import CONTAINS, Named, check_counted_once, contained
 from bestiary.errors import BestiaryError
-from bestiary.files import is_file, write_atomically
+from bestiary.files import check_not_overwritten, write_atomically
 
 PARTS: tuple[Part, ...] = ("unet", "text_encoder")
 Module = tuple[Part, str]
@@ -72,22 +71,14 @@ def merge(parents: Sequence[Parent], rank: int | None = None) -> Merged:
     return replace(merged, content=replace(merged.content, provenance=provenance, few_step=few_step))
 
 
-def write_verified(
-    merged: Merged, parents: Sequence[Parent], target: Path, base: str, revision: str | None
-) -> tuple[Path, Verification]:
-    """Prove that the merged adapter applies to the base, then write it to `target`, a .safetensors file or a folder.
+def write_verified(merged: Merged, file: Path, base: str, revision: str | None) -> Verification:
+    """Prove that the merged adapter applies to the base, then write it to `file`.
 
-    Raises BestiaryError when `target` is neither, or holds a parent or another adapter, and what `verify_adapter`
-    raises. Nothing is written then.
+    Raises BestiaryError when another file would be overwritten, and what `verify_adapter` raises. Nothing is written
+    then.
     """
-    if target.suffix not in ("", ".safetensors"):
-        raise BestiaryError(f"{target} is neither a folder nor a .safetensors file. Choose another name.")
-    file = target if target.suffix else target / FILE_NAME
-    if os.path.realpath(file) in (os.path.realpath(parent.file) for parent in parents):
-        raise BestiaryError(f"{file} is one of the adapters and would be overwritten. Choose another name.")
     data = merged.content.to_bytes()
-    if is_file(file) and file.read_bytes() != data:  # such as the last adapter to merge, if OUT was forgotten
-        raise BestiaryError(f"{file} exists and would be overwritten. Choose another name, or delete it first.")
+    check_not_overwritten(file, data)  # such as the last adapter to merge, if OUT was forgotten
     with tempfile.TemporaryDirectory() as folder:
         unproven = Path(folder, file.name)
         unproven.write_bytes(data)
@@ -96,7 +87,7 @@ def write_verified(
         except BestiaryError as error:
             raise BestiaryError(str(error).replace(str(unproven), str(file))) from None
     write_atomically(file, data)
-    return file, proof
+    return proof
 
 
 def _factors(parent: Parent, content: AdapterContent) -> Factors:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from bestiary.diffusion.adapter_format import CONFIG_KEY, FEW_STEP_KEY, FILE_NAME, KOHYA_CONFIG_KEY, PROVENANCE_KEY
 from bestiary.errors import BestiaryError, shown
-from bestiary.files import is_file, is_folder
+from bestiary.files import check_writable, is_file, is_folder
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +68,18 @@ def adapter_file(path: str | Path) -> Path:
     if len(files) > 1:
         raise BestiaryError(f"{path} holds two adapters. Name one of them: {files[0].name} or {files[1].name}.")
     return files[0]
+
+
+def target_file(target: Path, name: str = FILE_NAME) -> Path:
+    """The file to write an adapter to: `target` if it is a .safetensors file, else `name` in the folder `target`.
+
+    Raises BestiaryError when `target` is neither, or cannot be written.
+    """
+    if target.suffix not in ("", ".safetensors"):
+        raise BestiaryError(f"{target} is neither a folder nor a .safetensors file. Choose another name.")
+    file = target if target.suffix else target / name
+    check_writable(file.parent)
+    return file
 
 
 def deciding_files(file: Path) -> list[Path]:

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -115,6 +117,10 @@ def test_results_of_an_adapter_with_another_weight_are_those_of_the_adapter_that
     (evaluated / "reports" / "results" / "evaluate.json").write_text(report.model_dump_json())
     assert "The adapter in models/adapter is not registered" in printed_results()
     assert "--adapter models/adapter:0.5 --count 4" in printed_results()
+    code = "import sys; from bestiary.cli import cli; cli(['results'], standalone_mode=False); print(*sys.modules)"
+    printed, modules = subprocess.check_output([sys.executable, "-c", code], text=True).rstrip().rsplit("\n", 1)
+    assert "--adapter models/adapter:0.5 --count 4" in printed
+    assert "torch" not in modules.split()
     make_adapter(base_folder, evaluated / "models" / "adapter", 1)
     assert "These scores are of another adapter than the one in models/adapter" in printed_results()
 

@@ -251,7 +251,8 @@ def _holds_adapter(evaluation: EvaluationReport) -> bool:
 
     With a weight other than 1, the evaluated adapter is a copy in reports/operating_point that names its source.
     """
-    from bestiary.diffusion.adapter_format import FILE_NAME
+    from bestiary.diffusion.adapter_format import CONTAINS, FILE_NAME
+    from bestiary.diffusion.stored_adapter import stored_provenance
 
     root, point = project_root(), evaluation.operating_point
     place = root / point.checkpoint
@@ -262,10 +263,7 @@ def _holds_adapter(evaluation: EvaluationReport) -> bool:
     copy = root / "reports" / "operating_point" / FILE_NAME
     if point.scale == 1 or not copy.is_file() or _sha256(copy) != evaluation.adapter_sha256:
         return False
-    from bestiary.diffusion.adapter_reading import read_adapter
-    from bestiary.diffusion.containment import contained
-
-    return not found.isdisjoint(contained(read_adapter(copy)))
+    return not found.isdisjoint(stored_provenance(copy).get(CONTAINS, []))
 
 
 def _weight(evaluation: EvaluationReport) -> str:

@@ -29,6 +29,7 @@ PREFIX = "unet."  # of the UNet's weights and of its config's fields
 TEXT_PREFIX = "text_encoder."  # the same for the text encoder
 CONFIG_KEY = "lora_adapter_metadata"  # where diffusers looks for the config; without one, it takes the rank for alpha
 PROVENANCE_KEY = "bestiary"
+CONTAINS = "contains"  # in the provenance of a merged adapter: what its parents contain; of a weighted copy: its source
 FEW_STEP_KEY = "bestiary.few_step"  # how to draw with a few-step adapter
 # Kohya files keep the config under this key: with diffusers' own key, diffusers would take them for its own format.
 KOHYA_CONFIG_KEY = "bestiary_config"

@@ -10,11 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from bestiary.diffusion.adapter_format import AdapterContent
+from bestiary.diffusion.adapter_format import CONTAINS, AdapterContent
 from bestiary.diffusion.conversion import hashes_of_formats
 from bestiary.errors import BestiaryError
 
-CONTAINS = "contains"  # in the provenance of a merged adapter: what its parents contain; of a weighted copy: its source
 HASHES = ("adapter_sha256", "few_step_sha256")  # keys of a source; the second is of `distill.from`
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from bestiary.diffusion.adapter import Verification, adapter_sha256, verify_adapter
-from bestiary.diffusion.adapter_format import DOWN, UP, AdapterConfig, AdapterContent, Part, Provenance
+from bestiary.diffusion.adapter_format import CONTAINS, DOWN, UP, AdapterConfig, AdapterContent, Part, Provenance
 from bestiary.diffusion.adapter_reading import read_adapter
-from bestiary.diffusion.containment import CONTAINS, Named, check_counted_once, contained
+from bestiary.diffusion.containment import Named, check_counted_once, contained
 from bestiary.errors import BestiaryError
 from bestiary.files import check_not_overwritten, write_atomically
 

@@ -125,6 +125,16 @@ def read_object(text: str | bytes | None, file: Path, key: str = "") -> dict[str
     return content
 
 
+def stored_provenance(file: Path) -> dict[str, Any]:
+    """What the file says it was made from, read from its header without torch; empty if another program wrote it.
+
+    Raises BestiaryError when it is not a readable safetensors file.
+    """
+    with _opened(file, "np") as content:
+        metadata = content.metadata() or {}
+    return read_object(metadata.get(PROVENANCE_KEY), file, PROVENANCE_KEY)
+
+
 def broken_config(file: Path, reason: str = "") -> BestiaryError:
     """The error for a header that does not hold what it should."""
     return BestiaryError(

@@ -138,9 +138,9 @@ def write_weighted_adapter(source: Path, weight: float, folder: Path) -> Path:
     `source`, so that the two are never drawn together.
     """
     from bestiary.diffusion.adapter import adapter_sha256
-    from bestiary.diffusion.adapter_format import FILE_NAME
+    from bestiary.diffusion.adapter_format import CONTAINS, FILE_NAME
     from bestiary.diffusion.adapter_reading import read_adapter
-    from bestiary.diffusion.containment import CONTAINS, contained
+    from bestiary.diffusion.containment import contained
     from bestiary.diffusion.stored_adapter import adapter_file
 
     content = read_adapter(adapter_file(source))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +31,7 @@ from bestiary.commands.drawing_options import (
 from bestiary.commands.options import FOLDER
 from bestiary.errors import BestiaryError, printable, shown
 from bestiary.files import is_file, is_folder
-from bestiary.png_metadata import Colours, PictureSettings, read_settings
+from bestiary.png_metadata import Colours, PictureSettings, StartImage, read_settings
 from bestiary.project import drawing_defaults, project_base, project_params, project_tiny_decoder
 from bestiary.samplers import DrawingDefaults, SamplingChanges
 
@@ -40,10 +40,12 @@ if TYPE_CHECKING:
 
     from bestiary.diffusion.export_format import EngineChoice
     from bestiary.engine_choice import Wish
-    from bestiary.generation import Generator, Weighted
-    from bestiary.grids import Grid
+    from bestiary.generation import Base, Generator, Weighted
+    from bestiary.grids import Change, Grid
     from bestiary.registry.resolving import Adapter, Obstacle
     from bestiary.subjects import Subject
+
+Job = tuple[str, PictureSettings]  # the name of a picture's file without its ending, and its settings
 
 
 @click.command()
@@ -69,20 +71,18 @@ def generate(
 
     The same seed gives the same picture.
     """
+    from bestiary import generation
     from bestiary.diffusion.export_format import UnusableExportError
     from bestiary.engine_choice import choose_engine, why_torch_draws
-    from bestiary.subjects import caption
 
     request, grid = take_axes(request, axes)
     like = request.like
     check_request(request, start, changes.negative_prompt)
     check_grid(grid)
     original = read_settings(like) if like else None
-    from bestiary import generation
-
     start_image, image = generation.start_image(start.image, start.denoise, original)
     params = project_params()
-
+    chosen, default, project = generation.named_base(source.base), project_base(params), drawing_defaults(params)
     weighted = [generation.Weighted.parse(text) for text in source.adapters]
     named = _adapters_of(original, like, weighted) if original and like else [each.what for each in weighted]
     wish = replace(_wish(_engine(source, original), source, changes, start, weighted), has_grid=bool(grid))
@@ -90,40 +90,21 @@ def generate(
     generator = generation.Generator(project_tiny_decoder(params))
     adapters, note = choose_engine(resolved, wish, generator.open_export)
     _tell([note] if note and not original else [])
-    taught = [subject for adapter in adapters for subject in adapter.subjects]
-    wanted = list(dict.fromkeys(_find(name, taught) for name in request.subjects))
-    chosen, default = generation.named_base(source.base), project_base(params)
+    pictures: _Again | _New
+    if original and like:
+        pictures = _Again(like, original, named)
+    else:
+        subjects = _subjects(request.subjects, adapters)
+        pictures = _New(subjects, request.prompt or "", series, changes, weighted, colours, start_image)
 
     def draw(adapters: Sequence[Adapter]) -> None:
-        def defaults_with(weights: Sequence[float]) -> DrawingDefaults:
-            return generation.defaults_of(adapters, weights) or drawing_defaults(params)
-
-        def reweighted(settings: PictureSettings) -> PictureSettings:
-            own = defaults_with([applied.weight for applied in settings.adapters])
-            return replace(settings, sampling=settings.sampling.in_steps_of(changes.apply(own.sampling)))
-
-        adapter = generation.decisive(adapters)
-        if original and like:
-            generation.check_same_adapters(adapters, original, like, named)
-            base = chosen or generation.base_of_picture(original, like, default)
-        else:
-            known = [default] if default else []
-            base = generation.choose_base(adapter, chosen, None if adapter else default, known=known)
-        generator.prepare(base, adapters, any_base=generation.overrides_base(chosen, adapter))
-        if original and like:
-            jobs = [(like.stem, original)]
-        else:
-            pairs = zip(adapters, weighted, strict=False)  # none: no adapter
-            weights = [generation.weight_of(*each) for each in pairs]
-            defaults = defaults_with(weights)
-            sampling = generator.sized(replace(changes, adapter_weight=weighted[0].weight).apply(defaults.sampling))
-            common = generation.common_settings(generator, adapters, weighted, sampling)
-            common = replace(common, colours=colours, start=start_image)
-            captions = [(generation.file_stem(subject.name), caption(subject, defaults.template)) for subject in wanted]
-            jobs = _jobs(generator, common, captions, request.prompt or "", series)
+        base = pictures.base(adapters, chosen, default)
+        any_base = generation.overrides_base(chosen, generation.decisive(adapters))
+        generator.prepare(base, adapters, any_base=any_base)
+        jobs = pictures.jobs(generator, adapters, project)
         _tell(generator.applied_files(adapters))
         if grid:
-            cells = [(name, grid.cells(settings, reweighted)) for name, settings in jobs]
+            cells = [(name, grid.cells(settings, _reweighting(changes, adapters, project))) for name, settings in jobs]
             _draw_grids(generator, grid, cells, out, image)
         else:
             _draw_all(generator, jobs, out, image)
@@ -137,6 +118,90 @@ def generate(
         draw(resolved)
 
 
+@dataclass(frozen=True)
+class _Again:
+    """A picture to draw again with its own settings, and the adapters to draw it with."""
+
+    file: Path
+    settings: PictureSettings
+    named: Sequence[str]
+
+    def base(self, adapters: Sequence[Adapter], chosen: Base | None, default: Base | None) -> Base:
+        """The base to draw it with. Raises BestiaryError when these are not its adapters."""
+        from bestiary import generation
+
+        generation.check_same_adapters(adapters, self.settings, self.file, self.named)
+        return chosen or generation.base_of_picture(self.settings, self.file, default)
+
+    def jobs(self, *_: object) -> list[Job]:
+        """The picture."""
+        return [(self.file.stem, self.settings)]
+
+
+@dataclass(frozen=True)
+class _New:
+    """New pictures, one for each seed: of each subject, or else of the prompt."""
+
+    subjects: Sequence[Subject]
+    prompt: str
+    series: Series
+    changes: SamplingChanges
+    weighted: Sequence[Weighted]
+    colours: Colours
+    start: StartImage | None
+
+    def base(self, adapters: Sequence[Adapter], chosen: Base | None, default: Base | None) -> Base:
+        """The base to draw them with."""
+        from bestiary import generation
+
+        adapter = generation.decisive(adapters)
+        known = [default] if default else []
+        return generation.choose_base(adapter, chosen, None if adapter else default, known=known)
+
+    def jobs(self, generator: Generator, adapters: Sequence[Adapter], project: DrawingDefaults) -> list[Job]:
+        """The pictures, with the base and the adapters that the generator has in memory."""
+        from bestiary import generation
+        from bestiary.subjects import caption
+
+        pairs = zip(adapters, self.weighted, strict=False)  # none: no adapter
+        defaults = _defaults(adapters, [generation.weight_of(*each) for each in pairs], project)
+        changes = replace(self.changes, adapter_weight=self.weighted[0].weight)
+        sampling = generator.sized(changes.apply(defaults.sampling))
+        common = generation.common_settings(generator, adapters, self.weighted, sampling)
+        common = replace(common, colours=self.colours, start=self.start)
+        captions = [
+            (generation.file_stem(subject.name), caption(subject, defaults.template)) for subject in self.subjects
+        ]
+        return [
+            (f"{name}-{seed}", replace(generator.prompted(common, text, literal=bool(captions)), seed=seed))
+            for name, text in (captions or [("prompt", self.prompt)])
+            for seed in self.series.seeds
+        ]
+
+
+def _defaults(adapters: Sequence[Adapter], weights: Sequence[float], project: DrawingDefaults) -> DrawingDefaults:
+    """How to draw with these adapters and weights: as the adapters say, else as the project says."""
+    from bestiary import generation
+
+    return generation.defaults_of(adapters, weights) or project
+
+
+def _reweighting(changes: SamplingChanges, adapters: Sequence[Adapter], project: DrawingDefaults) -> Change:
+    """A function that gives a grid's cell the steps that its adapters' weights call for."""
+
+    def reweighted(settings: PictureSettings) -> PictureSettings:
+        defaults = _defaults(adapters, [applied.weight for applied in settings.adapters], project)
+        return replace(settings, sampling=settings.sampling.in_steps_of(changes.apply(defaults.sampling)))
+
+    return reweighted
+
+
+def _subjects(names: Sequence[str], adapters: Sequence[Adapter]) -> list[Subject]:
+    """The subjects of these names, each once."""
+    taught = [subject for adapter in adapters for subject in adapter.subjects]
+    return list(dict.fromkeys(_find(name, taught) for name in names))
+
+
 def _resolve(named: Sequence[str], *, fast: Obstacle | None) -> list[Adapter]:
     """The adapters of these names. Prints what the registry notes about them."""
     from bestiary import generation
@@ -147,17 +212,6 @@ def _resolve(named: Sequence[str], *, fast: Obstacle | None) -> list[Adapter]:
         adapters = resolved()
     _tell(note for adapter in adapters for note in adapter.notes)
     return adapters
-
-
-def _jobs(
-    generator: Generator, common: PictureSettings, captions: list[tuple[str, str]], prompt: str, series: Series
-) -> list[tuple[str, PictureSettings]]:
-    """The file name and the settings of each picture, for each named caption or else for the prompt."""
-    return [
-        (f"{name}-{seed}", replace(generator.prompted(common, text, literal=bool(captions)), seed=seed))
-        for name, text in (captions or [("prompt", prompt)])
-        for seed in series.seeds
-    ]
 
 
 def _engine(source: Source, original: PictureSettings | None) -> EngineChoice:
@@ -225,9 +279,7 @@ def _find(name: str, taught: Sequence[Subject]) -> Subject:
     return subject
 
 
-def _draw_all(
-    generator: Generator, jobs: list[tuple[str, PictureSettings]], out: Path, image: Image | None = None
-) -> None:
+def _draw_all(generator: Generator, jobs: list[Job], out: Path, image: Image | None = None) -> None:
     from tqdm import tqdm
 
     from bestiary.diffusion.export_format import UnusableExportError

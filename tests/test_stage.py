@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from bestiary.errors import BestiaryError
+from bestiary.errors import BestiaryError, system_sentence
 from bestiary.params import Model
 from bestiary.stage import CACHE, METRICS, REPORTS, RESULTS, content_of, read_report, stage
 from bestiary.tracking.content import content_hash
@@ -125,6 +127,29 @@ def test_a_file_that_cannot_be_written_ends_in_one_line_that_names_it(
     assert printed.startswith("split: ")
     assert "build/split/train.csv" in printed
     assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+        RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions."),
+        MemoryError(),
+    ],
+)
+def test_a_full_memory_ends_in_one_line(error: Exception, workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, stage("split"):
+        raise error
+    assert ended.value.code == 1
+    assert re.fullmatch(r"split: .* memory is full\. Close other programs.*\n", capsys.readouterr().err)
+    assert stored_run(workspace).info.status == "FAILED"
+
+
+def test_this_machines_memory_is_told_from_the_gpus() -> None:
+    with pytest.raises(RuntimeError) as full:
+        torch.empty(2**55)
+    assert "This machine's memory is full" in str(system_sentence(full.value))
+    assert system_sentence(RuntimeError("no out variant")) is None
 
 
 def test_a_stage_that_is_interrupted_leaves_a_killed_run(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:

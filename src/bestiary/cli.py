@@ -14,7 +14,7 @@ from bestiary.commands.drawing import generate
 from bestiary.commands.project import animals, captions, compare, estimate_run, learn, preflight, results
 from bestiary.commands.registry import lineage, model_card, promote, pull, rollback
 from bestiary.commands.tracking import tracking
-from bestiary.errors import BestiaryError, file_sentence
+from bestiary.errors import BestiaryError, system_sentence
 from bestiary.libraries import silence_libraries
 
 
@@ -71,8 +71,8 @@ def main() -> None:
     except BrokenPipeError:  # `bestiary animals | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
-    except OSError as error:
-        sentence = file_sentence(error)
+    except Exception as error:
+        sentence = system_sentence(error)
         if sentence is None:
             raise
         status = _fail(sentence)

@@ -77,3 +77,18 @@ def file_sentence(error: OSError) -> str | None:
         return None
     name = shown(str(error.filename or "A file"), 200)
     return printable(f"{name} cannot be read or written ({error.strerror}). {advice}")
+
+
+def system_sentence(error: Exception) -> str | None:
+    """What a user can do about a file or about full memory; None if the error is probably a bug.
+
+    >>> system_sentence(RuntimeError("CUDA error: out of memory"))
+    "The GPU's memory is full. Close other programs that use the GPU, then try again."
+    """
+    if isinstance(error, OSError):
+        return file_sentence(error)
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
+        return "This machine's memory is full. Close other programs, then try again."
+    if isinstance(error, RuntimeError) and "out of memory" in str(error):  # torch's own type needs torch
+        return "The GPU's memory is full. Close other programs that use the GPU, then try again."
+    return None

@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 
 from pydantic import BaseModel, ValidationError
 
-from bestiary.errors import BestiaryError, file_sentence
+from bestiary.errors import BestiaryError, system_sentence
 from bestiary.files import project_root, write_atomically
 from bestiary.libraries import silence_libraries
 from bestiary.params import Model, Params, load_params
@@ -224,7 +224,7 @@ class StageRun:
 
 @contextlib.contextmanager
 def _one_line_errors(name: str) -> Iterator[None]:
-    """Print a BestiaryError as one line and exit; let every other exception through."""
+    """Print an error that the user can correct as one line and exit; let every other exception through."""
     try:
         yield
     except BestiaryError as error:
@@ -233,8 +233,8 @@ def _one_line_errors(name: str) -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"{name}: stopped.", file=sys.stderr)
         raise SystemExit(130) from None
-    except OSError as error:
-        sentence = file_sentence(error)
+    except Exception as error:
+        sentence = system_sentence(error)
         if sentence is None:
             raise
         print(f"{name}: {sentence}", file=sys.stderr)

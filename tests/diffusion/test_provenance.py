@@ -2,10 +2,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 from support.settings import train_settings
 from support.training import run_training
 
+from bestiary.diffusion import provenance
 from bestiary.diffusion.adapter import save_adapter
 from bestiary.diffusion.adapter_format import Provenance
 from bestiary.diffusion.base import base_sha256
@@ -108,6 +110,15 @@ def test_the_checkpoint_key_changes_with_everything_that_decides_the_result(mode
         key(low_memory=True),
     ]
     assert len({key(), *changed}) == 1 + len(changed)
+
+
+def test_a_gpus_checkpoints_are_not_resumed_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = set()
+    for device, dtype in (("cuda", torch.bfloat16), ("cuda", torch.float16), ("cpu", torch.float32)):
+        found = torch.device(device), dtype
+        monkeypatch.setattr(provenance, "device_and_dtype", lambda found=found: found)
+        keys.add(checkpoint_key(Provenance(), train_settings(), ""))
+    assert len(keys) == 3
 
 
 def test_the_checkpoint_key_does_not_depend_on_the_order_of_the_settings() -> None:

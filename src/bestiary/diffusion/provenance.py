@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from bestiary.diffusion.adapter_format import Provenance
-from bestiary.diffusion.base import base_commit, base_sha256, processes
+from bestiary.diffusion.base import base_commit, base_sha256, device_and_dtype, processes
 from bestiary.diffusion.low_memory import low_memory
 from bestiary.errors import BestiaryError
 
@@ -91,10 +91,12 @@ def checkpoint_key(provenance: Provenance, settings: Train | Distill, judge: str
     """The name of the folder for one run's checkpoints: it changes with everything that decides the result.
 
     That is what the adapter is trained from, the sheet and the `judge` (its content hash), because they may choose the
-    best step, and the code. The key hashes the whole package: a hand-kept list of files would go stale.
+    best step, this machine's device and dtype, and the code. The key hashes the whole package: a hand-kept list of
+    files would go stale.
     """
+    device, dtype = device_and_dtype()
     sheet = json.dumps(settings.model_dump(include=SHEET_SETTINGS), sort_keys=True)
-    digest = hashlib.sha256("\n".join([provenance.to_json(), sheet, judge]).encode())
+    digest = hashlib.sha256("\n".join([provenance.to_json(), sheet, judge, device.type, str(dtype)]).encode())
     for module in sorted(PACKAGE.rglob("*.py")):
         digest.update(module.read_bytes())
     return digest.hexdigest()[:16]

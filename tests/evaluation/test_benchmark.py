@@ -227,6 +227,24 @@ def test_a_compiled_setting_draws_the_same_and_reports_the_seconds_of_compiling(
     assert plain.compile_s is None
 
 
+def test_every_picture_of_a_compiled_setting_is_drawn_in_batches_of_one_shape(
+    bench: Bench, judge: Judge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[torch.Size] = []
+
+    def seen(unet: torch.nn.Module) -> torch.nn.Module:
+        unet.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
+        return unet
+
+    monkeypatch.setattr(benchmark, "this_machine", lambda _: CAPABLE)
+    monkeypatch.setattr(torch, "compile", seen)
+    trial = Trial.of(judge, ["antelope", "tiger"], "a photo of {}", count=5, seed=0)
+    setting = Setting("ddim", 1, batch=2, fused=False, compiled=True, guidance="always")
+    (row,), _ = benchmark.run(replace(bench, trial=trial, untimed_batch=3), [setting])
+    assert row.quality.distance_to_converged is not None  # each picture has one to compare with
+    assert {shape[0] for shape in shapes} == {4}
+
+
 def test_a_tiny_vae_is_loaded_or_refused_by_name(pipeline: StableDiffusionPipeline, tmp_path: Path) -> None:
     tiny_vae(pipeline).save_pretrained(tmp_path / "tiny")
     assert load_tiny_decoder(str(tmp_path / "tiny"), None, pipeline).dtype == torch.float32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -423,7 +424,11 @@ def _measure_setting(
         warm_up, _ = draw_timed(pipeline, jobs, short, setting.batch, repeats=1)
     cost, images = draw_timed(pipeline, jobs, sampling, setting.batch, bench.repeats)
     rest = [index for index in range(len(jobs.seeds)) if index not in images]
-    if rest:
+    if rest and setting.compiled:  # a batch of another size would be compiled again
+        calls = math.ceil(len(rest) / setting.batch)
+        _, others = draw_timed(pipeline, jobs.take(rest), sampling, setting.batch, calls)
+        images |= {rest[index]: image for index, image in others.items()}
+    elif rest:
         drawn = _draw_untimed(bench, pipeline, jobs.take(rest), sampling)
         images |= dict(zip(rest, drawn, strict=True))
     compile_s = warm_up.p50_s - cost.p50_s if setting.compiled else None

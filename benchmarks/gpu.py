@@ -59,6 +59,7 @@ from bestiary.diffusion.sampling import generate
 from bestiary.diffusion.training import train
 from bestiary.evaluation.judge import Judge
 from bestiary.evaluation.profiling import environment
+from bestiary.evaluation.timing import TooLongError, time_limit
 from bestiary.evaluation.watching import SheetPlan, TrainingWatch
 from bestiary.samplers import Sampling
 from bestiary.subjects import Subject
@@ -70,6 +71,7 @@ BATCHES = {256: (16, 64, 256), 512: (16, 64)}
 OFFICIAL = {256: 64, 512: 32}
 # Gigabytes of small GPUs. Everything runs one image at a time.
 LOW_MEMORY = (8, 6)
+ROW_SECONDS = 400.0  # at most for a measurement, so that one that hangs does not keep the others from running
 OUTSIDE_GIB = 1.0  # of a card's memory, reserved for CUDA and its libraries
 
 
@@ -112,10 +114,11 @@ def measured(measure: Callable[[], dict[str, float]]) -> dict[str, float | str]:
         free_memory()  # here, because after an error of CUDA's this fails, too
         if GPU:
             torch.cuda.reset_peak_memory_stats()
-        row |= measure()
+        with time_limit(ROW_SECONDS):
+            row |= measure()
         if GPU:
             row["peak_gib"] = torch.cuda.max_memory_reserved() / 2**30
-    except Exception as error:
+    except (Exception, TooLongError) as error:
         traceback.print_exc()
         row["error"] = f"{type(error).__name__}: {error}"[:300]
     row["whole_s"] = time.perf_counter() - started

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import httpx
@@ -54,6 +55,7 @@ def download(wanted: HubModel) -> Path:
     cannot be reached, does not have the model or its revision, or does not let this user download it.
     """
     import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     complete = is_complete(wanted)  # then there is nothing to show
     try:
@@ -63,11 +65,13 @@ def download(wanted: HubModel) -> Path:
                     wanted.model, revision=wanted.revision, allow_patterns=list(patterns)
                 )
             folder = Path(found)
-            if not wanted.weights or any(folder.glob(patterns[-1])):
+            if not _missing(patterns, _files(folder)):
                 return folder
     except Exception as error:  # the hub's client, its HTTP library and the file system raise different types
         raise explain(error, wanted) from error
-    raise _lacks(wanted, " or ".join(wanted.weights))
+    # Without a network, the client returns any part of a model of which it has never listed the files.
+    bytes_to_download(wanted)  # raises what is wrong, unless the hub answers again
+    raise explain(LocalEntryNotFoundError("only a part"), wanted)
 
 
 def bytes_to_download(wanted: HubModel) -> int:
@@ -85,16 +89,12 @@ def bytes_to_download(wanted: HubModel) -> int:
                 found = huggingface_hub.snapshot_download(
                     wanted.model, revision=wanted.revision, allow_patterns=list(patterns), dry_run=True
                 )
-            names = {file.filename for file in found}
-            if missing := [name for name in wanted.files if "*" not in name and name not in names]:
-                raise _lacks(wanted, missing[0])
-            if not wanted.weights or any(Path(name).match(patterns[-1]) for name in names):
+            missing = _missing(patterns, {file.filename for file in found})
+            if not missing:
                 return sum(int(file.file_size or 0) for file in found if file.will_download)
-    except BestiaryError:
-        raise
     except Exception as error:  # as in `download`
         raise explain(error, wanted) from error
-    raise _lacks(wanted, " or ".join(wanted.weights))
+    raise _lacks(wanted, " or ".join(wanted.weights) if missing in wanted.weights else missing)
 
 
 def is_complete(wanted: HubModel) -> bool:
@@ -109,9 +109,22 @@ def is_complete(wanted: HubModel) -> bool:
                 )
         except (OSError, ValueError):
             continue
-        if all(any(Path(found).glob(pattern)) for pattern in patterns if pattern != "*.txt"):
+        if not _missing(patterns, _files(Path(found))):
             return True
     return False
+
+
+def _files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def _missing(patterns: tuple[str, ...], files: Collection[str]) -> str:
+    """The first pattern that no file matches, or an empty string. A model may have no *.txt."""
+    for pattern in patterns:
+        of_depth = (name for name in files if name.count("/") == pattern.count("/"))
+        if pattern != "*.txt" and not any(fnmatchcase(name, pattern) for name in of_depth):
+            return pattern
+    return ""
 
 
 def _lacks(wanted: HubModel, file: str) -> BestiaryError:

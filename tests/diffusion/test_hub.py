@@ -1,5 +1,7 @@
 """Models from the Hugging Face hub: its errors during a run, and what a resumed run still has."""
 
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from support.hub_server import COMMIT, Hub, Served, hub_server
 from support.settings import train_settings
 
 from bestiary.captioning import Captioner
-from bestiary.diffusion.base import base_commit, load_scheduler, load_unet
+from bestiary.diffusion.base import base_commit, load_scheduler, load_unet, on_hub
 from bestiary.diffusion.decoders import find_tiny_decoder
 from bestiary.diffusion.latents import Latents
 from bestiary.diffusion.training import train
@@ -116,6 +118,55 @@ def test_a_partial_file_is_never_loaded_and_the_next_download_completes_it(hub: 
     assert Judge.load(JUDGE, COMMIT)
     files = [request for request in hub.requests if request.startswith("GET") and "/config.json" in request]
     assert len(files) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "file"), [("judge", JUDGE, "config.json"), ("base", BASE, "unet/config.json")]
+)
+def test_a_part_that_another_tool_downloaded_is_not_taken_for_the_model(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, model: str, file: str
+) -> None:
+    """Without the list of the model's files, the hub's client returns the folder of such a part as if it were whole."""
+    part = tmp_path / "hub" / f"models--{model.replace('/', '--')}" / "snapshots" / COMMIT / file
+    part.parent.mkdir(parents=True)
+    part.write_bytes((hub.models[model].folder / file).read_bytes())
+    with monkeypatch.context() as nowhere:
+        nowhere.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+        with pytest.raises(BestiaryError, match=f"^The {kind} {model} is not complete on this machine .* network"):
+            LOADERS[kind](model)
+        nowhere.setattr("bestiary.hub.bytes_to_download", lambda _: 1)  # the network is back a moment later
+        with pytest.raises(BestiaryError, match=r"is not complete on this machine .* run the same command again"):
+            LOADERS[kind](model)
+    hub.models[model].gated, hub.status = True, 503
+    with pytest.raises(BestiaryError, match="answers HTTP 503"):
+        LOADERS[kind](model)
+    hub.status = None
+    with monkeypatch.context() as offline:
+        offline.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        with pytest.raises(BestiaryError, match="HF_HUB_OFFLINE forbids"):
+            LOADERS[kind](model)
+    with pytest.raises(BestiaryError, match="is gated"):
+        LOADERS[kind](model)
+    hub.models[model].gated = False
+    LOADERS[kind](model)  # downloads the rest
+
+
+@pytest.mark.parametrize("missing", ["vae/config.json", "tokenizer/*"])
+def test_a_model_on_the_hub_that_lacks_a_file_is_refused(hub: Hub, tmp_path: Path, missing: str) -> None:
+    served = hub.models[BASE].folder = tmp_path / "lacking"
+    shutil.copytree(ROOT / "models" / "base", served)
+    for path in served.glob(missing):
+        path.unlink()
+    for act in (bytes_to_download, download):
+        with pytest.raises(BestiaryError, match=rf"^The base {BASE} has no {re.escape(missing)} on the Hugging"):
+            act(on_hub(BASE, COMMIT))
+
+
+def test_a_model_with_weights_of_its_parts_only_is_no_judge(hub: Hub) -> None:
+    hub.models[BASE].folder = ROOT / "models" / "base"
+    for act in (bytes_to_download, download):
+        with pytest.raises(BestiaryError, match=r"has no model\*\.safetensors or pytorch_model\*\.bin on"):
+            act(HubModel("judge", BASE, COMMIT))  # text_encoder/model.safetensors
 
 
 def test_training_stopped_by_a_hub_error_resumes_from_its_checkpoint(

@@ -2,16 +2,19 @@
 
 import weakref
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from support.rates import SAMPLE, measured, rate
 from support.settings import train_settings
+from transformers import CLIPConfig
 
 from bestiary.diffusion.half_precision import TrainedWeights
 from bestiary.diffusion.low_memory import low_memory
 from bestiary.diffusion.optimization import start_adapter
+from bestiary.errors import BestiaryError
 from bestiary.estimating import estimate, images_of, lines, render
 from bestiary.evaluation import rates as measuring
 from bestiary.evaluation.rates import Request, StepPart, growing
@@ -111,8 +114,9 @@ def test_what_was_not_measured_as_it_is_is_said() -> None:
     assert text.count("Scaled") == 1
 
 
-@pytest.mark.slow
-def test_a_base_that_is_not_here_is_measured_by_random_weights_and_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def small_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for a base that is not here, of a size that a test can measure."""
     unet = {
         "block_out_channels": (32, 32),
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -123,6 +127,41 @@ def test_a_base_that_is_not_here_is_measured_by_random_weights_and_scaled(monkey
     vae = {"block_out_channels": (32, 32), "down_block_types": ("DownEncoderBlock2D",) * 2}
     monkeypatch.setattr(measuring, "UNET", unet)
     monkeypatch.setattr(measuring, "VAE", {**vae, "up_block_types": ("UpDecoderBlock2D",) * 2})
+
+
+@pytest.mark.usefixtures("small_base")
+def test_models_of_an_interrupted_download_are_measured_by_stand_ins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    judge = CLIPConfig.from_pretrained(ROOT / "models" / "judge")
+    monkeypatch.setattr("transformers.CLIPConfig", lambda: judge)
+    params = params_with_profile(ROOT, "photos")
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    for model, whole, file in ((params.base, "base", weights), (params.judge, "judge", "config.json")):
+        folder = tmp_path / f"models--{model.model.replace('/', '--')}" / "snapshots" / (model.revision or "")
+        (folder / file).parent.mkdir(parents=True)
+        (folder / file).symlink_to(ROOT / "models" / whole / file)
+    assert measuring._Bench(params, 1.0).is_stand_in
+    assert measuring._judge(params, "cpu")[1]
+    for missing in ("model.safetensors", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / missing).symlink_to(ROOT / "models" / "judge" / missing)
+    assert not measuring._judge(params, "cpu")[1]
+
+
+def test_measuring_never_asks_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*_: object, env: dict[str, str], **__: object) -> NoReturn:
+        raise BestiaryError(f"offline: {env['HF_HUB_OFFLINE']}")
+
+    monkeypatch.setattr("subprocess.run", run)
+    with pytest.raises(BestiaryError, match="offline: 1"):
+        measuring.measure_rates(sample(), [], 1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_base")
+def test_a_base_that_is_not_here_is_measured_by_random_weights_and_scaled() -> None:
     params = params_with_profile(ROOT, "photos")
     base = params.base.model_copy(update={"model": "nobody/nothing", "revision": None})
     params = params.model_copy(update={"base": base})

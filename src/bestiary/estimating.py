@@ -249,11 +249,11 @@ def render(params: Params, images: Images, rates: Rates, found: Sequence[Line]) 
         )
     if rates.base_is_stand_in:
         yield (
-            f"{params.base.model} is not on this machine. Networks of the size of Stable Diffusion 1.5 with random "
-            f"weights were measured instead. Its download takes {shown_size(rates.base_bytes / MIB)} more disk."
+            f"{params.base.model} is not complete on this machine. Networks of the size of Stable Diffusion 1.5 with "
+            f"random weights were measured instead. Its download takes {shown_size(rates.base_bytes / MIB)} more disk."
         )
     if rates.judge_is_stand_in:
-        yield f"{params.judge.model} is not on this machine, either: a CLIP ViT-B/32 with random weights was measured."
+        yield f"{params.judge.model} is not complete on this machine: a CLIP ViT-B/32 with random weights was measured."
     kinds: Mapping[str, Rate] = {
         "encoding": rates.encode,
         "decoding": rates.decode,

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from bestiary.errors import BestiaryError
+from bestiary.hub import HubModel, is_complete
 from bestiary.memory import MIB, peak_memory, reset_peak_memory
 from bestiary.params import Params, Train
 from bestiary.worker_processes import cores
@@ -174,6 +175,7 @@ def measure_rates(params: Params, photos: Sequence[Path], seconds: float) -> Rat
             **(PATIENT if load_average() > BUSY * cores() else {}),
             **os.environ,
             **({"ACCELERATE_USE_CPU": "true"} if launched_on_cpu() else {}),
+            "HF_HUB_OFFLINE": "1",  # an incomplete model is not measured, and its download would show no progress
         },
         check=False,
     )
@@ -212,14 +214,14 @@ class _Bench:
     """The base's networks, or networks of Stable Diffusion's size, on this machine's device."""
 
     def __init__(self, params: Params, seconds: float) -> None:
-        from bestiary.diffusion.base import device_and_dtype, load_unet, load_vae
+        from bestiary.diffusion.base import device_and_dtype, load_unet, load_vae, on_hub
         from bestiary.memory import keep_freed_memory
 
         keep_freed_memory()
         self.params, self.seconds = params, seconds / KINDS
         self.device, self.dtype = device_and_dtype()
-        self.is_stand_in = not _is_here(params.base.model, params.base.revision)
         base = (params.base.model, params.base.revision)
+        self.is_stand_in = not _is_here(on_hub(*base))
         if self.is_stand_in:
             self.unet, self.vae = (_random(network, self.device, self.dtype) for network in ("unet", "vae"))
         else:
@@ -531,26 +533,22 @@ def at(pixels: int, measured: dict[int, float]) -> float:
     return max(least, high + (high - low) * (pixels - last) / (last - first))
 
 
-def _is_here(model: str, revision: str | None, file: str = "unet/diffusion_pytorch_model.safetensors") -> bool:
-    """Whether a model is on this machine: as a folder or file, or, with `file`, in the hub's cache."""
-    if Path(model).exists():
-        return True
-    import huggingface_hub
-
-    return isinstance(huggingface_hub.try_to_load_from_cache(model, file, revision=revision), str)
+def _is_here(wanted: HubModel) -> bool:
+    """Whether the whole model is on this machine: as a folder or file, or in the hub's cache."""
+    return Path(wanted.model).exists() or is_complete(wanted)
 
 
-def _judge(params: Params, device: str) -> Judge:
-    """The judge; a CLIP ViT-B/32 with random weights where it is not here."""
+def _judge(params: Params, device: str) -> tuple[Judge, bool]:
+    """The judge, and whether it is a stand-in: a CLIP ViT-B/32 with random weights, where the judge is not here."""
     from transformers import CLIPConfig, CLIPModel
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    from bestiary.evaluation.judge import Judge
+    from bestiary.evaluation.judge import Judge, on_hub
 
-    if _is_here(params.judge.model, params.judge.revision, "config.json"):
-        return Judge.load(params.judge.model, params.judge.revision, device)
+    if _is_here(on_hub(params.judge.model, params.judge.revision)):
+        return Judge.load(params.judge.model, params.judge.revision, device), False
     nothing: Any = None  # no tokenizer, for no texts
-    return Judge(CLIPModel(CLIPConfig()), nothing, CLIPImageProcessorPil(), device)
+    return Judge(CLIPModel(CLIPConfig()), nothing, CLIPImageProcessorPil(), device), True
 
 
 def _judge_seconds(judge: Judge, side: int) -> float:
@@ -604,7 +602,7 @@ def _run(request: Request) -> Rates:
     parameters = sum(each.numel() for part in (bench.unet, bench.vae) for each in part.parameters())
     part = StepPart.of(train, processes)
     step, trained = _TrainingStep(bench, part), Size(part.rows, side)
-    judge = _judge(params, bench.device.type)
+    judge, judge_is_stand_in = _judge(params, bench.device.type)
     gpus = 1 if bench.device.type == "cpu" else processes  # the processes of one machine share its cores
     return Rates(
         gpus=gpus,
@@ -618,7 +616,7 @@ def _run(request: Request) -> Rates:
         inspect_s=_inspect_seconds([Path(path) for path in request.photos]),
         judge_s=_judge_seconds(judge, side),
         judge_mib=sum(weight.nbytes for weight in judge.model.parameters()) / MIB,
-        judge_is_stand_in=not _is_here(params.judge.model, params.judge.revision, "config.json"),
+        judge_is_stand_in=judge_is_stand_in,
         encode=encode,
         row=row,
         single_row=single_row,

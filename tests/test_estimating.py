@@ -1,5 +1,9 @@
 """`bestiary estimate`: what a run takes, from measured rates."""
 
+import io
+import re
+import runpy
+import sys
 import weakref
 from pathlib import Path
 from typing import NoReturn
@@ -157,6 +161,47 @@ def test_measuring_never_asks_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("subprocess.run", run)
     with pytest.raises(BestiaryError, match="offline: 1"):
         measuring.measure_rates(sample(), [], 1.0)
+
+
+BUSY = "CUDA error: CUDA-capable device(s) is/are busy or unavailable"
+MORE = "\nCUDA kernel errors might be asynchronously reported.\nCompile with `TORCH_USE_CUDA_DSA`.\n"
+FULL = "The GPU's memory is full or the GPU is busy: "
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (RuntimeError(f"CUDA error: out of memory{MORE}"), f"{FULL}CUDA error: out of memory. Close other"),
+        (
+            RuntimeError(f"CUDA error: CUDA-capable device(s) is/are busy or unavailable{MORE}"),
+            f"{FULL}CUDA error: ",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), f"{FULL}CUDA out of memory. Close"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), FULL),
+        (
+            RuntimeError(f"CUDA error: an illegal memory access{MORE}"),
+            "The measurement failed with RuntimeError: CUDA",
+        ),
+        (ValueError("not\nthis"), "The measurement failed with ValueError: not."),
+        (MemoryError(), "The measurement failed with MemoryError."),
+        (BestiaryError("Choose another base."), "Choose another base."),
+    ],
+)
+def test_an_error_while_measuring_ends_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, sentence: str
+) -> None:
+    """The first use of the GPU fails in the program that `measure_rates` starts."""
+
+    def full() -> NoReturn:
+        raise error
+
+    request = Request(params=sample().model_dump_json(by_alias=True), photos=[], seconds=1.0)
+    monkeypatch.setattr("sys.stdin", io.StringIO(request.model_dump_json()))
+    monkeypatch.setattr("bestiary.diffusion.base.device_and_dtype", lambda: (torch.device("cuda"), torch.bfloat16))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", full)
+    monkeypatch.delitem(sys.modules, "bestiary.evaluation.rates")
+    with pytest.raises(SystemExit, match=f"^{re.escape(sentence)}[^\n]*$"):
+        runpy.run_module("bestiary.evaluation.rates", run_name="__main__")
 
 
 @pytest.mark.slow

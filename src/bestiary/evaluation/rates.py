@@ -54,6 +54,8 @@ VAE = {
     "layers_per_block": 2,
 }
 TOKENS = 77
+# In the errors of CUDA and its libraries, when they start while other programs use the GPU.
+FULL_OR_BUSY = re.compile("CUDA.*(?:out of memory|busy)|CU(?:BLAS|DNN)_STATUS_(?:ALLOC_FAILED|NOT_INITIALIZED)")
 TEXT_PARAMETERS = 123_060_480  # of its text encoder, which is not measured
 
 
@@ -310,7 +312,10 @@ class _Bench:
             on_device = max(prepared.device_mib or 0.0, (peak.device_mib or 0.0) + kept)
             peaks[size.pixels] = (max(prepared.process_mib, peak.process_mib), on_device)
         if not peaks:
-            raise BestiaryError(f"Not even one picture fits into the memory of this {self.device.type}.")
+            raise BestiaryError(
+                "Not even one picture fits into the GPU's memory. Close other programs that use the GPU, or lower "
+                "encode.resolution."
+            )
         factor = 1.0 if measured == real else self._operations(network, real) / self._operations(network, measured)
         process, device = ({pixels: peak[which] for pixels, peak in peaks.items()} for which in (0, 1))
         return Rate(
@@ -634,8 +639,21 @@ def _run(request: Request) -> Rates:
     )
 
 
+def _explained(error: Exception) -> str:
+    """One sentence about an error that ended the measurement. CUDA's errors have several lines."""
+    import torch
+
+    reason = str(error).strip().partition("\n")[0].rstrip(".")
+    if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and FULL_OR_BUSY.search(reason)):
+        return (
+            f"The GPU's memory is full or the GPU is busy: {reason.partition('. ')[0]}. Close other programs that use "
+            "the GPU."
+        )
+    return f"The measurement failed with {type(error).__name__}{reason and f': {reason}'}."
+
+
 if __name__ == "__main__":
     try:
         print(_run(Request.model_validate_json(sys.stdin.read())).model_dump_json())
-    except BestiaryError as error:
-        raise SystemExit(str(error)) from None
+    except Exception as error:
+        raise SystemExit(str(error) if isinstance(error, BestiaryError) else _explained(error)) from None

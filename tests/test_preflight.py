@@ -18,7 +18,7 @@ from support.sciencedb_server import serving
 from bestiary import cli, preflight
 from bestiary.errors import BestiaryError
 from bestiary.estimating import lines
-from bestiary.evaluation.rates import Rate, Rates, StepPart
+from bestiary.evaluation.rates import Rate, Rates, StepPart, launched_processes
 from bestiary.learning import params_with_profile
 from bestiary.params import FewStepModel, Params, load_params
 from bestiary.preflight import Check, checks, disk, memory, time_needed
@@ -111,30 +111,12 @@ def test_the_command_ends_with_1_when_the_run_would_fail(unmeasured: None, monke
     assert CliRunner().invoke(cli.cli, ["preflight", "--hours", "0.001"]).exit_code == 1
 
 
-def test_another_dvc_command_and_a_batch_that_cannot_be_split_are_found(
-    project: Path, night: Params, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_dvc_command_is_found(project: Path) -> None:
     held = project / ".dvc" / "tmp" / "rwlock"
     held.parent.mkdir(parents=True)
     held.write_text(json.dumps({"write": {"data": {"pid": os.getpid(), "cmd": "dvc repro"}}, "read": {}}))
-    monkeypatch.setenv("BESTIARY_LAUNCH", "accelerate launch --num_processes 3")
     with pytest.raises(BestiaryError, match="`dvc repro` is running"):
         preflight._dvc(project)
-    with pytest.raises(BestiaryError, match="cannot be split evenly over 3 processes"):
-        preflight._processes(night)
-    monkeypatch.setenv("BESTIARY_LAUNCH", "torchrun --nproc-per-node 2")
-    assert preflight._processes(night).startswith("2, each training on 8 images at a time")
-    small = night.model_copy(update={"train": night.train.model_copy(update={"low_memory": True})})
-    assert preflight._processes(small).startswith("2, each training on 1 image at a time")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(BestiaryError, match="starts 2 processes on this machine, which has 1 GPU that"):
-        preflight._processes(night)
-    monkeypatch.setenv("BESTIARY_LAUNCH", "accelerate launch --cpu --num_processes 2")
-    assert preflight._processes(night).startswith("2, each training on 8 images at a time")
-    assert "CPU threads, as BESTIARY_LAUNCH asks for" in preflight._device()
-    launch = "accelerate launch --num_machines 2 --num_processes 2"
-    monkeypatch.setenv("BESTIARY_LAUNCH", launch)
-    assert preflight._processes(night).endswith(f"({launch})")
     held.unlink()
     lock = held.with_name("lock")
     with lock.open("w") as file:
@@ -142,6 +124,77 @@ def test_another_dvc_command_and_a_batch_that_cannot_be_split_are_found(
         with pytest.raises(BestiaryError, match=r"holds \.dvc/tmp/lock"):
             preflight._dvc(project)
     assert "no other" in preflight._dvc(project)
+
+
+def test_processes_that_cannot_share_a_batch_or_the_gpus_are_found(
+    night: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(launch: str, gpus: int = 0, params: Params = night) -> str:
+        monkeypatch.setenv("BESTIARY_LAUNCH", launch)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        return preflight._processes(params)
+
+    for launch, gpus in (("torchrun --nproc-per-node 3", 0), ("accelerate launch --num_processes 3", 3)):
+        with pytest.raises(BestiaryError, match="cannot be split evenly over 3 processes"):
+            found(launch, gpus)
+    assert found("torchrun --nproc-per-node 2").startswith("2, each training on 8 images at a time")
+    assert found("torchrun --nproc-per-node 2", params=with_low_memory(night)).startswith("2, each training on 1 image")
+    with pytest.raises(BestiaryError, match="starts 2 processes on this machine, which has 1 GPU that"):
+        found("torchrun --nproc-per-node 2", gpus=1)
+    launch = "accelerate launch --multi_gpu --num_machines 2 --num_processes 2"
+    assert found(launch, gpus=1).endswith(f"({launch})")
+
+
+@pytest.mark.parametrize(
+    ("launch", "gpus", "starts"),  # as accelerate 1.15 does
+    [
+        ("accelerate launch --num_processes 2", 0, 1),
+        ("accelerate launch --num_processes 2", 1, 1),
+        ("accelerate launch --num_processes 2", 2, 2),
+        ("accelerate launch --multi_gpu --num_processes 2", 0, 2),
+        ("accelerate launch --num_machines 2 --num_processes 2", 1, 1),
+        ("accelerate launch --cpu --num_processes 2", 2, 1),
+        ("accelerate launch --cpu", 2, 1),
+        ("accelerate launch --cpu --mpirun_hostfile hosts --num_processes 2", 0, 2),
+        ("accelerate launch", 2, None),
+        ("torchrun --nproc-per-node 2", 0, 2),
+    ],
+)
+def test_accelerate_launch_starts_one_process_without_several_gpus(
+    night: Params, monkeypatch: pytest.MonkeyPatch, launch: str, gpus: int, starts: int | None
+) -> None:
+    monkeypatch.setenv("BESTIARY_LAUNCH", launch)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert launched_processes() == starts
+    assert preflight._processes(night).endswith("on CPUs, use torchrun") == (
+        starts == 1 and launch != "accelerate launch --cpu"
+    )
+
+
+@pytest.mark.parametrize(
+    ("variable", "launch", "alone"),
+    [
+        ("", "", False),
+        ("true", "", True),
+        ("true", "torchrun --nproc-per-node 2", True),
+        ("true", "accelerate launch --num_processes 1", False),  # which sets the variable to False
+        ("", "accelerate launch --cpu", True),
+    ],
+)
+def test_a_gpu_is_left_alone_where_training_leaves_it_alone(
+    monkeypatch: pytest.MonkeyPatch, variable: str, launch: str, alone: bool
+) -> None:
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    if variable:
+        monkeypatch.setenv("ACCELERATE_USE_CPU", variable)
+    monkeypatch.setenv("BESTIARY_LAUNCH", launch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert ("CPU threads" in preflight._device()) == alone
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "perhaps")
+    if not launch:
+        with pytest.raises(BestiaryError, match="neither true nor false"):
+            preflight._device()
 
 
 def on_gpu(**changes: object) -> Rates:

@@ -14,7 +14,14 @@ from typing import Literal
 
 from bestiary.errors import BestiaryError
 from bestiary.estimating import Images, Line, duration, estimate, project_images, shown_size, total_line
-from bestiary.evaluation.rates import Rates, launched_on_cpu, launched_processes, processes_here
+from bestiary.evaluation.rates import (
+    Rates,
+    asked_processes,
+    launched_processes,
+    launches_one,
+    leaves_gpu_alone,
+    processes_here,
+)
 from bestiary.files import is_file, is_folder
 from bestiary.hub import HubModel, bytes_to_download, is_hub_id
 from bestiary.memory import MIB
@@ -88,8 +95,8 @@ def _device() -> str:
     """The device of a run. Only counts GPUs, because using one would take memory, which is measured later."""
     import torch
 
-    if launched_on_cpu():
-        return f"{torch.get_num_threads()} CPU threads, as BESTIARY_LAUNCH asks for"
+    if leaves_gpu_alone():
+        return f"{torch.get_num_threads()} CPU threads, because of --cpu in BESTIARY_LAUNCH or ACCELERATE_USE_CPU"
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         return f"{count} GPU{'s' * (count != 1)} that torch {torch.__version__} can use"
@@ -119,7 +126,11 @@ def _processes(params: Params) -> str:
     images = images_at_a_time(params.train, count)
     _check_gpus()
     each = f"{images} image{'s' * (images != 1)} at a time"
-    return f"{count}, each training on {each} ({launch or 'BESTIARY_LAUNCH is empty'})"
+    few = launches_one() and (asked_processes() or 1) > 1
+    more = (
+        ". Here `accelerate launch` starts one process, whatever its options say; on CPUs, use torchrun" if few else ""
+    )
+    return f"{count}, each training on {each} ({launch or 'BESTIARY_LAUNCH is empty'}){more}"
 
 
 def _check_gpus() -> None:
@@ -127,7 +138,7 @@ def _check_gpus() -> None:
     import torch
 
     here, gpus = processes_here(), torch.cuda.device_count()
-    if 0 < gpus < here and not launched_on_cpu():
+    if 0 < gpus < here and not leaves_gpu_alone():
         raise BestiaryError(
             f"BESTIARY_LAUNCH starts {here} processes on this machine, which has {gpus} GPU{'s' * (gpus != 1)} that "
             "torch can use. Start one process for each GPU."
@@ -277,8 +288,8 @@ def _is_locked(path: Path) -> bool:
 def _measured(root: Path, params: Params, images: Images, download_bytes: int, hours: float) -> Iterator[Check]:
     import torch
 
-    seconds = GPU_SECONDS if torch.cuda.is_available() and not launched_on_cpu() else CPU_SECONDS
     try:
+        seconds = GPU_SECONDS if torch.cuda.is_available() and not leaves_gpu_alone() else CPU_SECONDS
         rates, lines = estimate(params, images, seconds)
     except BestiaryError as error:
         yield Check("memory", str(error), "FAIL")

@@ -44,6 +44,7 @@ PATIENT = {"OMP_WAIT_POLICY": "passive"}
 JUDGED = 8  # pictures that the judge is measured with
 RUNS = 5  # of which the fastest counts
 SHARE_OF_FREE_MEMORY = 0.8  # that a measurement may take
+CPU_OPTION = re.compile(r"--cpu(?:\s|$)")  # in BESTIARY_LAUNCH
 KINDS = 5  # of work that are measured at growing sizes
 # Stable Diffusion 1.5's networks, as its config.json files say: a base that is not on this machine is measured as them.
 UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
@@ -176,7 +177,7 @@ def measure_rates(params: Params, photos: Sequence[Path], seconds: float) -> Rat
         env={
             **(PATIENT if load_average() > BUSY * cores() else {}),
             **os.environ,
-            **({"ACCELERATE_USE_CPU": "true"} if launched_on_cpu() else {}),
+            "ACCELERATE_USE_CPU": str(leaves_gpu_alone()),
             "HF_HUB_OFFLINE": "1",  # an incomplete model is not measured, and its download would show no progress
         },
         check=False,
@@ -195,10 +196,31 @@ def load_average() -> float:
 
 def launched_processes() -> int | None:
     """The number of processes that BESTIARY_LAUNCH starts; None where only the launcher knows it."""
+    return 1 if launches_one() else asked_processes()
+
+
+def asked_processes() -> int | None:
+    """The number of processes that BESTIARY_LAUNCH names; 1 if it is empty, None if it names no number."""
     launch = os.environ.get("BESTIARY_LAUNCH", "")
     if found := re.search(r"--(?:num[_-]processes|nproc[_-]per[_-]node)[ =](\d+)", launch):
         return int(found[1])
     return None if launch else 1
+
+
+def launches_one() -> bool:
+    """Whether BESTIARY_LAUNCH is an `accelerate launch` that starts one process, whatever number it names.
+
+    With --cpu, it starts more only through MPI. Otherwise it also does on a machine with several GPUs, or with
+    --multi_gpu. The file of `accelerate config` is not read.
+    """
+    import torch
+
+    launch, asked = os.environ.get("BESTIARY_LAUNCH", ""), asked_processes()
+    if not re.search(r"\baccelerate[ -]launch\b", launch) or re.search("mpi(?:run|exec)", launch):
+        return False
+    if CPU_OPTION.search(launch):
+        return True
+    return asked == 1 or (asked is not None and torch.cuda.device_count() < 2 and "--multi" not in launch)
 
 
 def processes_here() -> int:
@@ -207,9 +229,20 @@ def processes_here() -> int:
     return max(1, (launched_processes() or 1) // max(1, int(machines[1]) if machines else 1))
 
 
-def launched_on_cpu() -> bool:
-    """Whether BESTIARY_LAUNCH asks Accelerate to leave the GPUs alone."""
-    return re.search(r"--(?:use[_-])?cpu(?:\s|$)", os.environ.get("BESTIARY_LAUNCH", "")) is not None
+def leaves_gpu_alone() -> bool:
+    """Whether encode, train and evaluate compute on the CPU even if there is a GPU.
+
+    They do with `accelerate launch --cpu` or ACCELERATE_USE_CPU=true. An `accelerate launch` of one process overrides
+    the variable. Raises BestiaryError when the variable is neither true nor false.
+    """
+    from accelerate.utils import parse_flag_from_env
+
+    if CPU_OPTION.search(os.environ.get("BESTIARY_LAUNCH", "")):
+        return True
+    try:
+        return parse_flag_from_env("ACCELERATE_USE_CPU") and not launches_one()
+    except ValueError:
+        raise BestiaryError("ACCELERATE_USE_CPU is neither true nor false. Set it to one of them.") from None
 
 
 class _Bench:

@@ -4,6 +4,8 @@ import errno
 import fcntl
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -169,6 +171,19 @@ def test_accelerate_launch_starts_one_process_without_several_gpus(
     assert preflight._processes(night).endswith("on CPUs, use torchrun") == (
         starts == 1 and launch != "accelerate launch --cpu"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["--cpu --num_processes 2", "--num_processes 2", "--multi_gpu --num_processes 2"])
+def test_accelerate_launch_starts_as_many_processes_as_preflight_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str
+) -> None:
+    monkeypatch.setenv("BESTIARY_LAUNCH", f"accelerate launch {options}")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))  # has no file of `accelerate config`
+    (tmp_path / "program.py").write_text("print('started', flush=True)")
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options.split(), "--main_process_port", "0"]
+    done = subprocess.run([*command, tmp_path / "program.py"], capture_output=True, text=True, check=True)
+    assert done.stdout.split().count("started") == launched_processes()
 
 
 @pytest.mark.parametrize(

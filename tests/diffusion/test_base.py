@@ -35,6 +35,9 @@ def test_a_gpu_is_left_alone_by_a_launch_on_cpus(monkeypatch: pytest.MonkeyPatch
     for asked, device in (("False", "cuda"), ("True", "cpu")):  # as accelerate launch sets it
         monkeypatch.setenv("ACCELERATE_USE_CPU", asked)
         assert device_and_dtype()[0].type == device
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "perhaps")
+    with pytest.raises(BestiaryError, match="neither true nor false"):
+        device_and_dtype()
 
 
 def test_the_bundled_base_loads_as_a_pipeline(base_folder: Path) -> None:

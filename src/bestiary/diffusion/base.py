@@ -51,19 +51,31 @@ def device_and_dtype() -> tuple[torch.device, torch.dtype]:
     """The best device of this machine and the dtype that it computes fastest in without losing quality.
 
     A GPU computes in bfloat16 if its hardware can, otherwise in float16. A CPU computes in float32, because a CPU
-    without AMX is fifty times slower in bfloat16. `accelerate launch --cpu` leaves a GPU alone.
+    without AMX is fifty times slower in bfloat16. Raises what `is_told_to_use_cpu` does.
     """
-    if "ACCELERATE_USE_CPU" in os.environ:
-        from accelerate.utils import parse_flag_from_env
-
-        if parse_flag_from_env("ACCELERATE_USE_CPU"):
-            return torch.device("cpu"), torch.float32
+    if is_told_to_use_cpu():
+        return torch.device("cpu"), torch.float32
     if torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.device("cuda"), torch.bfloat16 if native else torch.float16
     if torch.backends.mps.is_available():
         return torch.device("mps"), torch.float32
     return torch.device("cpu"), torch.float32
+
+
+def is_told_to_use_cpu() -> bool:
+    """Whether ACCELERATE_USE_CPU says to leave a GPU alone, as `accelerate launch --cpu` sets it.
+
+    Raises BestiaryError when it is neither true nor false.
+    """
+    if "ACCELERATE_USE_CPU" not in os.environ:
+        return False
+    from accelerate.utils import parse_flag_from_env
+
+    try:
+        return bool(parse_flag_from_env("ACCELERATE_USE_CPU"))
+    except ValueError:
+        raise BestiaryError("ACCELERATE_USE_CPU is neither true nor false. Set it to one of them.") from None
 
 
 def processes() -> PartialState:

@@ -235,14 +235,11 @@ def leaves_gpu_alone() -> bool:
     They do with `accelerate launch --cpu` or ACCELERATE_USE_CPU=true. An `accelerate launch` of one process overrides
     the variable. Raises BestiaryError when the variable is neither true nor false.
     """
-    from accelerate.utils import parse_flag_from_env
+    from bestiary.diffusion.base import is_told_to_use_cpu
 
     if CPU_OPTION.search(os.environ.get("BESTIARY_LAUNCH", "")):
         return True
-    try:
-        return parse_flag_from_env("ACCELERATE_USE_CPU") and not launches_one()
-    except ValueError:
-        raise BestiaryError("ACCELERATE_USE_CPU is neither true nor false. Set it to one of them.") from None
+    return is_told_to_use_cpu() and not launches_one()
 
 
 class _Bench:

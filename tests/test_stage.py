@@ -283,15 +283,24 @@ def test_a_stage_waits_for_an_earlier_run_of_it_and_deletes_what_that_wrote(
 
 
 @pytest.mark.slow
-def test_a_stage_ends_when_dvc_is_killed(workspace: Path) -> None:
-    body = (
+@pytest.mark.parametrize(
+    "launch", ["python", "torchrun --standalone --nproc-per-node 2", "accelerate launch --cpu --num_processes 1"]
+)
+def test_a_stage_ends_when_dvc_is_killed(launch: str, workspace: Path) -> None:
+    script = workspace / "stage.py"
+    script.write_text(
         "import time; from bestiary.stage import stage\n"
-        "with stage('split'):\n print('begun', flush=True)\n time.sleep(300)"
+        "with stage('split') as (_, run):\n if run.is_main: print('begun', flush=True)\n time.sleep(120)"
     )
-    start = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {body!r}])"  # in DVC's place
-    environment = {**os.environ, "DVC_STAGE": "split", "BESTIARY_TRACKING": "off"}
+    start = f"""
+import os, subprocess  # in DVC's place
+subprocess.run(["sh", "-c", "{launch} {script}; exit"], env={{**os.environ, "DVC_STAGE": "split"}})
+"""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "BESTIARY_TRACKING": "off"}
     dvc = subprocess.Popen([sys.executable, "-c", start], env=environment, stdout=subprocess.PIPE, text=True)
     assert dvc.stdout is not None
     assert dvc.stdout.readline() == "begun\n"
     dvc.send_signal(signal.SIGKILL)
-    assert dvc.stdout.read() == ""  # it ends when nobody can write to it any more: the stage has ended
+    # The output ends when nobody can write to it any more: all processes have ended.
+    assert dvc.communicate(timeout=60)[0] == ""

@@ -84,16 +84,24 @@ def stage(name: str) -> Iterator[tuple[Params, StageRun]]:
 
 def _end_with_dvc() -> None:
     """End this process soon after the `dvc` command that started it, which may be killed without its stages."""
-    if "DVC_STAGE" not in os.environ:
+    stage = os.environ.get("DVC_STAGE")
+    if stage is None:
         return
     import psutil
 
-    dvc = next((parent for parent in psutil.Process().parents() if parent.name() not in SHELLS), None)
-    if dvc is None:
-        return
+    def belongs_to_stage(process: psutil.Process) -> bool:
+        """Whether DVC gave this process its stage's environment: its shell, or the launcher of BESTIARY_LAUNCH."""
+        if process.name() in SHELLS:  # macOS hides the environment of its own shells
+            return True
+        with contextlib.suppress(psutil.AccessDenied):
+            return process.environ().get("DVC_STAGE") == stage
+        return False
 
     def watch() -> None:
-        with contextlib.suppress(psutil.NoSuchProcess):
+        with contextlib.suppress(psutil.NoSuchProcess):  # an ancestor that ends during the search was DVC, too
+            dvc = next((parent for parent in psutil.Process().parents() if not belongs_to_stage(parent)), None)
+            if dvc is None:
+                return
             while dvc.status() != psutil.STATUS_ZOMBIE:
                 time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGTERM)

@@ -270,6 +270,25 @@ def test_training_that_is_killed_three_times_ends_with_the_same_adapter_and_hist
     assert result.val_loss_by_class == expected.val_loss_by_class
 
 
+@pytest.mark.parametrize(("stop_early", "steps"), [({}, [12, 0]), ({"patience": 1, "min_delta": 10.0}, [4, 0])])
+def test_finished_training_resumes_from_its_last_checkpoint_with_the_same_result(
+    stop_early: dict[str, object], steps: list[int], base: Path, latents: Latents, tmp_path: Path
+) -> None:
+    settings = train_settings(steps=12, validate_every=2, **stop_early)
+
+    def run() -> tuple[TrainingResult, list[torch.Tensor], int]:
+        unet, batches = load_unet(base), []
+        unet.register_forward_pre_hook(lambda module, _: batches.append(1) if module.training else None)
+        result = train(unet, load_scheduler(base), latents, settings, seed=0, checkpoints=tmp_path)
+        return result, adapter_weights(unet), len(batches)
+
+    (first, weights, *trained), (again, same_weights, *trained_again) = run(), run()
+    assert [*trained, *trained_again] == steps
+    assert all_equal(weights, same_weights)
+    assert first.results() == again.results()
+    assert without_speed(first.history) == without_speed(again.history)
+
+
 def test_sigterm_saves_a_checkpoint_that_training_resumes_from(base: Path, latents: Latents, tmp_path: Path) -> None:
     def terminate(step: int) -> None:
         if step == 4:

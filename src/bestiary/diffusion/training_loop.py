@@ -157,6 +157,8 @@ def run_steps(
     progress.start_clock()
     with progress_bar(steps, progress.step, f"{verb} the adapter", accelerator) as bar, stop_on_sigterm() as stop:
         for batches in run.batches:
+            if progress.out_of_patience:
+                break
             if not run.train_on(batches):
                 continue  # the step accumulates the gradients of more batches
             progress.finish_step()
@@ -171,11 +173,10 @@ def run_steps(
                     progress.log()
                 loss, best = f"{progress.state.train_loss:.4f}", f"{progress.best_val_loss:.4f}"
                 bar.set_postfix(loss=loss, best=best, refresh=False)
-                if progress.out_of_patience:
-                    break
                 if progress.checkpoint_due:
                     state.save(checkpoints)
             if (progress.row_due or accelerator.num_processes == 1) and state.any_process(stop.requested):
                 state.save(checkpoints)
                 raise stopped(gerund, progress.step, steps, checkpoints)
+    state.save(checkpoints)  # for a run whose outputs cannot be stored
     return state.finish()

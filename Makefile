@@ -85,5 +85,5 @@ world: $(INSTALLED)  ## draw the sample and train the bundled models from scratc
 	@python tools/make_samples.py && torchrun --nproc-per-node 2 tools/make_world.py
 
 clean:  ## remove the pipeline's outputs; keep .venv, MLflow's runs and everything that Git tracks
-	@rm -rf build/* data models/adapter reports/*.json .cache/encode .cache/train .cache/evaluate
+	@rm -rf build/* data models/adapter reports/*.json .cache/encode .cache/train .cache/distill .cache/evaluate
 	@rm -rf reports/clean reports/train reports/evaluate reports/operating_point reports/benchmark

@@ -6,7 +6,6 @@ from pathlib import Path
 from bestiary.diffusion.adapter import adapter_sha256, apply_adapter, save_adapter, verify_adapter
 from bestiary.diffusion.adapter_format import FILE_NAME
 from bestiary.diffusion.base import device_and_dtype, load_pipeline, load_scheduler
-from bestiary.diffusion.checkpoints import discard
 from bestiary.diffusion.distillation import distill
 from bestiary.diffusion.few_step_adapter import combine, find_few_step, make_teacher, sampling_of
 from bestiary.diffusion.latents import Latents
@@ -14,7 +13,7 @@ from bestiary.diffusion.provenance import checkpoint_key, distillation_provenanc
 from bestiary.evaluation.judge import Judge
 from bestiary.evaluation.sweep import read_operating_point
 from bestiary.evaluation.watching import SheetPlan, TrainingWatch
-from bestiary.files import write_atomically
+from bestiary.files import discard, write_atomically
 from bestiary.stage import CACHE, REPORTS, content_of, stage
 
 LATENTS, FEW_STEP, REPORT = Path("build/latents"), Path("models/few_step"), "distill"

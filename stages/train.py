@@ -5,13 +5,14 @@ from pathlib import Path
 
 from bestiary.diffusion.adapter import save_adapter, verify_adapter
 from bestiary.diffusion.base import device_and_dtype, load_pipeline, load_scheduler, processes
-from bestiary.diffusion.checkpoints import discard, keep_adapter, publish_kept_adapters
+from bestiary.diffusion.checkpoints import keep_adapter, publish_kept_adapters
 from bestiary.diffusion.latents import Latents
 from bestiary.diffusion.preservation import class_word_of, preserve
 from bestiary.diffusion.provenance import checkpoint_key, training_provenance
 from bestiary.diffusion.training import train
 from bestiary.evaluation.judge import Judge
 from bestiary.evaluation.watching import SheetPlan, TrainingWatch
+from bestiary.files import discard
 from bestiary.stage import CACHE, REPORTS, content_of, stage
 
 LATENTS, ADAPTER, REPORT = Path("build/latents"), Path("models/adapter"), REPORTS / "train"

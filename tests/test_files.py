@@ -1,12 +1,20 @@
 import errno
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from bestiary.errors import BestiaryError, file_sentence
-from bestiary.files import check_not_overwritten, check_writable, write_atomically, write_new
+from bestiary.files import (
+    ABANDONED_DAYS,
+    check_not_overwritten,
+    check_writable,
+    discard,
+    write_atomically,
+    write_new,
+)
 
 
 def test_a_file_is_written_with_its_folder(tmp_path: Path) -> None:
@@ -116,3 +124,37 @@ def test_a_new_file_is_written_where_there_are_no_hard_links(tmp_path: Path, mon
     assert write_new(tmp_path / "file", b"first")
     assert not write_new(tmp_path / "file", b"second")
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"first"]
+
+
+def test_a_finished_run_leaves_nothing_that_another_could_resume(tmp_path: Path) -> None:
+    folder = tmp_path / "0123"
+    write_atomically(folder / "step-00000010.pt", b"")
+    (tmp_path / "0123.done" / "sheet").mkdir(parents=True)  # as a kill leaves it
+    discard(folder)
+    assert not list(tmp_path.iterdir())
+    discard(folder)
+
+
+def test_a_finished_run_deletes_what_was_abandoned_beside_it(tmp_path: Path) -> None:
+    for name, days in (("finished", 0), ("killed", ABANDONED_DAYS - 1), ("abandoned", ABANDONED_DAYS + 1)):
+        write_atomically(tmp_path / name / "step-00000010.pt", b"")
+        used = time.time() - days * 24 * 60 * 60
+        os.utime(tmp_path / name, (used, used))
+    discard(tmp_path / "finished")
+    assert [path.name for path in tmp_path.iterdir()] == ["killed"]
+
+
+def test_a_run_that_is_killed_while_it_discards_leaves_nothing_to_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "0123"
+    write_atomically(folder / "step-00000010.pt", b"")
+
+    def die(path: Path, ignore_errors: bool) -> None:
+        if path.exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.rmtree", die)
+    with pytest.raises(KeyboardInterrupt):
+        discard(folder)
+    assert not folder.exists()

@@ -5,14 +5,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 from bestiary.errors import FILE_ADVICE, BestiaryError, shown
+
+ABANDONED_DAYS = 30
+DONE = ".done"  # the ending of a folder's name while it is deleted
 
 
 def project_root() -> Path:
@@ -130,7 +135,21 @@ def _write(path: Path, data: bytes, put_in_place: Callable[[Path, Path], object]
         raise unwritable(path, error) from None
 
 
+def discard(folder: Path) -> None:
+    """Delete the folder of a finished run's unfinished work, and those beside it that no run has used for 30 days.
+
+    A folder is renamed first, so that a run killed while deleting does not leave a part that the next one resumes.
+    """
+    oldest = time.time() - ABANDONED_DAYS * 24 * 60 * 60
+    for other in folder.parent.glob("*"):
+        with contextlib.suppress(FileNotFoundError):  # another run may have deleted it meanwhile
+            if other == folder or other.suffix == DONE or other.stat().st_mtime < oldest:
+                done = other.with_name(f"{other.stem}-{uuid.uuid4().hex}{DONE}")
+                shutil.rmtree(other.rename(done), ignore_errors=True)
+
+
 def unwritable(path: Path, error: OSError) -> BestiaryError:
     """The error for a file or folder that the system refuses to write, with advice."""
-    advice = FILE_ADVICE.get(error.errno or 0, "Use another path.")
+    number = errno.ENOTDIR if isinstance(error, FileExistsError) else error.errno  # where a folder was to be created
+    advice = FILE_ADVICE.get(number or 0, "Use another path.")
     return BestiaryError(f"{shown(str(path), 200)} cannot be written ({error.strerror or error}). {advice}")

@@ -11,7 +11,6 @@ from bestiary.diffusion.adapter_format import FILE_NAME
 from bestiary.diffusion.base import load_unet
 from bestiary.diffusion.checkpoints import (
     Checkpoint,
-    discard,
     keep_adapter,
     load_checkpoint,
     publish_kept_adapters,
@@ -85,31 +84,6 @@ def test_kept_adapters_are_published_in_place_of_earlier_ones(base: Path, tmp_pa
     assert not (out / "step-000099").exists()
     publish_kept_adapters(tmp_path / "none", out)
     assert not out.exists()
-
-
-def test_a_finished_run_leaves_nothing_that_another_could_resume(tmp_path: Path) -> None:
-    folder = tmp_path / "0123"
-    save_checkpoint(folder, checkpoint(10))
-    (tmp_path / "0123.done" / "sheet").mkdir(parents=True)  # as a kill leaves it
-    discard(folder)
-    assert not list(tmp_path.iterdir())
-    discard(folder)
-
-
-def test_a_run_that_is_killed_while_it_discards_leaves_nothing_to_resume(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "0123"
-    save_checkpoint(folder, checkpoint(10))
-
-    def die(path: Path, ignore_errors: bool) -> None:
-        if path.exists():
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr("shutil.rmtree", die)
-    with pytest.raises(KeyboardInterrupt):
-        discard(folder)
-    assert load_checkpoint(folder) is None
 
 
 def test_sigterm_only_sets_a_flag_inside_the_block_and_its_handler_is_restored_afterwards() -> None:

@@ -1,3 +1,4 @@
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,34 @@ def test_an_encoding_that_was_killed_resumes(
     encode(tmp_path / "whole")
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+
+
+def test_a_full_disk_behind_another_file_system_loses_no_encoded_image(
+    base: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied: list[Path] = []
+
+    def other_file_system(self: Path, target: Path) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    def copy_some(source: Path, target: Path) -> None:
+        copied.append(target)
+        if len(copied) == 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        target.write_bytes(source.read_bytes())
+
+    def encode() -> EncodingResult:
+        out, unfinished = tmp_path / "out", tmp_path / "unfinished"
+        return encode_images(base, pictures, manifests(pictures), out, encode_settings(), unfinished=unfinished)
+
+    monkeypatch.setattr(Path, "hardlink_to", other_file_system)
+    monkeypatch.setattr("shutil.copyfile", copy_some)
+    with pytest.raises(OSError, match="No space left"):
+        encode()
+    result = encode()
+    assert result.resumed_at == 21
+    assert not list((tmp_path / "unfinished").iterdir())  # a copy takes the space twice
+    assert len(list((tmp_path / "out").iterdir())) == len(copied) - 6
 
 
 def test_augmented_variants_differ_and_stay_the_same_for_the_same_image(

@@ -72,17 +72,6 @@ def publish_kept_adapters(folder: Path, out: Path) -> None:
         write_atomically(out / file.parent.name / FILE_NAME, file.read_bytes())
 
 
-def discard(folder: Path) -> None:
-    """Delete the checkpoints of a finished run, and everything else in the folder.
-
-    The folder is renamed first, so that a run killed while deleting does not leave a part that the next one resumes.
-    """
-    done = folder.with_suffix(".done")
-    shutil.rmtree(done, ignore_errors=True)
-    if folder.exists():
-        shutil.rmtree(folder.rename(done), ignore_errors=True)
-
-
 class StopRequest:
     """Whether the process has been asked to stop."""
 

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from bestiary.data import images as image_reading
 from bestiary.data.images import open_rgb
+from bestiary.diffusion import base as base_loading
 from bestiary.diffusion.base import (
     base_sha256,
     device_and_dtype,
@@ -38,7 +39,7 @@ from bestiary.diffusion.base import (
 from bestiary.diffusion.full_memory import Halving
 from bestiary.diffusion.waiting import waiting_bar
 from bestiary.errors import BestiaryError
-from bestiary.files import write_atomically
+from bestiary.files import discard, write_atomically
 from bestiary.subjects import Subjects, caption, templates_of
 from bestiary.tables import read_table
 
@@ -54,7 +55,8 @@ MAX_ASPECT_RATIO = 2.0  # of a bucket; longer pictures are cropped at their ends
 CAPTION_BATCH = 64
 READERS = max(4, os.cpu_count() or 4)  # threads that decode images
 COMPILE_SECONDS = 15.0
-CODE = (Path(__file__), Path(image_reading.__file__))  # the modules that decide a shard's content
+# The modules that decide a shard's content.
+CODE = (Path(__file__), Path(image_reading.__file__), Path(base_loading.__file__))
 
 
 @dataclass(frozen=True)
@@ -384,11 +386,18 @@ def _write_captions(
 
 
 def _move_files(folder: Path, out: Path) -> None:
-    """Move the finished files to `out`; temporary files that a killed run left behind are deleted."""
+    """Move the finished files to `out`; temporary files that a killed run left behind are deleted.
+
+    On another file system they are copied. If its disk is full, `folder` still has all of them.
+    """
     out.mkdir(parents=True, exist_ok=True)
     for name in sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")):
-        shutil.move(folder / name, out / name)
-    shutil.rmtree(folder)
+        (out / name).unlink(missing_ok=True)
+        try:
+            (out / name).hardlink_to(folder / name)
+        except OSError:
+            shutil.copyfile(folder / name, out / name)
+    discard(folder)
 
 
 def _csv(table: pd.DataFrame) -> bytes:

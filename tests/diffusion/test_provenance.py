@@ -132,4 +132,10 @@ def test_the_checkpoint_key_changes_with_the_code(tmp_path: Path, monkeypatch: p
     for code in ("a = 1", "a = 2"):
         (tmp_path / "module.py").write_text(code)
         keys.append(checkpoint_key(Provenance(), train_settings(), ""))
-    assert keys[0] != keys[1]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "train.py").touch()
+    keys.append(checkpoint_key(Provenance(), train_settings(), ""))
+    monkeypatch.setattr(provenance, "version", lambda _: "3.0")
+    keys.append(checkpoint_key(Provenance(), train_settings(), ""))
+    assert len(set(keys)) == 4

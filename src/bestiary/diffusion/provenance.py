@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from bestiary.params import Distill, Model, Train
 
 PACKAGE = Path(__file__).parents[1]
+LIBRARIES = ("torch", "diffusers", "peft")
 # Settings that do not change the weights of a step, only which pictures are drawn of it and which files are kept.
 SHEET_SETTINGS = {"sheet_animals", "sheet_seeds", "sheet_steps", "sheet_guidance_scale", "keep_checkpoints"}
 
@@ -91,12 +93,13 @@ def checkpoint_key(provenance: Provenance, settings: Train | Distill, judge: str
     """The name of the folder for one run's checkpoints: it changes with everything that decides the result.
 
     That is what the adapter is trained from, the sheet and the `judge` (its content hash), because they may choose the
-    best step, this machine's device and dtype, and the code. The key hashes the whole package: a hand-kept list of
-    files would go stale.
+    best step, this machine's device and dtype, and the code. The key hashes the whole package and the scripts of the
+    stages, because a hand-kept list of files would go stale, and the versions of the libraries that compute.
     """
     device, dtype = device_and_dtype()
     sheet = json.dumps(settings.model_dump(include=SHEET_SETTINGS), sort_keys=True)
     digest = hashlib.sha256("\n".join([provenance.to_json(), sheet, judge, device.type, str(dtype)]).encode())
-    for module in sorted(PACKAGE.rglob("*.py")):
+    digest.update(repr([version(name) for name in LIBRARIES]).encode())
+    for module in sorted([*PACKAGE.rglob("*.py"), *Path("stages").glob("*.py")]):
         digest.update(module.read_bytes())
     return digest.hexdigest()[:16]

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bestiary.diffusion import fast_step
 from bestiary.diffusion.adapter import inject
 from bestiary.diffusion.base import load_unet
-from bestiary.diffusion.fast_step import MEASURED, WARM_UP, CompileChoice, FastPrediction, pays
+from bestiary.diffusion.fast_step import MEASURED, WARM_UP, CompileChoice, FastPrediction, Mode, pays
 from bestiary.diffusion.waiting import waiting_bar
 from bestiary.errors import BestiaryError
 
@@ -196,18 +196,23 @@ def test_a_choice_is_made_once_and_waits_for_a_batch_of_one_size(
     clock = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     monkeypatch.setattr(fast_step, "_synchronize", lambda _: None)
-    choice, decisions = CompileChoice("auto", 15_000, 1), []
-    for _ in range(3 * (WARM_UP + MEASURED)):
-        decisions.append(choice.compile_now(torch.device("cuda")))
-        clock[0] += 0.1 if choice.chosen is None else 0.001
-        if choice.chosen:
-            choice.wait()
-    assert decisions == [None] * (WARM_UP + MEASURED) + [True] * 2 * (WARM_UP + MEASURED)
+
+    def decisions(mode: Mode, waits: int) -> list[bool | None]:
+        choice, found = CompileChoice(mode, 15_000, 1), []
+        for _ in range(20):
+            found.append(choice.compile_now(torch.device("cuda")))
+            clock[0] += 0.1 if choice.chosen is None else 0.001
+            if choice.chosen is not None and choice.waited < waits:
+                choice.wait()
+        return found
+
+    undecided = [None] * (WARM_UP + MEASURED)
+    assert decisions("auto", MEASURED - 1) == undecided + [True] * 12
+    assert decisions("auto", MEASURED) == undecided + [True] * MEASURED + [False] * 7
+    assert not capsys.readouterr().out
+    assert decisions("always", 20) == [True] * 20
     assert capsys.readouterr().out.count("of several sizes") == 1
-    choice = CompileChoice("never", 15_000, 1)
-    for _ in range(MEASURED):
-        choice.compile_now(torch.device("cuda"))
-        choice.wait()
+    assert decisions("never", 20) == [False] * 20
     assert not capsys.readouterr().out
 
 

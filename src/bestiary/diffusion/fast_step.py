@@ -216,9 +216,13 @@ class CompileChoice:
         return pays((time.perf_counter() - self.started) / MEASURED, self.steps_left - self.done)
 
     def wait(self) -> None:
-        """Count a step that could not be compiled, and say so after a few."""
+        """Count a step that could not be compiled. After a few, `auto` decides against compiling, `always` says so."""
         self.waited += 1
-        if self.chosen and self.waited == MEASURED:
+        if not self.chosen or self.waited != MEASURED:
+            return
+        if self.mode == "auto":
+            self.chosen = False
+        else:
             tqdm.write("Training is not compiled yet: its batches have images of several sizes.")
 
     @contextmanager

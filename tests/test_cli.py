@@ -189,6 +189,8 @@ def test_animals_lists_a_hundred_with_their_names() -> None:
         (["adapter", "merge", "no/such", "no/such/2", BELOW_A_FILE], CANNOT_BE_WRITTEN),
         (["adapter", "merge", "no/such", "no/such/2", "both.txt"], "both.txt is neither a folder nor"),
         (["adapter", "resize", "no/such", f"{BELOW_A_FILE}.safetensors", "--rank", "1"], CANNOT_BE_WRITTEN),
+        (["adapter", "convert", "no/such", BELOW_A_FILE, "--to", "kohya"], CANNOT_BE_WRITTEN),
+        (["export", "no/such", "--to", "openvino", "--out", f"{BELOW_A_FILE}/fast"], CANNOT_BE_WRITTEN),
         (["lineage"], "`dvc repro`"),
         (["promote", "1", "--because", " "], "--because"),
         (["results"], "`dvc repro`"),

@@ -56,7 +56,6 @@ FILE_ADVICE = {
     errno.EACCES: "Change its permissions.",
     errno.EPERM: "Change its permissions.",
     errno.ENOTDIR: "Part of this path is a file, not a folder. Use another path.",
-    errno.EEXIST: "Part of this path is a file, not a folder. Use another path.",  # where a folder was to be created
     errno.EISDIR: "It is a folder. Name a file.",
     errno.ENAMETOOLONG: "Choose a shorter name.",
     errno.EMFILE: "Raise the limit on open files with `ulimit -n 4096`, then try again.",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from bestiary.diffusion.export_format import Precision
 from bestiary.errors import BestiaryError
+from bestiary.files import check_writable
 from bestiary.generation import Base, Weighted, portable_base, weight_of
 from bestiary.registry.resolving import Adapter, check_base, find_base, resolve
 from bestiary.samplers import Decoder, DrawingDefaults
@@ -53,6 +54,7 @@ def export_adapter(request: ExportRequest, project: Surroundings) -> Exported:
         raise BestiaryError("An export needs an adapter, and 'none' is not one. Name an adapter.")
     if request.decoder == "tiny" and project.tiny_decoder is None:
         raise BestiaryError("There is no tiny decoder. Set tiny_decoder in params.yaml, or leave out --decoder.")
+    check_writable(request.out.absolute().parent)
     adapter = resolve(named.what)
     adapter.check_is_file()
     from bestiary.diffusion import engines, export  # imports torch, so do the cheap checks first

@@ -96,8 +96,9 @@ def convert(source: Path, target: Path, to: Literal["diffusers", "kohya"], alpha
 
     Reads the files of diffusers, PEFT, kohya, other trainers and the original system (docs/adapters.md).
     """
-    from bestiary.diffusion.stored_adapter import adapter_file, check_size
+    from bestiary.diffusion.stored_adapter import adapter_file, check_size, target_file
 
+    target_file(target)
     check_size(adapter_file(source))
     from bestiary.diffusion import conversion  # torch, which a refusal does not wait for
 

@@ -71,7 +71,7 @@ BATCHES = {256: (16, 64, 256), 512: (16, 64)}
 OFFICIAL = {256: 64, 512: 32}
 # Gigabytes of small GPUs. Everything runs one image at a time.
 LOW_MEMORY = (8, 6)
-ROW_SECONDS = 400.0  # at most for a measurement, so that one that hangs does not keep the others from running
+ROW_SECONDS = 400.0  # at most for a measurement; a call of CUDA that hangs cannot be ended
 OUTSIDE_GIB = 1.0  # of a card's memory, reserved for CUDA and its libraries
 
 

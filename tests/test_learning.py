@@ -276,6 +276,9 @@ def test_the_profile_follows_the_gpu_unless_it_is_named(monkeypatch: pytest.Monk
         assert chosen == profile
         assert "CUDA GPU" in reason
         assert choose_profile(offered, "sample")[0] == "sample"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert choose_profile(offered, None)[0] == "subject"
     with pytest.raises(BestiaryError, match=r"no profile suject\. Choose one of sample, subject, photos"):
         choose_profile(offered, "suject")
 

@@ -145,7 +145,7 @@ def test_a_full_memory_ends_in_one_line(error: Exception, workspace: Path, capsy
     assert stored_run(workspace).info.status == "FAILED"
 
 
-def test_this_machines_memory_is_told_from_the_gpus() -> None:
+def test_a_full_gpu_is_distinguished_from_a_full_machine() -> None:
     with pytest.raises(RuntimeError) as full:
         torch.empty(2**55)
     assert "This machine's memory is full" in str(system_sentence(full.value))

@@ -260,9 +260,9 @@ def choose_profile(offered: Collection[str], asked: str | None) -> tuple[str, st
     if asked is not None:
         profile, reason = asked, "as --profile says."
     else:
-        import torch
+        from bestiary.diffusion.base import device_and_dtype
 
-        if torch.cuda.is_available():
+        if device_and_dtype()[0].type == "cuda":
             profile, reason = GPU_PROFILE, "torch sees a CUDA GPU, so Stable Diffusion v1.5 learns it."
         else:
             profile, reason = CPU_PROFILE, "torch sees no CUDA GPU, so the bundled base learns it, at 64 x 64 pixels."

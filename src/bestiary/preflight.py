@@ -126,11 +126,10 @@ def _processes(params: Params) -> str:
     images = images_at_a_time(params.train, count)
     _check_gpus()
     each = f"{images} image{'s' * (images != 1)} at a time"
-    few = launches_one() and (asked_processes() or 1) > 1
-    more = (
-        ". Here `accelerate launch` starts one process, whatever its options say; on CPUs, use torchrun" if few else ""
-    )
-    return f"{count}, each training on {each} ({launch or 'BESTIARY_LAUNCH is empty'}){more}"
+    text = f"{count}, each training on {each} ({launch or 'BESTIARY_LAUNCH is empty'})"
+    if launches_one() and (asked_processes() or 1) > 1:
+        text += ". Here `accelerate launch` starts one process, whatever its options say; on CPUs, use torchrun"
+    return text
 
 
 def _check_gpus() -> None:

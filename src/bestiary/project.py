@@ -263,7 +263,7 @@ def _holds_adapter(evaluation: EvaluationReport) -> bool:
     copy = root / "reports" / "operating_point" / FILE_NAME
     if point.scale == 1 or not copy.is_file() or _sha256(copy) != evaluation.adapter_sha256:
         return False
-    return not found.isdisjoint(stored_provenance(copy).get(CONTAINS, []))
+    return not found.isdisjoint(stored_provenance(copy).get(CONTAINS) or [])
 
 
 def _weight(evaluation: EvaluationReport) -> str:

@@ -51,9 +51,9 @@ def device_and_dtype() -> tuple[torch.device, torch.dtype]:
     """The best device of this machine and the dtype that it computes fastest in without losing quality.
 
     A GPU computes in bfloat16 if its hardware can, otherwise in float16. A CPU computes in float32, because a CPU
-    without AMX is fifty times slower in bfloat16. Raises what `is_told_to_use_cpu` does.
+    without AMX is fifty times slower in bfloat16. Raises what `is_cpu_forced` does.
     """
-    if is_told_to_use_cpu():
+    if is_cpu_forced():
         return torch.device("cpu"), torch.float32
     if torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -63,7 +63,7 @@ def device_and_dtype() -> tuple[torch.device, torch.dtype]:
     return torch.device("cpu"), torch.float32
 
 
-def is_told_to_use_cpu() -> bool:
+def is_cpu_forced() -> bool:
     """Whether ACCELERATE_USE_CPU says to leave a GPU alone, as `accelerate launch --cpu` sets it.
 
     Raises BestiaryError when it is neither true nor false.

@@ -235,11 +235,11 @@ def leaves_gpu_alone() -> bool:
     They do with `accelerate launch --cpu` or ACCELERATE_USE_CPU=true. An `accelerate launch` of one process overrides
     the variable. Raises BestiaryError when the variable is neither true nor false.
     """
-    from bestiary.diffusion.base import is_told_to_use_cpu
+    from bestiary.diffusion.base import is_cpu_forced
 
     if CPU_OPTION.search(os.environ.get("BESTIARY_LAUNCH", "")):
         return True
-    return is_told_to_use_cpu() and not launches_one()
+    return is_cpu_forced() and not launches_one()
 
 
 class _Bench:

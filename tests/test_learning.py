@@ -270,6 +270,7 @@ def test_bad_photos_are_refused_in_one_sentence(tmp_path: Path) -> None:
 
 def test_the_profile_follows_the_gpu_unless_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     offered = ["sample", "subject", "photos"]
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: True)
     for has_gpu, profile in ((True, "photos"), (False, "subject")):
         monkeypatch.setattr("torch.cuda.is_available", lambda has_gpu=has_gpu: has_gpu)
         chosen, reason = choose_profile(offered, None)

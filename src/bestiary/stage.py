@@ -91,7 +91,7 @@ def _end_with_dvc() -> None:
 
     def belongs_to_stage(process: psutil.Process) -> bool:
         """Whether DVC gave this process its stage's environment: its shell, or the launcher of BESTIARY_LAUNCH."""
-        if process.name() in SHELLS:  # macOS hides the environment of its own shells
+        if process.name() in SHELLS:  # on macOS, the environment of the system's shells cannot be read
             return True
         with contextlib.suppress(psutil.AccessDenied):
             return process.environ().get("DVC_STAGE") == stage

@@ -178,5 +178,5 @@ def run_steps(
             if (progress.row_due or accelerator.num_processes == 1) and state.any_process(stop.requested):
                 state.save(checkpoints)
                 raise stopped(gerund, progress.step, steps, checkpoints)
-    state.save(checkpoints)  # for a run whose outputs cannot be stored
+    state.save(checkpoints)  # for a run that fails or is killed while it writes its outputs
     return state.finish()
